@@ -1,0 +1,176 @@
+"""Every field of an experiment with its default, and the rules between fields.
+
+A file in configs/ starts from `default_config()` (the paper's preset), states what differs, and returns
+it; `release(config)` turns the method's fields to what the released code does. `validate` runs before
+any device is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+CHOICES = {
+    "reflect.weights": ("frozen", "student"),
+    "reflect.overlong": ("skip", "cut"),
+    "lesson.region": ("span", "suffix", "full"),
+    "lesson.quote_missing": ("skip", "full"),
+    "lesson.locate": ("offsets", "reencode"),
+    "lesson.teacher_context": ("idea", "idea_or_solution", "solution"),
+    "lesson.gold_in_idea": ("keep", "strip"),
+    "rewards": ("fixed", "release"),
+    "loss.tail": ("bucket", "renorm"),
+    "optimizer.empty_batch": ("skip", "step"),
+    "model.dtype": ("float32", "bfloat16"),
+    "method": ("rosd",),
+}
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: one sentence naming field, value, rule and remedy."""
+
+
+def default_config() -> ConfigDict:
+    """The paper's main run (arXiv 2605.28014, section 4), with the fields its text leaves open."""
+    return ConfigDict(
+        dict(
+            name="",
+            method="rosd",
+            seed=0,
+            steps=100,
+            rewards="fixed",  # "release": the released checkers, defects included
+            mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: all remaining devices
+            model=dict(path="", dtype="bfloat16", remat=True),
+            data=dict(dir="", train="", max_prompt_tokens=2048),
+            batch=dict(prompts=32, samples=8, micro=16),  # micro: rows of one forward-backward pass
+            thinking=dict(student=False, reflector=False, teacher=False),
+            rollout=dict(temperature=1.0, top_p=1.0, max_new_tokens=8192),
+            reflect=dict(
+                weights="frozen",
+                temperature=0.0,
+                max_prompt_tokens=8192,
+                max_new_tokens=4096,
+                overlong="skip",
+                correct=True,  # correct rollouts of mixed groups are reflected and distilled in full
+                uniform_groups=False,  # True: also spend reflections on all-correct or all-wrong groups
+            ),
+            lesson=dict(
+                region="span",
+                quote_missing="skip",
+                locate="offsets",
+                teacher_context="idea",
+                gold_in_idea="keep",
+                max_teacher_tokens=10240,
+            ),
+            loss=dict(topk=100, alpha=0.5, tail="bucket", ratio_cap=2.0, chunk=1024),
+            optimizer=dict(
+                lr=1e-5,
+                warmup_steps=10,
+                warmup_from_zero=False,
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=0.01,
+                clip_norm=1.0,
+                empty_batch="skip",
+            ),
+            eval=dict(
+                sets=(),
+                samples=16,
+                limit=0,  # items a set; 0: all
+                every=10,
+                batch=64,  # rows decoded together
+                temperature=0.6,
+                top_p=0.95,
+                max_new_tokens=8192,
+            ),
+            checkpoint=dict(every=10, keep=2),
+        ),
+        convert_dict=True,
+    )
+
+
+def release(config: ConfigDict) -> ConfigDict:
+    """Turns the method's fields to what the released code does, where it departs from the paper."""
+    config.rewards = "release"
+    config.reflect.update(
+        weights="student", temperature=1.0, max_prompt_tokens=2048, max_new_tokens=8192,
+        overlong="cut", uniform_groups=True,
+    )  # fmt: skip
+    config.lesson.update(
+        region="suffix", quote_missing="full", locate="reencode", teacher_context="idea_or_solution",
+    )  # fmt: skip
+    config.optimizer.update(warmup_from_zero=True, empty_batch="step")
+    return config
+
+
+def parse_variant(arg: str | None, known: Iterable[str]) -> tuple[str, ...]:
+    """Splits the `:a,b` behind a config path. Raises UserError for a name not in `known`."""
+    names = tuple(name for name in (arg or "").split(",") if name)
+    known = tuple(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"config variant is {name!r}; it must be one of {', '.join(known)}")
+    return names
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for the first field that breaks a rule. Touches no device and no file."""
+    for field, allowed in CHOICES.items():
+        value = _get(config, field)
+        if value not in allowed:
+            raise UserError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
+    positive = ("batch.prompts", "batch.samples", "batch.micro", "rollout.max_new_tokens",
+                "reflect.max_new_tokens", "reflect.max_prompt_tokens", "data.max_prompt_tokens",
+                "lesson.max_teacher_tokens", "loss.topk", "loss.chunk", "eval.samples", "eval.batch",
+                "eval.max_new_tokens", "checkpoint.every", "checkpoint.keep", "steps")  # fmt: skip
+    for field in positive:
+        _require(config, field, _get(config, field) >= 1, "be at least 1")
+    for field in ("eval.limit", "eval.every", "optimizer.warmup_steps", "seed"):
+        _require(config, field, _get(config, field) >= 0, "be 0 or more")
+    _validate_ranges(config)
+    _validate_batch(config)
+
+
+def _validate_ranges(config: ConfigDict) -> None:
+    for field in ("rollout.temperature", "eval.temperature", "reflect.temperature"):
+        _require(config, field, _get(config, field) >= 0, "be 0 (greedy) or more")
+    _require(config, "rollout.temperature", config.rollout.temperature > 0,
+             "be above 0, since rollouts of one prompt must differ")  # fmt: skip
+    _require(config, "rollout.top_p", config.rollout.top_p == 1.0,
+             "be 1 in training, since the sampler's log-probs are of the whole distribution")  # fmt: skip
+    _require(config, "eval.top_p", 0 < config.eval.top_p <= 1, "lie in (0, 1]")
+    _require(config, "loss.alpha", 0 <= config.loss.alpha <= 1, "lie in [0, 1]")
+    _require(config, "loss.ratio_cap", config.loss.ratio_cap > 0, "be above 0")
+    for field in ("optimizer.lr", "optimizer.clip_norm", "optimizer.eps"):
+        _require(config, field, _get(config, field) > 0, "be above 0")
+    for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+        value = _get(config, field)
+        _require(config, field, value >= 1 or value == -1, "be at least 1, or -1 for the rest")
+
+
+def _validate_batch(config: ConfigDict) -> None:
+    if config.batch.samples < 2:
+        raise UserError(
+            f"batch.samples is {config.batch.samples}; the reflector compares siblings, "
+            "so give at least 2"
+        )
+    rows = config.batch.prompts * config.batch.samples
+    if rows % config.batch.micro:
+        raise UserError(
+            f"batch.micro is {config.batch.micro}; it must divide batch.prompts x batch.samples = "
+            f"{rows}, so choose a divisor"
+        )
+
+
+def _require(config: ConfigDict, field: str, holds: bool, rule: str) -> None:
+    if not holds:
+        raise UserError(f"{field} is {_get(config, field)!r}; it must {rule}")
+
+
+def _get(config: ConfigDict, field: str):
+    value = config
+    for name in field.split("."):
+        value = value[name]
+    return value

@@ -1,0 +1,116 @@
+"""The records that travel through one step, and the dimension key.
+
+    prompts -> rollout -> grade -> reflect -> lesson -> update -> (evaluate | checkpoint | report)
+
+Every stage reads one record and returns the next; nothing later writes to anything earlier.
+Records of text live on the host (tuples, NumPy); records of arrays are pytrees and live on devices.
+
+Dimension key, used as a suffix of array names:
+B rows (prompts x samples), G samples a prompt, N prompts, P prompt tokens, Q teacher-prompt tokens,
+R response tokens, T = P + R, K top-k, V vocabulary, D model width, H heads, L layers, C chunk of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Params = Any  # a tree of arrays, as models/qwen3.py lays it out
+Span = tuple[int, int]  # half-open [start, stop)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of a data set, as text (host)."""
+
+    uid: str  # "<set>/<row number>", stable across runs
+    dataset: str  # the set it came from: "physics", "tooluse", "aime24", ...
+    kind: str  # which checker grades it: "mcq" | "math" | "tooluse" | "gym"
+    messages: tuple[Message, ...]  # the task's own system and user text, in chat form
+    answer: str  # the gold answer, never empty
+
+    @property
+    def question(self) -> str:
+        """The last user message: what the reflector and the teacher are shown as the problem."""
+        return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The N problems of one step with their chat-templated prompt ids (host)."""
+
+    problems: tuple[Problem, ...]
+    tokens_NP: np.ndarray  # int32, right-padded
+    length_N: np.ndarray  # int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rollout:
+    """B sampled responses (device). Rows are prompt-major: row b answers prompt b // G."""
+
+    tokens_BR: jax.Array  # int32; beyond length: 0
+    length_B: jax.Array  # int32, the stop token counted
+    logp_BR: jax.Array  # float32, log-prob of each token at the sampling temperature; 0 beyond length
+    finished_B: jax.Array  # bool: ended on a stop token (False: cut at the limit)
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A rollout with its text and reward (host)."""
+
+    prompts: Prompts
+    rollout: Rollout  # the same arrays, fetched to the host
+    texts: tuple[str, ...]  # B decoded responses, special tokens removed
+    rewards_B: np.ndarray  # float32 in [0, 1]
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """What the reflector said of one rollout and where that points (host)."""
+
+    raw: str | None = None  # the reflector's whole text; None: this rollout was not reflected
+    idea: str | None = None  # the corrective (or key) idea; None: no tag found
+    quote: str | None = None  # the error quote, as written
+    char_span: Span | None = None  # where the quote stands in the response text
+    token_span: Span | None = None  # the same in response tokens
+    ambiguous: bool = False  # the quote stands in the text more than once
+    solution: str | None = None  # the correct sibling that was shown, if any
+    note: str = ""  # why the rollout left the loss: "" | "overlong" | "no_idea" | "quote_missing" | ...
+
+
+@dataclass(frozen=True)
+class Reflected:
+    """A graded rollout with one reflection a row (host)."""
+
+    graded: Graded
+    reflections: tuple[Reflection, ...]  # B
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lesson:
+    """What the update consumes (device). Response ids are the sampled ones, never re-tokenised."""
+
+    prompt_BP: jax.Array  # int32, right-padded: what the student saw
+    prompt_len_B: jax.Array  # int32
+    teacher_prompt_BQ: jax.Array  # int32, right-padded: what the teacher sees
+    teacher_prompt_len_B: jax.Array  # int32
+    response_BR: jax.Array  # int32
+    response_len_B: jax.Array  # int32
+    weight_BR: jax.Array  # float32: 1 where the loss lies, 0 elsewhere
+    sampler_logp_BR: jax.Array  # float32: log-probs that the sampler reported
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that learns. The frozen tree is a separate argument everywhere."""
+
+    step: jax.Array  # int32: updates tried so far
+    params: Params  # float32 master weights
+    opt_state: Any
