@@ -24,6 +24,7 @@ CHOICES = {
     "optimizer.empty_batch": ("skip", "step"),
     "model.dtype": ("float32", "bfloat16"),
     "method": ("rosd",),
+    "wording": ("english", "gym"),
 }
 
 
@@ -39,6 +40,7 @@ def default_config() -> ConfigDict:
             method="rosd",
             seed=0,
             steps=100,
+            wording="english",  # "gym": the prompts in the shipped tiny model's closed vocabulary
             rewards="fixed",  # "release": the released checkers, defects included
             mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: all remaining devices
             model=dict(path="", dtype="bfloat16", remat=True),
@@ -76,7 +78,7 @@ def default_config() -> ConfigDict:
                 empty_batch="skip",
             ),
             eval=dict(
-                sets=(),
+                sets="",  # names, separated by commas
                 samples=16,
                 limit=0,  # items a set; 0: all
                 every=10,

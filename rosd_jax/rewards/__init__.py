@@ -1,0 +1,91 @@
+"""Grades responses: one checker a kind of problem, each in a `fixed` and a `release` mode.
+
+`release` gives the released code's verdicts, defects included; `fixed` mends them (each module says
+which). This package imports no JAX, so that the workers of the mathematics checker load quickly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
+
+from rosd_jax.config import UserError
+from rosd_jax.rewards import math, mcq, tooluse
+from rosd_jax.rewards.grade import Grade, Mode
+
+if TYPE_CHECKING:
+    from rosd_jax.types import Problem
+
+__all__ = ["Grade", "Grader", "Mode"]
+
+_KINDS = ("mcq", "math", "tooluse", "gym")
+_MAX_WORKERS = 8
+
+
+class Grader:
+    """Grades batches of responses, and owns the processes that compare mathematics.
+
+    A context manager: workers start with the first pair of answers that needs comparing and end on
+    exit. `timeout_s` bounds one comparison; over it, the worker is ended and replaced and the
+    response scores 0. `timeouts` counts these, and workers that died of an answer. Raises UserError
+    for an unknown mode.
+    """
+
+    def __init__(self, mode: Mode = "fixed", timeout_s: float = 5.0):
+        if mode not in get_args(Mode):
+            raise UserError(f"rewards is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
+        self.mode: Mode = mode
+        self._pool = math.Pool(timeout_s, min(_MAX_WORKERS, os.cpu_count() or 1))
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.close()
+
+    @property
+    def timeouts(self) -> int:
+        """Comparisons so far that ended with their worker, and so scored 0."""
+        return self._pool.timeouts
+
+    def grade_all(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
+        """Grades response i against problem i.
+
+        Raises UserError naming the problem for an unknown kind or an answer that its checker cannot
+        read, and ValueError when the lengths differ.
+        """
+        pairs = list(zip(responses, problems, strict=True))
+        for _, problem in pairs:
+            if problem.kind not in _KINDS:
+                raise UserError(
+                    f"kind of problem {problem.uid} is {problem.kind!r}; it must be one of "
+                    f"{', '.join(_KINDS)}, so mend the row"
+                )
+        compared = iter(self._grade_math([pair for pair in pairs if pair[1].kind == "math"]))
+        return [
+            next(compared) if problem.kind == "math" else self._grade_text(response, problem)
+            for response, problem in pairs
+        ]
+
+    def _grade_text(self, response: str, problem: Problem) -> Grade:
+        if problem.kind == "gym":
+            return mcq.grade_gym(response, problem.answer)
+        checker = mcq if problem.kind == "mcq" else tooluse
+        try:
+            return checker.grade(response, problem.answer, mode=self.mode)
+        except UserError as error:
+            raise UserError(f"problem {problem.uid}: {error}") from error
+
+    def _grade_math(self, pairs: Sequence[tuple[str, Problem]]) -> list[Grade]:
+        predictions = [math.predict(response, mode=self.mode) for response, _ in pairs]
+        answers = [problem.answer for _, problem in pairs]
+        found = zip(predictions, answers, strict=True)
+        # Samples of one prompt often agree: each different pair is compared once.
+        asked = list(dict.fromkeys((p, a) for p, a in found if p and p != a))
+        agreed = self._pool.answer_all([(p, a, self.mode) for p, a in asked]) if asked else []
+        right = {pair for pair, agrees in zip(asked, agreed, strict=True) if agrees}
+        return [
+            Grade(float(bool(p) and (p == a or (p, a) in right)), p, bool(p))
+            for p, a in zip(predictions, answers, strict=True)
+        ]

@@ -1,0 +1,10 @@
+"""Top-k Jensen-Shannon distillation loss without a [rows, vocabulary] array. See README.md."""
+
+from .api import (
+    LossAux,
+    sampled_token_loss_from_logits,
+    topk_jsd_from_logits,
+    topk_jsd_loss,
+)
+
+__all__ = ["LossAux", "sampled_token_loss_from_logits", "topk_jsd_from_logits", "topk_jsd_loss"]

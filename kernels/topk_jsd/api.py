@@ -1,0 +1,189 @@
+"""The public functions: checks, stop-gradients, and the choice of implementation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+from jax import lax
+
+from . import chunked, reference
+from .reference import LossAux, Options, Rows
+
+Tail = Literal["bucket", "renorm"]
+Implementation = Literal["reference", "chunked"]
+
+_IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+
+
+def topk_jsd_loss(
+    student_hidden_ND: jax.Array,
+    student_head_VD: jax.Array,
+    teacher_hidden_ND: jax.Array,
+    teacher_head_VD: jax.Array,
+    weight_N: jax.Array,
+    *,
+    k: int | None = 100,
+    alpha: float = 0.5,
+    tail: Tail = "bucket",
+    temperature: float = 1.0,
+    num_tokens: int | None = None,
+    tokens_N: jax.Array | None = None,
+    sampler_logp_N: jax.Array | None = None,
+    ratio_cap: float | None = None,
+    chunk: int = 1024,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, LossAux]:
+    """Weighted sum over rows of the divergence between two language models' next-token laws.
+
+    `reference.py` states the divergence. Differentiable in the student's hidden states and head,
+    each gradient in its operand's dtype; everything else is constant. A row of weight 0 costs
+    nothing and contributes exactly nothing, NaN or not. The gradient is computed in the forward
+    pass, so take `jax.value_and_grad(..., has_aux=True)` of it directly: not under `jax.checkpoint`
+    (it would run twice), and inside the body of a scan rather than around the scan.
+
+    Args:
+      student_hidden_ND, teacher_hidden_ND: final hidden states; widths may differ.
+      student_head_VD, teacher_head_VD: output heads, laid out as embeddings; each in the dtype of
+        its hidden states. Logits are accumulated in float32 (float64 for float64 operands).
+      weight_N: mask x importance weight / denominator.
+      k: size of the student's top-k set; None, or k >= vocabulary: the whole vocabulary.
+      alpha: weight of the teacher in the mixture; 0: KL(teacher || student), 1: the reverse.
+      tail: "bucket" gathers the other tokens in one bucket, "renorm" leaves them out.
+      temperature: divides the logits of both.
+      num_tokens: ids from here on are padding rows of the heads, of probability 0.
+      tokens_N: the sampled tokens, int32; their log-probs come back in aux.
+      sampler_logp_N: their log-probs at sampling time.
+      ratio_cap: multiplies each row by min(exp(clip(student_logp - sampler_logp, +-20)), cap),
+        without gradient; needs tokens_N and sampler_logp_N.
+      chunk: rows of one [chunk, V] block of logits.
+      implementation: None takes "chunked".
+
+    Returns:
+      (scalar loss, LossAux). Raises ValueError on arguments that do not fit together.
+    """
+    rows = Rows(weight_N, tokens_N, sampler_logp_N)
+    options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap, chunk)
+    student, teacher = (student_hidden_ND, student_head_VD), (teacher_hidden_ND, teacher_head_VD)
+    _check_operands("student", *student)
+    _check_operands("teacher", *teacher)
+    if student_head_VD.shape[0] != teacher_head_VD.shape[0]:
+        raise ValueError(
+            f"teacher_head_VD has {teacher_head_VD.shape[0]} rows and student_head_VD "
+            f"{student_head_VD.shape[0]}; both models must share one vocabulary"
+        )
+    n_rows, vocab = student_hidden_ND.shape[0], student_head_VD.shape[0]
+    _check_rows(rows, n_rows, {"teacher_hidden_ND": teacher_hidden_ND.shape[0]})
+    _check_options(options, rows, vocab)
+    run = _IMPLEMENTATIONS[_known(implementation)].loss_from_hidden
+    return run(options, *student, *lax.stop_gradient((*teacher, rows)))
+
+
+def topk_jsd_from_logits(
+    student_logits_NV: jax.Array,
+    teacher_logits_NV: jax.Array,
+    weight_N: jax.Array,
+    *,
+    k: int | None = 100,
+    alpha: float = 0.5,
+    tail: Tail = "bucket",
+    temperature: float = 1.0,
+    num_tokens: int | None = None,
+    tokens_N: jax.Array | None = None,
+    sampler_logp_N: jax.Array | None = None,
+    ratio_cap: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, LossAux]:
+    """`topk_jsd_loss` of logits [N, V] that already exist; differentiable in the student's.
+
+    "chunked" here means its closed-form gradient, on all rows at once.
+    """
+    rows = Rows(weight_N, tokens_N, sampler_logp_N)
+    options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap)
+    _check_logits(student_logits_NV, teacher_logits_NV)
+    _check_rows(rows, student_logits_NV.shape[0])
+    _check_options(options, rows, student_logits_NV.shape[1])
+    run = _IMPLEMENTATIONS[_known(implementation)].loss_from_logits
+    return run(options, student_logits_NV, *lax.stop_gradient((teacher_logits_NV, rows)))
+
+
+def sampled_token_loss_from_logits(
+    student_logits_NV: jax.Array,
+    teacher_logits_NV: jax.Array,
+    tokens_N: jax.Array,
+    weight_N: jax.Array,
+    *,
+    temperature: float = 1.0,
+    num_tokens: int | None = None,
+    sampler_logp_N: jax.Array | None = None,
+    ratio_cap: float | None = None,
+) -> tuple[jax.Array, LossAux]:
+    """Weighted sum of stopgrad(logp_s - logp_t) logp_s of the sampled tokens: sampled reverse KL.
+
+    The arguments are those of `topk_jsd_from_logits` (alpha is 1 by nature). aux.divergence_N holds
+    each row's summand; the masses are None.
+    """
+    rows = Rows(weight_N, tokens_N, sampler_logp_N)
+    options = Options(None, 1.0, "bucket", temperature, num_tokens, ratio_cap)
+    _check_logits(student_logits_NV, teacher_logits_NV)
+    _check_rows(rows, student_logits_NV.shape[0])
+    _check_options(options, rows, student_logits_NV.shape[1])
+    constants = lax.stop_gradient((teacher_logits_NV, rows))
+    return reference.sampled_token_loss(options, student_logits_NV, *constants)
+
+
+def _known(implementation: str | None) -> str:
+    name = implementation or "chunked"
+    if name not in _IMPLEMENTATIONS:
+        known = ", ".join(_IMPLEMENTATIONS)
+        raise ValueError(f"implementation is {name!r}; it must be None or one of {known}")
+    return name
+
+
+def _check_operands(who: str, hidden_ND: jax.Array, head_VD: jax.Array) -> None:
+    if hidden_ND.ndim != 2 or head_VD.ndim != 2 or hidden_ND.shape[1] != head_VD.shape[1]:
+        raise ValueError(
+            f"{who} hidden states and head have shapes {hidden_ND.shape} and {head_VD.shape}; "
+            "they must be [N, D] and [V, D]"
+        )
+    if hidden_ND.dtype != head_VD.dtype:
+        raise ValueError(
+            f"{who} hidden states are {hidden_ND.dtype} and the head is {head_VD.dtype}; "
+            "cast one so that their dtypes agree"
+        )
+
+
+def _check_logits(student_NV: jax.Array, teacher_NV: jax.Array) -> None:
+    if student_NV.ndim != 2 or student_NV.shape != teacher_NV.shape:
+        raise ValueError(
+            f"student and teacher logits have shapes {student_NV.shape} and {teacher_NV.shape}; "
+            "both must be [N, V]"
+        )
+
+
+def _check_rows(rows: Rows, n_rows: int, lengths: dict[str, int] | None = None) -> None:
+    if n_rows < 1:
+        raise ValueError("there are 0 rows; pass at least 1, of weight 0 if need be")
+    given = {name: x.shape for name, x in rows._asdict().items() if x is not None}
+    given |= {name: (length,) for name, length in (lengths or {}).items()}
+    for name, shape in given.items():
+        if shape != (n_rows,):
+            raise ValueError(f"{name} has shape {shape}; it must be {(n_rows,)}")
+
+
+def _check_options(options: Options, rows: Rows, vocab: int) -> None:
+    def require(holds: bool, field: str, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{field} is {getattr(options, field)!r}; it must {rule}")
+
+    require(options.k is None or options.k >= 1, "k", "be at least 1, or None for the vocabulary")
+    require(0 <= options.alpha <= 1, "alpha", "lie in [0, 1]")
+    require(options.tail in ("bucket", "renorm"), "tail", "be 'bucket' or 'renorm'")
+    require(options.temperature > 0, "temperature", "be above 0")
+    require(options.chunk >= 1, "chunk", "be at least 1")
+    in_heads = options.num_tokens is None or 1 <= options.num_tokens <= vocab
+    require(in_heads, "num_tokens", f"lie in [1, {vocab}], the rows of the heads")
+    if options.ratio_cap is not None:
+        require(options.ratio_cap > 0, "ratio_cap", "be above 0")
+        given = rows.tokens_N is not None and rows.sampler_logp_N is not None
+        require(given, "ratio_cap", "come with tokens_N and sampler_logp_N")

@@ -1,0 +1,210 @@
+"""The text sets as TFDS builders (array_record only, no TensorFlow), and `load_problems`.
+
+The user's files lie under `data.dir` (rows.py says what a row holds):
+
+    sciknoweval-{biology,chemistry,material,physics}/{train,test}.json
+    tooluse/{train,test}.json
+    eval/{aime24,aime25,amc23,math500,gsm8k_train,gsm8k_test}.jsonl
+
+Prepared copies lie under $XDG_CACHE_HOME (or ~/.cache), keyed by the content of the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.util
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from absl import logging
+
+from rosd_jax.config import UserError
+from rosd_jax.data import rows
+from rosd_jax.types import Problem
+
+
+def load_problems(
+    name: str, split: str, data_dir: str, cache_dir: str | None = None
+) -> list[Problem]:
+    """The problems of one split, in file order.
+
+    `name` is one of rows.SOURCES, "jsonl:PATH" or "gym:FAMILY"; `split` is "train" or "test".
+    Raises UserError for an unknown set or split, a missing file, a malformed row (before anything
+    is written), and a cache that cannot be written.
+    """
+    if name.startswith("gym:"):
+        from rosd_jax.data import gym  # the gym needs no files, and the files no gym
+
+        return gym.load(name.removeprefix("gym:"), split)
+    folder, split = rows.locate(name, split, data_dir)
+    if importlib.util.find_spec("array_record") is None:
+        logging.log_first_n(logging.WARNING, "array_record is absent: files are read directly", 1)
+        examples = rows.read_examples(name, split, rows.present(name, folder)[split])
+    else:
+        examples = _read_prepared(name, split, folder, cache_dir)
+    return [_problem(example) for example in examples]
+
+
+def _problem(example: rows.Example) -> Problem:
+    messages = tuple(
+        {"role": role, "content": example[role]} for role in ("system", "user") if example[role]
+    )
+    return Problem(
+        uid=example["uid"],
+        dataset=example["dataset"],
+        kind=example["kind"],
+        messages=messages,
+        answer=example["answer"],
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class SetConfig(tfds.core.BuilderConfig):
+    """A TFDS config that carries the name by which `load_problems` knows the set."""
+
+    set_name: str = ""
+
+
+class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What the builders share: one schema, all fields text, rows in file order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Give the folder that `data.dir` names as manual_dir."
+    # TFDS 4.9.10 finds it through importlib_resources, which it installs only below Python 3.9.
+    code_path = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {field: tfds.features.Text() for field in rows.FIELDS}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        assert isinstance(self.builder_config, SetConfig)
+        name = self.builder_config.set_name
+        files = rows.present(name, os.fspath(dl_manager.manual_dir))
+        # All is read before TFDS writes a file, so a malformed row leaves nothing behind.
+        read = {split: rows.read_examples(name, split, path) for split, path in files.items()}
+        return {split: self._generate_examples(examples) for split, examples in read.items()}
+
+    def _generate_examples(self, examples: list[rows.Example]) -> Iterator[tuple[int, dict]]:
+        yield from enumerate(examples)
+
+
+class SciKnowEval(_TextBuilder):
+    """Level-3 multiple choice of SciKnowEval in four domains (arXiv 2406.09098)."""
+
+    BUILDER_CONFIGS = [SetConfig(name=name, set_name=name) for name in rows.SCIENCE]
+
+
+class ToolUse(_TextBuilder):
+    """Tool calls after ToolAlpaca (arXiv 2306.05301)."""
+
+    BUILDER_CONFIGS = [SetConfig(name="tooluse", set_name="tooluse")]
+
+
+class MathEval(_TextBuilder):
+    """AIME 2024 and 2025, AMC 2023, MATH-500 and GSM8K, each asked with rows.MATH_REQUEST."""
+
+    BUILDER_CONFIGS = [SetConfig(name=name, set_name=name) for name in (*rows.CONTESTS, "gsm8k")]
+
+
+class Jsonl(_TextBuilder):
+    """A user's own file: config=SetConfig(name="file", set_name="jsonl:PATH")."""
+
+
+def _builder(name: str, directory: Path) -> tfds.core.GeneratorBasedBuilder:
+    where = {"data_dir": os.fspath(directory), "file_format": "array_record"}
+    if name.startswith("jsonl:"):
+        return Jsonl(config=SetConfig(name="file", set_name=name), **where)
+    classes = (SciKnowEval, ToolUse, MathEval)
+    owner = next(c for c in classes if name in {config.name for config in c.BUILDER_CONFIGS})
+    return owner(config=name, **where)
+
+
+def _read_prepared(name: str, split: str, folder: str, cache_dir: str | None) -> list[rows.Example]:
+    root = Path(cache_dir) if cache_dir else _default_cache()
+    final = root / _content_key(name, folder)
+    with _quiet():
+        if not final.is_dir():
+            _fill_cache(name, folder, final)
+        try:
+            return _read(_builder(name, final), split)
+        except Exception as error:  # TFDS and array_record raise what they please on damaged files
+            raise UserError(
+                f"the prepared copy {final} is damaged ({type(error).__name__}); "
+                "delete that folder, and the next run prepares it anew"
+            ) from error
+
+
+def _read(builder: tfds.core.GeneratorBasedBuilder, split: str) -> list[rows.Example]:
+    source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
+    return [{field: row[field].decode("utf-8") for field in rows.FIELDS} for row in source]
+
+
+def _fill_cache(name: str, folder: str, final: Path) -> None:
+    # All rows are read first: a malformed one shows before the cache is touched.
+    files = rows.present(name, folder).items()
+    expected = {split: rows.read_examples(name, split, path) for split, path in files}
+    try:
+        _prepare(name, folder, final, expected)
+    except OSError as error:
+        raise UserError(
+            f"the data cache {final.parent} cannot be written ({error.strerror or error}); "
+            "set XDG_CACHE_HOME to a folder that can"
+        ) from error
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "rosd_jax", "tfds")
+
+
+def _content_key(name: str, folder: str) -> str:
+    """Changed data, and a changed reader (these two files), get another key."""
+    digest = hashlib.sha256(name.encode("utf-8"))
+    sources = {"reader": Path(rows.__file__), "builder": Path(__file__)}
+    for label, path in (sources | rows.present(name, folder)).items():
+        content = rows.file_bytes(path)
+        digest.update(f"\0{label}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:24]
+
+
+def _prepare(name: str, folder: str, final: Path, expected: dict[str, list[rows.Example]]) -> None:
+    """Made aside, compared, renamed into place: no killed or concurrent run leaves half a copy."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    config = tfds.download.DownloadConfig(manual_dir=folder, try_download_gcs=False)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix="unfinished-") as aside:
+        made = Path(aside, "data")
+        builder = _builder(name, made)
+        builder.download_and_prepare(download_config=config)
+        # TFDS derives a source's length from its own notes, and some of its writers lose rows.
+        for split, examples in expected.items():
+            if _read(builder, split) != examples:
+                raise RuntimeError(f"TFDS did not keep the {split} rows of {name}")
+        try:
+            made.rename(final)
+        except OSError as error:
+            # Another run was first, and its copy is the same.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS prints to stdout, draws bars and warns of things that are no news here."""
+    verbosity = logging.get_verbosity()
+    tfds.disable_progress_bar()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,239 @@
+"""Which rollouts are reflected, what the reflector is asked, what its answer points at (host)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from rosd_jax.text import prompts, spans
+from rosd_jax.text.prompts import ENGLISH, Wording
+from rosd_jax.text.tokenizer import Tokenizer
+from rosd_jax.types import Graded, Message, Reflected, Reflection, Span
+
+SUCCESS = 0.5  # a reward of at least this much is a correct rollout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done with one rollout."""
+
+    kind: Literal["wrong", "right"] | None  # which question the reflector is asked; None: none
+    solution: int | None  # row of the correct sibling
+    note: str = ""  # why the rollout is out of the loss whatever the reflector says
+
+
+def choose(
+    rewards_B: np.ndarray,
+    group_B: np.ndarray,
+    *,
+    correct: bool = True,
+    uniform_groups: bool = False,
+    threshold: float = SUCCESS,
+) -> list[Plan]:
+    """One plan a row (release: solution picking, skip flags and the zero-deviation mask).
+
+    group_B: rows with equal entries are siblings; rows are in sample order. The solution of a row
+    is the first correct sibling other than itself. Only groups with correct and wrong rows are
+    reflected. uniform_groups: all-correct groups too, as the release does, although a group whose
+    rewards are all equal never enters the loss. correct: whether correct rows are reflected.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, group in enumerate(np.asarray(group_B).tolist()):
+        rows.setdefault(group, []).append(row)
+    plans = [Plan(None, None)] * len(rewards_B)
+    for siblings in rows.values():
+        rewards = [float(rewards_B[row]) for row in siblings]
+        solved = [row for row, reward in zip(siblings, rewards, strict=True) if reward >= threshold]
+        mixed = 0 < len(solved) < len(siblings)
+        asked = mixed or (uniform_groups and bool(solved))
+        equal = len(siblings) > 1 and len(set(rewards)) == 1
+        for row in siblings:
+            solution = next((other for other in solved if other != row), None)
+            plans[row] = _plan(row in solved, solution, asked and (row not in solved or correct),
+                               "uniform_group" if equal or not asked else "")  # fmt: skip
+    return plans
+
+
+def _plan(right: bool, solution: int | None, asked: bool, note: str) -> Plan:
+    if not asked:
+        return Plan(None, solution, note or "correct_left_out")
+    return Plan("right" if right else "wrong", solution, note)
+
+
+def plan_rollouts(graded: Graded, reflect: ConfigDict) -> list[Plan]:
+    """`choose` with the groups and the `reflect` fields of a run."""
+    samples = len(graded.texts) // len(graded.prompts.problems)
+    return choose(
+        graded.rewards_B,
+        np.arange(len(graded.texts)) // samples,
+        correct=bool(reflect.correct),
+        uniform_groups=bool(reflect.uniform_groups),
+    )
+
+
+def reflector_messages(
+    graded: Graded, row: int, plan: Plan, wording: Wording = ENGLISH, *, show_gold: bool = True
+) -> list[Message]:
+    """What the reflector is asked about a row; the task's own system prompt is not part of it."""
+    problem = graded.prompts.problems[row * len(graded.prompts.problems) // len(graded.texts)]
+    gold = problem.answer if show_gold else None
+    attempt = graded.texts[row]
+    if plan.kind == "right":
+        return prompts.right_messages(problem.question, attempt, gold, wording)
+    solution = solution_of(graded, plan)
+    if plan.kind is None or solution is None:
+        raise ValueError(f"row {row} is not to be reflected")
+    return prompts.wrong_messages(problem.question, solution, attempt, gold, wording)
+
+
+def solution_of(graded: Graded, plan: Plan) -> str | None:
+    """The correct sibling's text without its thinking."""
+    return None if plan.solution is None else prompts.after_thinking(graded.texts[plan.solution])
+
+
+def build_prompts(
+    graded: Graded,
+    plans: Sequence[Plan],
+    tokenizer: Tokenizer,
+    reflect: ConfigDict,
+    *,
+    thinking: bool,
+    wording: Wording = ENGLISH,
+) -> list[list[int] | None]:
+    """Reflector prompt ids a row; None: not asked, or longer than reflect.max_prompt_tokens.
+
+    A prompt that is too long is left out (overlong="skip"), or its user text is cut from the right
+    until it fits (overlong="cut", as released: the instruction at its end goes first).
+    """
+    limit, cut = cast(int, reflect.max_prompt_tokens), reflect.overlong == "cut"
+    built: list[list[int] | None] = []
+    for row, plan in enumerate(plans):
+        ids = None
+        if plan.kind:
+            messages = reflector_messages(graded, row, plan, wording)
+            ids = fit(tokenizer, messages, limit, thinking=thinking, cut=cut)
+        built.append(ids)
+    return built
+
+
+def fit(
+    tokenizer: Tokenizer, messages: list[Message], limit: int, *, thinking: bool, cut: bool
+) -> list[int] | None:
+    """Chat ids of at most `limit` tokens, or None when they do not fit."""
+    ids = tokenizer.chat_ids(messages, thinking=thinking)
+    if len(ids) <= limit or not cut:
+        return ids if len(ids) <= limit else None
+    *head, user = messages
+    text_ids = tokenizer.encode(user["content"])
+    keep = len(text_ids)
+    # Tokens may join where the text was cut, so one subtraction need not be enough.
+    while len(ids) > limit and keep > 0:
+        keep = max(0, keep - (len(ids) - limit))
+        text = tokenizer.decode(text_ids[:keep]).rstrip("\ufffd")
+        ids = tokenizer.chat_ids([*head, {**user, "content": text}], thinking=thinking)
+    return ids if len(ids) <= limit else None
+
+
+def read_reflections(
+    graded: Graded,
+    plans: Sequence[Plan],
+    raws: Sequence[str | None],
+    tokenizer: Tokenizer,
+    lesson: ConfigDict,
+) -> Reflected:
+    """Parses every answer and locates every quote.
+
+    raws: the reflector's text a row; None where it had no prompt.
+    """
+    tokens_BR = np.asarray(graded.rollout.tokens_BR)
+    length_B = np.asarray(graded.rollout.length_B)
+    reflections = []
+    for row, (plan, raw) in enumerate(zip(plans, raws, strict=True)):
+        text = graded.texts[row]
+        ids = tokens_BR[row, : int(length_B[row])]
+        solution = solution_of(graded, plan)
+        reflections.append(read_reflection(raw, plan, text, ids, tokenizer, lesson, solution))
+    return Reflected(graded, tuple(reflections))
+
+
+def read_reflection(
+    raw: str | None,
+    plan: Plan,
+    text: str,
+    ids: np.ndarray,
+    tokenizer: Tokenizer,
+    lesson: ConfigDict,
+    solution: str | None,
+) -> Reflection:
+    """What one answer says of one response.
+
+    text: the response, equal to `tokenizer.decode(ids)`; ids: its sampled tokens. `note` is empty
+    exactly when the rollout enters the loss. Only a wrong rollout has an error quote.
+    """
+    if plan.kind is None:
+        return Reflection(solution=solution, note=plan.note)
+    if raw is None:
+        return Reflection(solution=solution, note=plan.note or "overlong")
+    idea, quote = spans.parse_reflection(prompts.after_thinking(raw))
+    located = token_span = None
+    if plan.kind == "wrong":
+        located = locate(text, quote, released=lesson.locate == "reencode")
+    else:
+        quote = None
+    if located:
+        char_span = (located.start, located.stop)
+        token_span = _token_span(char_span, text, ids, tokenizer, str(lesson.locate))
+    return Reflection(
+        raw=raw,
+        idea=idea,
+        quote=quote,
+        char_span=(located.start, located.stop) if located else None,
+        token_span=token_span,
+        ambiguous=bool(located and located.ambiguous),
+        solution=solution,
+        note=plan.note or _note(plan, idea, solution, token_span, lesson),
+    )
+
+
+def locate(text: str, quote: str | None, *, released: bool) -> spans.Located | None:
+    """Finds the quote as it stands, else with our look-alikes turned back to what they replaced.
+
+    released: letter by letter and the first occurrence, as the release does.
+    """
+    search: Callable[[str, str | None], spans.Located | None] = spans.locate_quote
+    if released:
+        search = _first_exact
+    return search(text, quote) or search(text, prompts.restore(quote or ""))
+
+
+def _first_exact(text: str, quote: str | None) -> spans.Located | None:
+    found = spans.find_exact(text, quote)
+    return found and spans.Located(*found, ambiguous=text.find(text[slice(*found)], found[1]) >= 0)
+
+
+def _token_span(
+    char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenizer, how: str
+) -> Span:
+    if how == "offsets":
+        return spans.chars_to_tokens(char_span, tokenizer.offsets(ids))
+    start, stop = (spans.release_token_start(tokenizer.encode, text, at) for at in char_span)
+    return min(start, len(ids)), min(stop, len(ids))
+
+
+def _note(
+    plan: Plan, idea: str | None, solution: str | None, span: Span | None, lesson: ConfigDict
+) -> str:
+    """Why a reflected rollout leaves the loss; "" when it stays."""
+    context = lesson.teacher_context
+    if context == "solution" and solution is None:
+        return "no_solution"
+    if idea is None and (context == "idea" or (context == "idea_or_solution" and solution is None)):
+        return "no_idea"
+    needs_span = plan.kind == "wrong" and lesson.region != "full"
+    if needs_span and span is None and lesson.quote_missing == "skip":
+        return "quote_missing"
+    return ""

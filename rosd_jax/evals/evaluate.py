@@ -1,0 +1,187 @@
+"""avg@k, pass@k and maj@k of one data set, and its raw generations on disk.
+
+Each set is scored by itself; nothing here pools two sets. Sampling, decoding and grading are
+arguments, so this module knows neither the model nor the tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from rosd_jax.config import UserError
+from rosd_jax.rewards.grade import Grade
+from rosd_jax.types import Problem, Rollout
+
+SUCCESS = 0.5  # a reward of at least this much is a correct response
+NO_LIMIT = int(np.iinfo(np.int32).max)  # a row that only the sampler's own limit cuts
+
+# (prompt ids a row, uid_B int32, limit_B int32) -> a Rollout of NumPy arrays, B rows
+Sample = Callable[[list[list[int]], np.ndarray, np.ndarray], Rollout]
+
+
+def scores(rewards_NK: np.ndarray, predictions: Sequence[Sequence[str]]) -> dict[str, float]:
+    """What N items with K samples each add up to; predictions[n][k] is "" where none was read.
+
+    avg:      mean over items of their mean reward (avg@k)
+    avg_se:   standard error of avg over items, the independent units; NaN for a single item
+    pass:     share of items with at least one correct sample (pass@k)
+    maj:      share of items whose most frequent prediction is correct (maj@k): of equally frequent
+              ones the first sampled; "" wins only where nothing else was predicted
+    distinct: mean number of different predictions an item, "" not counted
+
+    Raises ValueError when there is no item or the shapes differ.
+    """
+    N, K = rewards_NK.shape
+    if N == 0 or K == 0 or [len(row) for row in predictions] != [K] * N:
+        raise ValueError(f"need predictions of N >= 1 items x K >= 1 samples, not {N} x {K}")
+    rewards_NK = rewards_NK.astype(np.float64)
+    mean_N = rewards_NK.mean(axis=1)
+    voted_N = [row[_majority(names)] for row, names in zip(rewards_NK, predictions, strict=True)]
+    return {
+        "avg": float(mean_N.mean()),
+        "avg_se": float(mean_N.std(ddof=1) / math.sqrt(N)) if N > 1 else math.nan,
+        "pass": float((rewards_NK >= SUCCESS).any(axis=1).mean()),
+        "maj": float(np.mean(np.array(voted_N) >= SUCCESS)),
+        "distinct": sum(len(set(row) - {""}) for row in predictions) / N,
+        "k": K,
+        "n": N,
+    }
+
+
+def majority_letter(problems: Sequence[Problem]) -> float:
+    """Accuracy of always answering the most frequent gold letter of these problems."""
+    letters = Counter(problem.answer.strip().upper() for problem in problems)
+    return max(letters.values()) / len(problems)
+
+
+def evaluate_set(
+    name: str,
+    problems: Sequence[Problem],
+    prompt_ids: Sequence[list[int]],
+    sample: Sample,
+    grade_all: Callable[[Sequence[str], Sequence[Problem]], list[Grade]],
+    decode: Callable[[Sequence[int]], str],
+    *,
+    samples: int,
+    rows: int,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The numbers of one set and one generation a sample, in the order of the problems.
+
+    `sample` is always called with `rows` rows. Sample k of item n has uid n * samples + k, so its
+    tokens do not depend on `rows`. Numbers are those of `scores`, `length` (mean tokens of a
+    response), `truncated` (share cut at the limit) and, where every problem is multiple choice,
+    `majority_letter`. Raises UserError for a set without problems, ValueError where prompts and
+    problems differ in number.
+    """
+    if not problems:
+        raise UserError(
+            f"eval.sets names {name!r}, which has no problem left to ask; drop the set, or raise "
+            "data.max_prompt_tokens if all its prompts were too long"
+        )
+    if len(prompt_ids) != len(problems):
+        raise ValueError(f"{len(prompt_ids)} prompts for {len(problems)} problems of {name!r}")
+    prompts = [ids for ids in prompt_ids for _ in range(samples)]
+    responses, finished = _sample_all(prompts, sample, rows)
+    texts = [decode(ids) for ids in responses]
+    repeated = [problem for problem in problems for _ in range(samples)]
+    grades = grade_all(texts, repeated)
+    columns = zip(repeated, texts, responses, grades, finished, strict=True)
+    generations = [
+        {
+            "uid": problem.uid,
+            "sample": i % samples,
+            "response": text,
+            "token_ids": ids,
+            "reward": float(grade.score),
+            "prediction": grade.prediction,
+            "truncated": not done,
+        }
+        for i, (problem, text, ids, grade, done) in enumerate(columns)
+    ]
+    return _numbers(problems, generations, samples), generations
+
+
+def write_generations(
+    workdir: str | Path, step: int, set_name: str, rows: Iterable[dict[str, Any]]
+) -> Path:
+    """Writes one ASCII JSON object a line to `generations_path`; the file appears whole or not.
+
+    Raises UserError when it cannot be written.
+    """
+    path = generations_path(workdir, step, set_name)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="ascii") as file:
+            file.writelines(json.dumps(row, ensure_ascii=True) + "\n" for row in rows)
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); free space there or choose another "
+            "--workdir"
+        ) from error
+    return path
+
+
+def generations_path(workdir: str | Path, step: int, set_name: str) -> Path:
+    """evals/step_N/<set>.jsonl; different sets have different files, whatever their names hold."""
+    safe = quote(os.fsencode(set_name), safe="")
+    if len(safe) > 150:  # file names end at 255 bytes
+        safe = f"{safe[:100]}%{hashlib.sha256(os.fsencode(set_name)).hexdigest()[:24]}"
+    return Path(workdir, "evals", f"step_{step}", f"{safe}.jsonl")
+
+
+def _majority(predictions: Sequence[str]) -> int:
+    """The first sample that holds the most frequent prediction."""
+    votes = Counter(name for name in predictions if name) or Counter(predictions)
+    return list(predictions).index(max(votes, key=lambda name: votes[name]))  # ties: first seen
+
+
+def _sample_all(
+    prompts: list[list[int]], sample: Sample, rows: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Response ids and whether they ended on a stop token, for every prompt, `rows` at a time."""
+    responses: list[list[int]] = []
+    finished: list[bool] = []
+    for start in range(0, len(prompts), rows):
+        batch = prompts[start : start + rows]
+        real = len(batch)
+        batch += [batch[-1]] * (rows - real)
+        index_B = np.arange(rows)
+        # A limit of 0 leaves the padding rows of the last batch without a token.
+        uid_B = np.where(index_B < real, start + index_B, 0).astype(np.int32)
+        limit_B = np.where(index_B < real, NO_LIMIT, 0).astype(np.int32)
+        rollout = sample(batch, uid_B, limit_B)
+        tokens_BR, length_B = np.asarray(rollout.tokens_BR), np.asarray(rollout.length_B)
+        responses += [tokens_BR[b, : length_B[b]].tolist() for b in range(real)]
+        finished += np.asarray(rollout.finished_B)[:real].tolist()
+    return responses, finished
+
+
+def _numbers(
+    problems: Sequence[Problem], generations: Sequence[dict[str, Any]], samples: int
+) -> dict[str, float]:
+    shape = (len(problems), samples)
+    rewards_NK = np.array([row["reward"] for row in generations], np.float64).reshape(shape)
+    predictions = [row["prediction"] for row in generations]
+    numbers = scores(
+        rewards_NK, [predictions[i : i + samples] for i in range(0, len(predictions), samples)]
+    )
+    numbers["length"] = float(np.mean([len(row["token_ids"]) for row in generations]))
+    numbers["truncated"] = float(np.mean([row["truncated"] for row in generations]))
+    if all(problem.kind == "mcq" for problem in problems):
+        numbers["majority_letter"] = majority_letter(problems)
+    return numbers

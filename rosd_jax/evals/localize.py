@@ -1,0 +1,144 @@
+"""How exactly a reflector finds errors, measured against known first errors.
+
+    truth = processbench_truth(row)                        # or gym_truth(problem_text, response)
+    finding = Finding(truth, quoted=True, span=(219, 260))   # where the reflector's quote stands
+    localization_scores([finding, ...])
+
+The method teaches what its reflector points at, so this is where it can be wrong from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rosd_jax.config import UserError
+from rosd_jax.data import gym
+from rosd_jax.types import Problem, Reflection, Span
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Where a response really goes wrong first; spans are characters of the response."""
+
+    error: Span | None  # the first wrong step, one of `steps`; None: every step is right
+    steps: tuple[Span, ...]  # in order, not overlapping
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a reflector said of one response, beside the truth."""
+
+    truth: Truth
+    quoted: bool  # it quoted an error at all
+    span: Span | None  # where the quote stands; None: no quote, or not found in the response
+
+
+def localization_scores(findings: Sequence[Finding]) -> dict[str, float]:
+    """Shares in [0, 1] (NaN over nothing) and the counts `n_wrong` and `n_right` of responses.
+
+    A quote points at the first step that it shares a character with.
+
+    quote_found: of the quotes given, those that stand in the response
+    exact:       of the responses with an error, those whose first wrong step is pointed at
+    within_one:  the same, or a neighbouring step
+    early:       of the responses with an error, those where a step of the correct prefix is
+                 marked as an error
+    right_kept:  of the responses without one, those that were given no quote, found or not
+    f1:          harmonic mean of exact and right_kept (ProcessBench, arXiv 2412.06559, section 3)
+    """
+    wrong = [finding for finding in findings if finding.truth.error is not None]
+    right = [finding for finding in findings if finding.truth.error is None]
+    offsets = [_step_offset(finding) for finding in wrong]
+    exact = _share(offset == 0 for offset in offsets)
+    kept = _share(not finding.quoted for finding in right)
+    return {
+        "n_wrong": len(wrong),
+        "n_right": len(right),
+        "quote_found": _share(finding.span is not None for finding in findings if finding.quoted),
+        "exact": exact,
+        "within_one": _share(offset is not None and abs(offset) <= 1 for offset in offsets),
+        "early": _share(offset is not None and offset < 0 for offset in offsets),
+        "right_kept": kept,
+        "f1": 0.0 if exact + kept == 0 else 2 * exact * kept / (exact + kept),
+    }
+
+
+def gym_truth(problem_text: str, response: str) -> Truth:
+    """The truth of a gym response; its steps are its lines.
+
+    A response that stops early errs in an empty step at its end. Raises ValueError when the text is
+    no gym problem.
+    """
+    chain = _chain(problem_text)
+    error = gym.first_error(chain, response)
+    steps, start = [], 0
+    for line in response.split("\n"):
+        steps.append((start, start + len(line)))
+        start += len(line) + 1
+    if error is not None and error not in steps:
+        steps.append(error)
+    return Truth(error, tuple(steps))
+
+
+def processbench_truth(row: Mapping[str, Any]) -> Truth:
+    """The human label of a ProcessBench row with step spans.
+
+    Fields: `response`, `step_char_spans` ([start, stop] a step), `label` (the index of the first
+    wrong step; -1: none). Raises UserError naming the row and the field that breaks a rule.
+    """
+    spans, label = row.get("step_char_spans"), row.get("label")
+    where, length = f"ProcessBench row {row.get('id')!r}", len(row.get("response") or "")
+    if not isinstance(spans, list) or not all(_is_span(span, length) for span in spans):
+        raise UserError(
+            f"{where}: step_char_spans must list [start, stop] pairs inside the response; mend it"
+        )
+    if type(label) is not int or not -1 <= label < len(spans):
+        raise UserError(f"{where}: label is {label!r}; it must be -1 or a step's index, so mend it")
+    steps = tuple((start, stop) for start, stop in spans)
+    return Truth(None if label < 0 else steps[label], steps)
+
+
+def quote_exact(
+    problems: Sequence[Problem], texts: Sequence[str], reflections: Sequence[Reflection]
+) -> float:
+    """Of the located quotes, the share that is exactly the gym's first wrong line; NaN for none.
+
+    The three sequences run row by row (B long). A quote out of a response without an error counts
+    as a miss. Raises ValueError when a quoted row's problem is not of the gym.
+    """
+    rows = zip(problems, texts, reflections, strict=True)
+    return _share(
+        reflection.char_span == gym.first_error(_chain(problem.question), text)
+        for problem, text, reflection in rows
+        if reflection.char_span is not None
+    )
+
+
+def _step_offset(finding: Finding) -> int | None:
+    """The step pointed at minus the first wrong one; None when no step is pointed at."""
+    steps, error, span = finding.truth.steps, finding.truth.error, finding.span
+    if error is None or span is None:
+        return None
+    shares = (i for i, (start, stop) in enumerate(steps) if start < span[1] and span[0] < stop)
+    pointed = next(shares, None)
+    return None if pointed is None else pointed - steps.index(error)
+
+
+def _chain(problem_text: str) -> gym.Chain:
+    chain = gym.parse(problem_text)
+    if chain is None:
+        raise ValueError(f"not a problem of the gym: {problem_text[:60]!r}")
+    return chain
+
+
+def _is_span(span: Any, length: int) -> bool:
+    if not isinstance(span, list) or [type(at) for at in span] != [int, int]:
+        return False
+    return 0 <= span[0] < span[1] <= length
+
+
+def _share(hits: Iterable[bool]) -> float:
+    hits = list(hits)
+    return sum(hits) / len(hits) if hits else float("nan")

@@ -1,0 +1,223 @@
+"""What a run came to: the lines printed at its end, report.md and report.png.
+
+Reads metrics.jsonl and, for the interval of a change, the raw generations under evals/. A 95%
+interval is 1.96 standard errors to either side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rosd_jax.config import UserError
+from rosd_jax.evals.outcome import Outcome, Row, compare, number, read_metrics
+
+Z = 1.96  # standard errors on either side of a 95% interval
+LETTER = "always the most frequent letter"
+REWARD, LOSS, BEFORE, AFTER = "tab:blue", "tab:orange", "tab:gray", "tab:blue"
+LABEL = 18  # characters of a set's name that fit the table
+MADE = {
+    "metrics.jsonl": "every number, one object a line",
+    "evals": "each evaluation's raw generations",
+    "rollouts": "each step's responses, rewards and reflections",
+    "checkpoints": "what a resumed run starts from",
+    "export": "the trained model as a Hugging Face directory",
+    "config.json": "the run's every setting",
+}
+
+
+def write_report(workdir: str | Path, train_set: str) -> str:
+    """Writes report.md and report.png into workdir; returns the lines to print, in ASCII.
+
+    Evaluations of one set at its earliest and its latest step are compared. Rows that a resumed run
+    wrote again replace the older ones. Raises UserError for a metrics.jsonl with a
+    line that is no row, and where the report cannot be written.
+    """
+    workdir = Path(workdir)
+    rows = read_metrics(workdir / "metrics.jsonl")
+    outcomes = compare(rows, workdir, train_set)
+    train = [row for row in rows if row["split"] == "train"]
+    lines = [*_training_lines(train), "", *_table_lines(outcomes, train_set)]
+    try:
+        _draw(workdir / "report.png", train, outcomes)
+        (workdir / "report.md").write_text(_markdown(workdir, lines, rows), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {workdir} ({error.strerror}); free space there and "
+            "run the same command again"
+        ) from error
+    return "\n".join([*lines, "", *_file_lines(workdir)])
+
+
+def _training_lines(train: Sequence[Row]) -> list[str]:
+    if not train:
+        return ["No training step was made."]
+    ends = min(5, (len(train) + 1) // 2)
+    lines = [f"Training: {len(train)} steps, mean of the first and of the last {ends}"]
+    for field, show in (("reward", ".3f"), ("loss", ".3g")):
+        first, last = (_mean(rows, field) for rows in (train[:ends], train[-ends:]))
+        lines.append(f"  {field:<8}{_show(first, show)} -> {_show(last, show)}")
+    return lines
+
+
+def _mean(rows: Sequence[Row], field: str) -> float:
+    found = [value for row in rows if math.isfinite(value := number(row, field))]
+    return sum(found) / len(found) if found else math.nan
+
+
+def _table_lines(outcomes: Sequence[Outcome], train_set: str) -> list[str]:
+    if not outcomes:
+        return ["No evaluation was made."]
+    span = _steps(outcomes[0])
+    lines = [
+        f"Evaluation: avg@k in %, {span}, with 95% intervals",
+        f"{'':<{LABEL + 2}}  k  before   after  {'change':<21}  pass@k",
+    ]
+    for in_domain in (True, False):
+        group = [outcome for outcome in outcomes if outcome.in_domain == in_domain]
+        if group:
+            lines.append("in domain" if in_domain else f"out of domain (not {_label(train_set)})")
+        for outcome in group:
+            lines += [_table_row(outcome), *(f"      {note}" for note in _notes(outcome, span))]
+    return lines
+
+
+def _table_row(outcome: Outcome) -> str:
+    before, after = outcome.before, outcome.after or {}
+    old, new = (_percent(number(row, "avg")) for row in (before, after))
+    passed = _percent(number(before, "pass"))
+    if after:
+        passed += f" -> {_percent(number(after, 'pass'))}"
+    change = _change(outcome) if after else "-"
+    k = _show(number(before, "k"), ".0f")
+    return (
+        f"  {_label(outcome.name):<{LABEL}}{k:>3}  {old:>6}  {new if after else '-':>6}"
+        f"  {change:<21}  {passed}"
+    )
+
+
+def _change(outcome: Outcome) -> str:
+    change = number(outcome.after or {}, "avg") - number(outcome.before, "avg")
+    if not math.isfinite(change):
+        return "n/a"
+    half = Z * outcome.change_se
+    if not math.isfinite(half):
+        return f"{100 * change:+.1f}"
+    return f"{100 * change:+.1f} [{100 * (change - half):+.1f}, {100 * (change + half):+.1f}]"
+
+
+def _notes(outcome: Outcome, span: str) -> list[str]:
+    """What a reader must know of a row besides its numbers."""
+    notes = []
+    if _steps(outcome) != span:
+        notes.append(f"here {_steps(outcome)}")
+    if outcome.after is None or not math.isfinite(outcome.change_se):
+        rows = {"before": outcome.before, "after": outcome.after}
+        notes += [f"{when}: interval {_interval(row)}" for when, row in rows.items() if row]
+    elif not outcome.paired:
+        notes.append("interval unpaired: generations of the same items are not at hand")
+    letter = number(outcome.before, "majority_letter")
+    if math.isfinite(letter):
+        notes.append(f"{LETTER}: {_percent(letter)}")
+    return notes
+
+
+def _interval(row: Row) -> str:
+    avg, half = number(row, "avg"), Z * number(row, "avg_se")
+    if not math.isfinite(avg + half):
+        return "unknown"
+    return f"[{_percent(avg - half)}, {_percent(avg + half)}]"
+
+
+def _steps(outcome: Outcome) -> str:
+    if outcome.after is None:
+        return f"step {outcome.before['step']} alone"
+    return f"step {outcome.before['step']} -> step {outcome.after['step']}"
+
+
+def _show(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "n/a"
+
+
+def _percent(share: float) -> str:
+    return _show(100 * share, ".1f")
+
+
+def _label(name: str) -> str:
+    """A set's name for terminals and figures: ASCII, its end kept where it is long."""
+    name = name.encode("ascii", "replace").decode()
+    return name if len(name) <= LABEL else ".." + name[2 - LABEL :]
+
+
+def _file_lines(workdir: Path) -> list[str]:
+    made = {"report.md": "this report, with every evaluation and report.png", **MADE}
+    found = {name: what for name, what in made.items() if (workdir / name).exists()}
+    return [f"Files in {workdir}", *(f"  {name:<14}{what}" for name, what in found.items())]
+
+
+def _markdown(workdir: Path, lines: Sequence[str], rows: Sequence[Row]) -> str:
+    """The printed lines, the figure, and every number of every evaluation."""
+    fields = ("k", "n", "avg", "avg_se", "pass", "maj", "distinct", "length", "truncated")
+    table = [f"| step | set | {' | '.join(fields)} |", "|--:|:--|" + "--:|" * len(fields)]
+    for row in rows:
+        if row["split"].startswith("eval/"):
+            name = row["split"].removeprefix("eval/").replace("|", "\\|")
+            cells = " | ".join(_show(number(row, field), ".4g") for field in fields)
+            table.append(f"| {row['step']} | `{name}` | {cells} |")
+    about = "A change is taken item by item; an interval is 1.96 standard errors to either side."
+    parts = [
+        f"# {workdir.resolve().name}",
+        "```text",
+        *lines,
+        "```",
+        "",
+        about,
+        "",
+        "![](report.png)",
+    ]
+    return "\n".join([*parts, "", "## Every evaluation", "", *table, ""])
+
+
+def _draw(path: Path, train: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
+    """Left: reward and loss by step. Right: avg@k of each set with 95% intervals."""
+    height = max(4.0, 1.6 + 0.45 * len(outcomes))
+    figure = Figure(figsize=(11, height), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_training(left, train)
+    _draw_sets(right, outcomes)
+    figure.savefig(path)
+
+
+def _draw_training(axes: Axes, train: Sequence[Row]) -> None:
+    steps = [row["step"] for row in train]
+    for field, colour, panel in (("reward", REWARD, axes), ("loss", LOSS, axes.twinx())):
+        values = [number(row, field) for row in train]
+        panel.plot(steps, values, color=colour, marker=".", label=field)
+        panel.set_ylabel(field, color=colour)
+        panel.tick_params(axis="y", colors=colour)
+    axes.set(title="training", xlabel="step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_sets(axes: Axes, outcomes: Sequence[Outcome]) -> None:
+    """One line a set, the first at the top; a cross marks the most frequent letter's accuracy."""
+    for y, outcome in enumerate(outcomes):
+        for row, colour, dy in ((outcome.before, BEFORE, -0.12), (outcome.after, AFTER, 0.12)):
+            avg, half = (100 * number(row or {}, field) for field in ("avg", "avg_se"))
+            bar = Z * half if math.isfinite(half) else 0.0
+            axes.errorbar(avg, y + dy, xerr=bar, color=colour, marker="o", capsize=3)
+    scale = "avg@k in %, 95% interval"
+    letters = [100 * number(outcome.before, "majority_letter") for outcome in outcomes]
+    if any(map(math.isfinite, letters)):
+        axes.plot(letters, range(len(outcomes)), "x", color="black")
+        scale += f"\nx: {LETTER}"
+    names = [f"{_label(o.name)} ({'in' if o.in_domain else 'out'})" for o in outcomes]
+    axes.set_yticks(range(len(outcomes)), names, parse_math=False)
+    axes.set_ylim(max(len(outcomes), 1) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set(title="evaluation: before (grey), after (blue)", xlabel=scale)

@@ -1,0 +1,123 @@
+"""The mesh and where every array lies on it.
+
+Three axes: rows of the batch over ("data", "fsdp"), matrices over "fsdp" and, Megatron style
+(arXiv 1909.08053), over "tensor". RULES is the whole layout: the last parts of a leaf's path name
+its rule, so one function places params, optimizer moments and a whole train state alike.
+
+    make_mesh(data, fsdp, tensor)     -> Mesh
+    validate_mesh_for(config, mesh)
+    param_shardings(tree, mesh)       -> tree of NamedSharding
+    replicated_dims(tree, mesh)       -> sentences to log: dimensions that an axis does not divide
+    row_sharding(mesh)                -> NamedSharding of arrays whose first axis is rows
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rosd_jax.config import UserError
+from rosd_jax.models.qwen3 import Qwen3Config
+
+AXES = ("data", "fsdp", "tensor")
+
+# Path suffix -> spec. The leading layer axis of stacked leaves is never split, since every device
+# runs every layer. Column kernels split their output over tensor, row kernels their input.
+COLUMN, ROW = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
+RULES = {
+    "embed": P("tensor", "fsdp"),
+    "head": P("tensor", "fsdp"),
+    "q_proj/kernel": COLUMN,
+    "k_proj/kernel": COLUMN,
+    "v_proj/kernel": COLUMN,
+    "gate_proj/kernel": COLUMN,
+    "up_proj/kernel": COLUMN,
+    "o_proj/kernel": ROW,
+    "down_proj/kernel": ROW,
+    "q_proj/bias": P(None, "tensor"),
+    "k_proj/bias": P(None, "tensor"),
+    "v_proj/bias": P(None, "tensor"),
+    "o_proj/bias": P(),
+    "scale": P(),
+}
+
+
+def make_mesh(
+    data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """The mesh over all devices; -1 (at most once) takes what the other axes leave.
+
+    Axis types are Auto: the compiler places what no rule names. Raises UserError where the product
+    is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, sizes = len(devices), [data, fsdp, tensor]
+    text = ", ".join(f"mesh.{axis}={n}" for axis, n in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
+        raise UserError(f"{text}: each must be at least 1, or -1 (the rest) for one of them")
+    given = math.prod(n for n in sizes if n != -1)
+    sizes = [count // given if n == -1 else n for n in sizes]
+    if math.prod(sizes) != count:
+        raise UserError(
+            f"{text}: the product must be the number of devices, {count}; "
+            "set one of them to -1 and let the others divide that number"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def validate_mesh_for(config: Qwen3Config, mesh: Mesh) -> None:
+    """Raises UserError where heads would be cut in two: tensor must divide both kinds of head."""
+    tensor = mesh.shape["tensor"]
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name)
+        if heads % tensor:
+            raise UserError(
+                f"mesh.tensor is {tensor}; it must divide the model's {name}, {heads}, "
+                "so choose a divisor"
+            )
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of params, optimizer state or train state (arrays or shapes).
+
+    Scalars are replicated. Raises KeyError for a leaf that no rule names.
+    """
+    place = lambda path, leaf: NamedSharding(mesh, _fit(_spec(path, leaf), leaf.shape, mesh)[0])
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated_dims(tree: Any, mesh: Mesh) -> list[str]:
+    """One line for each dimension that stays whole because its axis does not divide it."""
+    lines = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        for size, axis in _fit(_spec(path, leaf), leaf.shape, mesh)[1]:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            lines.append(f"{name}: {size} is not divisible by mesh.{axis}={mesh.shape[axis]}")
+    return lines
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays [B, ...]: rows over data and fsdp, the rest whole."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def _spec(key_path, leaf) -> P:
+    if leaf.ndim == 0:
+        return P()
+    parts = jax.tree_util.keystr(key_path, simple=True, separator="/").split("/")
+    for suffix in ("/".join(parts[-2:]), parts[-1]):
+        if suffix in RULES:
+            return RULES[suffix]
+    raise KeyError(f"no sharding rule for {'/'.join(parts)}")
+
+
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> tuple[P, list[tuple[int, str]]]:
+    """The spec without the axes that do not divide their dimension, and those (size, axis)."""
+    odd = [(n, axis) for n, axis in zip(shape, spec, strict=False) if axis and n % mesh.shape[axis]]
+    kept = [a if a and not n % mesh.shape[a] else None for n, a in zip(shape, spec, strict=False)]
+    return P(*kept), odd

@@ -1,0 +1,357 @@
+"""Qwen3 in and out of a Hugging Face directory: config.json and safetensors, never pickle.
+
+One table, LEAVES, maps the leaves of the params tree to the names of Hugging Face; loading and
+saving both walk it. At most one stacked leaf (all layers of one matrix) is on the host at a time,
+plus, when saving, the file being filled.
+
+    read_config(path, num_tokens=, dtype=, remat=)        -> Qwen3Config
+    load_params(path, config, shardings)                  -> params (float32)
+    save_pretrained(path, params, config, source=, dtype=)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rosd_jax.config import UserError
+from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.types import Params
+
+# Leaf path -> (name at Hugging Face, transposed). "{}" is the layer: those leaves are stacked here.
+# Kernels are [in, out] here and [out, in] there.
+LEAVES = {
+    "embed": ("model.embed_tokens.weight", False),
+    "head": ("lm_head.weight", False),
+    "final_norm/scale": ("model.norm.weight", False),
+    "blocks/input_norm/scale": ("model.layers.{}.input_layernorm.weight", False),
+    "blocks/post_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", False),
+    "blocks/attention/q_norm/scale": ("model.layers.{}.self_attn.q_norm.weight", False),
+    "blocks/attention/k_norm/scale": ("model.layers.{}.self_attn.k_norm.weight", False),
+    "blocks/attention/q_proj/kernel": ("model.layers.{}.self_attn.q_proj.weight", True),
+    "blocks/attention/k_proj/kernel": ("model.layers.{}.self_attn.k_proj.weight", True),
+    "blocks/attention/v_proj/kernel": ("model.layers.{}.self_attn.v_proj.weight", True),
+    "blocks/attention/o_proj/kernel": ("model.layers.{}.self_attn.o_proj.weight", True),
+    "blocks/attention/q_proj/bias": ("model.layers.{}.self_attn.q_proj.bias", False),
+    "blocks/attention/k_proj/bias": ("model.layers.{}.self_attn.k_proj.bias", False),
+    "blocks/attention/v_proj/bias": ("model.layers.{}.self_attn.v_proj.bias", False),
+    "blocks/attention/o_proj/bias": ("model.layers.{}.self_attn.o_proj.bias", False),
+    "blocks/gate_proj/kernel": ("model.layers.{}.mlp.gate_proj.weight", True),
+    "blocks/up_proj/kernel": ("model.layers.{}.mlp.up_proj.weight", True),
+    "blocks/down_proj/kernel": ("model.layers.{}.mlp.down_proj.weight", True),
+}
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+STORED = ("F32", "BF16", "F16")  # the storage types that load
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads")  # fmt: skip
+OPTIONAL = ("rms_norm_eps", "tie_word_embeddings", "attention_bias", "max_position_embeddings")
+PASS = "pass --config.model.path=DIR, a Hugging Face directory of a Qwen3 model"
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+
+def read_config(
+    path: str | Path, *, num_tokens: int | None, dtype: str, remat: bool
+) -> Qwen3Config:
+    """The architecture from config.json; `num_tokens` is the size of the tokenizer's vocabulary.
+
+    Raises UserError where the directory or a field is missing, where the model is no plain Qwen3,
+    and where the tokenizer has more tokens than the model has rows.
+    """
+    if not str(path) or not (Path(path) / "config.json").is_file():
+        raise UserError(f"model.path is {str(path)!r}, which holds no config.json; {PASS}")
+    file = Path(path) / "config.json"
+    fields = _read_json(file)
+    _check_architecture(fields, file)
+    sizes = {name: _size(fields, name, file) for name in SIZES}
+    head_dim = fields.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    if num_tokens is not None and num_tokens > sizes["vocab_size"]:
+        raise UserError(
+            f"model.path is {str(path)!r}, a model whose vocabulary does not fit its tokenizer "
+            f"({sizes['vocab_size']} rows for {num_tokens} tokens); {PASS} with its own tokenizer"
+        )
+    return Qwen3Config(
+        **sizes,
+        **{name: fields[name] for name in OPTIONAL if name in fields},
+        head_dim=head_dim,
+        rope_theta=_rope_theta(fields, file),
+        num_tokens=num_tokens,
+        dtype=dtype,
+        remat=remat,
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); {PASS}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} is not a JSON object; {PASS}")
+    return fields
+
+
+def _size(fields: dict[str, Any], name: str, file: Path) -> int:
+    value = fields.get(name)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{name} in {file} is {value!r}; it must be a whole number above 0; {PASS}")
+    return value
+
+
+def _check_architecture(fields: dict[str, Any], file: Path) -> None:
+    """Raises UserError for what would change the forward pass and is not built here."""
+    windowed = fields.get("use_sliding_window") or any(
+        kind != "full_attention" for kind in fields.get("layer_types") or ()
+    )
+    refused = (
+        ("model_type", fields.get("model_type"), "qwen3"),
+        ("hidden_act", fields.get("hidden_act", "silu"), "silu"),
+        ("use_sliding_window", bool(windowed), False),
+    )
+    for name, value, supported in refused:
+        if value != supported:
+            raise UserError(f"{name} in {file} is {value!r}; it must be {supported!r}; {PASS}")
+
+
+def _rope_theta(fields: dict[str, Any], file: Path) -> float:
+    """RoPE's base, from the field of transformers 5 or the older top-level one."""
+    theta = fields.get("rope_theta")
+    for rope in (fields.get("rope_scaling") or {}, fields.get("rope_parameters") or {}):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"rope_type in {file} is {kind!r}; it must be 'default'; {PASS}")
+        theta = rope.get("rope_theta", theta)
+    if not isinstance(theta, (int, float)) or not theta > 0:
+        raise UserError(f"rope_theta in {file} is {theta!r}; it must be a number above 0; {PASS}")
+    return float(theta)
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def load_params(path: str | Path, config: Qwen3Config, shardings: Any = None) -> Params:
+    """A float32 tree of `init_params`' structure; `shardings`, a tree like it, places the leaves.
+
+    Stored bfloat16, float16 and float32 are read. Every name and shape is checked before any tensor
+    is read. Raises UserError for a missing, extra or mis-shaped tensor, and for pickled weights.
+    """
+    folder = Path(path)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    with ExitStack() as stack:
+        tensors = {}
+        for file in _weight_files(folder):
+            handle = stack.enter_context(_open(file))
+            tensors |= dict.fromkeys(handle.keys(), (handle, file))
+        if config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        _check_tensors(tensors, shapes, folder)
+
+        def leaf(key_path, shape, sharding=None):
+            host = _read_leaf(tensors, _path(key_path), shape.shape)
+            if sharding is None:
+                return jnp.asarray(host)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        rest = () if shardings is None else (shardings,)
+        return jax.tree_util.tree_map_with_path(leaf, shapes, *rest)
+
+
+def _path(key_path) -> str:
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: the single one, else those its index names."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        names = {str(name) for name in _read_json(folder / INDEX).get("weight_map", {}).values()}
+        for name in sorted(names):
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UserError(
+                    f"{folder / INDEX} names {name!r}, which is no file beside it; "
+                    "fetch the missing part of the model"
+                )
+        return [folder / name for name in sorted(names)]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise UserError(
+            f"model.path is {str(folder)!r}, which holds pickled weights only; pickle can run "
+            "code, so convert them to safetensors"
+        )
+    raise UserError(f"model.path is {str(folder)!r}, which holds no {SINGLE}; {PASS}")
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no safetensors file ({error}); fetch it again") from error
+
+
+def _names(path: str, shape: tuple[int, ...]) -> list[str]:
+    """The Hugging Face names of one leaf: one a layer for a stacked leaf."""
+    name = LEAVES[path][0]
+    return [name.format(layer) for layer in range(shape[0])] if "{}" in name else [name]
+
+
+def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    name, transposed = LEAVES[path]
+    shape = shape[1:] if "{}" in name else shape
+    return shape[::-1] if transposed else shape
+
+
+def _check_tensors(tensors: dict, shapes: Params, folder: Path) -> None:
+    """Raises UserError for the first tensor that is missing, mis-shaped, mistyped or too many."""
+    where = folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
+    expected = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        path = _path(key_path)
+        expected |= dict.fromkeys(_names(path, leaf.shape), _stored_shape(path, leaf.shape))
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise UserError(f"{where} lacks tensor {name}, which its config.json asks for; {PASS}")
+        handle, file = tensors[name]
+        stored = handle.get_slice(name)
+        if tuple(stored.get_shape()) != shape:
+            raise UserError(
+                f"tensor {name} in {file} is {tuple(stored.get_shape())}; its config.json asks for "
+                f"{shape}; {PASS}"
+            )
+        if stored.get_dtype() not in STORED:
+            raise UserError(
+                f"tensor {name} in {file} is stored as {stored.get_dtype()}; it must be one of "
+                f"{', '.join(STORED)}; {PASS} without quantisation"
+            )
+    for name in sorted(tensors.keys() - expected.keys()):
+        file = tensors[name][1]
+        raise UserError(f"tensor {name} in {file} has no place in its config.json; {PASS}")
+
+
+def _read_leaf(tensors: dict, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    name, transposed = LEAVES[path]
+    host = np.empty(shape, np.float32)
+    slots = host if "{}" in name else host[None]
+    for slot, tensor in zip(slots, _names(path, shape), strict=True):
+        value = tensors[tensor][0].get_tensor(tensor)
+        slot[...] = value.T if transposed else value
+    return host
+
+
+# --- saving ---------------------------------------------------------------------------------------
+
+
+def save_pretrained(
+    path: str | Path,
+    params: Params,
+    config: Qwen3Config,
+    *,
+    source: str | Path | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Writes config.json and safetensors that `transformers` loads; equal params give equal bytes.
+
+    With `source`, its config.json is kept but for the dtype. Every file is written under another
+    name and renamed when whole; files of an older save are removed. Every leaf must be addressable
+    from this process. Raises UserError where the directory cannot be written (a full disk, say).
+    """
+    folder = Path(path)
+    fields = _config_fields(config) if source is None else _read_json(Path(source) / "config.json")
+    fields.pop("torch_dtype", None)  # the older name of the same field
+    shards = _plan(params, jnp.dtype(dtype).itemsize, max_shard_bytes)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_shards(folder, shards, _tensors(params, dtype))
+        _write_json(folder / "config.json", fields | {"dtype": dtype})
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} cannot be written ({error}); free disk space or choose another directory"
+        ) from error
+
+
+def _config_fields(config: Qwen3Config) -> dict[str, Any]:
+    names = (*SIZES, "head_dim", *OPTIONAL)
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **{name: getattr(config, name) for name in names},
+        "rope_theta": config.rope_theta,  # read by transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": config.num_hidden_layers,
+        "use_cache": True,
+    }
+
+
+def _plan(params: Params, itemsize: int, limit: float) -> dict[str, list[tuple[str, int]]]:
+    """File name -> its (tensor, bytes), filled in leaf order up to `limit` bytes a file."""
+    groups, room = [[]], limit
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = _names(_path(key_path), leaf.shape)
+        size = math.prod(leaf.shape) // len(names) * itemsize
+        for name in names:
+            if groups[-1] and size > room:
+                groups.append([])
+                room = limit
+            groups[-1].append((name, size))
+            room -= size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    total = len(groups)
+    return {f"model-{i:05}-of-{total:05}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def _tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values in the order of `_plan`, one leaf on the host at a time."""
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = _path(key_path)
+        name, transposed = LEAVES[path]
+        host = np.asarray(leaf).astype(jnp.dtype(dtype))
+        for tensor, value in zip(
+            _names(path, host.shape), host if "{}" in name else host[None], strict=True
+        ):
+            yield tensor, np.ascontiguousarray(value.T if transposed else value)
+
+
+def _write_shards(folder: Path, shards: dict, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    for name, group in shards.items():
+        part = _part(folder / name)
+        save_file(dict(islice(tensors, len(group))), part, metadata={"format": "pt"})
+        os.chmod(part, 0o644)  # safetensors writes files that only their owner may read
+    # A kill between here and the last rename leaves files missing, and no loader takes that.
+    old = [*folder.glob("model-?????-of-?????.safetensors"), folder / SINGLE, folder / INDEX]
+    for file in old:
+        file.unlink(missing_ok=True)
+    for name in shards:
+        os.replace(_part(folder / name), folder / name)
+    if len(shards) > 1:
+        size = sum(size for group in shards.values() for _, size in group)
+        places = {tensor: name for name, group in shards.items() for tensor, _ in group}
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _part(file: Path) -> Path:
+    return file.with_name(f".{file.name}.part")
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    _part(file).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    os.replace(_part(file), file)

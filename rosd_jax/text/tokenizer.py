@@ -1,0 +1,239 @@
+"""A model's own tokenizer: chat ids in, text and exact character offsets out.
+
+Two rules hold everywhere. Text inside a message never becomes a control token, whatever strings it
+holds. Offsets come from the sampled ids themselves: text is never tokenised again to find where a
+token stands, because a sampled tokenisation need not be the canonical one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers.decoders import ByteLevel
+
+# Its advice to install PyTorch is of no use here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+from transformers import AutoTokenizer  # noqa: E402
+
+from rosd_jax.config import UserError  # noqa: E402
+from rosd_jax.types import Message  # noqa: E402
+
+CONTEXT = 4  # tokens of left context when a decoder is asked for the text of one token
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads tokenizer and chat template of a Hugging Face directory; no network, no remote code.
+
+    Raises UserError when the directory, tokenizer, chat template or an end token is missing.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"model.path is {str(path)!r}; it must be a directory, so check the path")
+    try:
+        inner = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise UserError(
+            f"model.path is {str(path)!r}; its tokenizer must load from local files "
+            f"(tokenizer.json, tokenizer_config.json), so mend them ({type(error).__name__})"
+        ) from error
+    if getattr(inner, "backend_tokenizer", None) is None:
+        raise UserError(
+            f"model.path is {str(path)!r}; its tokenizer must be a fast one, so add tokenizer.json"
+        )
+    if not inner.chat_template:
+        raise UserError(
+            f"model.path is {str(path)!r}; its tokenizer must have a chat template, so add "
+            "chat_template.jinja"
+        )
+    return Tokenizer(inner, _stop_ids(inner, path))
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A loaded tokenizer; `inner` is the transformers object and stays inside this module."""
+
+    inner: Any
+    stop_ids: tuple[int, ...]  # a sampled one ends the response
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token, or the first stop token where the model names none."""
+        pad = self.inner.pad_token_id
+        return self.stop_ids[0] if pad is None else int(pad)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids in use; rows of the embedding beyond them are padding and never sampled."""
+        return len(self.inner)
+
+    def render(self, messages: Iterable[Message], thinking: bool) -> str:
+        """The chat template's text, up to where the assistant begins to write."""
+        return self.inner.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+
+    def chat_ids(self, messages: Iterable[Message], *, thinking: bool) -> list[int]:
+        """Ids of `render`, with control tokens from the template only.
+
+        Equal to `apply_chat_template(tokenize=True)` unless a message holds the string of a control
+        token; such a string is encoded as plain text.
+        """
+        messages = [{**m, "content": _well_formed(m["content"])} for m in messages]
+        control = self._control()
+        pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+        if not any(pattern.search(m["content"]) for m in messages):
+            return self.inner.encode(self.render(messages, thinking), add_special_tokens=False)
+        mark = _unused_character("".join(m["content"] for m in messages))
+        hide = lambda match: f"{mark}{control[match[0]]}{mark}"
+        hidden = [{**m, "content": pattern.sub(hide, m["content"])} for m in messages]
+        names = {token: string for string, token in control.items()}
+        show = lambda text: re.sub(f"{mark}(\\d+){mark}", lambda m: names[int(m[1])], text)
+        ids: list[int] = []
+        for piece in re.split(f"({pattern.pattern})", self.render(hidden, thinking)):
+            ids += [control[piece]] if piece in control else self.encode(show(piece))
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no string in it becomes a control token, none are added around it."""
+        return self.inner.encode(
+            _well_formed(text), add_special_tokens=False, split_special_tokens=True
+        )
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of the ids without control tokens; `<think>` stays. Invalid bytes become U+FFFD."""
+        return self.inner.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def offsets(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Characters [start, stop) of each token in `decode(ids)`: int64 [len(ids), 2].
+
+        A character whose bytes are split over tokens belongs to each of them. Control tokens have
+        empty spans. Linear in the text for byte-level tokenizers, and for others whose decoder
+        needs no more than `CONTEXT` tokens to the left; quadratic for the rest.
+        """
+        ids = [int(i) for i in ids]
+        control = set(self._control().values())
+        if isinstance(self.inner.backend_tokenizer.decoder, ByteLevel):
+            name = self.inner.backend_tokenizer.id_to_token
+            return _byte_spans([b"" if i in control else _token_bytes(name(i) or "") for i in ids])
+        kept = [k for k, i in enumerate(ids) if i not in control]
+        ends = np.zeros(len(ids) + 1, np.int64)
+        ends[np.array(kept, np.int64) + 1] = _text_ends(self.decode, [ids[k] for k in kept])
+        ends = np.maximum.accumulate(ends)
+        return np.stack([ends[:-1], ends[1:]], axis=1)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the tokenizer and its chat template as a Hugging Face directory."""
+        self.inner.save_pretrained(str(path))
+
+    def _control(self) -> dict[str, int]:
+        """String -> id of the tokens that `decode` removes."""
+        added = self.inner.added_tokens_decoder
+        return {token.content: int(i) for i, token in added.items() if token.special}
+
+
+def _stop_ids(inner: Any, path: Path) -> tuple[int, ...]:
+    """The end token, those of generation_config.json, and the padding token, a text's end too."""
+    listed: list[int | None] = [inner.eos_token_id]
+    extra = path / "generation_config.json"
+    if extra.exists():
+        eos = json.loads(extra.read_text()).get("eos_token_id")
+        listed += eos if isinstance(eos, list) else [eos]
+    listed.append(inner.pad_token_id)
+    ids = tuple(dict.fromkeys(int(i) for i in listed if i is not None))
+    if inner.eos_token_id is None:
+        raise UserError(
+            f"model.path is {str(path)!r}; its tokenizer must name an end token, so set eos_token "
+            "in tokenizer_config.json"
+        )
+    return ids
+
+
+def _well_formed(text: str) -> str:
+    """Joins surrogate pairs and turns lone ones, which no encoder takes, to U+FFFD."""
+    if not any("\ud800" <= c <= "\udfff" for c in text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _unused_character(text: str) -> str:
+    used = set(text)
+    return next(chr(c) for c in range(0xE000, 0x110000) if chr(c) not in used)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level vocabularies (GPT-2): printable bytes stay themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+ALPHABET = _byte_alphabet()
+
+
+def _token_bytes(token: str) -> bytes:
+    # An added token may hold characters outside the alphabet: then it stands for itself.
+    if all(c in ALPHABET for c in token):
+        return bytes(ALPHABET[c] for c in token)
+    return token.encode()
+
+
+def _byte_spans(pieces: list[bytes]) -> np.ndarray:
+    data = b"".join(pieces)
+    widths = _char_widths(data)
+    char_of_byte = np.append(np.repeat(np.arange(len(widths)), widths), len(widths))
+    sizes = np.array([len(piece) for piece in pieces], np.int64)
+    stop_byte = np.cumsum(sizes)
+    start = char_of_byte[stop_byte - sizes]
+    stop = np.where(sizes > 0, char_of_byte[stop_byte - 1] + 1, start)
+    return np.stack([start, stop], axis=1).astype(np.int64)
+
+
+def _char_widths(data: bytes) -> np.ndarray:
+    """How many bytes each character of `data.decode("utf-8", "replace")` came from."""
+    text = data.decode("utf-8", "replace")
+    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (code > 0x7F).astype(np.int64) + (code > 0x7FF) + (code > 0xFFFF)
+    starts = np.cumsum(widths) - widths
+    shift = 0
+    for k in np.flatnonzero(code == 0xFFFD):
+        at = int(starts[k]) - shift
+        width = _replaced_width(data[at : at + 4])
+        shift += int(widths[k]) - width
+        widths[k] = width
+    return widths
+
+
+def _replaced_width(head: bytes) -> int:
+    """Bytes behind a U+FFFD that starts at `head`: a real one, or a maximal invalid sequence."""
+    if head.startswith(b"\xef\xbf\xbd"):
+        return 3
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.end
+    raise AssertionError("a replacement character stands for invalid bytes")
+
+
+def _text_ends(decode: Callable[[list[int]], str], ids: list[int]) -> list[int]:
+    """Where each token ends in `decode(ids)`, for a decoder of any kind."""
+    text, pieces = decode(ids), []
+    for k in range(len(ids)):
+        window = ids[max(0, k - CONTEXT) : k + 1]
+        before, after = decode(window[:-1]), decode(window)
+        pieces.append(after[len(before) :] if after.startswith(before) else "\0")
+    if "".join(pieces) == text:
+        return np.cumsum([len(piece) for piece in pieces]).tolist()
+    ends = [0]
+    for k in range(1, len(ids) + 1):
+        shared = len(os.path.commonprefix([decode(ids[:k]), text]))
+        ends.append(max(ends[-1], shared))
+    return ends[1:]

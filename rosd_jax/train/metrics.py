@@ -1,0 +1,171 @@
+"""What a run reports: metrics.jsonl for programs, one line a step and a progress bar for people.
+
+    MetricsLog(path).write(step, split, numbers)
+    MetricsLog.resume(path, last_step)        the log as it stood when that step was checkpointed
+    Console(total_steps).stage(name) / .line(step, numbers) / .say(text) / .close()
+
+Order within a step, which resuming relies on: the line of training, the lines of evaluation, the
+checkpoint. So a run restored at step s keeps every line up to s and writes every later one again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from rosd_jax.config import UserError
+from rosd_jax.train.workdir import write_atomic
+
+RESERVED = ("step", "split")
+BAR_WIDTH = 20
+ERASE = "\r\x1b[K"  # to the start of the terminal's line, and clear it
+
+
+class MetricsLog:
+    """An append-only file of JSON lines: `step`, `split`, then numbers in the given order."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, step: int, split: str, numbers: Mapping[str, Any]) -> None:
+        """Appends one line and waits until it is on the disk.
+
+        Numbers are Python, NumPy or JAX scalars. Each is written as the shortest decimal that gives
+        the same float64 back (a float32 is widened exactly first), so equal numbers are equal text.
+        NaN and infinity, which JSON lacks, become null. Raises ValueError for a reserved key and
+        TypeError for a value that is no number.
+        """
+        taken = [name for name in RESERVED if name in numbers]
+        if taken:
+            raise ValueError(f"metric names {taken} are reserved")
+        values = {name: _plain(name, value) for name, value in numbers.items()}
+        line = json.dumps({"step": int(step), "split": split, **values}, allow_nan=False)
+        with open(self.path, "a", encoding="ascii", newline="\n") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def resume(cls, path: Path, last_step: int) -> MetricsLog:
+        """The log without its lines above `last_step` and without a torn last line.
+
+        `last_step` is the restored checkpoint's, or -1 where there was none. The file is replaced
+        as a whole or not at all. Raises UserError for a broken line that is not the last.
+        """
+        if path.exists():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            kept = _lines_until(path, text.removesuffix("\n").split("\n"), last_step)
+            write_atomic(path, [line + "\n" for line in kept])
+        return cls(path)
+
+
+class Console:
+    """Progress for a person: on a terminal a bar with the lines above it, elsewhere plain lines."""
+
+    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
+        self.total, self.start, self.step = total_steps, start_step, start_step
+        self.stream = sys.stdout if stream is None else stream
+        self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.began = time.monotonic()
+        self.stage_name = ""
+
+    def stage(self, name: str) -> None:
+        """Shows on the bar what is being done now."""
+        self.stage_name = name
+        self._draw()
+
+    def line(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """One line for step `step` of the run, with what `format_step` picks from the numbers."""
+        self.step = step
+        self.say(format_step(step, self.total, numbers))
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        print(f"{ERASE}{text}" if self.live else text, file=self.stream, flush=True)
+        self._draw()
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self.live:
+            print(ERASE, end="", file=self.stream, flush=True)
+
+    def _draw(self) -> None:
+        if not self.live:
+            return
+        elapsed = time.monotonic() - self.began
+        bar = format_bar(self.step, self.start, self.total, elapsed, self.stage_name)
+        width = shutil.get_terminal_size().columns - 1  # a full line would wrap
+        print(ERASE + bar[:width], end="", file=self.stream, flush=True)
+
+
+def format_step(step: int, total: int, numbers: Mapping[str, Any]) -> str:
+    """The line of a step; a number that is missing, NaN or infinite shows as `-`."""
+    show = lambda name, form: _show(numbers.get(name), form)
+    return "  ".join((
+        f"step {step:>{len(str(total))}}/{total}",
+        f"reward {show('reward', '.3f'):>5}",
+        f"reflected {show('reflected', '.0%'):>4}",
+        f"quotes found {show('quote_found', '.0%'):>4}",
+        f"active tokens {show('active_tokens_share', '.1%'):>5}",
+        f"loss {show('loss', '.5f'):>7}",
+        f"{show('tokens_per_second', ',.0f'):>6} tokens/s",
+    ))  # fmt: skip
+
+
+def format_bar(step: int, start: int, total: int, elapsed: float, stage: str) -> str:
+    """`[====>     ] 4/10  elapsed 0:12  left 0:18  rollout`; the rest is judged by this run's pace."""
+    filled = BAR_WIDTH * min(step, total) // max(total, 1)
+    left = elapsed * (total - step) / (step - start) if step > start else math.nan
+    bar = ("=" * filled + ">" * (filled < BAR_WIDTH)).ljust(BAR_WIDTH)
+    return f"[{bar}] {step}/{total}  elapsed {_clock(elapsed)}  left {_clock(left)}  {stage}"
+
+
+def _lines_until(path: Path, lines: list[str], last_step: int) -> list[str]:
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        step = _step_of(line)
+        if step is None and number < len(lines):
+            raise UserError(
+                f"{path}, line {number}: not a line of metrics, so the run cannot be resumed; "
+                "remove that line or use another --workdir"
+            )
+        if step is not None and step <= last_step:
+            kept.append(line)
+    return kept
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _plain(name: str, value: Any) -> int | float | None:
+    number = np.asarray(value).item()
+    if not isinstance(number, int | float):
+        raise TypeError(f"metric {name} is {value!r}; it must be a number")
+    if isinstance(number, bool):
+        return int(number)
+    return number if math.isfinite(number) else None
+
+
+def _show(value: Any, form: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else format(float(value), form)
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

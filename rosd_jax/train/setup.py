@@ -1,0 +1,169 @@
+"""From a validated config to what a run needs: first everything on the host, then the devices.
+
+`read_inputs` finds every mistake in model, tokenizer and data before a device is touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from ml_collections import ConfigDict
+
+from rosd_jax.config import UserError
+from rosd_jax.data import gym
+from rosd_jax.data.builders import load_problems
+from rosd_jax.data.pipeline import Encoded, encode_problems
+from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.sharding import make_mesh, param_shardings, replicated_dims, validate_mesh_for
+from rosd_jax.models.weights import load_params, read_config
+from rosd_jax.rewards import Grader
+from rosd_jax.rollout.loop import make_generate
+from rosd_jax.text.prompts import ENGLISH
+from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
+from rosd_jax.train.step import Tools
+from rosd_jax.train.update import init_state, make_optimizer, make_update
+from rosd_jax.types import Params, TrainState
+
+WORDINGS = {"english": ENGLISH, "gym": gym.WORDING}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads from disk, bar the weights."""
+
+    model: Qwen3Config
+    tokenizer: Tokenizer
+    train: Encoded
+    evals: dict[str, Encoded]
+    overlong: dict[str, list[str]]  # set -> uids of the prompts that do not fit
+
+
+def read_inputs(config: ConfigDict) -> Inputs:
+    """Model config, tokenizer and problems. Raises UserError for the first thing that does not fit."""
+    path = model_path(config)
+    tokenizer = load_tokenizer(path)
+    model = read_config(
+        path,
+        num_tokens=tokenizer.num_tokens,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+    )
+    check_lengths(config, model)
+    overlong: dict[str, list[str]] = {}
+
+    def encode(name: str, split: str, limit: int) -> Encoded:
+        problems = load_problems(name, split, config.data.dir)
+        chat_ids = lambda messages: tokenizer.chat_ids(messages, thinking=config.thinking.student)
+        kept, dropped = encode_problems(problems, chat_ids, config.data.max_prompt_tokens)
+        if dropped:
+            overlong[f"{name}/{split}"] = dropped
+        return kept[:limit] if limit else kept
+
+    train = encode(config.data.train, "train", 0)
+    if config.batch.prompts > len(train):
+        raise UserError(
+            f"batch.prompts is {config.batch.prompts}; {config.data.train} has {len(train)} training "
+            "problems, so give at most that"
+        )
+    evals = {name: encode(name, "test", config.eval.limit) for name in eval_sets(config)}
+    for name, uids in overlong.items():
+        logging.warning(
+            "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
+            name, len(uids), ", ".join(uids),
+        )  # fmt: skip
+    return Inputs(model, tokenizer, train, evals, overlong)
+
+
+def model_path(config: ConfigDict) -> Path:
+    """The model's directory. Raises UserError when none is named or it does not exist."""
+    if not config.model.path:
+        raise UserError(
+            "model.path is empty; it must be a Hugging Face directory of a Qwen3 model, so pass "
+            "--config.model.path=DIR"
+        )
+    path = Path(config.model.path)
+    if not path.is_dir():
+        raise UserError(
+            f"model.path is {str(path)!r}, which is no directory; pass --config.model.path=DIR of a "
+            "Hugging Face model"
+        )
+    return path
+
+
+def eval_sets(config: ConfigDict) -> tuple[str, ...]:
+    """The names in eval.sets."""
+    return tuple(name.strip() for name in config.eval.sets.split(",") if name.strip())
+
+
+def check_lengths(config: ConfigDict, model: Qwen3Config) -> None:
+    """Raises UserError when the longest possible sequence exceeds the model's positions."""
+    longest = {
+        "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        "reflect.max_new_tokens": config.reflect.max_prompt_tokens + config.reflect.max_new_tokens,
+        "lesson.max_teacher_tokens": config.lesson.max_teacher_tokens
+        + config.rollout.max_new_tokens,
+        "eval.max_new_tokens": config.data.max_prompt_tokens + config.eval.max_new_tokens,
+    }
+    for field, tokens in longest.items():
+        if tokens > model.max_position_embeddings:
+            raise UserError(
+                f"{field} makes sequences of up to {tokens} tokens; the model has "
+                f"{model.max_position_embeddings} positions, so lower it or the prompt limit"
+            )
+
+
+def build(
+    config: ConfigDict, inputs: Inputs, grader: Grader
+) -> tuple[Tools, TrainState, Params, TrainState]:
+    """Tools, the state before the first step, the frozen tree, and the state's shardings."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model, path = inputs.model, Path(config.model.path)
+    validate_mesh_for(model, mesh)
+    check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    for leaf in replicated_dims(shapes, mesh):
+        logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
+    params = load_params(path, model, param_shardings(shapes, mesh))
+    # The frozen tree is read at the compute type: it is never updated, so it needs no master copy.
+    frozen_params = jax.tree.map(lambda x: jnp.array(x, model.dtype, copy=True), params)
+    optimizer = make_optimizer(config)
+    state_shapes = jax.eval_shape(lambda p: init_state(p, optimizer), shapes)
+    shardings = param_shardings(state_shapes, mesh)
+    state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(params)
+    generate = lambda section, top_p: make_generate(
+        model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
+        stop_ids=inputs.tokenizer.stop_ids,
+    )  # fmt: skip
+    tools = Tools(
+        config=config,
+        model=model,
+        tokenizer=inputs.tokenizer,
+        wording=WORDINGS[config.wording],
+        mesh=mesh,
+        grader=grader,
+        key=jax.random.key(config.seed),
+        sample=generate(config.rollout, 1.0),
+        reflect=generate(config.reflect, 1.0),
+        evaluate=generate(config.eval, config.eval.top_p),
+        update=make_update(config, model, optimizer, mesh, shardings),
+    )
+    return tools, state, frozen_params, shardings
+
+
+def check_rows(config: ConfigDict, devices: int) -> None:
+    """Raises UserError where a batch's rows cannot be laid evenly over the row devices."""
+    rows = {
+        "batch.prompts x batch.samples": config.batch.prompts * config.batch.samples,
+        "batch.micro": config.batch.micro,
+        "eval.batch": config.eval.batch,
+    }
+    for field, n in rows.items():
+        if n % devices:
+            raise UserError(
+                f"{field} is {n}; it must be a multiple of mesh.data x mesh.fsdp = {devices}, so "
+                "change the batch or the mesh"
+            )

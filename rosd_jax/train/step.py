@@ -1,0 +1,247 @@
+"""One training step, as a line of stages.
+
+    prompts -> rollout -> grade -> reflect -> lesson -> update
+
+Sampling, reflecting and updating are jitted functions of explicit trees; reading text (grading, parsing
+a reflection, locating a quote) is host work between them. So a step is three jitted functions with two
+host hops, not one: what is pure is each function, and the state is threaded through by hand.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rosd_jax.data.pipeline import bucket_length
+from rosd_jax.distill import reflect, teacher
+from rosd_jax.evals.localize import quote_exact
+from rosd_jax.models.qwen3 import Qwen3Config
+from rosd_jax.models.sharding import row_sharding
+from rosd_jax.rewards import Grader
+from rosd_jax.text.prompts import Wording
+from rosd_jax.text.tokenizer import Tokenizer
+from rosd_jax.types import Graded, Lesson, Params, Prompts, Reflected, Rollout, TrainState
+
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What every step uses and none changes: built once (train/setup.py)."""
+
+    config: ConfigDict
+    model: Qwen3Config
+    tokenizer: Tokenizer
+    wording: Wording
+    mesh: Mesh
+    grader: Grader
+    key: jax.Array
+    sample: Callable[..., Rollout]  # training rollouts
+    reflect: Callable[..., Rollout]  # the reflector's answers
+    evaluate: Callable[..., Rollout]  # evaluation's answers
+    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def train_step(
+    tools: Tools,
+    state: TrainState,
+    frozen_params: Params,
+    prompts: Prompts,
+    step: int,
+    stage: Callable[[str], None] = lambda name: None,
+) -> tuple[TrainState, Numbers, Reflected, np.ndarray]:
+    """The next state, the step's numbers, its reflected rollouts and their weights [B, R].
+
+    `stage` is told the name of each stage as it begins.
+    """
+    clock = Clock(stage)
+    with clock("rollout"):
+        rollout = sample_rollouts(tools, state.params, prompts, step)
+    with clock("grade"):
+        graded = grade(tools, prompts, rollout)
+    with clock("reflect"):
+        reflector = state.params if tools.config.reflect.weights == "student" else frozen_params
+        reflected = reflect_rollouts(tools, reflector, graded, step)
+    with clock("lesson"):
+        reflected, lesson = make_lesson(tools, reflected)
+        weight_BR = np.asarray(lesson.weight_BR)
+    with clock("update"):
+        state, metrics = tools.update(state, frozen_params, lesson)
+        metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    numbers = {**describe(graded), **describe_reflections(reflected, weight_BR), **metrics}
+    return state, {**numbers, **clock.seconds(graded)}, reflected, weight_BR
+
+
+def sample_rollouts(tools: Tools, params: Params, prompts: Prompts, step: int) -> Rollout:
+    """G rollouts a prompt, on the host. The uid of a rollout is its number in the whole run."""
+    G = tools.config.batch.samples
+    B = len(prompts.problems) * G
+    rollout = tools.sample(
+        params,
+        prompts.tokens_NP,
+        prompts.length_N,
+        np.repeat(np.arange(len(prompts.problems), dtype=np.int32), G),
+        np.arange(step * B, (step + 1) * B, dtype=np.int32),
+        np.full(B, tools.config.rollout.max_new_tokens, np.int32),
+        jax.random.fold_in(tools.key, 0),
+    )
+    return jax.device_get(rollout)
+
+
+def grade(tools: Tools, prompts: Prompts, rollout: Rollout) -> Graded:
+    """Decodes every response and has its problem's checker grade it."""
+    texts = decode(tools.tokenizer, rollout)
+    G = len(texts) // len(prompts.problems)
+    problems = [problem for problem in prompts.problems for _ in range(G)]
+    grades = tools.grader.grade_all(texts, problems)
+    return Graded(prompts, rollout, tuple(texts), np.array([g.score for g in grades], np.float32))
+
+
+def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) -> Reflected:
+    """Asks the reflector about the rollouts of mixed groups and reads its answers."""
+    config = tools.config
+    plans = reflect.plan_rollouts(graded, config.reflect)
+    ids = reflect.build_prompts(
+        graded, plans, tools.tokenizer, config.reflect,
+        thinking=config.thinking.reflector, wording=tools.wording,
+    )  # fmt: skip
+    rows = [row for row, prompt in enumerate(ids) if prompt is not None]
+    raws: list[str | None] = [None] * len(ids)
+    if rows:
+        answers = decode_rows(
+            tools.reflect,
+            params,
+            [ids[row] or [] for row in rows],
+            np.array(rows, np.int32) + step * len(ids),
+            np.full(len(rows), config.reflect.max_new_tokens, np.int32),
+            jax.random.fold_in(tools.key, 1),
+            rows=row_bucket(len(rows), len(ids), tools.mesh),
+            longest=config.reflect.max_prompt_tokens,
+        )
+        for row, text in zip(rows, decode(tools.tokenizer, answers), strict=False):
+            raws[row] = text
+    return reflect.read_reflections(graded, plans, raws, tools.tokenizer, config.lesson)
+
+
+def make_lesson(tools: Tools, reflected: Reflected) -> tuple[Reflected, Lesson]:
+    """The teacher's prompts and the weights; rollouts that do not fit leave the loss, with a note."""
+    config, graded = tools.config, reflected.graded
+    reflected, ids = teacher.teacher_prompts(
+        reflected, tools.tokenizer, config.lesson,
+        thinking=config.thinking.teacher, wording=tools.wording,
+    )  # fmt: skip
+    R = graded.rollout.tokens_BR.shape[1]
+    prompts, G = graded.prompts, len(graded.texts) // len(graded.prompts.problems)
+    pad = tools.tokenizer.pad_id
+    rows = [row or [pad] for row in ids]  # rows without a teacher weigh 0
+    width = bucket_length(max(map(len, rows)), config.lesson.max_teacher_tokens)
+    teacher_prompt_BQ, teacher_prompt_len_B = teacher.pad_rows(rows, width, pad)
+    lesson = Lesson(
+        prompt_BP=np.repeat(prompts.tokens_NP, G, axis=0),
+        prompt_len_B=np.repeat(prompts.length_N, G),
+        teacher_prompt_BQ=teacher_prompt_BQ,
+        teacher_prompt_len_B=teacher_prompt_len_B,
+        response_BR=graded.rollout.tokens_BR,
+        response_len_B=graded.rollout.length_B,
+        weight_BR=teacher.region_weights(reflected, config.lesson, R),
+        sampler_logp_BR=graded.rollout.logp_BR,
+    )  # ty: host arrays until the next line
+    return reflected, jax.device_put(lesson, row_sharding(tools.mesh))
+
+
+def decode_rows(
+    generate: Callable[..., Rollout],
+    params: Params,
+    prompt_ids: Sequence[Sequence[int]],
+    uid_M: np.ndarray,
+    limit_M: np.ndarray,
+    key: jax.Array,
+    *,
+    rows: int,
+    longest: int,
+) -> Rollout:
+    """Decodes M prompts as `rows` >= M rows of one shape, on the host; rows beyond M are inactive."""
+    spare = rows - len(prompt_ids)
+    width = bucket_length(max(map(len, prompt_ids)), longest)
+    tokens_NP, length_N = teacher.pad_rows([*prompt_ids, *[[0]] * spare], width, 0)
+    rollout = generate(
+        params,
+        tokens_NP,
+        length_N,
+        np.arange(rows, dtype=np.int32),
+        np.pad(uid_M, (0, spare)),
+        np.pad(limit_M, (0, spare)),
+        key,
+    )
+    return jax.device_get(rollout)
+
+
+def row_bucket(n: int, most: int, mesh: Mesh) -> int:
+    """Rows to decode n prompts in: a power of two times the row devices, at most `most`."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return min(most, devices * (1 << (-(-n // devices) - 1).bit_length()))
+
+
+def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
+    """The text of every row, special tokens removed."""
+    pairs = zip(rollout.tokens_BR, rollout.length_B, strict=True)
+    return [tokenizer.decode(tokens[:length]) for tokens, length in pairs]
+
+
+def describe(graded: Graded) -> Numbers:
+    """Numbers of the rollouts."""
+    rollout = graded.rollout
+    return dict(
+        reward=float(graded.rewards_B.mean()),
+        response_length=float(np.mean(rollout.length_B)),
+        truncated=float(np.mean(~np.asarray(rollout.finished_B))),
+    )
+
+
+def describe_reflections(reflected: Reflected, weight_BR: np.ndarray) -> Numbers:
+    """Shares of the reflection stage, with the counts behind them."""
+    counts = teacher.count(reflected, weight_BR)
+    rows, tokens = len(reflected.reflections), int(np.sum(reflected.graded.rollout.length_B))
+    asked = counts["quotes_asked"]
+    numbers: Numbers = dict(
+        reflected=counts.pop("reflected") / rows,
+        quote_found=counts.pop("quotes_found") / asked if asked else float("nan"),
+        active_tokens_share=counts.pop("active_tokens") / max(tokens, 1),
+        **counts,
+    )
+    if reflected.graded.prompts.problems[0].kind == "gym":
+        problems = reflected.graded.prompts.problems
+        G = rows // len(problems)
+        repeated = [problem for problem in problems for _ in range(G)]
+        numbers["quote_exact"] = quote_exact(
+            repeated, reflected.graded.texts, reflected.reflections
+        )
+    return numbers
+
+
+class Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self, stage: Callable[[str], None]):
+        self._stage, self._spent = stage, {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Any:
+        self._stage(name)
+        began = time.perf_counter()
+        yield
+        self._spent[name] = time.perf_counter() - began
+
+    def seconds(self, graded: Graded) -> Numbers:
+        """The stages' seconds, and sampled tokens a second of the rollout stage."""
+        tokens = float(np.sum(graded.rollout.length_B))
+        spent = {f"seconds_{name}": s for name, s in self._spent.items()}
+        return {"tokens_per_second": tokens / self._spent["rollout"], **spent}

@@ -1,0 +1,84 @@
+"""Trains, evaluates or plans one experiment.
+
+    python run.py --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan]
+                  [--config.FIELD=VALUE ...]
+
+The same command on the same DIR goes on where the run stopped. A mistake in config, model or data ends
+with one sentence and exit status 2; Ctrl-C ends with status 130 and loses nothing that was written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's start-up chatter
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+from absl import flags, logging  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from rosd_jax.config import UserError, validate  # noqa: E402
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/quickstart.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do")
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        config = read_flags(argv)
+        validate(config)
+        run(config)
+    except UserError as error:
+        return fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return fail(f"the disk of {error.filename or 'the workdir'} is full; free some space and "
+                    "run the same command to resume")  # fmt: skip
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with the same --workdir resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_flags(argv: list[str]):
+    """The config that the command line asks for. Raises UserError for whatever does not parse."""
+    try:
+        rest = flags.FLAGS(argv)
+        config = _CONFIG.value
+    except UserError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(
+            f"the command line does not parse: {' '.join(str(error).split())}"
+        ) from error
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is no flag; flags are written --name=value")
+    if config is None:
+        raise UserError("--config is missing; pass a file, such as --config=configs/quickstart.py")
+    return config
+
+
+def run(config) -> None:
+    from rosd_jax.train import loop, workdir  # after the flags, so that --help is quick
+
+    directory = Path(_WORKDIR.value or workdir.default_workdir(config.name))
+    {"train": loop.train, "eval": loop.evaluate_only, "plan": loop.plan}[_MODE.value](
+        config, directory
+    )
+
+
+def fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

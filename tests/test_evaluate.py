@@ -1,0 +1,167 @@
+"""Scores of a set by hand, and generations that do not depend on how they were batched."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from rosd_jax.config import UserError
+from rosd_jax.evals.evaluate import (
+    evaluate_set,
+    generations_path,
+    majority_letter,
+    scores,
+    write_generations,
+)
+from rosd_jax.rewards.grade import Grade
+from rosd_jax.types import Problem, Rollout
+
+R = 6  # the fake sampler's limit
+
+
+def problem(i, answer="A", kind="mcq"):
+    return Problem(f"s/test/{i}", "s", kind, ({"role": "user", "content": "?"},), answer)
+
+
+def fake_sample(calls):
+    """Row u: the token u, then the first id of its prompt; u % R + 1 tokens in all."""
+
+    def sample(prompts, uid_B, limit_B):
+        assert uid_B.dtype == limit_B.dtype == np.int32
+        calls.append((len(prompts), limit_B.copy()))
+        length_B = np.minimum(uid_B % R + 1, limit_B).astype(np.int32)
+        first_B = np.array([ids[0] for ids in prompts])
+        tokens_BR = np.where(np.arange(R) == 0, uid_B[:, None], first_B[:, None]).astype(np.int32)
+        tokens_BR = np.where(np.arange(R) < length_B[:, None], tokens_BR, 0)
+        return Rollout(tokens_BR, length_B, tokens_BR * 0.0, length_B < R)
+
+    return sample
+
+
+def fake_grades(texts, problems):
+    letters = ["ABC"[int(text.split()[0]) % 3] for text in texts]
+    return [
+        Grade(float(letter == p.answer), letter, True)
+        for letter, p in zip(letters, problems, strict=True)
+    ]
+
+
+def evaluate(rows, *, items=5, samples=3, calls=None):
+    problems = [problem(i, "AAB"[i % 3]) for i in range(items)]
+    prompts = [[100 + i, 7] for i in range(items)]
+    decode = lambda ids: " ".join(map(str, ids))
+    return evaluate_set(
+        "s", problems, prompts, fake_sample([] if calls is None else calls), fake_grades, decode,
+        samples=samples, rows=rows,
+    )  # fmt: skip
+
+
+def test_scores_by_hand():
+    rewards = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]], np.float32)
+    names = [["a", "b", "b", "c"], ["x", "y", "", ""], ["q", "q", "q", "r"]]
+    got = scores(rewards, names)
+    assert got["avg"] == pytest.approx(1 / 3)
+    assert got["avg_se"] == pytest.approx(np.std([0.25, 0, 0.75], ddof=1) / math.sqrt(3))
+    assert got["pass"] == pytest.approx(2 / 3)
+    assert got["maj"] == pytest.approx(1 / 3)
+    assert got["distinct"] == pytest.approx((3 + 2 + 2) / 3)
+    assert (got["k"], got["n"]) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    "names, rewards, maj",
+    [
+        (["b", "a", "a", "b"], [1, 0, 0, 1], 1),  # a tie: b was seen first
+        (["", "", "", "a"], [0, 0, 0, 1], 1),  # no prediction is no vote
+        (["", "", "", ""], [0, 0, 0, 0], 0),
+    ],
+)
+def test_majority_vote(names, rewards, maj):
+    assert scores(np.array([rewards], np.float32), [names])["maj"] == maj
+
+
+def test_one_item_has_no_standard_error():
+    assert math.isnan(scores(np.ones((1, 4), np.float32), [["a"] * 4])["avg_se"])
+
+
+def test_scores_reject_what_does_not_fit():
+    with pytest.raises(ValueError, match="predictions"):
+        scores(np.ones((2, 2)), [["a", "b"]])
+    with pytest.raises(ValueError, match="N >= 1"):
+        scores(np.ones((0, 2)), [])
+
+
+def test_most_frequent_letter():
+    assert majority_letter([problem(i, letter) for i, letter in enumerate("ABBC")]) == 0.5
+
+
+def test_results_do_not_depend_on_the_batch():
+    numbers, generations = evaluate(rows=4)
+    for rows in (1, 7, 15, 64):
+        assert evaluate(rows=rows) == (numbers, generations)
+    assert [(g["uid"], g["sample"]) for g in generations[2:5]] == [
+        ("s/test/0", 2), ("s/test/1", 0), ("s/test/1", 1),
+    ]  # fmt: skip
+    assert generations[4]["token_ids"] == [4, 101, 101, 101, 101]
+    assert generations[5]["truncated"] and not generations[4]["truncated"]
+
+
+def test_every_call_has_the_same_rows_and_padding_is_inactive():
+    calls = []
+    evaluate(rows=4, calls=calls)
+    assert [count for count, _ in calls] == [4, 4, 4, 4]
+    assert [int((limit == 0).sum()) for _, limit in calls] == [0, 0, 0, 1]
+    assert all((limit[:3] >= R).all() for _, limit in calls)
+
+
+def test_numbers_of_a_set():
+    numbers, generations = evaluate(rows=8)
+    # Sample k of every item has uid 3n + k and so predicts "ABC"[k]: one of three is right.
+    assert numbers["avg"] == pytest.approx(1 / 3) and numbers["avg_se"] == pytest.approx(0)
+    assert numbers["pass"] == 1 and numbers["maj"] == pytest.approx(4 / 5)  # ties go to A
+    assert numbers["majority_letter"] == pytest.approx(4 / 5)
+    assert numbers["length"] == np.mean([len(g["token_ids"]) for g in generations])
+    assert numbers["truncated"] == pytest.approx(2 / 15)
+
+
+def test_only_multiple_choice_has_a_most_frequent_letter():
+    problems = [problem(0), problem(1, kind="math")]
+    numbers, _ = evaluate_set(
+        "s", problems, [[1], [2]], fake_sample([]), fake_grades, lambda ids: str(ids[0]),
+        samples=1, rows=2,
+    )  # fmt: skip
+    assert "majority_letter" not in numbers
+
+
+def test_a_set_without_problems_is_named():
+    with pytest.raises(UserError, match="eval.sets names 'aime24'"):
+        evaluate_set("aime24", [], [], fake_sample([]), fake_grades, str, samples=1, rows=2)
+
+
+def test_generations_survive_the_disk(tmp_path):
+    hostile = 'a\n\u2028<b>\ud83d "\U0001f600\\'
+    rows = [{"uid": "gym:chain/test/0", "response": hostile, "token_ids": [1, 2], "reward": 1.0}]
+    path = write_generations(tmp_path, 20, "gym:chain", rows)
+    assert path == tmp_path / "evals" / "step_20" / "gym%3Achain.jsonl"
+    assert path.read_bytes().isascii() and path.read_text().count("\n") == 1
+    assert json.loads(path.read_text()) == rows[0]
+    write_generations(tmp_path, 20, "gym:chain", rows * 2)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_set_names_never_share_a_file(tmp_path):
+    names = [
+        "jsonl:/a/b.jsonl", "jsonl:/a_b.jsonl", "jsonl:/a%2Fb.jsonl", "..", "../../x", "a b",
+        "\u00e9", "jsonl:/" + "long/" * 90 + "a.jsonl", "jsonl:/" + "long/" * 90 + "b.jsonl",
+    ]  # fmt: skip
+    paths = {write_generations(tmp_path, 0, name, []) for name in names}
+    assert len(paths) == len(names)
+    assert {path.parent for path in paths} == {tmp_path / "evals" / "step_0"}
+    assert generations_path(tmp_path, 0, "physics").name == "physics.jsonl"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "evals").write_text("a file in the way")
+    with pytest.raises(UserError, match="--workdir"):
+        write_generations(tmp_path, 0, "physics", [{}])

@@ -1,0 +1,79 @@
+"""The house rules that a reader relies on: imports point down, files stay small, kernels stand alone."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+FLOORS = [
+    {"types", "config", "masked", "kernels"},
+    {"models"},
+    {"text"},
+    {"data", "rollout", "rewards"},
+    {"distill"},
+    {"evals"},
+    {"train"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+PACKAGE = sorted((ROOT / "rosd_jax").glob("*.py")) + [
+    path for path in sorted((ROOT / "rosd_jax").glob("*/*.py"))
+]
+KERNELS = sorted((ROOT / "kernels").glob("*/*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, with dots for relative ones."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or ""))
+    return names
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "rosd_jax").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    for name in imports(path):
+        if name.startswith("rosd_jax."):
+            target = name.split(".")[1]
+            assert FLOOR[target] <= FLOOR[room(path)], f"{path} imports {name}"
+
+
+def test_kernels_import_jax_and_themselves_only():
+    for path in KERNELS:
+        for name in imports(path):
+            own = name.startswith(".") and not name.startswith("..")
+            assert own or name.split(".")[0] in {"jax", "numpy", "__future__", "functools",
+                                                 "collections", "typing", "dataclasses"}, (path, name)  # fmt: skip
+
+
+def test_kernels_are_reached_by_one_name():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "rosd_jax" / "kernels").resolve() == ROOT / "kernels"
+    spec = importlib.util.find_spec("kernels")
+    assert (
+        spec is None or spec.origin is None
+    )  # a namespace at most: it cannot shadow another package
+    for path in [*PACKAGE, *sorted((ROOT / "tests").glob("*.py"))]:
+        assert not any(n == "kernels" or n.startswith("kernels.") for n in imports(path)), path
+
+
+def test_transformers_has_one_importer():
+    importers = [p.name for p in PACKAGE if any(n.startswith("transformers") for n in imports(p))]
+    assert importers == ["tokenizer.py"]
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{path.name}:{node.name}"

@@ -1,0 +1,125 @@
+"""The order of training and evaluation: seeded, of few shapes, with nothing lost in silence."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rosd_jax.config import UserError
+from rosd_jax.data.pipeline import batch_at, bucket_length, encode_problems, eval_batches
+from rosd_jax.types import Problem
+
+
+def problems_of(*lengths: int) -> list[Problem]:
+    return [
+        Problem(f"s/train/{i}", "s", "math", ({"role": "user", "content": "x" * n},), "1")
+        for i, n in enumerate(lengths)
+    ]
+
+
+def chat_ids(messages) -> list[int]:
+    return [7] * len(messages[-1]["content"])
+
+
+def encoded_of(*lengths: int):
+    return encode_problems(problems_of(*lengths), chat_ids, 10_000)[0]
+
+
+def uids(prompts) -> list[str]:
+    return [problem.uid for problem in prompts.problems]
+
+
+@pytest.mark.parametrize(
+    ("n", "bucket"),
+    [
+        (1, 16),
+        (16, 16),
+        (17, 32),
+        (512, 512),
+        (513, 1024),
+        (1024, 1024),
+        (1025, 1280),
+        (1281, 1536),
+    ],
+)
+def test_bucket_lengths(n, bucket):
+    assert bucket_length(n, 1 << 20) == bucket
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_a_bucket_holds_its_tokens_and_keeps_the_maximum(n, maximum):
+    if n > maximum:
+        with pytest.raises(ValueError, match="do not fit"):
+            bucket_length(n, maximum)
+    else:
+        assert n <= bucket_length(n, maximum) <= maximum
+
+
+def test_overlong_prompts_are_named():
+    problems = problems_of(5, 11, 10, 12)
+    kept, overlong = encode_problems(problems, chat_ids, 10)
+    assert [(p.uid, len(ids)) for p, ids in kept] == [("s/train/0", 5), ("s/train/2", 10)]
+    assert overlong == ["s/train/1", "s/train/3"]
+
+
+def test_no_prompt_that_fits_is_a_user_error():
+    with pytest.raises(UserError, match="max_prompt_tokens is 4, which none of 2 .* at least 5"):
+        encode_problems(problems_of(5, 6), chat_ids, 4)
+
+
+def test_a_batch_is_padded_on_the_right_to_a_bucket():
+    encoded = encoded_of(3, 20, 9, 40)
+    batch = batch_at(encoded, 0, 0, 4)
+    assert batch.tokens_NP.shape == (4, 40)  # not 64: no prompt is longer
+    assert batch.tokens_NP.dtype == batch.length_N.dtype == np.int32
+    for problem, row_P, length in zip(batch.problems, batch.tokens_NP, batch.length_N, strict=True):
+        assert length == len(problem.question)
+        assert (row_P[:length] == 7).all() and not row_P[length:].any()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 2**40))
+def test_a_step_of_a_seed_is_always_the_same_batch(step, seed):
+    encoded = encoded_of(*range(1, 24))
+    batch = batch_at(encoded, step, seed, 5)
+    again = batch_at(list(encoded), step, seed, 5)
+    assert uids(batch) == uids(again)
+    np.testing.assert_array_equal(batch.tokens_NP, again.tokens_NP)
+    assert len(set(uids(batch))) == 5
+
+
+def test_an_epoch_visits_each_problem_once_and_the_next_reshuffles():
+    encoded = encoded_of(*[4] * 24)
+    epochs = [
+        [u for s in range(6) for u in uids(batch_at(encoded, 6 * e + s, 3, 4))] for e in (0, 1)
+    ]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(p.uid for p, _ in encoded)
+    assert epochs[0] != epochs[1]
+    assert uids(batch_at(encoded, 0, 3, 4)) != uids(batch_at(encoded, 0, 4, 4))
+
+
+def test_the_order_is_pinned():
+    """A resumed run relies on it: should grain's shuffle change, this says so."""
+    encoded = encoded_of(*[4] * 10)
+    order = [[int(u.rsplit("/")[-1]) for u in uids(batch_at(encoded, s, 0, 3))] for s in range(4)]
+    assert order == [[1, 2, 4], [5, 9, 7], [8, 6, 0], [9, 6, 1]]
+
+
+def test_one_problem_is_enough_for_a_batch_of_one():
+    assert uids(batch_at(encoded_of(4), 9, 0, 1)) == ["s/train/0"]
+
+
+def test_a_batch_larger_than_the_set_is_a_user_error():
+    with pytest.raises(UserError, match="batch.prompts is 4; it must be at most 3"):
+        batch_at(encoded_of(1, 2, 3), 0, 0, 4)
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 16))
+def test_evaluation_visits_each_item_and_sample_once_in_one_shape(items, samples, rows):
+    visited = []
+    for item_B, sample_B, active_B in eval_batches(encoded_of(*[4] * items), samples, rows):
+        assert item_B.shape == sample_B.shape == active_B.shape == (rows,)
+        assert active_B.any() and not item_B[~active_B].any() and not sample_B[~active_B].any()
+        visited += zip(item_B[active_B].tolist(), sample_B[active_B].tolist(), strict=True)
+    assert visited == [(i, s) for i in range(items) for s in range(samples)]

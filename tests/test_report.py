@@ -1,0 +1,160 @@
+"""A report that tells the truth about a run, and survives any run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rosd_jax.config import UserError
+from rosd_jax.evals.evaluate import write_generations
+from rosd_jax.evals.outcome import compare, read_metrics
+from rosd_jax.evals.report import write_report
+
+NAN = float("nan")
+
+
+def metrics(workdir, rows, tail=""):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (workdir / "metrics.jsonl").write_text(text + tail)
+
+
+def scored(step, name, avg, se=0.02, **more):
+    row = {"step": step, "split": f"eval/{name}", "avg": avg, "avg_se": se, "pass": 0.8}
+    return {**row, "maj": avg, "k": 8, "n": 50, **more}
+
+
+def trained(step, reward=0.5, loss=0.01):
+    return {"step": step, "split": "train", "reward": reward, "loss": loss}
+
+
+def generations(workdir, step, name, rewards_NK):
+    rows = [
+        {"uid": f"{name}/test/{i}", "sample": k, "reward": float(reward)}
+        for i, row in enumerate(rewards_NK)
+        for k, reward in enumerate(row)
+    ]
+    write_generations(workdir, step, name, rows)
+
+
+def line_of(text, name):
+    return next(line for line in text.split("\n") if line.strip().startswith(name))
+
+
+def test_a_whole_run(tmp_path):
+    baseline = {"majority_letter": 0.413}
+    rows = [scored(0, "physics", 0.40, **baseline), scored(0, "gym:chain", 0.445)]
+    rows += [trained(step, reward=step / 10, loss=0.1 / step) for step in range(1, 11)]
+    rows += [scored(10, "physics", 0.38, **baseline), scored(10, "gym:chain", 0.582)]
+    metrics(tmp_path, rows)
+    (tmp_path / "export").mkdir()
+    text = write_report(tmp_path, "gym:chain")
+    assert text.isascii() and max(map(len, text.split("\n"))) <= 80
+    assert "reward  0.300 -> 0.800" in text and "step 0 -> step 10" in text
+    # Unpaired: 1.96 * hypot(2, 2) = 5.54 points.
+    assert "44.5    58.2  +13.7 [+8.2, +19.2]    80.0 -> 80.0" in line_of(text, "gym:chain")
+    assert "-2.0 [-7.5, +3.5]" in line_of(text, "physics")
+    assert text.count("interval unpaired") == 2 and "most frequent letter: 41.3" in text
+    order = [text.index(word) for word in ("in domain", "gym:chain  ", "out of domain", "physics ")]
+    assert order == sorted(order)
+    assert "export" in text and "checkpoints" not in text
+    assert "| 10 | `gym:chain` | 8 | 50 | 0.582 |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_change_is_paired_by_item(tmp_path):
+    rng = np.random.default_rng(0)
+    hard_N1 = rng.random((40, 1))
+    old, new = (rng.random((40, 8)) < hard_N1 + d for d in (0.0, 0.2))
+    se_of = lambda rewards: rewards.mean(1).std(ddof=1) / np.sqrt(40)
+    rows = [scored(0, "a", old.mean(), se_of(old)), scored(9, "a", new.mean(), se_of(new))]
+    generations(tmp_path, 0, "a", old)
+    generations(tmp_path, 9, "a", new)
+    (outcome,) = compare(rows, tmp_path, "b")
+    assert outcome.paired and not outcome.in_domain
+    assert outcome.change_se == pytest.approx(se_of(new.astype(float) - old))
+    assert outcome.change_se < 0.6 * np.hypot(se_of(old), se_of(new))
+    metrics(tmp_path, rows)
+    assert "unpaired" not in write_report(tmp_path, "b")
+
+
+@pytest.mark.parametrize("spoil", ["other items", "gone", "torn"])
+def test_without_both_files_the_interval_is_unpaired(tmp_path, spoil):
+    generations(tmp_path, 0, "a", np.ones((5, 2)))
+    generations(tmp_path, 9, "a", np.ones((4 if spoil == "other items" else 5, 2)))
+    path = tmp_path / "evals" / "step_9" / "a.jsonl"
+    if spoil == "gone":
+        path.unlink()
+    if spoil == "torn":
+        path.write_text(path.read_text()[:-7])
+    (outcome,) = compare([scored(0, "a", 1.0), scored(9, "a", 1.0)], tmp_path, "a")
+    assert not outcome.paired and outcome.change_se == pytest.approx(np.hypot(0.02, 0.02))
+
+
+def test_the_first_and_the_last_evaluation_are_compared(tmp_path):
+    rows = [scored(step, "a", 0.1 * step) for step in (0, 2, 4)] + [scored(0, "b", 0.3)]
+    metrics(tmp_path, rows + [scored(2, "b", 0.4)])
+    text = write_report(tmp_path, "a")
+    assert "0.0    40.0  +40.0" in line_of(text, "a ")
+    assert "here step 0 -> step 2" in text
+
+
+def test_a_resumed_run_counts_each_step_once(tmp_path):
+    rows = [scored(0, "a", 0.2), trained(1, 0.1), trained(2, 0.9), trained(2, 0.3), trained(3, 0.4)]
+    metrics(tmp_path, rows, tail='{"step": 4, "split": "tra')
+    read = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row.get("reward")) for row in read][1:] == [(1, 0.1), (2, 0.3), (3, 0.4)]
+    assert "Training: 3 steps" in write_report(tmp_path, "a")
+
+
+def test_only_a_before_line(tmp_path):
+    metrics(tmp_path, [scored(0, "a", 0.445)])
+    text = write_report(tmp_path, "a")
+    assert "step 0 alone" in text and "before: interval [40.6, 48.4]" in text
+    assert "No training step" in text
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [trained(1)],
+        [trained(1, NAN, NAN), trained(2, None, 0.1), {"step": 3, "split": "train"}],
+        [scored(0, "a", NAN, NAN), scored(5, "a", 0.5, NAN)],
+        [scored(0, "a", 0.5, None), scored(5, "a", 0.5, None)],
+        [{"step": 0, "split": "eval/a"}, {"step": 1, "split": "eval/a"}],
+        [scored(0, "a", 1.0, 0.0), scored(5, "a", 0.0, 0.0), trained(3, float("inf"), 1e300)],
+    ],
+)
+def test_it_survives(tmp_path, rows):
+    metrics(tmp_path, rows)
+    text = write_report(tmp_path, "a")
+    assert "nan" not in text and "Files in" in text
+    assert (tmp_path / "report.png").exists()
+
+
+def test_it_survives_without_metrics(tmp_path):
+    assert "No evaluation was made." in write_report(tmp_path, "a")
+
+
+def test_hostile_set_names(tmp_path):
+    names = [
+        "jsonl:/data/" + "deep/" * 30 + "$x_{$.jsonl",
+        "jsonl:/d\u00e9j\u00e0/\u4e2d\u6587|`.jsonl",
+    ]
+    metrics(tmp_path, [scored(step, name, 0.5) for step in (0, 1) for name in names])
+    text = write_report(tmp_path, names[0])
+    lines = text.split("\n")
+    assert text.isascii() and all(len(line) <= 80 for line in lines if str(tmp_path) not in line)
+    assert "$x_{$.jsonl" in text and "in domain" in text
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    metrics(tmp_path, [trained(1)], tail='{"split": "train"}\n')
+    with pytest.raises(UserError, match="metrics.jsonl line 2"):
+        write_report(tmp_path, "a")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(UserError, match="report cannot be written"):
+        write_report(tmp_path, "a")

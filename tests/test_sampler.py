@@ -1,0 +1,156 @@
+"""The sampler against softmax, a sorting oracle and its edge cases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rosd_jax.rollout.sampler import invert_cdf, nucleus, row_keys, sample
+
+jit_sample = jax.jit(sample, static_argnames=("temperature", "top_p"))
+jit_invert = jax.jit(invert_cdf)
+jit_keys = jax.jit(row_keys)
+DRAWS, CHUNK = 200_000, 2_000
+BELOW_ONE = float(np.float32(1) - np.float32(2**-24))
+
+
+def _logits(seed, *shape, scale=1.0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, jnp.float32)
+
+
+def _softmax(logits):
+    z = np.asarray(logits, np.float64)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def _draw(logits_V, temperature, top_p):
+    def chunk(key_B):
+        logits_BV = jnp.broadcast_to(logits_V, (CHUNK, logits_V.size))
+        return sample(logits_BV, key_B, temperature=temperature, top_p=top_p)[0]
+
+    uid = jnp.arange(DRAWS)
+    key_B = jit_keys(jax.random.key(3), uid, jnp.zeros_like(uid))
+    return np.asarray(jax.jit(lambda k: jax.lax.map(chunk, k))(key_B.reshape(-1, CHUNK))).ravel()
+
+
+def _chi_square_z(token, p):
+    counts = np.bincount(token, minlength=p.size)
+    assert counts[p == 0].sum() == 0
+    live = p > 0
+    expected = DRAWS * p[live]
+    dof = live.sum() - 1
+    return (((counts[live] - expected) ** 2 / expected).sum() - dof) / np.sqrt(2 * dof)
+
+
+def _sorted_nucleus(p, top_p):
+    """The textbook rule on sorted probabilities, with ties on the last one kept."""
+    ordered = np.sort(p)[::-1]
+    least = ordered[np.searchsorted(np.cumsum(ordered), top_p)]
+    return p >= least
+
+
+@pytest.mark.parametrize("vocab, temperature", [(272, 1.0), (1000, 0.7)])
+def test_draws_follow_the_softmax_at_the_sampling_temperature(vocab, temperature):
+    logits_V = _logits(vocab, vocab)
+    z = _chi_square_z(_draw(logits_V, temperature, 1.0), _softmax(logits_V / temperature))
+    assert abs(z) < 4
+
+
+def test_top_p_draws_follow_the_renormalised_nucleus():
+    logits_V = _logits(1, 272, scale=1.5)
+    p = _softmax(logits_V)
+    kept = _sorted_nucleus(p, 0.8)
+    z = _chi_square_z(_draw(logits_V, 1.0, 0.8), np.where(kept, p, 0) / p[kept].sum())
+    assert abs(z) < 4
+
+
+@pytest.mark.parametrize("step", [None, 0.5], ids=["distinct", "ties"])
+@pytest.mark.parametrize("top_p", [0.003, 0.3, 0.803, 0.9503, 0.9993])
+def test_nucleus_is_the_set_that_sorting_finds(top_p, step):
+    z = _logits(2, 16, 300, scale=2.0)
+    z = z if step is None else jnp.round(z / step) * step
+    gap = z.max(-1, keepdims=True) - z
+    kept = np.asarray(nucleus(gap, jnp.exp(-gap), top_p))
+    want = np.stack([_sorted_nucleus(p, top_p) for p in _softmax(z)])
+    np.testing.assert_array_equal(kept, want)
+
+
+def test_logp_is_of_the_untruncated_distribution_at_the_sampling_temperature():
+    logits_BV, key_B = _logits(4, 64, 272), jax.random.split(jax.random.key(0), 64)
+    for top_p in (1.0, 0.5):
+        token_B, logp_B = jit_sample(logits_BV, key_B, temperature=0.6, top_p=top_p)
+        want = np.log(_softmax(logits_BV / 0.6))[np.arange(64), token_B]
+        np.testing.assert_allclose(logp_B, want, atol=2e-6, rtol=0)
+    assert token_B.dtype == jnp.int32 and logp_B.dtype == jnp.float32
+
+
+def test_greedy_takes_the_lowest_of_equal_ids_with_logp_at_temperature_one():
+    logits_BV = _logits(5, 3, 272).at[:, jnp.array([40, 200])].set(9.0).at[2, 271].set(10.0)
+    key_B = jax.random.split(jax.random.key(0), 3)
+    token_B, logp_B = jit_sample(logits_BV, key_B, temperature=0.0, top_p=0.5)
+    np.testing.assert_array_equal(token_B, [40, 40, 271])
+    np.testing.assert_allclose(logp_B, np.log(_softmax(logits_BV))[range(3), token_B], atol=2e-6)
+
+
+@pytest.mark.parametrize("rest", [-jnp.inf, -1e4])
+@pytest.mark.parametrize("vocab", [1, 300])
+def test_a_token_with_all_the_mass_is_drawn_with_logp_zero(vocab, rest):
+    for token in sorted({0, vocab // 2, vocab - 1}):
+        logits_BV = jnp.full((64, vocab), rest, jnp.float32).at[:, token].set(-3.0)
+        key_B = jax.random.split(jax.random.key(token), 64)
+        for top_p in (1.0, 0.9):
+            token_B, logp_B = jit_sample(logits_BV, key_B, temperature=1.0, top_p=top_p)
+            assert set(np.asarray(token_B).tolist()) == {token}
+            np.testing.assert_array_equal(logp_B, 0.0)
+
+
+@pytest.mark.parametrize("vocab", [128, 150, 272, 1000])
+def test_the_ends_of_the_vocabulary_are_reached_and_never_passed(vocab):
+    weight_BV = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1, (4, vocab)), jnp.float32)
+    u_B = jnp.array([0.0, BELOW_ONE, 1.0, 0.5], jnp.float32)
+    token_B = jit_invert(weight_BV, u_B)
+    np.testing.assert_array_equal(token_B[:3], [0, vocab - 1, vocab - 1])
+
+
+def test_ids_of_no_weight_are_never_chosen_whatever_the_uniform():
+    rng = np.random.default_rng(1)
+    weight_BV = rng.uniform(size=(4000, 700)) * (rng.uniform(size=(4000, 700)) < 0.01)
+    weight_BV[:, 650:] = 0
+    weight_BV[:, 300] = 1e-6
+    u_B = np.concatenate([[0.0, BELOW_ONE, 1.0] * 500, rng.uniform(size=2500)])
+    token_B = jit_invert(jnp.asarray(weight_BV, jnp.float32), jnp.asarray(u_B, jnp.float32))
+    assert (weight_BV[np.arange(4000), token_B] > 0).all()
+
+
+def test_a_tiny_temperature_is_greedy_and_finite():
+    logits_BV = _logits(6, 32, 150, scale=100.0)
+    key_B = jax.random.split(jax.random.key(0), 32)
+    token_B, logp_B = jit_sample(logits_BV, key_B, temperature=1e-30, top_p=1.0)
+    np.testing.assert_array_equal(token_B, np.argmax(logits_BV, -1))
+    np.testing.assert_array_equal(logp_B, 0.0)
+
+
+def test_row_keys_depend_on_uid_and_position_only():
+    key, uid_B = jax.random.key(9), jnp.array([5, 0, 5, 7])
+    data = lambda *args: jax.random.key_data(jit_keys(key, *args))
+    one = data(uid_B, jnp.array([2, 2, 2, 3]))
+    np.testing.assert_array_equal(one[0], one[2])
+    np.testing.assert_array_equal(one[3], data(jnp.array([7]), jnp.array([3]))[0])
+    want = jax.random.fold_in(jax.random.fold_in(key, 5), 2)
+    np.testing.assert_array_equal(one[0], jax.random.key_data(want))
+    grid = data(jnp.repeat(jnp.arange(50), 50), jnp.tile(jnp.arange(50), 50))
+    assert len(np.unique(grid, axis=0)) == 2500
+
+
+def test_sampling_is_traced_once_for_new_values():
+    traces = []
+
+    @jax.jit
+    def draw(logits_BV, key_B):
+        traces.append(1)
+        return sample(logits_BV, key_B, temperature=0.6, top_p=0.95)
+
+    for seed in range(3):
+        draw(_logits(seed, 8, 150), jax.random.split(jax.random.key(seed), 8))
+    assert len(traces) == 1
