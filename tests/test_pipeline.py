@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_jax.config import UserError
-from rosd_jax.data.pipeline import batch_at, bucket_length, encode_problems, eval_batches
+from rosd_jax.data.pipeline import batch_at, bucket_length, encode_problems
 from rosd_jax.types import Problem
 
 
@@ -113,13 +113,3 @@ def test_one_problem_is_enough_for_a_batch_of_one():
 def test_a_batch_larger_than_the_set_is_a_user_error():
     with pytest.raises(UserError, match="batch.prompts is 4; it must be at most 3"):
         batch_at(encoded_of(1, 2, 3), 0, 0, 4)
-
-
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 16))
-def test_evaluation_visits_each_item_and_sample_once_in_one_shape(items, samples, rows):
-    visited = []
-    for item_B, sample_B, active_B in eval_batches(encoded_of(*[4] * items), samples, rows):
-        assert item_B.shape == sample_B.shape == active_B.shape == (rows,)
-        assert active_B.any() and not item_B[~active_B].any() and not sample_B[~active_B].any()
-        visited += zip(item_B[active_B].tolist(), sample_B[active_B].tolist(), strict=True)
-    assert visited == [(i, s) for i in range(items) for s in range(samples)]

@@ -104,7 +104,7 @@ def test_overlong_prompts_are_skipped_or_cut():
     graded = graded_rows(["x" * 900, "it is 4"], [0, 1])
     config = default_config().reflect
     plans = reflect.plan_rollouts(graded, config)
-    config.max_prompt_tokens = 1500
+    config.max_prompt_tokens = 1000
     ids = reflect.build_prompts(graded, plans, Letters(), config, thinking=False)
     assert ids[0] is None and ids[1] is not None
     raws = [None, "<explanation>x</explanation>"]
@@ -112,7 +112,7 @@ def test_overlong_prompts_are_skipped_or_cut():
     assert [r.note for r in reflected.reflections] == ["overlong", ""]
     config.overlong = "cut"
     ids = reflect.build_prompts(graded, plans, Letters(), config, thinking=True)
-    assert len(ids[0]) == 1500 and Letters().decode(ids[0]).endswith("x[thinks]")
+    assert len(ids[0]) == 1000 and Letters().decode(ids[0]).endswith("x[thinks]")
     config.max_prompt_tokens = 5
     assert reflect.build_prompts(graded, plans, Letters(), config, thinking=True) == [None, None]
 

@@ -25,10 +25,18 @@ KEY = jax.random.key(11)
 _built = {}
 
 
-def _params(model=MODEL):
-    """Weights eight times the usual size, so that distributions are far from flat."""
+def _params(model=MODEL, gain=4):
+    """Weights larger than usual, for uneven distributions; at gain 16 greedy text hardly repeats.
+
+    Float32 rounding grows with the gain: at 16, a full forward is 3e-6 off float64 by itself.
+    """
     params = init_params(model, jax.random.key(0))
-    return jax.tree.map(lambda x: x if x.shape[-1] in (1,) or (x == 1).all() else 8 * x, params)
+
+    def scale(path, x):
+        name = jax.tree_util.keystr(path)
+        return x if "scale" in name else x * (gain if "blocks" in name else 8)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
 
 
 PARAMS = _params()
@@ -106,7 +114,7 @@ def test_the_same_prompt_gets_different_responses_for_different_uids():
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
 def test_every_mesh_gives_the_tokens_of_one_device(shape):
-    """Four prompts: each device prefills all of them on the first two meshes, its share on the last."""
+    """Of four prompts a device prefills all on the first two meshes, its share on the last."""
     mesh, four = make_mesh(*shape), [0, 1, 2, 0]
     params = jax.device_put(PARAMS, param_shardings(PARAMS, mesh))
     fn = make_generate(
@@ -117,7 +125,7 @@ def test_every_mesh_gives_the_tokens_of_one_device(shape):
     want = _generate(stop_ids=(140,))
     np.testing.assert_array_equal(got.tokens_BR, want.tokens_BR)
     np.testing.assert_array_equal(got.length_B, want.length_B)
-    np.testing.assert_allclose(got.logp_BR, want.logp_BR, atol=2e-6, rtol=0)
+    np.testing.assert_allclose(got.logp_BR, want.logp_BR, atol=5e-6, rtol=0)
     assert all(leaf.sharding.spec[0] == ("data", "fsdp") for leaf in jax.tree.leaves(got))
     assert fn._cache_size() == 1
 
@@ -196,15 +204,21 @@ def test_greedy_equals_that_of_transformers(tmp_path, tied):
     from rosd_jax.models.weights import save_pretrained
 
     model = MODEL.replace(tie_word_embeddings=tied, num_tokens=None)
-    params = _params(model)
+    params = _params(model, gain=16)
     save_pretrained(tmp_path, params, model)
     peer = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     stop_ids = tuple(range(15))
     ours = _generate(params=params, model=model, temperature=0.0, stop_ids=stop_ids)
     for b, n in ((0, 0), (2, 1), (5, 2)):
         ids = torch.tensor(PROMPT[n : n + 1, : PROMPT_LEN[n]], dtype=torch.long)
-        out = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                            max_new_tokens=NEW, eos_token_id=list(stop_ids), pad_token_id=149)  # fmt: skip
+        out = peer.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW,
+            eos_token_id=list(stop_ids),
+            pad_token_id=149,
+        )
         want = out[0, PROMPT_LEN[n] :].tolist()
         assert ours.tokens_BR[b, : ours.length_B[b]].tolist() == want
     assert ours.finished_B.any() and ours.length_B.max() > 1

@@ -139,3 +139,21 @@ def test_heads_are_never_cut():
     mesh = sharding.make_mesh(1, 1, 8)
     with pytest.raises(UserError, match="mesh.tensor is 8.*num_key_value_heads, 4"):
         sharding.validate_mesh_for(CONFIG.replace(num_key_value_heads=4), mesh)
+
+
+def test_training_splits_activations_by_rows():
+    config = CONFIG.replace(hidden_size=48, num_hidden_layers=4)
+    shapes = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((8, 48), np.int32)
+    loss = lambda p, t: qwen3.hidden_states(p, config, t).sum()
+
+    def memory(count):
+        mesh = sharding.make_mesh(1, -1, 1, devices=jax.devices()[:count])
+        places = sharding.param_shardings(shapes, mesh), sharding.row_sharding(mesh)
+        grad = jax.jit(
+            jax.grad(loss), in_shardings=places, out_shardings=places[0], compiler_options=QUICK
+        )
+        with jax.set_mesh(mesh):
+            return grad.lower(shapes, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(8) < memory(1) / 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from . import chunked, reference
@@ -62,21 +63,15 @@ def topk_jsd_loss(
     Returns:
       (scalar loss, LossAux). Raises ValueError on arguments that do not fit together.
     """
-    rows = Rows(weight_N, tokens_N, sampler_logp_N)
     options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap, chunk)
-    student, teacher = (student_hidden_ND, student_head_VD), (teacher_hidden_ND, teacher_head_VD)
-    _check_operands("student", *student)
-    _check_operands("teacher", *teacher)
-    if student_head_VD.shape[0] != teacher_head_VD.shape[0]:
-        raise ValueError(
-            f"teacher_head_VD has {teacher_head_VD.shape[0]} rows and student_head_VD "
-            f"{student_head_VD.shape[0]}; both models must share one vocabulary"
-        )
-    n_rows, vocab = student_hidden_ND.shape[0], student_head_VD.shape[0]
-    _check_rows(rows, n_rows, {"teacher_hidden_ND": teacher_hidden_ND.shape[0]})
-    _check_options(options, rows, vocab)
+    student = (jnp.asarray(student_hidden_ND), jnp.asarray(student_head_VD))
+    teacher = _constants((teacher_hidden_ND, teacher_head_VD))
+    rows = _constants(Rows(weight_N, tokens_N, sampler_logp_N))
+    _check_models(student, teacher)
+    _check_rows(rows, student[0].shape[0])
+    _check_options(options, rows, student[1].shape[0])
     run = _IMPLEMENTATIONS[_known(implementation)].loss_from_hidden
-    return run(options, *student, *lax.stop_gradient((*teacher, rows)))
+    return run(options, *student, *teacher, rows)
 
 
 def topk_jsd_from_logits(
@@ -98,13 +93,14 @@ def topk_jsd_from_logits(
 
     "chunked" here means its closed-form gradient, on all rows at once.
     """
-    rows = Rows(weight_N, tokens_N, sampler_logp_N)
     options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap)
-    _check_logits(student_logits_NV, teacher_logits_NV)
-    _check_rows(rows, student_logits_NV.shape[0])
-    _check_options(options, rows, student_logits_NV.shape[1])
+    student_NV, teacher_NV = jnp.asarray(student_logits_NV), _constants(teacher_logits_NV)
+    rows = _constants(Rows(weight_N, tokens_N, sampler_logp_N))
+    _check_logits(student_NV, teacher_NV)
+    _check_rows(rows, student_NV.shape[0])
+    _check_options(options, rows, student_NV.shape[1])
     run = _IMPLEMENTATIONS[_known(implementation)].loss_from_logits
-    return run(options, student_logits_NV, *lax.stop_gradient((teacher_logits_NV, rows)))
+    return run(options, student_NV, teacher_NV, rows)
 
 
 def sampled_token_loss_from_logits(
@@ -123,13 +119,17 @@ def sampled_token_loss_from_logits(
     The arguments are those of `topk_jsd_from_logits` (alpha is 1 by nature). aux.divergence_N holds
     each row's summand; the masses are None.
     """
-    rows = Rows(weight_N, tokens_N, sampler_logp_N)
+    student_NV, teacher_NV = jnp.asarray(student_logits_NV), _constants(teacher_logits_NV)
+    rows = _constants(Rows(weight_N, tokens_N, sampler_logp_N))
     options = Options(None, 1.0, "bucket", temperature, num_tokens, ratio_cap)
-    _check_logits(student_logits_NV, teacher_logits_NV)
-    _check_rows(rows, student_logits_NV.shape[0])
-    _check_options(options, rows, student_logits_NV.shape[1])
-    constants = lax.stop_gradient((teacher_logits_NV, rows))
-    return reference.sampled_token_loss(options, student_logits_NV, *constants)
+    _check_logits(student_NV, teacher_NV)
+    _check_rows(rows, student_NV.shape[0])
+    _check_options(options, rows, student_NV.shape[1])
+    return reference.sampled_token_loss(options, student_NV, teacher_NV, rows)
+
+
+def _constants(tree):
+    return lax.stop_gradient(jax.tree.map(jnp.asarray, tree))
 
 
 def _known(implementation: str | None) -> str:
@@ -138,6 +138,26 @@ def _known(implementation: str | None) -> str:
         known = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"implementation is {name!r}; it must be None or one of {known}")
     return name
+
+
+def _check_models(
+    student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array]
+) -> None:
+    _check_operands("student", *student)
+    _check_operands("teacher", *teacher)
+    (n_rows, vocab), (teacher_rows, teacher_vocab) = (
+        (hidden_ND.shape[0], head_VD.shape[0]) for hidden_ND, head_VD in (student, teacher)
+    )
+    if vocab != teacher_vocab:
+        raise ValueError(
+            f"teacher_head_VD has {teacher_vocab} rows and student_head_VD {vocab}; "
+            "both models must share one vocabulary"
+        )
+    if n_rows != teacher_rows:
+        raise ValueError(
+            f"teacher_hidden_ND has {teacher_rows} rows and student_hidden_ND {n_rows}; "
+            "row n of both must predict the same token"
+        )
 
 
 def _check_operands(who: str, hidden_ND: jax.Array, head_VD: jax.Array) -> None:
@@ -161,14 +181,12 @@ def _check_logits(student_NV: jax.Array, teacher_NV: jax.Array) -> None:
         )
 
 
-def _check_rows(rows: Rows, n_rows: int, lengths: dict[str, int] | None = None) -> None:
+def _check_rows(rows: Rows, n_rows: int) -> None:
     if n_rows < 1:
         raise ValueError("there are 0 rows; pass at least 1, of weight 0 if need be")
-    given = {name: x.shape for name, x in rows._asdict().items() if x is not None}
-    given |= {name: (length,) for name, length in (lengths or {}).items()}
-    for name, shape in given.items():
-        if shape != (n_rows,):
-            raise ValueError(f"{name} has shape {shape}; it must be {(n_rows,)}")
+    for name, x in rows._asdict().items():
+        if x is not None and x.shape != (n_rows,):
+            raise ValueError(f"{name} has shape {x.shape}; it must be {(n_rows,)}")
 
 
 def _check_options(options: Options, rows: Rows, vocab: int) -> None:

@@ -148,14 +148,29 @@ def parse(text: str) -> Chain | None:
     return Chain(int(match[1]), chain, family)
 
 
+def compare(letter: str, right: str, wrong: str) -> str:
+    """One line of a comparison: two results and the verdict."""
+    return f"{letter} {right} {wrong} {'same' if right == wrong else 'differ'}\n"
+
+
 def reflect_wrong(right: list[str], wrong: list[str]) -> str:
     """What the reflector writes of a wrong attempt: results side by side until they part, then tags."""
-    walk = []
+    walk = ""
     for a, b in zip(right, wrong, strict=True):
-        walk.append(f"{a[0]} {a.split('=')[1]} {b.split('=')[1]}\n")
+        walk += compare(a[0], a.split("=")[1], b.split("=")[1])
         if a != b:
-            return "".join(walk) + (f"<error_quote>{b}</error_quote><explanation>{a}</explanation>")
+            return f"{walk}<error_quote>{b}</error_quote><explanation>{a}</explanation>"
     raise ValueError("the attempt has no wrong line")
+
+
+def comparisons(rng: np.random.Generator) -> str:
+    """A drill: lines of comparisons, half of them of results that differ as slips do."""
+    pairs = rng.integers(DIAL, size=len(LETTERS)), rng.random(len(LETTERS)) < 0.5
+    lines = []
+    for letter, value, equal in zip(LETTERS, *pairs, strict=True):
+        other = value if equal else (value + rng.choice((-10, -1, 1, 10, *range(2, 9)))) % DIAL
+        lines.append(compare(letter, str(value), str(other)))
+    return "".join(lines)
 
 
 def key_line(lines: list[str]) -> int:

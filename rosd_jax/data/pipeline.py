@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -61,29 +61,17 @@ def batch_at(encoded: Encoded, step: int, seed: int, batch_prompts: int) -> Prom
     order = grain.MapDataset.source(range(len(encoded))).seed(seed).shuffle()
     batches = order.batch(batch_prompts, drop_remainder=True).repeat(None)
     chosen = [encoded[int(i)] for i in np.asarray(batches[step])]
-    tokens_NP, length_N = _pad([ids for _, ids in chosen], max(len(ids) for _, ids in encoded))
+    tokens_NP, length_N = pad_rows([ids for _, ids in chosen], max(len(ids) for _, ids in encoded))
     return Prompts(tuple(problem for problem, _ in chosen), tokens_NP, length_N)
 
 
-def _pad(rows: Sequence[list[int]], maximum: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_rows(rows: Sequence[Sequence[int]], maximum: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens [N, P] int32, right-padded with 0 to a bucketed length, and lengths [N].
+
+    Raises ValueError for a row longer than `maximum`.
+    """
     length_N = np.array([len(ids) for ids in rows], np.int32)
     tokens_NP = np.zeros((len(rows), bucket_length(int(length_N.max()), maximum)), np.int32)
     for row_P, ids in zip(tokens_NP, rows, strict=True):
         row_P[: len(ids)] = ids
     return tokens_NP, length_N
-
-
-def eval_batches(
-    encoded: Encoded, samples: int, rows: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Every item `samples` times, item by item, in batches of B = `rows` rows of one shape.
-
-    Yields item_B (int32, an index into `encoded`), sample_B (int32) and active_B (bool). The rows
-    that fill up the last batch are inactive and name item 0, sample 0.
-    """
-    total = len(encoded) * samples
-    for start in range(0, total, rows):
-        row_B = np.arange(start, start + rows)
-        active_B = row_B < total
-        item_B, sample_B = np.divmod(np.where(active_B, row_B, 0), samples)
-        yield item_B.astype(np.int32), sample_B.astype(np.int32), active_B

@@ -29,11 +29,15 @@ from rosd_jax.text.prompts import idea_text, right_messages, solution_text, wron
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")
 TAGS = ("answer", "error_quote", "explanation")
 WORD_LIST = ("system", "user", "assistant", "solution", "attempt", "idea", "find", "error", "key")
+VERDICTS = (" same", " differ")
 TEMPLATE = (
     "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MIXTURE = {"solve": 0.33, "reflect_wrong": 0.4, "reflect_right": 0.04, "idea": 0.2, "shown": 0.03}
+MIXTURE = {
+    "solve": 0.31, "idea": 0.19, "shown": 0.02, "reflect_wrong": 0.3, "reflect_right": 0.03,
+    "compare": 0.15,
+}  # fmt: skip
 FAMILY_SHARE = {"chain": 0.5, "long": 0.25, "words": 0.25}
 
 
@@ -42,10 +46,11 @@ def build_tokenizer() -> Tokenizer:
     words = [*(str(n) for n in range(gym.DIAL)), *(f"{c} " for c in gym.LETTERS), *gym.LETTERS]
     words += [*"+-*=\n .,:;?!()", *(f" {op}" for op in "+-*")]
     words += [f" {word} " for word in gym.WORDS.values()] + [*WORD_LIST, *gym.WORDS.values()]
+    words += VERDICTS
     words += [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
     vocab = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL, *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    pieces = r"</?[a-z_]+>| (?:plus|minus|times) |[a-h] | [-+*]|[a-z]+|\d+|\n|."
+    pieces = r"</?[a-z_]+>| (?:plus|minus|times) | (?:same|differ)|[a-h] | [-+*]|[a-z]+|\d+|\n|."
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(SPECIAL))
@@ -54,6 +59,8 @@ def build_tokenizer() -> Tokenizer:
 
 def sample_text(rng: np.random.Generator, task: str, family: str) -> tuple[str, str]:
     """One (prompt, response) pair of a task; prompts are user messages."""
+    if task == "compare":
+        return "find error", gym.comparisons(rng)
     chain = gym.sample_chain(rng, family, "train")
     right = gym.solve(chain)
     if task == "solve":
@@ -107,6 +114,8 @@ def batch(rng: np.random.Generator, tokenizer: Tokenizer) -> tuple[str, np.ndarr
     for row, (p, r) in enumerate(zip(prompts, responses, strict=True)):
         tokens[row, : len(p) + len(r)] = p + r
         mask[row, len(p) : len(p) + len(r)] = 1
+    if task == "compare":  # its results are random: only the verdicts can be learned
+        mask &= np.isin(tokens, [tokenizer.token_to_id(word) for word in VERDICTS])
     return task, tokens, mask
 
 

@@ -104,7 +104,7 @@ def aggregate_weights(mask_BT: jax.Array, mode: Aggregation = "token-mean") -> j
         case "seq-mean-token-sum":
             return active_BT / sequences
         case "seq-mean-token-mean":
-            return active_BT / jnp.maximum(tokens_B1, 1) / sequences
+            return active_BT / (tokens_B1 + TOKEN_COUNT_EPS) / sequences
         case "seq-mean-token-sum-norm":
             return active_BT / mask_BT.shape[1]
     raise ValueError(

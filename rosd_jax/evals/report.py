@@ -35,8 +35,8 @@ def write_report(workdir: str | Path, train_set: str) -> str:
     """Writes report.md and report.png into workdir; returns the lines to print, in ASCII.
 
     Evaluations of one set at its earliest and its latest step are compared. Rows that a resumed run
-    wrote again replace the older ones. Raises UserError for a metrics.jsonl with a
-    line that is no row, and where the report cannot be written.
+    wrote again replace the older ones. Raises UserError for a line of metrics.jsonl that is no row,
+    and where the report cannot be written.
     """
     workdir = Path(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")

@@ -102,7 +102,7 @@ class Attention(nn.Module):
         q = rotate(RMSNorm(c.rms_norm_eps, name="q_norm")(q), position_BT, c.rope_theta)
         k = rotate(RMSNorm(c.rms_norm_eps, name="k_norm")(k), position_BT, c.rope_theta)
         if cache is None:
-            out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            out = attend(q, k, v, is_causal=True)
         else:
             cache, out = attend_cached(cache, layer, q, k, v, position_BT[:, 0])
         out = out.reshape(B, T, c.num_attention_heads * c.head_dim)
@@ -117,10 +117,26 @@ def attend_cached(cache: Cache, layer, q_B1HE, k_B1KE, v_B1KE, position_B):
         v=cache.v.at[layer, rows, position_B].set(v_B1KE[:, 0]),
     )
     seen_BS = jnp.arange(cache.k.shape[2])[None, :] <= position_B[:, None]
-    out = jax.nn.dot_product_attention(
-        q_B1HE, cache.k[layer], cache.v[layer], mask=seen_BS[:, None, None, :]
-    )
+    out = attend(q_B1HE, cache.k[layer], cache.v[layer], mask=seen_BS[:, None, None, :])
     return cache, out
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, **options) -> jax.Array:
+    """Softmax attention with float32 scores, also where the caller forbids implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(q, k, v, **options)
+
+
+def pin_rows(x: jax.Array) -> jax.Array:
+    """Lays the rows of activations along the mesh in context (`jax.set_mesh`), if there is one.
+
+    Left alone, XLA splits the embedding's output along D, and every device then holds all rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    spec = jax.sharding.PartitionSpec(("data", "fsdp"))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 class Block(nn.Module):
@@ -160,7 +176,7 @@ class Qwen3(nn.Module):
             self.param(
                 "head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), jnp.float32
             )
-        x = embed[tokens_BT].astype(c.dtype)
+        x = pin_rows(embed[tokens_BT].astype(c.dtype))
         block = nn.remat(Block, prevent_cse=False) if c.remat and cache is None else Block
         blocks = nn.scan(
             block,
@@ -200,9 +216,8 @@ def decode_step(
 ) -> tuple[jax.Array, Cache]:
     """Feeds one token a row at its position: hidden states [B, D] and the longer cache."""
     model = Qwen3(config)
-    hidden_B1D, cache, _ = model.apply(
-        {"params": params}, token_B[:, None], position_B[:, None], cache
-    )
+    position_B1 = position_B[:, None]
+    hidden_B1D, cache, _ = model.apply({"params": params}, token_B[:, None], position_B1, cache)
     return hidden_B1D[:, 0], cache
 
 

@@ -57,8 +57,8 @@ def generate(
     min(limit_B, max_new) tokens; a limit of 0 yields none. uid_B (int32) names each row's random
     stream. `sample` describes temperature and top_p.
 
-    With a mesh, whose "tensor" axis must divide the key-value heads, rows lie along "data" and "fsdp",
-    and so do prompts where N divides by these. Raises UserError where B does not.
+    With a mesh, whose "tensor" axis must divide the key-value heads, rows lie along "data" and
+    "fsdp", and so do prompts where N divides by these. Raises UserError where B does not.
     """
     _check_rows(prompt_of_B.shape[0], mesh)
     prompt_of_B, uid_B, limit_B = (_lay(x, mesh, ROWS) for x in (prompt_of_B, uid_B, limit_B))

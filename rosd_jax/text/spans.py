@@ -19,6 +19,7 @@ IDEA_TAGS = ("explaination", "explanation", "reflection")  # the first is a rele
 QUOTE_TAG = "error_quote"
 WRAPPERS = ('""', "''", "``", "“”", "‘’", "„“", "”“", "«»", "「」")
 SEGMENT_LIMIT = 31  # characters; Unicode's stream-safe bound, keeps reordering of marks linear
+_PLAIN = re.compile(r"[!-~]+(?=[\x00-\x7f]|\Z)")  # nothing to fold but case, no marks behind it
 _TAG = re.compile(rf"<(/?)({'|'.join((*IDEA_TAGS, QUOTE_TAG))})>", re.IGNORECASE)
 
 
@@ -191,29 +192,34 @@ class _Folded:
 
 
 def _fold(text: str) -> _Folded:
-    pieces, starts, stops = [], [], []
-    for start, stop in _segments(text):
-        piece = _fold_segment(text[start:stop])
-        pieces.append(piece)
-        starts += [start] * len(piece)
-        stops += [stop] * len(piece)
+    pieces, starts, stops, at = [], [], [], 0
+    while at < len(text):
+        plain = _PLAIN.match(text, at)
+        if plain:
+            stop = plain.end()
+            pieces.append(plain[0].lower())
+            starts += range(at, stop)
+            stops += range(at + 1, stop + 1)
+        else:
+            stop = _segment_stop(text, at)
+            pieces.append(_fold_segment(text[at:stop]))
+            starts += [at] * len(pieces[-1])
+            stops += [stop] * len(pieces[-1])
+        at = stop
     return _Folded("".join(pieces), starts, stops)
 
 
-def _segments(text: str) -> Iterator[Span]:
-    """Runs of white space, and single characters with the combining marks behind them."""
-    at = 0
-    while at < len(text):
-        stop = at + 1
-        if text[at].isspace():
-            while stop < len(text) and text[stop].isspace():
-                stop += 1
-        else:
-            limit = min(len(text), at + SEGMENT_LIMIT)
-            while stop < limit and text[stop] > "\x7f" and unicodedata.combining(text[stop]):
-                stop += 1
-        yield at, stop
-        at = stop
+def _segment_stop(text: str, at: int) -> int:
+    """Where the run of white space, or the character with its combining marks, at `at` ends."""
+    stop = at + 1
+    if text[at].isspace():
+        while stop < len(text) and text[stop].isspace():
+            stop += 1
+        return stop
+    limit = min(len(text), at + SEGMENT_LIMIT)
+    while stop < limit and unicodedata.combining(text[stop]):
+        stop += 1
+    return stop
 
 
 def _fold_segment(segment: str) -> str:

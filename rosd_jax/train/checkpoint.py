@@ -2,9 +2,10 @@
 
     params       the weights
     opt_state    the optimizer
-    meta         JSON: step, config fingerprint, seed, versions
+    meta         JSON: step, layout of the trees, and what `run_meta` says of the run
 
-The position in the data is the step itself: step s of a seed is always the same batch.
+The position in the data is the step itself: step s of a seed is always the same batch. Beside the
+items lies checksums.json, since Orbax restores an array with a flipped byte without a word.
 
     open_manager(workdir, keep)                  -> CheckpointManager on workdir/checkpoints
     save(manager, state, step, meta)             on disk when it returns
@@ -17,9 +18,13 @@ The position in the data is the step itself: step s of a seed is always the same
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import logging
 import math
 import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +35,14 @@ from ml_collections import ConfigDict
 
 import rosd_jax
 from rosd_jax.config import UserError
-from rosd_jax.train.workdir import fingerprint
+from rosd_jax.train.workdir import fingerprint, write_atomic
 from rosd_jax.types import TrainState
 
+CHECKSUMS = "checksums.json"
+READ_BYTES = 1 << 20
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # How TensorStore words these two errors inside the ValueError that Orbax passes on.
-FULL_DISK_TEXTS = tuple(f"os_error_code='{int(code)}'" for code in FULL_DISK)
+FULL_DISK_TEXTS = tuple(f"os_error_code='{code:d}'" for code in FULL_DISK)
 
 
 def open_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
@@ -44,32 +51,37 @@ def open_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
     Removes what a killed save left behind, so only the process that holds the workdir's lock may
     call it. Orbax's log lines are dropped from here on; its errors arrive as exceptions.
     """
-    _silence_orbax()
+    logging.getLogger("absl").addFilter(_not_from_orbax)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dict) -> None:
+def save(
+    manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dict[str, Any]
+) -> None:
     """Writes the state under a temporary name, renames it, then removes the oldest beyond `keep`.
 
     So a kill at any moment leaves the previous checkpoint whole. Raises UserError where the disk is
-    full (earlier checkpoints stay), ValueError where the step was saved before or is not the state's.
+    full (earlier checkpoints stay), ValueError for a step that is saved already or not the state's.
     """
     if int(state.step) != step:
         raise ValueError(f"step {step} is not the state's, {int(state.step)}")
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
         opt_state=ocp.args.StandardSave(state.opt_state),
-        meta=ocp.args.JsonSave({**meta, "step": step}),
+        meta=ocp.args.JsonSave({**meta, "step": step, "layout": _layout(state)}),
     )
+    directory = Path(manager.directory)
     try:
         manager.save(step, args=items, force=True)
+        if jax.process_index() == 0:
+            sums = json.dumps(_checksums(directory / str(step)), indent=1)
+            write_atomic(directory / str(step) / CHECKSUMS, [sums])
     except Exception as error:
         if not _is_full_disk(error):
             raise
-        directory = Path(manager.directory)
         for left in directory.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(left, ignore_errors=True)
         raise _no_space(directory, state_bytes(state), "a checkpoint") from error
@@ -81,26 +93,27 @@ def restore_latest(
     """The newest checkpoint and its meta; None where nothing was saved.
 
     `like` holds jax.ShapeDtypeStruct leaves with the shardings to restore to, on whatever mesh.
-    Raises UserError naming the directory of a checkpoint that cannot be read or does not fit.
+    Raises UserError naming the directory of a checkpoint that is damaged or of another model.
     """
     step = manager.latest_step()
     if step is None:
         return None
-    items = ocp.args.Composite(
+    directory = Path(manager.directory) / str(step)
+    _verify(directory)
+    meta = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
+    if meta["layout"] != _layout(like):
+        raise UserError(
+            f"checkpoint {directory} holds arrays of another model or optimizer than this run's; "
+            "give model.path the model that the run began with, or use another --workdir"
+        )
+    found = _read(
+        manager,
+        step,
         params=ocp.args.StandardRestore(like.params),
         opt_state=ocp.args.StandardRestore(like.opt_state),
-        meta=ocp.args.JsonRestore(),
     )
-    try:
-        found = manager.restore(step, args=items)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(Path(manager.directory) / str(step), error) from error
-    state = TrainState(
-        step=jax.device_put(np.int32(step), like.step.sharding),
-        params=found["params"],
-        opt_state=found["opt_state"],
-    )
-    return state, found["meta"]
+    step_array = jax.device_put(np.int32(step), like.step.sharding)
+    return TrainState(step_array, found["params"], found["opt_state"]), meta
 
 
 def check_space(directory: Path, needed_bytes: int, what: str) -> None:
@@ -110,7 +123,7 @@ def check_space(directory: Path, needed_bytes: int, what: str) -> None:
 
 
 def run_meta(config: ConfigDict) -> dict[str, Any]:
-    """What a checkpoint says of its run, beside the step."""
+    """What a checkpoint says of its run."""
     return {
         "config": fingerprint(config),
         "seed": config.seed,
@@ -120,20 +133,61 @@ def run_meta(config: ConfigDict) -> dict[str, Any]:
 
 
 def state_bytes(tree: Any) -> int:
-    """Bytes of all arrays (or shapes) of a tree; a checkpoint, being compressed, takes less."""
-    return sum(
-        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _silence_orbax() -> None:
-    logger = logging.getLogger("absl")
-    if _not_from_orbax not in logger.filters:
-        logger.addFilter(_not_from_orbax)
+    """Bytes of all arrays (or shapes) of a tree. A checkpoint is compressed and takes less."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
+
+
+def _layout(state: TrainState) -> str:
+    """A hash of the paths, shapes and dtypes of params and optimizer."""
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    lines = [f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}" for path, x in leaves]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except jax.errors.JaxRuntimeError:  # device memory: not the checkpoint's fault
+        raise
+    except Exception as error:  # Orbax raises many types, bare Exception among them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise _unreadable(Path(manager.directory) / str(step), reason) from error
+
+
+def _verify(directory: Path) -> None:
+    """Raises UserError where a file is missing or not as it was saved.
+
+    A kill between Orbax's commit and ours leaves a whole checkpoint without checksums: it passes.
+    """
+    if not (directory / CHECKSUMS).exists():
+        return
+    try:
+        saved, found = json.loads((directory / CHECKSUMS).read_bytes()), _checksums(directory)
+    except (OSError, ValueError) as error:
+        raise _unreadable(directory, str(error)) from error
+    if saved != found:
+        name = next(n for n in sorted({*saved, *found}) if saved.get(n) != found.get(n))
+        raise _unreadable(directory, f"{name} is not as it was saved")
+
+
+def _checksums(directory: Path) -> dict[str, int]:
+    """CRC-32 of every file under a checkpoint but the list of checksums itself."""
+    files = [p for p in directory.rglob("*") if p.is_file() and p.name != CHECKSUMS]
+    with ThreadPoolExecutor(8) as pool:
+        sums = list(pool.map(_crc32, files))
+    return {str(p.relative_to(directory)): s for p, s in sorted(zip(files, sums, strict=True))}
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(READ_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def _is_full_disk(error: BaseException) -> bool:
@@ -149,11 +203,10 @@ def _no_space(directory: Path, needed_bytes: int, what: str) -> UserError:
     )
 
 
-def _unreadable(directory: Path, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _unreadable(directory: Path, reason: str) -> UserError:
     return UserError(
         f"checkpoint {directory} cannot be read ({reason}); move that directory away to resume "
-        "from the one before it, or use another --workdir"
+        "from before it, or use another --workdir"
     )
 
 
@@ -162,8 +215,8 @@ def _free_bytes(directory: Path) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def _readable(count: int) -> str:
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.1f} {units[0]}" if units[0] != "B" else f"{count} B"
+def _readable(count: float) -> str:
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    power = min(int(math.log(count, 1024)), 4)
+    return f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"

@@ -122,7 +122,7 @@ def format_step(step: int, total: int, numbers: Mapping[str, Any]) -> str:
 
 
 def format_bar(step: int, start: int, total: int, elapsed: float, stage: str) -> str:
-    """`[====>     ] 4/10  elapsed 0:12  left 0:18  rollout`; the rest is judged by this run's pace."""
+    """`[====>     ] 4/10  elapsed 0:12  left 0:18  rollout`; `left` goes by this run's own pace."""
     filled = BAR_WIDTH * min(step, total) // max(total, 1)
     left = elapsed * (total - step) / (step - start) if step > start else math.nan
     bar = ("=" * filled + ">" * (filled < BAR_WIDTH)).ljust(BAR_WIDTH)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rosd_jax.config import UserError
 from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
-from rosd_jax.data.pipeline import Encoded, encode_problems
+from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh, param_shardings, replicated_dims, validate_mesh_for
 from rosd_jax.models.weights import load_params, read_config
@@ -64,11 +64,7 @@ def read_inputs(config: ConfigDict) -> Inputs:
         return kept[:limit] if limit else kept
 
     train = encode(config.data.train, "train", 0)
-    if config.batch.prompts > len(train):
-        raise UserError(
-            f"batch.prompts is {config.batch.prompts}; {config.data.train} has {len(train)} training "
-            "problems, so give at most that"
-        )
+    batch_at(train, 0, config.seed, config.batch.prompts)  # raises where there are too few
     evals = {name: encode(name, "test", config.eval.limit) for name in eval_sets(config)}
     for name, uids in overlong.items():
         logging.warning(

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rosd_jax.data.pipeline import bucket_length
+from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.distill import reflect, teacher
 from rosd_jax.evals.localize import quote_exact
 from rosd_jax.models.qwen3 import Qwen3Config
@@ -140,10 +140,8 @@ def make_lesson(tools: Tools, reflected: Reflected) -> tuple[Reflected, Lesson]:
     )  # fmt: skip
     R = graded.rollout.tokens_BR.shape[1]
     prompts, G = graded.prompts, len(graded.texts) // len(graded.prompts.problems)
-    pad = tools.tokenizer.pad_id
-    rows = [row or [pad] for row in ids]  # rows without a teacher weigh 0
-    width = bucket_length(max(map(len, rows)), config.lesson.max_teacher_tokens)
-    teacher_prompt_BQ, teacher_prompt_len_B = teacher.pad_rows(rows, width, pad)
+    rows = [row or [0] for row in ids]  # rows without a teacher weigh 0
+    teacher_prompt_BQ, teacher_prompt_len_B = pad_rows(rows, config.lesson.max_teacher_tokens)
     lesson = Lesson(
         prompt_BP=np.repeat(prompts.tokens_NP, G, axis=0),
         prompt_len_B=np.repeat(prompts.length_N, G),
@@ -170,8 +168,7 @@ def decode_rows(
 ) -> Rollout:
     """Decodes M prompts as `rows` >= M rows of one shape, on the host; rows beyond M are inactive."""
     spare = rows - len(prompt_ids)
-    width = bucket_length(max(map(len, prompt_ids)), longest)
-    tokens_NP, length_N = teacher.pad_rows([*prompt_ids, *[[0]] * spare], width, 0)
+    tokens_NP, length_N = pad_rows([*prompt_ids, *[[0]] * spare], longest)
     rollout = generate(
         params,
         tokens_NP,

@@ -152,13 +152,12 @@ def micro_loss(
         temperature=config.rollout.temperature,
     )
     active_N = flat(lesson.weight_BR) != 0
-    gap_N = jnp.abs(aux["student_logp"] - flat(lesson.sampler_logp_BR))
     per_token = {
-        "divergence": aux["divergence"],
-        "ratio": aux["ratio"],
-        "logp_gap": gap_N,
-        "student_topk_mass": aux["student_topk_mass"],
-        "teacher_topk_mass": aux["teacher_topk_mass"],
+        "divergence": aux.divergence_N,
+        "ratio": aux.ratio_N,
+        "logp_gap": jnp.abs(aux.student_logp_N - flat(lesson.sampler_logp_BR)),
+        "student_topk_mass": aux.student_mass_N,
+        "teacher_topk_mass": aux.teacher_mass_N,
     }
     sums = {name: jnp.where(active_N, x, 0.0).sum() for name, x in per_token.items()}
     return loss, {"loss": loss, **jax.lax.stop_gradient(sums)}

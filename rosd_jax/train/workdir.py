@@ -1,5 +1,7 @@
 """The directory of a run: its config, its lock, its rollouts.
 
+A run that was stopped, even by kill -9, goes on when it is started again on its directory.
+
     DIR/config.json               the resolved config; a later run on DIR must agree with it
     DIR/rollouts/step_N.jsonl     what was sampled, graded and reflected in step N
     DIR/.lock                     held by the process that writes to DIR

@@ -1,0 +1,225 @@
+"""Checkpoints: exact round trips, other meshes, kill -9, full disks, damaged files."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rosd_jax.config import UserError, default_config
+from rosd_jax.models.sharding import make_mesh, param_shardings
+from rosd_jax.train import checkpoint
+from rosd_jax.types import TrainState
+from support import ROOT
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def make_state(step, mesh=None, width=64):
+    """A state whose every array depends on the step."""
+    random = np.random.default_rng(step)
+    numbers = lambda *shape: jnp.asarray(random.standard_normal(shape, np.float32))
+    params = {
+        "layers": {"q_proj": {"kernel": numbers(2, width, 128)}},
+        "embed": numbers(16, 8).astype(jnp.bfloat16),
+    }
+    moved = lambda x: numbers(*x.shape).astype(x.dtype) if x.ndim else jnp.int32(step)
+    state = TrainState(jnp.int32(step), params, jax.tree.map(moved, OPTIMIZER.init(params)))
+    return state if mesh is None else jax.device_put(state, param_shardings(state, mesh))
+
+
+def like_of(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def assert_equal(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_round_trip_is_exact_and_nothing_saved_is_none(tmp_path):
+    manager = checkpoint.open_manager(tmp_path, keep=2)
+    assert checkpoint.restore_latest(manager, like_of(make_state(0))) is None
+    config = default_config()
+    for step in (3, 4, 7):
+        checkpoint.save(manager, make_state(step), step, checkpoint.run_meta(config))
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 7]
+
+    again = checkpoint.open_manager(tmp_path, keep=2)
+    state, meta = checkpoint.restore_latest(again, like_of(make_state(0)))
+    assert_equal(state, make_state(7))
+    assert meta["step"] == 7 and meta["seed"] == config.seed and meta["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_restores_onto_another_mesh(tmp_path, shape):
+    saved = make_state(5, make_mesh(2, 1, 4))
+    checkpoint.save(checkpoint.open_manager(tmp_path, keep=1), saved, 5, {})
+    mesh = make_mesh(*shape)
+    wanted = make_state(5, mesh)
+    state, _ = checkpoint.restore_latest(
+        checkpoint.open_manager(tmp_path, keep=1), like_of(make_state(0, mesh))
+    )
+    assert_equal(state, wanted)
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, placed, param_shardings(wanted, mesh)))
+    assert state.step.sharding == NamedSharding(mesh, P())
+
+
+def test_a_step_is_saved_once_and_is_the_states_own(tmp_path):
+    manager = checkpoint.open_manager(tmp_path, keep=2)
+    checkpoint.save(manager, make_state(1), 1, {})
+    with pytest.raises(ValueError, match="already exists"):
+        checkpoint.save(manager, make_state(1), 1, {})
+    with pytest.raises(ValueError, match="not the state's"):
+        checkpoint.save(manager, make_state(2), 3, {})
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from test_checkpoint import make_state
+from rosd_jax.train import checkpoint
+manager = checkpoint.open_manager(Path(sys.argv[1]), keep=1)
+for state in [make_state(step, width=512) for step in range(30)]:
+    checkpoint.save(manager, state, int(state.step), {})
+    print(int(state.step), flush=True)
+"""
+
+
+def test_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint(tmp_path):
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert child.stdout is not None
+    for _ in range(3):
+        child.stdout.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.05)
+    child.kill()
+    told = [int(line) for line in child.stdout.read().split()]
+    child.stdout.close()
+    child.wait()
+
+    manager = checkpoint.open_manager(tmp_path, keep=1)
+    state, meta = checkpoint.restore_latest(manager, like_of(make_state(0, width=512)))
+    step = meta["step"]
+    assert step >= max(told, default=2)
+    assert_equal(state, make_state(step, width=512))
+    checkpoint.save(manager, make_state(step + 1, width=512), step + 1, {})
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [str(step + 1)]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_full_disk_is_one_sentence_and_earlier_checkpoints_stay(small_disk, capfd):
+    manager = checkpoint.open_manager(small_disk, keep=9)
+    with pytest.raises(UserError) as caught:
+        for step in range(9):
+            checkpoint.save(manager, make_state(step), step, {})
+    text = str(caught.value)
+    assert text.startswith("no disk space for a checkpoint: it needs about 192.8 KiB and ")
+    assert str(small_disk / "checkpoints") in text and "free; make room" in text
+    assert "\n" not in text
+    assert capfd.readouterr() == ("", "")
+
+    names = sorted(p.name for p in (small_disk / "checkpoints").iterdir())
+    assert names == [str(step) for step in range(len(names))] and len(names) >= 2
+    last = len(names) - 1
+    state, _ = checkpoint.restore_latest(manager, like_of(make_state(0)))
+    assert_equal(state, make_state(last))
+    shutil.rmtree(small_disk / "checkpoints" / "0")
+    shutil.rmtree(small_disk / "checkpoints" / "1")
+    checkpoint.save(manager, make_state(last + 1), last + 1, {})
+
+
+def test_check_space_names_what_where_and_how_much(tmp_path):
+    checkpoint.check_space(tmp_path / "not" / "made", 1, "a checkpoint")
+    with pytest.raises(UserError, match=r"no disk space for an export: it needs about 8.0 TiB"):
+        checkpoint.check_space(tmp_path, 1 << 43, "an export")
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = bytes([content[middle] ^ 255])
+    if how == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(
+            content[:middle] + (flipped + content[middle + 1 :] if how == "flip" else b"")
+        )
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("item", ["params", "opt_state", "meta"])
+def test_damaged_checkpoint_is_named_and_the_one_before_it_still_good(tmp_path, item, how, capfd):
+    manager = checkpoint.open_manager(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoint.save(manager, make_state(step), step, {})
+    latest = tmp_path / "checkpoints" / "2"
+    files = [p for p in (latest / item).rglob("*") if p.is_file()]
+    damage(max(files, key=lambda p: p.stat().st_size), how)
+    with pytest.raises(UserError, match=rf"checkpoint {latest} cannot be read .*move that dir"):
+        checkpoint.restore_latest(checkpoint.open_manager(tmp_path, keep=2), like_of(make_state(0)))
+    latest.rename(latest.with_name("2.bad"))
+    state, _ = checkpoint.restore_latest(
+        checkpoint.open_manager(tmp_path, keep=2), like_of(make_state(0))
+    )
+    assert_equal(state, make_state(1))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_state_of_another_model_is_refused_in_one_sentence(tmp_path, capfd):
+    checkpoint.save(checkpoint.open_manager(tmp_path, keep=1), make_state(1), 1, {})
+    with pytest.raises(UserError, match="arrays of another model or optimizer.*model.path"):
+        checkpoint.restore_latest(
+            checkpoint.open_manager(tmp_path, keep=1), like_of(make_state(0, width=32))
+        )
+    assert capfd.readouterr() == ("", "")
+
+
+def test_orbax_is_silent_and_other_absl_users_are_not(tmp_path):
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger, level = logging.getLogger("absl"), logging.getLogger("absl").level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        manager = checkpoint.open_manager(tmp_path, keep=1)
+        checkpoint.save(manager, make_state(1), 1, {})
+        logger.info("mine")
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+    assert records == ["mine"]
+
+
+def test_state_bytes_counts_arrays_and_shapes():
+    tree = {"a": jnp.zeros((3, 4)), "b": jax.ShapeDtypeStruct((5,), jnp.bfloat16)}
+    assert checkpoint.state_bytes(tree) == 58

@@ -1,0 +1,156 @@
+"""metrics.jsonl: exact text, resumable; and what a person sees on the console."""
+
+import io
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rosd_jax.config import UserError
+from rosd_jax.train.metrics import Console, MetricsLog, format_bar, format_step
+
+NUMBERS = {
+    "reward": 0.4531, "reflected": 0.62, "quote_found": 0.914, "active_tokens_share": 0.0321,
+    "loss": 0.012345, "tokens_per_second": 1234.4,
+}  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def filled(path):
+    """Evaluation before training, then three steps with an evaluation at the second."""
+    log = MetricsLog(path)
+    log.write(0, "eval/a", {"avg": 0.1})
+    for step in (1, 2, 3):
+        log.write(step, "train", {"loss": 1.0 / step})
+        if step == 2:
+            log.write(step, "eval/a", {"avg": 0.2})
+            log.write(step, "eval/b", {"avg": 0.3})
+    return path.read_text()
+
+
+def test_a_line_is_step_split_and_the_numbers_in_their_order(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(3, "train", {"z": 1, "a": 0.1, "flag": True})
+    log.write(np.int64(3), "eval/x", {"avg": jnp.float32(0.5)})
+    assert log.path.read_text() == (
+        '{"step": 3, "split": "train", "z": 1, "a": 0.1, "flag": 1}\n'
+        '{"step": 3, "split": "eval/x", "avg": 0.5}\n'
+    )
+
+
+def test_equal_numbers_are_equal_text_whatever_carried_them(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    third = np.float32(1) / np.float32(3)
+    for value in (third, jnp.asarray(third), float(third), np.float64(third), np.array(third)):
+        log.write(1, "train", {"loss": value})
+    (line,) = set(log.path.read_text().splitlines())
+    assert json.loads(line)["loss"] == float(third)
+
+
+def test_nan_and_infinity_become_null(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(1, "train", {"a": float("nan"), "b": np.float32("inf"), "c": -jnp.inf, "d": 1e308})
+    row = json.loads(log.path.read_text())
+    assert row == {"step": 1, "split": "train", "a": None, "b": None, "c": None, "d": 1e308}
+
+
+@pytest.mark.parametrize(
+    "numbers, error",
+    [({"step": 1}, ValueError), ({"a": "x"}, TypeError), ({"a": None}, TypeError),
+     ({"a": np.ones(2)}, ValueError)],
+)  # fmt: skip
+def test_what_is_no_number_writes_nothing(tmp_path, numbers, error):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with pytest.raises(error):
+        log.write(1, "train", numbers)
+    assert not log.path.exists()
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "spl', "{", "\0\0\0"])
+def test_resuming_keeps_all_up_to_the_checkpoint_and_writing_on_restores_the_rest(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    whole = filled(path)
+    with open(path, "a") as file:
+        file.write(torn)
+    log = MetricsLog.resume(path, last_step=2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 2, 2]
+    log.write(3, "train", {"loss": 1.0 / 3})
+    assert path.read_text() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resuming_without_a_checkpoint_starts_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog.resume(path, last_step=-1)
+    assert not path.exists()
+    filled(path)
+    MetricsLog.resume(path, last_step=-1)
+    assert path.read_text() == ""
+
+
+def test_a_broken_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = filled(path)
+    broken = whole.replace('{"step": 1,', "step 1,")
+    path.write_text(broken)
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a line of metrics"):
+        MetricsLog.resume(path, last_step=2)
+    assert path.read_text() == broken
+
+
+def test_step_line_reads_well_and_shows_what_is_missing():
+    assert format_step(7, 100, NUMBERS) == (
+        "step   7/100  reward 0.453  reflected  62%  quotes found  91%  active tokens  3.2%  "
+        "loss 0.01235   1,234 tokens/s"
+    )
+    empty = format_step(7, 100, {"loss": float("nan"), "reward": None})
+    assert empty.split() == (
+        "step 7/100 reward - reflected - quotes found - active tokens - loss - - tokens/s".split()
+    )
+    assert len(empty) == len(format_step(7, 100, NUMBERS))
+
+
+def test_bar_tells_pace_and_stage():
+    assert format_bar(4, 0, 10, 12.0, "rollout") == (
+        "[========>           ] 4/10  elapsed 0:12  left 0:18  rollout"
+    )
+    assert "left 1:06:40" in format_bar(15, 5, 25, 4000, "")  # resumed at 5: ten steps in 4000 s
+    assert format_bar(10, 0, 10, 1, "").startswith("[====================] 10/10")
+    assert "left -" in format_bar(5, 5, 10, 3, "rollout")
+
+
+def test_off_a_terminal_there_are_only_plain_lines():
+    stream = io.StringIO()
+    console = Console(3, stream=stream)
+    console.stage("rollout")
+    console.line(1, NUMBERS)
+    console.say("eval/a  avg 0.5")
+    console.close()
+    lines = stream.getvalue().splitlines()
+    assert lines == [format_step(1, 3, NUMBERS), "eval/a  avg 0.5"]
+    assert stream.getvalue().replace("\n", "").isprintable()
+
+
+def test_on_a_terminal_lines_stand_above_one_bar_that_fits(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    console = Console(3, stream=stream)
+    console.stage("rollout")
+    console.line(1, NUMBERS)
+    console.close()
+    bar, line, bar_again, end = stream.getvalue().split("\r\x1b[K")[1:]
+    assert "0/3" in bar and "1/3" in bar_again and max(len(bar), len(bar_again)) < 40
+    assert line == format_step(1, 3, NUMBERS) + "\n" and end == ""
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    Console(3, stream=stream).stage("rollout")
+    assert stream.getvalue() == ""

@@ -1,0 +1,183 @@
+"""The run's directory: one config, one writer, rollouts that survive any text."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from rosd_jax.config import UserError, default_config
+from rosd_jax.train import workdir
+from support import ROOT
+
+
+def config_with(**fields) -> ConfigDict:
+    config = default_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return config
+
+
+def test_new_workdir_gets_the_resolved_config_and_the_next_run_resumes(tmp_path):
+    run = tmp_path / "runs" / "one"
+    config = config_with(steps=7)
+    config.eval.limit = config.get_ref("steps")
+    config.labels = ("a", "b")
+    assert workdir.prepare(run, config) is False
+    written = json.loads((run / "config.json").read_text())
+    assert written["eval"]["limit"] == 7 and written["labels"] == ["a", "b"]
+    assert list(written) == sorted(written)
+    assert sorted(p.name for p in run.iterdir()) == [".lock", "config.json"]
+    assert workdir.prepare(run, config) is True
+
+
+def test_floats_are_the_same_however_they_were_typed(tmp_path):
+    first = config_with(optimizer__lr=1e-5, optimizer__clip_norm=1.0, loss__alpha=0.1)
+    again = config_with(optimizer__lr=0.00001, optimizer__clip_norm=1, loss__alpha=0.10)
+    workdir.prepare(tmp_path, first)
+    text = (tmp_path / "config.json").read_text()
+    assert '"lr": 1e-05' in text and '"clip_norm": 1.0' in text
+    assert workdir.prepare(tmp_path, again)
+    assert (tmp_path / "config.json").read_text() == text
+    assert workdir.fingerprint(first) == workdir.fingerprint(again)
+
+
+def test_steps_and_keep_may_change_and_are_recorded(tmp_path):
+    workdir.prepare(tmp_path, config_with(steps=7))
+    longer = config_with(steps=9, checkpoint__keep=5)
+    assert workdir.prepare(tmp_path, longer)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["steps"] == 9 and written["checkpoint"]["keep"] == 5
+    assert workdir.fingerprint(longer) == workdir.fingerprint(config_with(steps=7))
+
+
+def test_another_config_is_refused_with_the_field_and_both_values(tmp_path):
+    workdir.prepare(tmp_path, config_with(batch__prompts=8))
+    before = (tmp_path / "config.json").read_text()
+    other = config_with(batch__prompts=16, steps=5, seed=3)
+    with pytest.raises(UserError) as caught:
+        workdir.prepare(tmp_path, other)
+    assert str(caught.value) == (
+        f"workdir {tmp_path} holds a run of another config: field batch.prompts is 8 there and "
+        "16 here; use another --workdir or the same config"
+    )
+    assert (tmp_path / "config.json").read_text() == before
+    assert workdir.fingerprint(other) != workdir.fingerprint(config_with(batch__prompts=8))
+
+
+def test_a_field_that_only_one_side_knows_is_a_difference(tmp_path):
+    workdir.prepare(tmp_path, ConfigDict({"seed": 0, "old": 1}))
+    with pytest.raises(UserError, match="field old is 1 there and absent here"):
+        workdir.prepare(tmp_path, ConfigDict({"seed": 0}))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": \udcff}'])
+def test_broken_config_json_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "config.json"))):
+        workdir.prepare(tmp_path, default_config())
+
+
+def test_a_file_and_a_path_below_a_file_are_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="is a file; give --workdir a directory"):
+        workdir.prepare(file, default_config())
+    with pytest.raises(UserError, match="cannot be made or read .*; use another --workdir"):
+        workdir.prepare(file / "below", default_config())
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds files but no config.json"):
+        workdir.prepare(tmp_path, default_config())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_kill_before_the_config_leaves_is_a_new_run(tmp_path):
+    (tmp_path / ".lock").write_text("1\n")
+    (tmp_path / "config.json.tmp").write_text("{")
+    assert workdir.prepare(tmp_path, default_config()) is False
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.json"]
+
+
+@pytest.fixture
+def read_only_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a read-only tmpfs is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_directory_that_cannot_be_written_is_refused(read_only_disk):
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
+        workdir.prepare(read_only_disk, default_config())
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from rosd_jax.config import default_config
+from rosd_jax.train import workdir
+print(workdir.prepare(Path(sys.argv[1]), default_config()), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    assert child.stdout is not None
+    try:
+        assert child.stdout.readline() == "False\n"
+        with pytest.raises(UserError, match=rf"in use by another run \(process {child.pid}\)"):
+            workdir.prepare(tmp_path, default_config())
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    assert workdir.prepare(tmp_path, default_config()) is True
+
+
+def test_default_workdir_is_under_runs_and_safe_as_a_path():
+    assert re.fullmatch(r"runs/quickstart-\d{8}-\d{6}", str(workdir.default_workdir("quickstart")))
+    name = workdir.default_workdir("../a b:physics,debug")
+    assert re.fullmatch(r"runs/a-b-physics-debug-\d{8}-\d{6}", str(name))
+
+
+def test_rollouts_keep_hostile_text_and_arrays(tmp_path):
+    text = 'lone \ud800, \u2028, </script>, "quotes"\n\0 \U0001f600'
+    row = {"response": text, "ids": np.arange(3, dtype=np.int32), "reward": np.float32(0.5)}
+    path = workdir.write_rollouts(tmp_path, 12, [row, {"quote": None, "span": (1, 2)}])
+    assert path == tmp_path / "rollouts" / "step_12.jsonl"
+    assert path.read_bytes().isascii()
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert first == {"response": text, "ids": [0, 1, 2], "reward": 0.5}
+    assert second == {"quote": None, "span": [1, 2]}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = workdir.write_rollouts(tmp_path, 1, [{"a": 1}])
+    with pytest.raises(AttributeError):
+        workdir.write_rollouts(tmp_path, 1, [{"a": 2}, {"a": object()}])
+    assert path.read_text() == '{"a": 1}\n'
+    assert [p.name for p in path.parent.iterdir()] == ["step_1.jsonl"]
+
+
+def test_resuming_drops_rollouts_of_later_steps(tmp_path):
+    workdir.drop_rollouts_after(tmp_path, 5)
+    for step in (2, 9, 10, 100):
+        workdir.write_rollouts(tmp_path, step, [{"step": step}])
+    (tmp_path / "rollouts" / "step_11.jsonl.tmp").write_text("{")
+    (tmp_path / "rollouts" / "notes.txt").write_text("mine")
+    workdir.drop_rollouts_after(tmp_path, 9)
+    names = sorted(p.name for p in (tmp_path / "rollouts").iterdir())
+    assert names == ["notes.txt", "step_2.jsonl", "step_9.jsonl"]
