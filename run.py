@@ -56,9 +56,7 @@ def read_flags(argv: list[str]):
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(
-            f"the command line does not parse: {' '.join(str(error).split())}"
-        ) from error
+        raise UserError(f"the command line does not parse: {' '.join(str(error).split())}") from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; flags are written --name=value")
     if config is None:
@@ -70,9 +68,7 @@ def run(config) -> None:
     from rosd_jax.train import loop, workdir  # after the flags, so that --help is quick
 
     directory = Path(_WORKDIR.value or workdir.default_workdir(config.name))
-    {"train": loop.train, "eval": loop.evaluate_only, "plan": loop.plan}[_MODE.value](
-        config, directory
-    )
+    {"train": loop.train, "eval": loop.evaluate_only, "plan": loop.plan}[_MODE.value](config, directory)
 
 
 def fail(sentence: str) -> int:

@@ -155,8 +155,7 @@ def _validate_ranges(config: ConfigDict) -> None:
 def _validate_batch(config: ConfigDict) -> None:
     if config.batch.samples < 2:
         raise UserError(
-            f"batch.samples is {config.batch.samples}; the reflector compares siblings, "
-            "so give at least 2"
+            f"batch.samples is {config.batch.samples}; the reflector compares siblings, so give at least 2"
         )
     rows = config.batch.prompts * config.batch.samples
     if rows % config.batch.micro:

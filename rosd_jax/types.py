@@ -55,9 +55,7 @@ class Rollout:
 
     tokens_BR: jax.Array  # int32; beyond length: 0
     length_B: jax.Array  # int32, the stop token counted
-    logp_BR: (
-        jax.Array
-    )  # float32, log-prob of each token at the sampling temperature; 0 beyond length
+    logp_BR: jax.Array  # float32, log-prob of each token at the sampling temperature; 0 beyond length
     finished_B: jax.Array  # bool: ended on a stop token (False: cut at the limit)
 
 
@@ -82,9 +80,7 @@ class Reflection:
     token_span: Span | None = None  # the same in response tokens
     ambiguous: bool = False  # the quote stands in the text more than once
     solution: str | None = None  # the correct sibling that was shown, if any
-    note: str = (
-        ""  # why the rollout left the loss: "" | "overlong" | "no_idea" | "quote_missing" | ...
-    )
+    note: str = ""  # why the rollout left the loss: "" | "overlong" | "no_idea" | "quote_missing" | ...
 
 
 @dataclass(frozen=True)

@@ -205,9 +205,7 @@ def test_missing_things_name_the_path_and_the_field(tmp_path):
 def test_tool_use_may_have_a_test_file_only(tmp_path):
     calls = [{"Action": "find", "Action_Input": '{"naïve": [1]}'}]
     record = {"prompt": "Find it.", "answer": calls, "kind": "tooluse", "system": None}
-    path = write(
-        tmp_path / "data/tooluse/test.json", record, record | {"answer": json.dumps(calls)}
-    )
+    path = write(tmp_path / "data/tooluse/test.json", record, record | {"answer": json.dumps(calls)})
     problems = load(tmp_path, "tooluse", "test")
     assert [json.loads(p.answer) for p in problems] == [calls, calls]
     for broken in ("find()", "[]", "{}", [{"Action": "f", "Action_Input": "{"}], [3]):
@@ -262,9 +260,7 @@ def test_gym_sets_come_from_the_gym(monkeypatch):
     assert load_problems("gym:chain", "test", "") == [("chain", "test")]
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.one_of(
         st.binary(max_size=40),

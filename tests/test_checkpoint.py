@@ -38,9 +38,7 @@ def make_state(step, mesh=None, width=64):
 
 
 def like_of(state):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def assert_equal(found, wanted):
@@ -170,9 +168,7 @@ def damage(path: Path, how: str) -> None:
     if how == "delete":
         path.unlink()
     else:
-        path.write_bytes(
-            content[:middle] + (flipped + content[middle + 1 :] if how == "flip" else b"")
-        )
+        path.write_bytes(content[:middle] + (flipped + content[middle + 1 :] if how == "flip" else b""))
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
@@ -187,9 +183,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_still_good(tmp_path, 
     with pytest.raises(UserError, match=rf"checkpoint {latest} cannot be read .*move that dir"):
         checkpoint.restore_latest(checkpoint.open_manager(tmp_path, keep=2), like_of(make_state(0)))
     latest.rename(latest.with_name("2.bad"))
-    state, _ = checkpoint.restore_latest(
-        checkpoint.open_manager(tmp_path, keep=2), like_of(make_state(0))
-    )
+    state, _ = checkpoint.restore_latest(checkpoint.open_manager(tmp_path, keep=2), like_of(make_state(0)))
     assert_equal(state, make_state(1))
     assert capfd.readouterr() == ("", "")
 
@@ -197,9 +191,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_still_good(tmp_path, 
 def test_state_of_another_model_is_refused_in_one_sentence(tmp_path, capfd):
     checkpoint.save(checkpoint.open_manager(tmp_path, keep=1), make_state(1), 1, {})
     with pytest.raises(UserError, match="arrays of another model or optimizer.*model.path"):
-        checkpoint.restore_latest(
-            checkpoint.open_manager(tmp_path, keep=1), like_of(make_state(0, width=32))
-        )
+        checkpoint.restore_latest(checkpoint.open_manager(tmp_path, keep=1), like_of(make_state(0, width=32)))
     assert capfd.readouterr() == ("", "")
 
 

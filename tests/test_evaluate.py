@@ -42,8 +42,7 @@ def fake_sample(calls):
 def fake_grades(texts, problems):
     letters = ["ABC"[int(text.split()[0]) % 3] for text in texts]
     return [
-        Grade(float(letter == p.answer), letter, True)
-        for letter, p in zip(letters, problems, strict=True)
+        Grade(float(letter == p.answer), letter, True) for letter, p in zip(letters, problems, strict=True)
     ]
 
 

@@ -20,8 +20,7 @@ def _cases(name):
 def _differences(cases, grades, flag_is_inverted=False):
     """(case number, wanted, got) for each case whose score, prediction or flag differs."""
     wanted = [
-        (case["score"], case["pred"], bool(case["incorrect_format"]) is flag_is_inverted)
-        for case in cases
+        (case["score"], case["pred"], bool(case["incorrect_format"]) is flag_is_inverted) for case in cases
     ]
     got = [(grade.score, grade.prediction, grade.well_formed) for grade in grades]
     assert len(wanted) == len(got) > 0
@@ -50,8 +49,7 @@ def test_release_mode_agrees(name, grade, flag_is_inverted):
 def test_release_mode_agrees_on_math():
     cases = _cases("math")
     problems = [
-        Problem(f"golden/{i}", "golden", "math", (), case["ground_truth"])
-        for i, case in enumerate(cases)
+        Problem(f"golden/{i}", "golden", "math", (), case["ground_truth"]) for i, case in enumerate(cases)
     ]
     with Grader(mode="release", timeout_s=20) as grader:
         grades = grader.grade_all([case["response"] for case in cases], problems)

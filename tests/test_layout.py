@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,7 @@ FLOORS = [
     {"train"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-PACKAGE = sorted((ROOT / "rosd_jax").glob("*.py")) + [
-    path for path in sorted((ROOT / "rosd_jax").glob("*/*.py"))
-]
+PACKAGE = sorted((ROOT / "rosd_jax").glob("*.py")) + sorted((ROOT / "rosd_jax").glob("*/*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*/*.py"))
 
 
@@ -51,17 +50,14 @@ def test_kernels_import_jax_and_themselves_only():
     for path in KERNELS:
         for name in imports(path):
             own = name.startswith(".") and not name.startswith("..")
-            assert own or name.split(".")[0] in {"jax", "numpy", "__future__", "functools",
-                                                 "collections", "typing", "dataclasses"}, (path, name)  # fmt: skip
+            assert own or name.split(".")[0] in {"jax", "numpy", *sys.stdlib_module_names}, (path, name)
 
 
 def test_kernels_are_reached_by_one_name():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "rosd_jax" / "kernels").resolve() == ROOT / "kernels"
     spec = importlib.util.find_spec("kernels")
-    assert (
-        spec is None or spec.origin is None
-    )  # a namespace at most: it cannot shadow another package
+    assert spec is None or spec.origin is None  # a namespace at most: it cannot shadow another package
     for path in [*PACKAGE, *sorted((ROOT / "tests").glob("*.py"))]:
         assert not any(n == "kernels" or n.startswith("kernels.") for n in imports(path)), path
 

@@ -72,9 +72,7 @@ def test_truth_of_gym_responses():
     assert truth.error == truth.steps[1] and slipped[slice(*truth.steps[1])] == "b 19*3=8"
 
 
-@pytest.mark.parametrize(
-    "response", ["", "\n", "a 12+7=19", "a 12+7=19\n", "\ud800\x00" * 9, RIGHT * 2]
-)
+@pytest.mark.parametrize("response", ["", "\n", "a 12+7=19", "a 12+7=19\n", "\ud800\x00" * 9, RIGHT * 2])
 def test_an_error_of_the_gym_is_always_a_step(response):
     truth = gym_truth(TEXT, response)
     assert truth.error in truth.steps
@@ -109,9 +107,7 @@ def test_a_perfect_reflector_of_the_gym_scores_one():
 
 
 def test_processbench_rows_become_truths():
-    lines = (
-        data_dir("processbench", "reflector_bench.jsonl").read_text(encoding="utf-8").split("\n")
-    )
+    lines = data_dir("processbench", "reflector_bench.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
     truths = [processbench_truth(row) for row in rows]
     assert len(truths) == 2386 and sum(truth.error is not None for truth in truths) == 1450

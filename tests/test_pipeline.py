@@ -90,9 +90,7 @@ def test_a_step_of_a_seed_is_always_the_same_batch(step, seed):
 
 def test_an_epoch_visits_each_problem_once_and_the_next_reshuffles():
     encoded = encoded_of(*[4] * 24)
-    epochs = [
-        [u for s in range(6) for u in uids(batch_at(encoded, 6 * e + s, 3, 4))] for e in (0, 1)
-    ]
+    epochs = [[u for s in range(6) for u in uids(batch_at(encoded, 6 * e + s, 3, 4))] for e in (0, 1)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(p.uid for p, _ in encoded)
     assert epochs[0] != epochs[1]

@@ -33,13 +33,9 @@ def full_logits(params, config, tokens_BT):
     return np.asarray(qwen3.logits(params, config, hidden))
 
 
-@pytest.mark.parametrize(
-    "kv_heads,bias,tied", [(4, False, False), (2, True, False), (1, False, True)]
-)
+@pytest.mark.parametrize("kv_heads,bias,tied", [(4, False, False), (2, True, False), (1, False, True)])
 def test_prefill_and_decode_equal_the_full_forward_on_rows_of_unequal_length(kv_heads, bias, tied):
-    config = SMALL.replace(
-        num_key_value_heads=kv_heads, attention_bias=bias, tie_word_embeddings=tied
-    )
+    config = SMALL.replace(num_key_value_heads=kv_heads, attention_bias=bias, tie_word_embeddings=tied)
     params = params_of(config)
     length_B = np.array([2, 5, 7])  # of the prompts; what lies beyond is padding
     prompt = np.where(np.arange(7) < length_B[:, None], TOKENS[:, :7], 0)
@@ -92,10 +88,7 @@ def programs(config: Qwen3Config):
 @pytest.mark.parametrize("remat", [False, True])
 def test_program_size_does_not_grow_with_depth(remat):
     shallow, deep = (
-        [
-            count_equations(p.jaxpr)
-            for p in programs(SMALL.replace(num_hidden_layers=n, remat=remat))
-        ]
+        [count_equations(p.jaxpr) for p in programs(SMALL.replace(num_hidden_layers=n, remat=remat))]
         for n in (2, 6)
     )
     assert shallow == deep
@@ -136,9 +129,7 @@ def test_bfloat16_activations_stay_near_float32_and_parameters_stay_float32():
     assert z.dtype == np.float32
     assert np.abs(z - exact).max() < 0.1 * np.abs(exact).max()
     _, cache = qwen3.prefill(params, config, TOKENS[:, :5], 8)
-    hidden, cache = qwen3.decode_step(
-        params, config, cache, TOKENS[:, 5], np.full((3,), 5, np.int32)
-    )
+    hidden, cache = qwen3.decode_step(params, config, cache, TOKENS[:, 5], np.full((3,), 5, np.int32))
     assert hidden.dtype == cache.k.dtype == jnp.bfloat16
     assert np.abs(np.asarray(qwen3.logits(params, config, hidden)) - z[:, 5]).max() < 0.2
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}

@@ -159,9 +159,7 @@ def test_rollout_without_idea_leaves_the_loss_unless_a_solution_stands_in():
 
 def test_teacher_keeps_the_system_prompt_and_sees_no_solution():
     reflected, _ = read(["it is 5", "it is 4"], [0, 1], [answer("is 5", "add"), answer("", "ok")])
-    system, user = teacher.teacher_messages(
-        PROBLEM, reflected.reflections[0], default_config().lesson
-    )
+    system, user = teacher.teacher_messages(PROBLEM, reflected.reflections[0], default_config().lesson)
     assert system == {"role": "system", "content": "RULES"}
     assert "2+2?" in user["content"] and "add" in user["content"]
     assert "it is 4" not in user["content"] and "it is 5" not in user["content"]

@@ -117,9 +117,7 @@ def test_every_mesh_gives_the_tokens_of_one_device(shape):
     """Of four prompts a device prefills all on the first two meshes, its share on the last."""
     mesh, four = make_mesh(*shape), [0, 1, 2, 0]
     params = jax.device_put(PARAMS, param_shardings(PARAMS, mesh))
-    fn = make_generate(
-        MODEL, mesh, max_new=NEW, temperature=TEMPERATURE, top_p=1.0, stop_ids=(140,)
-    )
+    fn = make_generate(MODEL, mesh, max_new=NEW, temperature=TEMPERATURE, top_p=1.0, stop_ids=(140,))
     fn(params, PROMPT[four], PROMPT_LEN[four], PROMPT_OF[::-1], UID + 1, LIMIT - 11, KEY)
     got = fn(params, PROMPT[four], PROMPT_LEN[four], PROMPT_OF, UID, LIMIT, KEY)
     want = _generate(stop_ids=(140,))

@@ -110,9 +110,7 @@ def test_a_dimension_that_does_not_divide_stays_whole_and_is_reported():
 
 def test_a_leaf_without_a_rule_is_refused():
     with pytest.raises(KeyError, match="blocks/lora"):
-        sharding.param_shardings(
-            {"blocks": {"lora": jnp.zeros((2, 3))}}, sharding.make_mesh(1, -1, 1)
-        )
+        sharding.param_shardings({"blocks": {"lora": jnp.zeros((2, 3))}}, sharding.make_mesh(1, -1, 1))
 
 
 @pytest.mark.parametrize("given", [(1, -1, 1), (-1, 2, 2), (2, 2, -1), (8, 1, 1)])
@@ -122,9 +120,7 @@ def test_minus_one_takes_the_remaining_devices(given):
     assert all(n in (-1, got) for n, got in zip(given, mesh.shape.values(), strict=True))
 
 
-@pytest.mark.parametrize(
-    "given", [(1, 1, 1), (3, -1, 1), (16, -1, 1), (2, 2, 4), (-1, -1, 1), (0, -1, 1)]
-)
+@pytest.mark.parametrize("given", [(1, 1, 1), (3, -1, 1), (16, -1, 1), (2, 2, 4), (-1, -1, 1), (0, -1, 1)])
 def test_a_mesh_that_does_not_fit_is_named(given):
     with pytest.raises(UserError, match=f"mesh.data={given[0]}, mesh.fsdp={given[1]}") as error:
         sharding.make_mesh(*given)
@@ -150,9 +146,7 @@ def test_training_splits_activations_by_rows():
     def memory(count):
         mesh = sharding.make_mesh(1, -1, 1, devices=jax.devices()[:count])
         places = sharding.param_shardings(shapes, mesh), sharding.row_sharding(mesh)
-        grad = jax.jit(
-            jax.grad(loss), in_shardings=places, out_shardings=places[0], compiler_options=QUICK
-        )
+        grad = jax.jit(jax.grad(loss), in_shardings=places, out_shardings=places[0], compiler_options=QUICK)
         with jax.set_mesh(mesh):
             return grad.lower(shapes, tokens).compile().memory_analysis().temp_size_in_bytes
 

@@ -136,9 +136,7 @@ def test_huge_answers_are_parsed_in_linear_time(piece):
 
 
 def test_parse_takes_the_first_blocks_in_any_case():
-    raw = (
-        "<Error_Quote> a\nb </error_quote><REFLECTION>r</reflection><explanation> e </Explanation>"
-    )
+    raw = "<Error_Quote> a\nb </error_quote><REFLECTION>r</reflection><explanation> e </Explanation>"
     assert parse_reflection(raw) == ("e", "a\nb")
     assert parse_reflection("<explanation> </explanation><reflection>r</reflection>") == ("r", None)
     assert parse_reflection("</explanation>x<explanation>y</explanation>") == ("y", None)

@@ -22,9 +22,7 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 )
-CORPUS = [
-    "So the ratio of the moles is 785%; größer α≈0.5 → β 漢字 🙂 the wave of the heat is 75 eV!"
-]
+CORPUS = ["So the ratio of the moles is 785%; größer α≈0.5 → β 漢字 🙂 the wave of the heat is 75 eV!"]
 
 
 def wrap(backend: Backend) -> Tokenizer:
@@ -262,9 +260,7 @@ def test_template_may_lie_beside_the_tokenizer_or_inside_its_config(tmp_path):
     settings_file.write_text(json.dumps(moved))
     template.unlink()
     assert (tmp_path / "file" / "chat_template.jinja").exists()
-    first, second = (
-        load_tokenizer(tmp_path / n).render(user("x"), False) for n in ("file", "config")
-    )
+    first, second = (load_tokenizer(tmp_path / n).render(user("x"), False) for n in ("file", "config"))
     assert first == second
 
 

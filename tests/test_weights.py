@@ -115,9 +115,7 @@ def test_our_export_gives_the_same_logits_in_transformers(case, tmp_path):
     params = params_of(config)
     weights.save_pretrained(tmp_path, params, config, max_shard_bytes=20_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    model, report = transformers.Qwen3ForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    model, report = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     np.testing.assert_allclose(their_logits(model), our_logits(params, config), atol=1e-5)
 
@@ -193,12 +191,8 @@ def test_loading_straight_onto_a_mesh_and_saving_from_it(tmp_path):
 
 def test_the_sources_config_is_kept_but_for_the_dtype(saved, tmp_path):
     saved.fields(eos_token_id=7, torch_dtype="float16", dtype="absent", note={"a": [1]})
-    weights.save_pretrained(
-        tmp_path / "out", params_of(CONFIG), CONFIG, source=saved.path, dtype="bfloat16"
-    )
-    before, after = (
-        json.loads((d / "config.json").read_text()) for d in (saved.path, tmp_path / "out")
-    )
+    weights.save_pretrained(tmp_path / "out", params_of(CONFIG), CONFIG, source=saved.path, dtype="bfloat16")
+    before, after = (json.loads((d / "config.json").read_text()) for d in (saved.path, tmp_path / "out"))
     assert before.pop("torch_dtype") == "float16" and after.pop("dtype") == "bfloat16"
     assert before == after
 
@@ -253,9 +247,7 @@ def test_a_config_that_is_not_supported_is_named(fields, sentence, saved):
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(saved):
-    with pytest.raises(
-        UserError, match="a model whose vocabulary does not fit its tokenizer.*61.*62"
-    ):
+    with pytest.raises(UserError, match="a model whose vocabulary does not fit its tokenizer.*61.*62"):
         weights.read_config(saved.path, num_tokens=62, dtype="float32", remat=False)
 
 

@@ -140,9 +140,7 @@ def _known(implementation: str | None) -> str:
     return name
 
 
-def _check_models(
-    student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array]
-) -> None:
+def _check_models(student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array]) -> None:
     _check_operands("student", *student)
     _check_operands("teacher", *teacher)
     (n_rows, vocab), (teacher_rows, teacher_vocab) = (

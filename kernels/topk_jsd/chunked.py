@@ -19,24 +19,13 @@ on the scores' bits.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .reference import TAIL_FLOOR, LossAux, Options, Rows, capped_ratio, to_scores, working_dtype
-
-
-class _Stats(NamedTuple):
-    """Per-row outputs of one chunk; the fields of LossAux."""
-
-    divergence: jax.Array
-    logp: jax.Array
-    ratio: jax.Array
-    student_mass: jax.Array
-    teacher_mass: jax.Array
-
 
 # ---- from hidden states ------------------------------------------------------------------------
 
@@ -78,29 +67,30 @@ def _run_chunks(options: Options, student: Any, teacher: Any, rows: Rows, with_g
     padded = -(-n_rows // size) * size
     order_M = jnp.pad(order_N, (0, padded - n_rows))
     wide = working_dtype(hidden_ND)
-    grads = ()
+    grads: Any = ()
     if with_grad:
         grads = (jnp.zeros((padded, width), hidden_ND.dtype), jnp.zeros(head_VD.shape, wide))
 
     def trip(i, carry):
-        stats_M, grads, trips = carry
+        stats_M, sums, trips = carry
         at = i * size
         ids_C = lax.dynamic_slice_in_dim(order_M, at, size)
         live_C = at + jnp.arange(size, dtype=jnp.int32) < n_live
         stats_C, grads_C = _chunk(options, student, teacher, rows, ids_C, live_C, with_grad)
         put = lambda all_M, x_C: lax.dynamic_update_slice_in_dim(all_M, x_C, at, 0)
         if with_grad:
-            grads = (put(grads[0], grads_C[0].astype(hidden_ND.dtype)), grads[1] + grads_C[1])
-        return jax.tree.map(put, stats_M, stats_C), grads, trips + 1
+            sums = (put(sums[0], grads_C[0].astype(hidden_ND.dtype)), sums[1] + grads_C[1])
+        return jax.tree.map(put, stats_M, stats_C), sums, trips + 1
 
-    blank_M = _Stats(*[jnp.zeros(padded, wide)] * 5)
-    start = (blank_M, grads, jnp.int32(0))
+    zero_M = jnp.zeros(padded, wide)
+    logp_M = None if rows.tokens_N is None else zero_M
+    start = (LossAux(zero_M, logp_M, zero_M, zero_M, zero_M), grads, jnp.int32(0))
     stats_M, grads, trips = lax.fori_loop(jnp.int32(0), (n_live + size - 1) // size, trip, start)
     back_N = jnp.argsort(order_N)
-    loss, aux = _total(rows, jax.tree.map(lambda x_M: x_M[back_N], stats_M), trips)
+    aux = jax.tree.map(lambda x_M: x_M[back_N], stats_M)
     if with_grad:
         grads = (grads[0][back_N], grads[1])
-    return loss, aux, grads
+    return _total(rows, aux), aux._replace(chunks_run=trips), grads
 
 
 def _chunk(options, student, teacher, rows, ids_C, live_C, with_grad):
@@ -138,8 +128,8 @@ def loss_from_logits(
 def _logits_fwd(options, student_NV, teacher_NV, rows):
     live_N = rows.weight_N != 0
     clear = lambda logits_NV: jnp.where(live_N[:, None], logits_NV, 0)
-    stats_N, grad_NV = _row_terms(options, clear(student_NV), clear(teacher_NV), rows, live_N)
-    return _total(rows, stats_N, None), grad_NV.astype(student_NV.dtype)
+    aux, grad_NV = _row_terms(options, clear(student_NV), clear(teacher_NV), rows, live_N)
+    return (_total(rows, aux), aux), grad_NV.astype(student_NV.dtype)
 
 
 def _logits_bwd(options, grad_NV, cotangents):
@@ -153,31 +143,28 @@ loss_from_logits.defvjp(_logits_fwd, _logits_bwd)
 # ---- rows --------------------------------------------------------------------------------------
 
 
-def _total(rows, stats_N, trips):
+def _total(rows, aux):
     live_N = rows.weight_N != 0
-    scale_N = rows.weight_N.astype(stats_N.ratio.dtype) * stats_N.ratio
-    loss = jnp.sum(jnp.where(live_N, scale_N * stats_N.divergence, 0))
-    logp_N = None if rows.tokens_N is None else stats_N.logp
-    return loss, LossAux(*stats_N._replace(logp=logp_N), trips)
+    scale_N = rows.weight_N.astype(aux.ratio_N.dtype) * aux.ratio_N
+    return jnp.sum(jnp.where(live_N, scale_N * aux.divergence_N, 0))
 
 
 def _row_terms(options, student_CV, teacher_CV, rows_C, live_C):
-    """Statistics of each row and d(weight x ratio x divergence)/d(student logits); dead rows: 0."""
+    """Each row's share of aux, and d(weight x ratio x divergence)/d(student logits); dead rows: 0."""
     scores_CV = to_scores(student_CV, options)
     logq_CV = _log_softmax(scores_CV)
     logr_CV = _log_softmax(to_scores(teacher_CV, options))
-    logp_C = jnp.zeros_like(logq_CV[:, 0])
+    logp_C, ratio_C = None, jnp.ones_like(logq_CV[:, 0])
     if rows_C.tokens_N is not None:
         logp_C = jnp.take_along_axis(logq_CV, rows_C.tokens_N[:, None], axis=-1)[:, 0]
-    ratio_C = jnp.ones_like(logp_C)
-    if options.ratio_cap is not None:
-        ratio_C = capped_ratio(logp_C, rows_C.sampler_logp_N, options.ratio_cap)
+        if options.ratio_cap is not None:
+            ratio_C = capped_ratio(logp_C, rows_C.sampler_logp_N, options.ratio_cap)
     k = options.top_k(scores_CV.shape[-1])
-    chosen_CV = jnp.bool_(True) if k is None else select_top_k(scores_CV, k)
+    chosen_CV = jnp.bool_(True) if k is None else select_top_k(scores_CV, live_C, k)
     divergence_C, slope_CV, *masses = _divergence(options, k, logq_CV, logr_CV, chosen_CV)
     scale_C = rows_C.weight_N.astype(ratio_C.dtype) * ratio_C / options.temperature
     grad_CV = jnp.where(live_C[:, None], scale_C[:, None] * slope_CV, 0)
-    stats_C = _Stats(divergence_C, logp_C, ratio_C, *masses)
+    stats_C = LossAux(divergence_C, logp_C, ratio_C, *masses)
     return jax.tree.map(lambda x_C: jnp.where(live_C, x_C, 0), stats_C), grad_CV
 
 
@@ -196,10 +183,11 @@ def _divergence(options, k, logq_CV, logr_CV, chosen_CV):
     pull_C = jnp.sum(jnp.where(chosen_CV, pull_CV, 0), axis=-1)
     q_CV = jnp.exp(logq_CV)
     if k is not None and options.tail == "bucket":
-        tails = [jnp.sum(jnp.where(chosen_CV, 0, p), axis=-1) for p in (q_CV, jnp.exp(logr_CV))]
-        value_C, tail_pull_C = _tail_bucket(*tails, options.alpha)
+        tail_q_C = jnp.sum(jnp.where(chosen_CV, 0, q_CV), axis=-1)
+        tail_r_C = jnp.sum(jnp.where(chosen_CV, 0, jnp.exp(logr_CV)), axis=-1)
+        value_C, tail_pull_C = _tail_bucket(tail_q_C, tail_r_C, options.alpha)
         divergence_C, pull_C = divergence_C + value_C, pull_C + tail_pull_C
-        others_C = tail_pull_C / jnp.maximum(tails[0], TAIL_FLOOR)
+        others_C = tail_pull_C / jnp.maximum(tail_q_C, TAIL_FLOOR)
         pull_CV = jnp.where(chosen_CV, pull_CV, q_CV * others_C[:, None])
     return divergence_C, pull_CV - q_CV * pull_C[:, None], *masses
 
@@ -225,11 +213,14 @@ def _bucket(logq, logr, alpha):
     return pull + jnp.where(r == 0, 0, -alpha * r * (soft + jnp.maximum(-delta, 0))), pull
 
 
-@partial(jax.jit, static_argnums=1)  # so that callers outside of jit compile its loop once
-def select_top_k(scores_CV: jax.Array, k: int) -> jax.Array:
-    """True at the k largest scores of each row (k < V), ties to the lowest id; 0 and -0 tie."""
+@partial(jax.jit, static_argnums=2)  # so that callers outside of jit compile its loop once
+def select_top_k(scores_CV: jax.Array, live_C: jax.Array, k: int) -> jax.Array:
+    """True at the k largest scores of a row (k < V), ties to the lowest id; 0 and -0 tie.
+
+    All of a dead row is chosen: its equal scores would cost a full search.
+    """
     keys_CV = _ordered_bits(scores_CV)
-    threshold_C, count_C = _threshold(keys_CV, k)
+    threshold_C, count_C = _threshold(keys_CV, live_C, k)
     above_CV = keys_CV >= threshold_C[:, None]
 
     def break_ties():
@@ -251,10 +242,10 @@ def _ordered_bits(scores_CV):
     return jnp.where(raw_CV >= sign, ~raw_CV, raw_CV | sign)
 
 
-def _threshold(keys_CV, k):
+def _threshold(keys_CV, live_C, k):
     """The largest key that at least k keys of the row reach, and how many reach it.
 
-    Bit by bit from the top; ends early once every row's count is exactly k.
+    Bit by bit from the top; ends early once every row's count is exactly k. Dead rows: 0 and k.
     """
     rows, vocab = keys_CV.shape
     word = keys_CV.dtype
@@ -272,6 +263,6 @@ def _threshold(keys_CV, k):
         return bit >> 1, threshold_C, jnp.where(reached_C, trial_count_C, count_C)
 
     top = jnp.array(1 << (jnp.iinfo(word).bits - 1), word)
-    start = (top, jnp.zeros(rows, word), jnp.full(rows, vocab, jnp.int32))
+    start = (top, jnp.zeros(rows, word), jnp.where(live_C, jnp.int32(vocab), jnp.int32(k)))
     _, threshold_C, count_C = lax.while_loop(unsettled, try_bit, start)
     return threshold_C, count_C

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -97,9 +98,7 @@ def loss_from_hidden(
         precision=lax.Precision.HIGHEST,
     )
     student_NV = to_logits(student_hidden_ND, student_head_VD)
-    return loss_from_logits(
-        options, student_NV, to_logits(teacher_hidden_ND, teacher_head_VD), rows
-    )
+    return loss_from_logits(options, student_NV, to_logits(teacher_hidden_ND, teacher_head_VD), rows)
 
 
 def loss_from_logits(
@@ -108,12 +107,12 @@ def loss_from_logits(
     """Sum over rows of weight x ratio x divergence, differentiable in the student's logits."""
     student_NV, teacher_NV, live_N = _live_scores(options, student_NV, teacher_NV, rows)
     logq_NV, logr_NV = jax.nn.log_softmax(student_NV), jax.nn.log_softmax(teacher_NV)
-    ids_NK = _top_k_ids(student_NV, options)
+    ids_NK = _top_k_ids(student_NV, options.top_k(student_NV.shape[-1]))
     logq_NK, mass_q_N = _buckets(logq_NV, ids_NK, options.tail)
     logr_NK, mass_r_N = _buckets(logr_NV, ids_NK, options.tail)
     divergence_N = _divergence(logq_NK, logr_NK, options.alpha)
     logp_N = None if rows.tokens_N is None else _of_tokens(logq_NV, rows.tokens_N)
-    return _weigh(options, divergence_N, logp_N, (mass_q_N, mass_r_N), live_N, rows)
+    return _weigh(options.ratio_cap, divergence_N, logp_N, (mass_q_N, mass_r_N), live_N, rows)
 
 
 def sampled_token_loss(
@@ -128,7 +127,7 @@ def sampled_token_loss(
     student_N = _of_tokens(jax.nn.log_softmax(student_NV), rows.tokens_N)
     teacher_N = _of_tokens(jax.nn.log_softmax(teacher_NV), rows.tokens_N)
     divergence_N = lax.stop_gradient(student_N - teacher_N) * student_N
-    return _weigh(options, divergence_N, student_N, None, live_N, rows)
+    return _weigh(options.ratio_cap, divergence_N, student_N, None, live_N, rows)
 
 
 def _live_scores(options, student_NV, teacher_NV, rows):
@@ -140,12 +139,17 @@ def _live_scores(options, student_NV, teacher_NV, rows):
     return student_NV, lax.stop_gradient(teacher_NV), live_N
 
 
+# The parts below are jitted so that a caller outside of jit compiles a handful of programs, not
+# hundreds of single operations.
+
+
+@jax.jit
 def _of_tokens(logp_NV, tokens_N):
     return jnp.take_along_axis(logp_NV, tokens_N[:, None], axis=-1)[:, 0]
 
 
-def _top_k_ids(scores_NV, options):
-    k = options.top_k(scores_NV.shape[-1])
+@partial(jax.jit, static_argnums=1)
+def _top_k_ids(scores_NV, k):
     if k is None:
         return None
     scores_NV = lax.stop_gradient(scores_NV)
@@ -153,6 +157,7 @@ def _top_k_ids(scores_NV, options):
     return lax.top_k(jnp.where(scores_NV == 0, 0, scores_NV), k)[1]
 
 
+@partial(jax.jit, static_argnums=2)
 def _buckets(logp_NV, ids_NK, tail):
     if ids_NK is None:
         return logp_NV, jnp.sum(jnp.exp(logp_NV), axis=-1)
@@ -166,6 +171,7 @@ def _buckets(logp_NV, ids_NK, tail):
     return jnp.append(logp_NK, jnp.log(jnp.maximum(tail_N1, TAIL_FLOOR)), axis=-1), mass_N
 
 
+@partial(jax.jit, static_argnums=2)
 def _divergence(logq_NK, logr_NK, alpha):
     if alpha == 0:
         return _kl(logr_NK, logq_NK)
@@ -186,13 +192,13 @@ def _kl(logp_NK, logm_NK):
     return jnp.sum(jnp.exp(logp_NK) * log_ratio_NK, axis=-1)
 
 
-def _weigh(options, divergence_N, logp_N, masses, live_N, rows):
+@partial(jax.jit, static_argnums=0)
+def _weigh(ratio_cap, divergence_N, logp_N, masses, live_N, rows):
     ratio_N = jnp.ones_like(divergence_N)
-    if options.ratio_cap is not None:
-        ratio_N = capped_ratio(logp_N, rows.sampler_logp_N, options.ratio_cap)
+    if ratio_cap is not None:
+        ratio_N = capped_ratio(logp_N, rows.sampler_logp_N, ratio_cap)
     scale_N = jnp.where(live_N, rows.weight_N.astype(divergence_N.dtype) * ratio_N, 0)
     loss = jnp.sum(jnp.where(live_N, scale_N * divergence_N, 0))
-    clear = lambda x_N: None if x_N is None else jnp.where(live_N, x_N, 0)
     student_mass_N, teacher_mass_N = masses or (None, None)
-    aux = LossAux(*map(clear, (divergence_N, logp_N, ratio_N, student_mass_N, teacher_mass_N)))
-    return loss, lax.stop_gradient(aux)
+    aux = LossAux(divergence_N, logp_N, ratio_N, student_mass_N, teacher_mass_N)
+    return loss, jax.tree.map(lambda x_N: lax.stop_gradient(jnp.where(live_N, x_N, 0)), aux)

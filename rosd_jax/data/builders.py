@@ -30,9 +30,7 @@ from rosd_jax.data import rows
 from rosd_jax.types import Problem
 
 
-def load_problems(
-    name: str, split: str, data_dir: str, cache_dir: str | None = None
-) -> list[Problem]:
+def load_problems(name: str, split: str, data_dir: str, cache_dir: str | None = None) -> list[Problem]:
     """The problems of one split, in file order.
 
     `name` is one of rows.SOURCES, "jsonl:PATH" or "gym:FAMILY"; `split` is "train" or "test".
@@ -53,9 +51,7 @@ def load_problems(
 
 
 def _problem(example: rows.Example) -> Problem:
-    messages = tuple(
-        {"role": role, "content": example[role]} for role in ("system", "user") if example[role]
-    )
+    messages = tuple({"role": role, "content": example[role]} for role in ("system", "user") if example[role])
     return Problem(
         uid=example["uid"],
         dataset=example["dataset"],

@@ -1,18 +1,19 @@
 """The gym: chains of arithmetic whose every line is checked, so the first wrong line is known exactly.
 
 A problem is a start value and a list of operations, `12 +7 *3 -5 +9`, worked left to right on a dial of
-50 numbers (49 + 2 = 1). A solution writes one lettered line a step and the answer in tags:
+17 numbers (16 + 2 = 1; 17 is prime, so no later step heals a slip by itself). A solution writes one
+lettered line a step and the answer in tags:
 
-    a 12+7=19
-    b 19*3=7
-    c 7-5=2
-    d 2+9=11
-    <answer>11</answer>
+    a 12+7=2
+    b 2*3=6
+    c 6-5=1
+    d 1+9=10
+    <answer>10</answer>
 
 Families: `chain` (four steps, symbols) is what training sees; `long` (six or seven steps) and `words`
 (`12 plus 7 times 3 minus 5 plus 9`) are out of domain for it.
 
-Solvers slip: a line's result is off by one, off by ten, or belongs to another operation or operand, more
+Solvers slip: a line's result is off by one or two, or belongs to another operation or operand, more
 often for products than for sums. Slips carry on into the lines below, as they do in people's work.
 Here also are the texts from which the tiny base model is trained: solving with slips, reflecting on a
 wrong solution beside a right one, naming the key line of a right one, and solving with an idea in hand.
@@ -32,7 +33,7 @@ from rosd_jax.config import UserError
 from rosd_jax.text.prompts import Wording
 from rosd_jax.types import Problem, Span
 
-DIAL = 50
+DIAL = 17
 OPERANDS = range(2, 10)
 LETTERS = "abcdefgh"
 WORDS = {"+": "plus", "-": "minus", "*": "times"}
@@ -76,8 +77,7 @@ def sample_chain(rng: np.random.Generator, family: str, split: str) -> Chain:
     low, high = STEPS[family]
     while True:
         steps = tuple(
-            ("+-*"[rng.integers(3)], int(rng.choice(OPERANDS)))
-            for _ in range(rng.integers(low, high + 1))
+            ("+-*"[rng.integers(3)], int(rng.choice(OPERANDS))) for _ in range(rng.integers(low, high + 1))
         )
         chain = Chain(int(rng.integers(DIAL)), steps, family)
         if split_of(chain) == split:
@@ -92,20 +92,18 @@ def split_of(chain: Chain) -> str:
 def slip(rng: np.random.Generator, value: int, op: str, operand: int) -> int:
     """A wrong result as people write it; may, rarely, coincide with the right one."""
     right = apply(value, op, operand)
-    kind = rng.choice(4, p=(0.4, 0.25, 0.2, 0.15))
+    kind = rng.choice(4, p=(0.4, 0.2, 0.25, 0.15))
     sign = int(rng.choice((-1, 1)))
     if kind == 0:
         return (right + sign) % DIAL
     if kind == 1:
-        return (right + 10 * sign) % DIAL
+        return (right + 2 * sign) % DIAL
     if kind == 2:
         return apply(value, {"+": "-", "-": "+", "*": "+"}[op], operand)
     return apply(value, op, operand + sign)
 
 
-def solve(
-    chain: Chain, rng: np.random.Generator | None = None, sure: int | None = None
-) -> list[str]:
+def solve(chain: Chain, rng: np.random.Generator | None = None, sure: int | None = None) -> list[str]:
     """The lines of a solution: right without `rng`, with slips otherwise, but never in line `sure`."""
     value, lines = chain.start, []
     for i, (op, operand) in enumerate(chain.steps):
@@ -164,11 +162,11 @@ def reflect_wrong(right: list[str], wrong: list[str]) -> str:
 
 
 def comparisons(rng: np.random.Generator) -> str:
-    """A drill: lines of comparisons, half of them of results that differ as slips do."""
+    """A drill: lines of comparisons, half of them of results that differ."""
     pairs = rng.integers(DIAL, size=len(LETTERS)), rng.random(len(LETTERS)) < 0.5
     lines = []
     for letter, value, equal in zip(LETTERS, *pairs, strict=True):
-        other = value if equal else (value + rng.choice((-10, -1, 1, 10, *range(2, 9)))) % DIAL
+        other = value if equal else (value + rng.integers(1, DIAL)) % DIAL
         lines.append(compare(letter, str(value), str(other)))
     return "".join(lines)
 
@@ -182,8 +180,7 @@ def load(family: str, split: str) -> list[Problem]:
     """The problems of a family's split, the same in every run. Raises UserError for an unknown name."""
     if family not in STEPS or split not in SIZES:
         raise UserError(
-            f"data set is gym:{family}/{split}; the gym has {', '.join(STEPS)} with "
-            f"{' and '.join(SIZES)}"
+            f"data set is gym:{family}/{split}; the gym has {', '.join(STEPS)} with {' and '.join(SIZES)}"
         )
     rng = np.random.default_rng(zlib.crc32(f"{family}/{split}".encode()))
     chains: dict[str, Chain] = {}

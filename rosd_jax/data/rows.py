@@ -71,27 +71,19 @@ def locate(name: str, split: str, data_dir: str) -> tuple[str, str]:
     if name.startswith("jsonl:"):
         path = _jsonl_path(name)
         if not path.is_file():
-            raise UserError(
-                f"{name!r} names no file; give data.train or eval.sets jsonl:PATH of a real one"
-            )
+            raise UserError(f"{name!r} names no file; give data.train or eval.sets jsonl:PATH of a real one")
         return str(path.parent), "train"
     if name not in SOURCES:
         known = ", ".join((*SOURCES, "jsonl:PATH", "gym:FAMILY"))
         raise UserError(f"{name!r} is no known set; give data.train or eval.sets one of {known}")
     files = SOURCES[name].files
     if split not in files:
-        raise UserError(
-            f"{name!r} has no {split!r} split, only {', '.join(files)}; choose another set"
-        )
+        raise UserError(f"{name!r} has no {split!r} split, only {', '.join(files)}; choose another set")
     folder = Path(data_dir).expanduser()
     if not data_dir or not folder.is_dir():
-        raise UserError(
-            f"data.dir is {data_dir!r}; it must be the folder that holds {files[split]}"
-        )
+        raise UserError(f"data.dir is {data_dir!r}; it must be the folder that holds {files[split]}")
     if split not in present(name, str(folder)):
-        raise UserError(
-            f"{folder / files[split]} is missing; set data.dir to the folder that holds it"
-        )
+        raise UserError(f"{folder / files[split]} is missing; set data.dir to the folder that holds it")
     return str(folder), split
 
 
@@ -162,9 +154,7 @@ def _tool_answer(row: Row) -> str:
     text = json.dumps(value, ensure_ascii=False) if listed else _text(row, "answer")
     calls = json.loads(text) if _is_json(text) else None
     if not isinstance(calls, list) or not calls or not all(map(_is_call, calls)):
-        raise _wrong(
-            row, "answer", "must be a JSON list of calls with Action and Action_Input (JSON)"
-        )
+        raise _wrong(row, "answer", "must be a JSON list of calls with Action and Action_Input (JSON)")
     return text
 
 

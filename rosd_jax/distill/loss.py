@@ -11,9 +11,7 @@ from rosd_jax import masked
 from rosd_jax.kernels.topk_jsd import LossAux, topk_jsd_loss
 
 Level = Literal["token", "sequence"]
-Aggregation = Literal[
-    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-]
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 MAX_LOG_RATIO = 20.0
 TOKEN_COUNT_EPS = 1e-8  # the released means divide by the token count plus this
@@ -107,6 +105,4 @@ def aggregate_weights(mask_BT: jax.Array, mode: Aggregation = "token-mean") -> j
             return active_BT / (tokens_B1 + TOKEN_COUNT_EPS) / sequences
         case "seq-mean-token-sum-norm":
             return active_BT / mask_BT.shape[1]
-    raise ValueError(
-        f"aggregation is {mode!r}; it must be one of {', '.join(Aggregation.__args__)}"
-    )
+    raise ValueError(f"aggregation is {mode!r}; it must be one of {', '.join(Aggregation.__args__)}")

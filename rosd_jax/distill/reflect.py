@@ -215,18 +215,14 @@ def _first_exact(text: str, quote: str | None) -> spans.Located | None:
     return found and spans.Located(*found, ambiguous=text.find(text[slice(*found)], found[1]) >= 0)
 
 
-def _token_span(
-    char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenizer, how: str
-) -> Span:
+def _token_span(char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenizer, how: str) -> Span:
     if how == "offsets":
         return spans.chars_to_tokens(char_span, tokenizer.offsets(ids))
     start, stop = (spans.release_token_start(tokenizer.encode, text, at) for at in char_span)
     return min(start, len(ids)), min(stop, len(ids))
 
 
-def _note(
-    plan: Plan, idea: str | None, solution: str | None, span: Span | None, lesson: ConfigDict
-) -> str:
+def _note(plan: Plan, idea: str | None, solution: str | None, span: Span | None, lesson: ConfigDict) -> str:
     """Why a reflected rollout leaves the loss; "" when it stays."""
     context = lesson.teacher_context
     if context == "solution" and solution is None:

@@ -112,9 +112,7 @@ def evaluate_set(
     return _numbers(problems, generations, samples), generations
 
 
-def write_generations(
-    workdir: str | Path, step: int, set_name: str, rows: Iterable[dict[str, Any]]
-) -> Path:
+def write_generations(workdir: str | Path, step: int, set_name: str, rows: Iterable[dict[str, Any]]) -> Path:
     """Writes one ASCII JSON object a line to `generations_path`; the file appears whole or not.
 
     Raises UserError when it cannot be written.
@@ -130,8 +128,7 @@ def write_generations(
         with contextlib.suppress(OSError):
             aside.unlink()
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); free space there or choose another "
-            "--workdir"
+            f"{path} cannot be written ({error.strerror}); free space there or choose another --workdir"
         ) from error
     return path
 
@@ -150,9 +147,7 @@ def _majority(predictions: Sequence[str]) -> int:
     return list(predictions).index(max(votes, key=lambda name: votes[name]))  # ties: first seen
 
 
-def _sample_all(
-    prompts: list[list[int]], sample: Sample, rows: int
-) -> tuple[list[list[int]], list[bool]]:
+def _sample_all(prompts: list[list[int]], sample: Sample, rows: int) -> tuple[list[list[int]], list[bool]]:
     """Response ids and whether they ended on a stop token, for every prompt, `rows` at a time."""
     responses: list[list[int]] = []
     finished: list[bool] = []
@@ -177,9 +172,7 @@ def _numbers(
     shape = (len(problems), samples)
     rewards_NK = np.array([row["reward"] for row in generations], np.float64).reshape(shape)
     predictions = [row["prediction"] for row in generations]
-    numbers = scores(
-        rewards_NK, [predictions[i : i + samples] for i in range(0, len(predictions), samples)]
-    )
+    numbers = scores(rewards_NK, [predictions[i : i + samples] for i in range(0, len(predictions), samples)])
     numbers["length"] = float(np.mean([len(row["token_ids"]) for row in generations]))
     numbers["truncated"] = float(np.mean([row["truncated"] for row in generations]))
     if all(problem.kind == "mcq" for problem in problems):

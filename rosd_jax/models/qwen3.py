@@ -169,13 +169,9 @@ class Qwen3(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT, position_BT, cache: Cache | None = None):
         c = self.config
-        embed = self.param(
-            "embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), jnp.float32
-        )
+        embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), jnp.float32)
         if not c.tie_word_embeddings:
-            self.param(
-                "head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), jnp.float32
-            )
+            self.param("head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), jnp.float32)
         x = pin_rows(embed[tokens_BT].astype(c.dtype))
         block = nn.remat(Block, prevent_cse=False) if c.remat and cache is None else Block
         blocks = nn.scan(
@@ -185,9 +181,7 @@ class Qwen3(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.num_hidden_layers,
         )
-        (x, cache), kv = blocks(c, name="blocks")(
-            (x, cache), jnp.arange(c.num_hidden_layers), position_BT
-        )
+        (x, cache), kv = blocks(c, name="blocks")((x, cache), jnp.arange(c.num_hidden_layers), position_BT)
         return RMSNorm(c.rms_norm_eps, name="final_norm")(x), cache, kv
 
 

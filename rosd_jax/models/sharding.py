@@ -47,9 +47,7 @@ RULES = {
 }
 
 
-def make_mesh(
-    data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None
-) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices; -1 (at most once) takes what the other axes leave.
 
     Axis types are Auto: the compiler places what no rule names. Raises UserError where the product
@@ -77,8 +75,7 @@ def validate_mesh_for(config: Qwen3Config, mesh: Mesh) -> None:
         heads = getattr(config, name)
         if heads % tensor:
             raise UserError(
-                f"mesh.tensor is {tensor}; it must divide the model's {name}, {heads}, "
-                "so choose a divisor"
+                f"mesh.tensor is {tensor}; it must divide the model's {name}, {heads}, so choose a divisor"
             )
 
 

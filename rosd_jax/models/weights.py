@@ -64,9 +64,7 @@ PASS = "pass --config.model.path=DIR, a Hugging Face directory of a Qwen3 model"
 # --- config.json ----------------------------------------------------------------------------------
 
 
-def read_config(
-    path: str | Path, *, num_tokens: int | None, dtype: str, remat: bool
-) -> Qwen3Config:
+def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: bool) -> Qwen3Config:
     """The architecture from config.json; `num_tokens` is the size of the tokenizer's vocabulary.
 
     Raises UserError where the directory or a field is missing, where the model is no plain Qwen3,
@@ -325,9 +323,7 @@ def _tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
         path = _path(key_path)
         name, transposed = LEAVES[path]
         host = np.asarray(leaf).astype(jnp.dtype(dtype))
-        for tensor, value in zip(
-            _names(path, host.shape), host if "{}" in name else host[None], strict=True
-        ):
+        for tensor, value in zip(_names(path, host.shape), host if "{}" in name else host[None], strict=True):
             yield tensor, np.ascontiguousarray(value.T if transposed else value)
 
 

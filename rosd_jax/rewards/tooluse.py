@@ -21,9 +21,7 @@ from rosd_jax.rewards.grade import Grade, Mode, strip_thinking
 Call = tuple[str, str | None]  # name, and the input as canonical JSON (None: not readable)
 
 # A call; or a line that opens half of one, which must not pass unseen beside a right call.
-_CALL = re.compile(
-    r"Action:\s*(?P<name>[\w\[\].-]+)\s*Action Input:\s*|^Action(?: Input)?:", re.MULTILINE
-)
+_CALL = re.compile(r"Action:\s*(?P<name>[\w\[\].-]+)\s*Action Input:\s*|^Action(?: Input)?:", re.MULTILINE)
 
 
 def grade(response: str, answer: str | list[dict[str, Any]], *, mode: Mode) -> Grade:

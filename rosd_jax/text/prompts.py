@@ -125,9 +125,7 @@ def wrong_messages(
     return _chat(wording.reflect_wrong_system, wording.reflect_wrong_user, fields)
 
 
-def right_messages(
-    problem: str, attempt: str, gold: str | None, wording: Wording = ENGLISH
-) -> list[Message]:
+def right_messages(problem: str, attempt: str, gold: str | None, wording: Wording = ENGLISH) -> list[Message]:
     """What the reflector is asked about a correct rollout. gold None: the answer is not shown."""
     fields = {"problem": problem, "attempt": attempt, "gold": gold}
     return _chat(wording.reflect_right_system, wording.reflect_right_user, fields)

@@ -37,9 +37,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_dir():
         raise UserError(f"model.path is {str(path)!r}; it must be a directory, so check the path")
     try:
-        inner = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        inner = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"model.path is {str(path)!r}; its tokenizer must load from local files "
@@ -104,9 +102,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no string in it becomes a control token, none are added around it."""
-        return self.inner.encode(
-            _well_formed(text), add_special_tokens=False, split_special_tokens=True
-        )
+        return self.inner.encode(_well_formed(text), add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids without control tokens; `<think>` stays. Invalid bytes become U+FFFD."""

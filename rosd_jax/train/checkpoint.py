@@ -58,9 +58,7 @@ def open_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
-def save(
-    manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dict[str, Any]
-) -> None:
+def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dict[str, Any]) -> None:
     """Writes the state under a temporary name, renames it, then removes the oldest beyond `keep`.
 
     So a kill at any moment leaves the previous checkpoint whole. Raises UserError where the disk is

@@ -7,6 +7,7 @@ dropped when the run is resumed, and written again.
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -40,15 +41,16 @@ def train(config: ConfigDict, directory: Path) -> None:
         workdir.drop_rollouts_after(directory, start)
         console = Console(config.steps, start)
         console.say(headline(inputs, config, directory, start))
-        if start == 0:
-            evaluate(tools, inputs, state.params, 0, directory, log, console)
-        for step in range(start, config.steps):
-            state = one_step(tools, inputs, state, frozen_params, step, directory, log, console)
-            if is_due(step + 1, config.eval.every, config.steps):
-                evaluate(tools, inputs, state.params, step + 1, directory, log, console)
-            if is_due(step + 1, config.checkpoint.every, config.steps):
-                console.stage("checkpoint")
-                checkpoint.save(manager, state, step + 1, checkpoint.run_meta(config))
+        with jax.set_mesh(tools.mesh):  # the model lays its activations along it
+            if start == 0:
+                evaluate(tools, inputs, state.params, 0, directory, log, console)
+            for step in range(start, config.steps):
+                state = one_step(tools, inputs, state, frozen_params, step, directory, log, console)
+                if is_due(step + 1, config.eval.every, config.steps):
+                    evaluate(tools, inputs, state.params, step + 1, directory, log, console)
+                if is_due(step + 1, config.checkpoint.every, config.steps):
+                    console.stage("checkpoint")
+                    checkpoint.save(manager, state, step + 1, checkpoint.run_meta(config))
         export(config, inputs, state.params, directory)
         manager.close()
         console.close()
@@ -64,15 +66,9 @@ def evaluate_only(config: ConfigDict, directory: Path) -> None:
         manager = checkpoint.open_manager(directory, config.checkpoint.keep)
         state, step = resume(manager, state, shardings)
         console = Console(config.steps, step)
-        evaluate(
-            tools,
-            inputs,
-            state.params,
-            step,
-            directory,
-            MetricsLog(directory / "metrics.jsonl"),
-            console,
-        )
+        log = MetricsLog(directory / "metrics.jsonl")
+        with jax.set_mesh(tools.mesh):
+            evaluate(tools, inputs, state.params, step, directory, log, console)
         console.close()
     print(write_report(directory, config.data.train))
 
@@ -200,9 +196,7 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 def resume(manager, state: TrainState, shardings: TrainState) -> tuple[TrainState, int]:
     """The newest checkpoint's state and step, or the given state and 0."""
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-    )
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     restored = checkpoint.restore_latest(manager, like)
     if restored is None:
         return state, 0
@@ -219,7 +213,8 @@ def check_disk(directory: Path, state: TrainState) -> None:
 def export(config: ConfigDict, inputs: Inputs, params: Params, directory: Path) -> None:
     """The trained model as a Hugging Face directory."""
     path = directory / "export"
-    save_pretrained(
-        path, params, inputs.model, source=Path(config.model.path), dtype=config.model.dtype
-    )
+    save_pretrained(path, params, inputs.model, source=Path(config.model.path), dtype=config.model.dtype)
     inputs.tokenizer.save(path)
+    generation = Path(config.model.path) / "generation_config.json"
+    if generation.exists():  # it names stop ids that the tokenizer does not
+        shutil.copyfile(generation, path / generation.name)

@@ -100,8 +100,7 @@ def check_lengths(config: ConfigDict, model: Qwen3Config) -> None:
     longest = {
         "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         "reflect.max_new_tokens": config.reflect.max_prompt_tokens + config.reflect.max_new_tokens,
-        "lesson.max_teacher_tokens": config.lesson.max_teacher_tokens
-        + config.rollout.max_new_tokens,
+        "lesson.max_teacher_tokens": config.lesson.max_teacher_tokens + config.rollout.max_new_tokens,
         "eval.max_new_tokens": config.data.max_prompt_tokens + config.eval.max_new_tokens,
     }
     for field, tokens in longest.items():
@@ -112,9 +111,7 @@ def check_lengths(config: ConfigDict, model: Qwen3Config) -> None:
             )
 
 
-def build(
-    config: ConfigDict, inputs: Inputs, grader: Grader
-) -> tuple[Tools, TrainState, Params, TrainState]:
+def build(config: ConfigDict, inputs: Inputs, grader: Grader) -> tuple[Tools, TrainState, Params, TrainState]:
     """Tools, the state before the first step, the frozen tree, and the state's shardings."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model, path = inputs.model, Path(config.model.path)

@@ -218,9 +218,7 @@ def describe_reflections(reflected: Reflected, weight_BR: np.ndarray) -> Numbers
         problems = reflected.graded.prompts.problems
         G = rows // len(problems)
         repeated = [problem for problem in problems for _ in range(G)]
-        numbers["quote_exact"] = quote_exact(
-            repeated, reflected.graded.texts, reflected.reflections
-        )
+        numbers["quote_exact"] = quote_exact(repeated, reflected.graded.texts, reflected.reflections)
     return numbers
 
 

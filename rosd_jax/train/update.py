@@ -37,9 +37,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     rate = lambda k: c.lr * jnp.minimum(1.0, (k + first) / max(c.warmup_steps, 1))
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
-        optax.adamw(
-            rate if c.warmup_steps else c.lr, c.b1, c.b2, c.eps, weight_decay=c.weight_decay
-        ),
+        optax.adamw(rate if c.warmup_steps else c.lr, c.b1, c.b2, c.eps, weight_decay=c.weight_decay),
     )
 
 
@@ -68,9 +66,7 @@ def make_update(
         empty = total == 0
         keep = jnp.isfinite(norm) & (~empty | (config.optimizer.empty_batch == "step"))
         pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
-        state = TrainState(
-            state.step + 1, pick(params, state.params), pick(opt_state, state.opt_state)
-        )
+        state = TrainState(state.step + 1, pick(params, state.params), pick(opt_state, state.opt_state))
         return state, summarise(sums, total, norm, keep, empty)
 
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -95,9 +91,7 @@ def accumulate(
     denominator = jnp.maximum(total, 1.0)
 
     def body(i, carry):
-        group = jax.tree.map(
-            lambda x: jax.lax.with_sharding_constraint(x[i], row_sharding(mesh)), groups
-        )
+        group = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[i], row_sharding(mesh)), groups)
         objective = lambda p: micro_loss(p, frozen_params, group, denominator, config, model)
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return jax.tree.map(jnp.add, carry, (grads, sums))
@@ -123,9 +117,7 @@ def micro_loss(
     model: qwen3.Qwen3Config,
 ) -> tuple[jax.Array, Metrics]:
     """The part of the loss that one micro-batch carries, and sums over its active tokens."""
-    student_BRD = response_hidden(
-        params, model, lesson.prompt_BP, lesson.prompt_len_B, lesson.response_BR
-    )
+    student_BRD = response_hidden(params, model, lesson.prompt_BP, lesson.prompt_len_B, lesson.response_BR)
     teacher_BRD = response_hidden(
         frozen_params,
         model,
