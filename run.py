@@ -19,13 +19,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from absl import flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
+from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from rosd_jax.config import UserError, validate  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do")
+
+NO_CONFIG = (
+    "--config does not name a Python file with a get_config that returns a ConfigDict; pass one, such as "
+    "--config=configs/quickstart.py"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -48,20 +53,35 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_flags(argv: list[str]):
+def read_flags(argv: list[str]) -> ConfigDict:
     """The config that the command line asks for. Raises UserError for whatever does not parse."""
     try:
         rest = flags.FLAGS(argv)
         config = _CONFIG.value
-    except UserError:
-        raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"the command line does not parse: {' '.join(str(error).split())}") from error
+        raise UserError(explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; flags are written --name=value")
     if config is None:
         raise UserError("--config is missing; pass a file, such as --config=configs/quickstart.py")
+    if not isinstance(config, ConfigDict):  # ml_collections' stand-in for a file that did not load
+        raise UserError(NO_CONFIG)
     return config
+
+
+def explain(error: BaseException) -> str:
+    """One sentence for an error out of absl or ml_collections, which wrap ours in a traceback."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    ours = [e for e in chain if isinstance(e, UserError)]
+    if ours:
+        return str(ours[-1])
+    if isinstance(chain[-1], KeyError):
+        return f"the config has no field {chain[-1].args[0]!r}; rosd_jax/config.py lists the fields"
+    if isinstance(error, AttributeError | OSError):
+        return NO_CONFIG
+    return f"the command line does not parse: {' '.join(str(error).split())}"
 
 
 def run(config) -> None:

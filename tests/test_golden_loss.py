@@ -129,11 +129,17 @@ def check_case(file, case, dtype, implementation):
         np.testing.assert_allclose(grad, wanted, **bound)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("name", FILES)
-def test_float32_agrees_with_the_released_loss(name, implementation):
+def test_float32_chunked_agrees_with_the_released_loss(name):
     for case in cases(name):
-        check_case(arrays(name), case, np.float32, implementation)
+        check_case(arrays(name), case, np.float32, "chunked")
+
+
+# The cross of all options is left to float64; the other files are what strains float32.
+@pytest.mark.parametrize("name", [name for name in FILES if "full" not in name])
+def test_float32_reference_agrees_with_the_released_loss(name):
+    for case in cases(name):
+        check_case(arrays(name), case, np.float32, "reference")
 
 
 @pytest.mark.parametrize("name", FILES)

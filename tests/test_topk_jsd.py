@@ -393,7 +393,7 @@ def test_in_a_scan_the_parts_sum_to_the_whole():
     close(jax.jit(lambda: jax.lax.scan(body, start, parts))()[0], (loss, head_grad), 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize("head_axes", [(None, None), ("tensor", None), (None, "data")])
+@pytest.mark.parametrize("head_axes", [("tensor", None), (None, "data")])
 def test_eight_devices_equal_one(head_axes):
     args = operands(n=32)[:5]
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

@@ -67,7 +67,7 @@ def _run_chunks(options: Options, student: Any, teacher: Any, rows: Rows, with_g
     padded = -(-n_rows // size) * size
     order_M = jnp.pad(order_N, (0, padded - n_rows))
     wide = working_dtype(hidden_ND)
-    grads: Any = ()
+    grads = None
     if with_grad:
         grads = (jnp.zeros((padded, width), hidden_ND.dtype), jnp.zeros(head_VD.shape, wide))
 
@@ -78,7 +78,7 @@ def _run_chunks(options: Options, student: Any, teacher: Any, rows: Rows, with_g
         live_C = at + jnp.arange(size, dtype=jnp.int32) < n_live
         stats_C, grads_C = _chunk(options, student, teacher, rows, ids_C, live_C, with_grad)
         put = lambda all_M, x_C: lax.dynamic_update_slice_in_dim(all_M, x_C, at, 0)
-        if with_grad:
+        if grads_C is not None:
             sums = (put(sums[0], grads_C[0].astype(hidden_ND.dtype)), sums[1] + grads_C[1])
         return jax.tree.map(put, stats_M, stats_C), sums, trips + 1
 
@@ -88,7 +88,7 @@ def _run_chunks(options: Options, student: Any, teacher: Any, rows: Rows, with_g
     stats_M, grads, trips = lax.fori_loop(jnp.int32(0), (n_live + size - 1) // size, trip, start)
     back_N = jnp.argsort(order_N)
     aux = jax.tree.map(lambda x_M: x_M[back_N], stats_M)
-    if with_grad:
+    if grads is not None:
         grads = (grads[0][back_N], grads[1])
     return _total(rows, aux), aux._replace(chunks_run=trips), grads
 
@@ -101,7 +101,7 @@ def _chunk(options, student, teacher, rows, ids_C, live_C, with_grad):
     rows_C = jax.tree.map(lambda x_N: x_N[ids_C], rows)
     stats_C, grad_CV = _row_terms(options, student_CV, teacher_CV, rows_C, live_C)
     if not with_grad:
-        return stats_C, ()
+        return stats_C, None
     grad_CV = grad_CV.astype(head_VD.dtype)
     return stats_C, (_matmul(grad_CV, head_VD, (1, 0)), _matmul(grad_CV, student_CD, (0, 0)))
 

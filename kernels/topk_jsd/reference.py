@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -139,16 +138,10 @@ def _live_scores(options, student_NV, teacher_NV, rows):
     return student_NV, lax.stop_gradient(teacher_NV), live_N
 
 
-# The parts below are jitted so that a caller outside of jit compiles a handful of programs, not
-# hundreds of single operations.
-
-
-@jax.jit
 def _of_tokens(logp_NV, tokens_N):
     return jnp.take_along_axis(logp_NV, tokens_N[:, None], axis=-1)[:, 0]
 
 
-@partial(jax.jit, static_argnums=1)
 def _top_k_ids(scores_NV, k):
     if k is None:
         return None
@@ -157,7 +150,6 @@ def _top_k_ids(scores_NV, k):
     return lax.top_k(jnp.where(scores_NV == 0, 0, scores_NV), k)[1]
 
 
-@partial(jax.jit, static_argnums=2)
 def _buckets(logp_NV, ids_NK, tail):
     if ids_NK is None:
         return logp_NV, jnp.sum(jnp.exp(logp_NV), axis=-1)
@@ -171,7 +163,6 @@ def _buckets(logp_NV, ids_NK, tail):
     return jnp.append(logp_NK, jnp.log(jnp.maximum(tail_N1, TAIL_FLOOR)), axis=-1), mass_N
 
 
-@partial(jax.jit, static_argnums=2)
 def _divergence(logq_NK, logr_NK, alpha):
     if alpha == 0:
         return _kl(logr_NK, logq_NK)
@@ -192,7 +183,6 @@ def _kl(logp_NK, logm_NK):
     return jnp.sum(jnp.exp(logp_NK) * log_ratio_NK, axis=-1)
 
 
-@partial(jax.jit, static_argnums=0)
 def _weigh(ratio_cap, divergence_N, logp_N, masses, live_N, rows):
     ratio_N = jnp.ones_like(divergence_N)
     if ratio_cap is not None:

@@ -207,10 +207,10 @@ def describe_reflections(reflected: Reflected, weight_BR: np.ndarray) -> Numbers
     """Shares of the reflection stage, with the counts behind them."""
     counts = teacher.count(reflected, weight_BR)
     rows, tokens = len(reflected.reflections), int(np.sum(reflected.graded.rollout.length_B))
-    asked = counts["quotes_asked"]
+    asked, found = counts["quotes_asked"], counts.pop("quotes_found")
     numbers: Numbers = dict(
         reflected=counts.pop("reflected") / rows,
-        quote_found=counts.pop("quotes_found") / asked if asked else float("nan"),
+        quote_found=found / asked if asked else float("nan"),
         active_tokens_share=counts.pop("active_tokens") / max(tokens, 1),
         **counts,
     )

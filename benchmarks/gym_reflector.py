@@ -1,0 +1,73 @@
+"""How good the gym's base model is before any ROSD: exact error quotes, and solving with and without help.
+
+    python benchmarks/gym_reflector.py [--model=models/gym] [--problems=512]
+
+Problems are held out from every training text. The reflector decodes greedily, the solver at
+temperature 1, as the quickstart has them. `exact` is the share of wrong attempts whose quote is exactly
+the first wrong line; `idea` the share solved when shown one right line of the solution.
+"""
+
+import argparse
+import json
+
+import jax
+import numpy as np
+
+from rosd_jax.data import gym, pretrain
+from rosd_jax.models.weights import load_params, read_config
+from rosd_jax.rollout.loop import make_generate
+from rosd_jax.text import prompts, spans
+from rosd_jax.text.tokenizer import load_tokenizer
+from rosd_jax.train.step import decode, decode_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="models/gym")
+    parser.add_argument("--problems", type=int, default=512)
+    args = parser.parse_args()
+    print(json.dumps(measure(args.model, args.problems)))
+
+
+def measure(path: str, problems: int) -> dict[str, float]:
+    """Shares over `problems` held-out problems a row."""
+    tokenizer = load_tokenizer(path)
+    model = read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat=False)
+    params = load_params(path, model)
+    rng = np.random.default_rng(1)
+
+    def ask(texts: list[str], temperature: float) -> list[str]:
+        ids = [tokenizer.chat_ids([{"role": "user", "content": t}], thinking=False) for t in texts]
+        generate = make_generate(
+            model, None, max_new=72, temperature=temperature, top_p=1.0, stop_ids=tokenizer.stop_ids
+        )
+        uid_B, limit_B = np.arange(len(ids), dtype=np.int32), np.full(len(ids), 72, np.int32)
+        key = jax.random.key(0)
+        rollout = decode_rows(generate, params, ids, uid_B, limit_B, key, rows=len(ids), longest=256)
+        return decode(tokenizer, rollout)
+
+    def draw(family: str) -> list[gym.Chain]:
+        return [gym.sample_chain(rng, family, "test") for _ in range(problems)]
+
+    def solved(chains: list[gym.Chain], texts: list[str]) -> float:
+        answers = [gym.respond(gym.solve(chain)).split("\n")[-1] for chain in chains]
+        return float(np.mean([t.endswith(a) for t, a in zip(texts, answers, strict=True)]))
+
+    result = {family: solved(chains, ask([c.text for c in chains], 1.0))
+              for family in gym.STEPS for chains in [draw(family)]}  # fmt: skip
+    chains = draw("chain")
+    lines = [gym.solve(chain)[rng.integers(len(chain.steps))] for chain in chains]
+    shown = [prompts.idea_text(c.text, line, gym.WORDING) for c, line in zip(chains, lines, strict=True)]
+    result["idea"] = solved(chains, ask(shown, 1.0))
+    attempts = [pretrain.wrong_solution(chain, rng) for chain in chains]
+    asked = [pretrain.reflection_text(c, w)[0] for c, w in zip(chains, attempts, strict=True)]
+    quotes = [spans.parse_reflection(raw)[1] for raw in ask(asked, 0.0)]
+    result["exact"] = float(np.mean([
+        quote == text[slice(*(gym.first_error(chain, text) or (0, 0)))]
+        for chain, text, quote in zip(chains, map(gym.respond, attempts), quotes, strict=True)
+    ]))  # fmt: skip
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""The update against a plain float64 loss, and equal for any micro-batch, mesh and idle row."""
+
+import itertools
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rosd_jax.config import default_config
+from rosd_jax.models import qwen3
+from rosd_jax.models.qwen3 import Qwen3Config
+from rosd_jax.models.sharding import make_mesh, param_shardings, row_sharding
+from rosd_jax.rollout.loop import make_generate
+from rosd_jax.train.update import init_state, make_optimizer, make_update, micro_loss
+from rosd_jax.types import Lesson
+
+MODEL = Qwen3Config(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=4,
+    num_tokens=60,
+)
+B, P, Q, R = 16, 6, 9, 8
+TOPK, TEMPERATURE, CAP = 5, 0.7, 1.25
+LR, WARMUP = 0.01, 4
+SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8]
+OFTEN = [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2)]  # the other shapes are left to the slow run
+
+
+def make_config(micro=8, **optimizer):
+    """Adam's eps is large, so that rounding of a tiny gradient does not turn into a whole step."""
+    config = default_config()
+    config.batch.micro = micro
+    config.rollout.temperature = TEMPERATURE
+    config.loss.update(topk=TOPK, ratio_cap=CAP, chunk=16)
+    config.optimizer.update(lr=LR, warmup_steps=WARMUP, eps=1e-3, clip_norm=0.05)
+    config.optimizer.update(optimizer)
+    return config
+
+
+def with_gradient(config):
+    """The run's optimizer behind a stage that keeps the raw gradient in its state."""
+    return optax.chain(optax.trace(decay=0.0), make_optimizer(config))
+
+
+@cache
+def trees():
+    """Parameters of student and teacher: not small, not alike."""
+    shapes = jax.eval_shape(lambda: qwen3.init_params(MODEL, jax.random.key(0)))
+    rng = np.random.default_rng(1)
+    student = jax.tree.map(lambda x: rng.normal(0.1, 0.3, x.shape).astype(np.float32), shapes)
+    teacher = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(np.float32), student)
+    return student, teacher
+
+
+def make_lesson(seed=0, **fields):
+    """Spans of all kinds; a third of the rows has no weight, as rollouts that left the loss."""
+    rng = np.random.default_rng(seed)
+    ids = lambda *shape: rng.integers(1, 60, shape).astype(np.int32)
+    length_B = rng.integers(1, R + 1, B).astype(np.int32)
+    weight_BR = np.zeros((B, R), np.float32)
+    for row in range(B):
+        start = rng.integers(length_B[row])
+        weight_BR[row, start : rng.integers(start, length_B[row]) + 1] = row % 3 != 1
+    lesson = dict(
+        prompt_BP=ids(B, P),
+        prompt_len_B=rng.integers(1, P + 1, B).astype(np.int32),
+        teacher_prompt_BQ=ids(B, Q),
+        teacher_prompt_len_B=rng.integers(1, Q + 1, B).astype(np.int32),
+        response_BR=ids(B, R),
+        response_len_B=length_B,
+        weight_BR=weight_BR,
+        sampler_logp_BR=rng.normal(-4, 1, (B, R)).astype(np.float32),
+    )
+    return Lesson(**(lesson | fields))
+
+
+@cache
+def compiled(shape=(1, 1, 1), micro=8, model=MODEL, **optimizer):
+    """The update of one mesh, and how to lay its arguments."""
+    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    config = make_config(micro, **optimizer)
+    tx = with_gradient(config)
+    places = param_shardings(jax.eval_shape(lambda p: init_state(p, tx), trees()[0]), mesh)
+    return make_update(config, model, tx, mesh, places), tx, mesh, places
+
+
+def step(lesson, shape=(1, 1, 1), micro=8, *, frozen=None, times=1, **options):
+    """State and metrics after the update, on the host, as train/loop.py runs it: under its mesh."""
+    update, tx, mesh, places = compiled(shape, micro, **options)
+    state = jax.device_put(init_state(trees()[0], tx), places)
+    frozen = jax.device_put(trees()[1] if frozen is None else frozen, places.params)
+    lesson = jax.device_put(lesson, row_sharding(mesh))
+    with jax.set_mesh(mesh):
+        for _ in range(times):
+            state, metrics = update(state, frozen, lesson)
+    return jax.device_get((state, metrics))
+
+
+def gradient(state):
+    return state.opt_state[0].trace
+
+
+def assert_near(found, wanted, rtol=1e-5):
+    """Every leaf within rounding of its own scale."""
+
+    def near(path, a, b):
+        scale = max(np.abs(b).max(), 1e-6)
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(near, found, wanted)
+
+
+def assert_same(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def assert_same_update(found, wanted, rtol=1e-5):
+    """Gradient, parameters, moments and metrics of two (state, metrics) pairs."""
+    assert_near(gradient(found[0]), gradient(wanted[0]), rtol)
+    change = lambda pair: jax.tree.map(np.subtract, pair[0].params, trees()[0])
+    assert_near(change(found), change(wanted), 10 * rtol)
+    assert_near(found[0].opt_state, wanted[0].opt_state, 10 * rtol)
+    assert_near(found[1], wanted[1], rtol)
+
+
+@cache
+def plain():
+    return step(make_lesson())
+
+
+# --- what the number is ------------------------------------------------------------------------------
+
+
+@jax.jit
+def scores(params, tokens_BT):
+    return qwen3.logits(params, MODEL, qwen3.hidden_states(params, MODEL, tokens_BT)) / TEMPERATURE
+
+
+def token_scores(params, prompt_B, length_B, response_BR):
+    """Log-probs [B, R, V] in float64 of every response token's distribution."""
+    rows = [[*p[:n], *r] for p, n, r in zip(prompt_B, length_B, response_BR, strict=True)]
+    padded = np.array([row + [59] * (Q + R - len(row)) for row in rows], np.int32)
+    z = np.asarray(scores(params, padded), np.float64)[..., : MODEL.num_tokens]
+    z = np.stack([x[n - 1 : n - 1 + R] for x, n in zip(z, length_B, strict=True)])
+    return z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
+
+
+def plain_loss(lesson, params, frozen):
+    """Mean over active tokens of ratio times JSD between (top-k, rest) buckets, token by token."""
+    student = token_scores(params, lesson.prompt_BP, lesson.prompt_len_B, lesson.response_BR)
+    teacher = token_scores(frozen, lesson.teacher_prompt_BQ, lesson.teacher_prompt_len_B, lesson.response_BR)
+    terms = []
+    for b, r in zip(*np.nonzero(lesson.weight_BR), strict=True):
+        best = np.argsort(-student[b, r])[:TOPK]
+        q, t = (np.exp(x[b, r][best]) for x in (student, teacher))
+        q, t = np.append(q, 1 - q.sum()), np.append(t, 1 - t.sum())
+        m = (q + t) / 2
+        divergence = (q @ np.log(q / m) + t @ np.log(t / m)) / 2
+        logp = student[b, r, lesson.response_BR[b, r]]
+        ratio = min(np.exp(logp - lesson.sampler_logp_BR[b, r]), CAP)
+        terms.append((ratio * divergence, divergence, ratio, q[:-1].sum(), t[:-1].sum()))
+    return np.mean(terms, axis=0)
+
+
+def test_the_loss_is_the_float64_mean_over_active_tokens():
+    lesson, (_, metrics) = make_lesson(), plain()
+    wanted = plain_loss(lesson, *trees())
+    names = ("loss", "divergence", "ratio", "student_topk_mass", "teacher_topk_mass")
+    np.testing.assert_allclose([metrics[name] for name in names], wanted, rtol=2e-5)
+    assert metrics["active_tokens"] == lesson.weight_BR.sum() and 0 < wanted[2] < CAP
+    assert metrics["grad_norm"] == pytest.approx(optax.global_norm(gradient(plain()[0])), rel=1e-6)
+
+
+def test_the_gradient_is_that_of_the_loss():
+    """Along the gradient itself, the ratios held where they were: they take no gradient."""
+    lesson, grads, (student, frozen) = make_lesson(), gradient(plain()[0]), trees()
+    norm = float(optax.global_norm(grads))
+    move = lambda by: jax.tree.map(lambda p, g: p + np.float32(by / norm) * g, student, grads)
+    held = lambda params: np.mean([x * y for x, y in zip(*divergences(params), strict=True)])
+    ...
+
+
+# --- what must not matter ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [2, 4, 16])
+def test_the_micro_batch_does_not_matter(micro):
+    assert_same_update(step(make_lesson(), micro=micro), plain())
+
+
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=[] if s in OFTEN else pytest.mark.slow) for s in SHAPES], ids=str
+)
+def test_the_mesh_does_not_matter(shape):
+    assert_same_update(step(make_lesson(), shape), plain(), 3e-5)
+
+
+def test_rematerialising_does_not_matter():
+    assert_same_update(step(make_lesson(), model=MODEL.replace(remat=True)), plain())
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    order = np.random.default_rng(3).permutation(B)
+    lesson = jax.tree.map(lambda x: x[order], make_lesson())
+    assert_same_update(step(lesson), plain())
+
+
+def test_what_follows_the_span_does_not_matter():
+    lesson = make_lesson()
+    garbage = make_lesson(seed=9)
+    last_B = np.where(lesson.weight_BR.any(1), R - np.argmax(lesson.weight_BR[:, ::-1], 1), 0)
+    after_BR = np.arange(R) >= last_B[:, None]
+    changed = make_lesson(
+        response_BR=np.where(after_BR, garbage.response_BR, lesson.response_BR),
+        sampler_logp_BR=np.where(after_BR, np.nan, lesson.sampler_logp_BR).astype(np.float32),
+    )
+    assert (changed.response_BR != lesson.response_BR).sum() > B
+    assert_same_update(step(changed), plain(), 1e-6)
+
+
+def test_what_is_behind_the_prompts_and_in_idle_rows_does_not_matter():
+    lesson, garbage = make_lesson(), make_lesson(seed=9)
+    idle_B = ~lesson.weight_BR.any(1)
+    behind = lambda length_B, width: (np.arange(width) >= length_B[:, None]) | idle_B[:, None]
+    pick = lambda mask, name: np.where(mask, getattr(garbage, name), getattr(lesson, name))
+    changed = make_lesson(
+        prompt_BP=pick(behind(lesson.prompt_len_B, P), "prompt_BP"),
+        teacher_prompt_BQ=pick(behind(lesson.teacher_prompt_len_B, Q), "teacher_prompt_BQ"),
+        response_BR=pick(idle_B[:, None], "response_BR"),
+        prompt_len_B=pick(idle_B, "prompt_len_B"),
+    )
+    assert_same_update(step(changed), plain(), 1e-6)
+
+
+# --- steps that are not taken, and what never learns ---------------------------------------------------
+
+
+def test_an_empty_lesson_changes_nothing_and_is_counted():
+    empty = make_lesson(weight_BR=np.zeros((B, R), np.float32))
+    _, tx, _, _ = compiled()
+    state, metrics = step(empty)
+    assert_same((state.params, state.opt_state), (trees()[0], tx.init(trees()[0])))
+    assert state.step == 1 and metrics["skipped_empty"] == 1 and metrics["skipped_nonfinite"] == 0
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["active_tokens"] == 0
+    assert plain()[1]["skipped_empty"] == 0
+
+
+def test_an_empty_lesson_decays_the_weights_where_the_config_says_so():
+    empty = make_lesson(weight_BR=np.zeros((B, R), np.float32))
+    state, metrics = step(empty, empty_batch="step", weight_decay=0.5)
+    wanted = jax.tree.map(lambda x: x * (1 - LR / WARMUP * 0.5), trees()[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.params, wanted)
+    assert metrics["skipped_empty"] == 0
+
+
+@pytest.mark.parametrize("where", ["teacher", "sampler"])
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(where):
+    frozen, lesson = jax.tree.map(np.copy, trees()[1]), make_lesson()
+    if where == "teacher":
+        frozen["embed"][:] = np.nan
+    else:
+        row, at = np.argwhere(lesson.weight_BR)[0]
+        lesson.sampler_logp_BR[row, at] = np.nan
+    _, tx, _, _ = compiled()
+    state, metrics = step(lesson, frozen=frozen)
+    assert not np.isfinite(metrics["grad_norm"])
+    assert_same((state.params, state.opt_state), (trees()[0], tx.init(trees()[0])))
+    assert metrics["skipped_nonfinite"] == 1 and metrics["skipped_empty"] == 0 and state.step == 1
+
+
+def test_the_teacher_takes_no_gradient_and_is_left_as_it_was():
+    update, tx, mesh, places = compiled()
+    frozen = jax.device_put(trees()[1], places.params)
+    state = jax.device_put(init_state(trees()[0], tx), places)
+    with jax.set_mesh(mesh):
+        update(state, frozen, jax.device_put(make_lesson(), row_sharding(mesh)))
+    assert_same(jax.device_get(frozen), trees()[1])
+    loss = lambda student, frozen: micro_loss(student, frozen, make_lesson(), 1.0, make_config(), MODEL)[0]
+    own, other = jax.jit(jax.grad(loss, argnums=(0, 1)))(*trees())
+    assert optax.global_norm(own) > 0 and optax.global_norm(other) == 0
+
+
+# --- the optimizer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_the_rate_warms_up_from_its_first_part_or_from_zero(from_zero):
+    tx = make_optimizer(make_config(warmup_from_zero=from_zero, eps=1e-20, weight_decay=0.0))
+    params, grads = {"w": jnp.zeros(3)}, {"w": jnp.array([1e-3, -2e-3, 3e-3])}
+    state, rates = tx.init(params), []
+    for _ in range(WARMUP + 2):
+        updates, state = tx.update(grads, state, params)
+        np.testing.assert_allclose(np.sign(updates["w"]), -np.sign(grads["w"]) * (updates["w"][0] != 0))
+        rates.append(float(jnp.abs(updates["w"]).max()))
+    first = 0 if from_zero else 1
+    wanted = [LR * min(1, (k + first) / WARMUP) for k in range(WARMUP + 2)]
+    np.testing.assert_allclose(rates, wanted, rtol=1e-4)
+
+
+def test_the_gradient_is_clipped_to_the_norm_before_adam_sees_it():
+    state, metrics = plain()
+    assert metrics["grad_norm"] > 0.05
+    moment = jax.tree.leaves(state.opt_state[1], is_leaf=lambda x: hasattr(x, "mu"))
+    adam = next(x for x in moment if hasattr(x, "mu"))
+    assert optax.global_norm(adam.mu) == pytest.approx(0.1 * 0.05, rel=1e-5)
+
+
+# --- the run's own rollouts --------------------------------------------------------------------------
+
+
+def test_on_policy_rollouts_have_ratio_one():
+    _, _, mesh, _ = compiled()
+    lesson = make_lesson()
+    sample = make_generate(MODEL, mesh, max_new=R, temperature=TEMPERATURE, top_p=1.0, stop_ids=(1, 2, 3, 4))
+    rows = np.arange(B, dtype=np.int32)
+    with jax.set_mesh(mesh):
+        rollout = sample(
+            trees()[0], lesson.prompt_BP, lesson.prompt_len_B, rows, rows, np.full(B, R, np.int32),
+            jax.random.key(0),
+        )  # fmt: skip
+    rollout = jax.device_get(rollout)
+    weight_BR = (np.arange(R) < rollout.length_B[:, None]).astype(np.float32)
+    assert 0 < weight_BR.mean() < 1
+    lesson = make_lesson(
+        response_BR=rollout.tokens_BR, response_len_B=rollout.length_B,
+        sampler_logp_BR=rollout.logp_BR, weight_BR=weight_BR,
+    )  # fmt: skip
+    metrics = step(lesson)[1]
+    assert abs(metrics["ratio"] - 1) < 1e-5 and metrics["logp_gap"] < 1e-5
+    assert metrics["active_tokens"] == rollout.length_B.sum()
+
+
+def test_lessons_of_one_shape_are_compiled_once():
+    update = compiled()[0]
+    for seed in range(3):
+        step(make_lesson(seed), times=2)
+    step(make_lesson(weight_BR=np.zeros((B, R), np.float32)))
+    assert update._cache_size() == 1
