@@ -18,7 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's start-up chatter
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-from absl import flags, logging  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from rosd_jax.config import UserError, validate  # noqa: E402
@@ -43,6 +43,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         return fail(str(error))
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return fail(f"{error.filename or 'the workdir'} cannot be written ({error.strerror}); "
+                        "use another --workdir")  # fmt: skip
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return fail(f"the disk of {error.filename or 'the workdir'} is full; free some space and "
@@ -55,6 +58,7 @@ def main(argv: list[str]) -> int:
 
 def read_flags(argv: list[str]) -> ConfigDict:
     """The config that the command line asks for. Raises UserError for whatever does not parse."""
+    app.define_help_flags()
     try:
         rest = flags.FLAGS(argv)
         config = _CONFIG.value

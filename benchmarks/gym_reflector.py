@@ -1,6 +1,6 @@
 """How good the gym's base model is before any ROSD: exact error quotes, and solving with and without help.
 
-    python benchmarks/gym_reflector.py [--model=models/gym] [--problems=512]
+    python -m benchmarks.gym_reflector [--model=models/gym] [--problems=512]
 
 Problems are held out from every training text. The reflector decodes greedily, the solver at
 temperature 1, as the quickstart has them. `exact` is the share of wrong attempts whose quote is exactly

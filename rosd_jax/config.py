@@ -146,7 +146,11 @@ def _validate_ranges(config: ConfigDict) -> None:
     _require(config, "loss.alpha", 0 <= config.loss.alpha <= 1, "lie in [0, 1]")
     _require(config, "loss.ratio_cap", config.loss.ratio_cap > 0, "be above 0")
     for field in ("optimizer.lr", "optimizer.clip_norm", "optimizer.eps"):
-        _require(config, field, _get(config, field) > 0, "be above 0")
+        _require(config, field, 0 < _get(config, field) < float("inf"), "be above 0 and finite")
+    for field in ("optimizer.b1", "optimizer.b2"):
+        _require(config, field, 0 <= _get(config, field) < 1, "lie in [0, 1)")
+    _require(config, "optimizer.weight_decay", config.optimizer.weight_decay >= 0, "be 0 or more")
+    _require(config, "seed", config.seed < 2**32, "be below 2**32")
     for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         value = _get(config, field)
         _require(config, field, value >= 1 or value == -1, "be at least 1, or -1 for the rest")

@@ -53,7 +53,7 @@ def test_round_trip_is_exact_and_nothing_saved_is_none(tmp_path):
     assert checkpoint.restore_latest(manager, like_of(make_state(0))) is None
     config = default_config()
     for step in (3, 4, 7):
-        checkpoint.save(manager, make_state(step), step, checkpoint.run_meta(config))
+        checkpoint.save(manager, make_state(step), step, checkpoint.run_meta(config, "c0ffee"))
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 7]
 
     again = checkpoint.open_manager(tmp_path, keep=2)

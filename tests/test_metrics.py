@@ -77,7 +77,7 @@ def test_resuming_keeps_all_up_to_the_checkpoint_and_writing_on_restores_the_res
     whole = filled(path)
     with open(path, "a") as file:
         file.write(torn)
-    log = MetricsLog.resume(path, last_step=2)
+    log = MetricsLog.resume(path, keep=lambda step, split: step <= 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 2, 2]
     log.write(3, "train", {"loss": 1.0 / 3})
     assert path.read_text() == whole
@@ -86,10 +86,10 @@ def test_resuming_keeps_all_up_to_the_checkpoint_and_writing_on_restores_the_res
 
 def test_resuming_without_a_checkpoint_starts_over(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    MetricsLog.resume(path, last_step=-1)
+    MetricsLog.resume(path, keep=lambda step, split: False)
     assert not path.exists()
     filled(path)
-    MetricsLog.resume(path, last_step=-1)
+    MetricsLog.resume(path, keep=lambda step, split: False)
     assert path.read_text() == ""
 
 
@@ -99,7 +99,7 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
     broken = whole.replace('{"step": 1,', "step 1,")
     path.write_text(broken)
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a line of metrics"):
-        MetricsLog.resume(path, last_step=2)
+        MetricsLog.resume(path, keep=lambda step, split: step <= 2)
     assert path.read_text() == broken
 
 

@@ -22,6 +22,17 @@ def config_with(**fields) -> ConfigDict:
     return config
 
 
+def began(run):
+    """As a run leaves its workdir once it has written a line."""
+    (run / "metrics.jsonl").touch()
+
+
+def test_a_run_that_never_began_does_not_pin_its_workdir(tmp_path):
+    workdir.prepare(tmp_path, config_with(batch__prompts=8))
+    assert workdir.prepare(tmp_path, config_with(batch__prompts=16)) is False
+    assert json.loads((tmp_path / "config.json").read_text())["batch"]["prompts"] == 16
+
+
 def test_new_workdir_gets_the_resolved_config_and_the_next_run_resumes(tmp_path):
     run = tmp_path / "runs" / "one"
     config = config_with(steps=7)
@@ -32,6 +43,8 @@ def test_new_workdir_gets_the_resolved_config_and_the_next_run_resumes(tmp_path)
     assert written["eval"]["limit"] == 7 and written["labels"] == ["a", "b"]
     assert list(written) == sorted(written)
     assert sorted(p.name for p in run.iterdir()) == [".lock", "config.json"]
+    assert workdir.prepare(run, config) is False  # nothing has been written yet
+    began(run)
     assert workdir.prepare(run, config) is True
 
 
@@ -39,6 +52,7 @@ def test_floats_are_the_same_however_they_were_typed(tmp_path):
     first = config_with(optimizer__lr=1e-5, optimizer__clip_norm=1.0, loss__alpha=0.1)
     again = config_with(optimizer__lr=0.00001, optimizer__clip_norm=1, loss__alpha=0.10)
     workdir.prepare(tmp_path, first)
+    began(tmp_path)
     text = (tmp_path / "config.json").read_text()
     assert '"lr": 1e-05' in text and '"clip_norm": 1.0' in text
     assert workdir.prepare(tmp_path, again)
@@ -48,6 +62,7 @@ def test_floats_are_the_same_however_they_were_typed(tmp_path):
 
 def test_steps_and_keep_may_change_and_are_recorded(tmp_path):
     workdir.prepare(tmp_path, config_with(steps=7))
+    began(tmp_path)
     longer = config_with(steps=9, checkpoint__keep=5)
     assert workdir.prepare(tmp_path, longer)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -57,6 +72,7 @@ def test_steps_and_keep_may_change_and_are_recorded(tmp_path):
 
 def test_another_config_is_refused_with_the_field_and_both_values(tmp_path):
     workdir.prepare(tmp_path, config_with(batch__prompts=8))
+    began(tmp_path)
     before = (tmp_path / "config.json").read_text()
     other = config_with(batch__prompts=16, steps=5, seed=3)
     with pytest.raises(UserError) as caught:
@@ -71,6 +87,7 @@ def test_another_config_is_refused_with_the_field_and_both_values(tmp_path):
 
 def test_a_field_that_only_one_side_knows_is_a_difference(tmp_path):
     workdir.prepare(tmp_path, ConfigDict({"seed": 0, "old": 1}))
+    began(tmp_path)
     with pytest.raises(UserError, match="field old is 1 there and absent here"):
         workdir.prepare(tmp_path, ConfigDict({"seed": 0}))
 
@@ -144,7 +161,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
         child.kill()
         child.wait()
         child.stdout.close()
-    assert workdir.prepare(tmp_path, default_config()) is True
+    assert workdir.prepare(tmp_path, default_config()) is False
 
 
 def test_default_workdir_is_under_runs_and_safe_as_a_path():

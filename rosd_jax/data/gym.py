@@ -1,17 +1,17 @@
 """The gym: chains of arithmetic whose every line is checked, so the first wrong line is known exactly.
 
-A problem is a start value and a list of operations, `12 +7 *3 -5 +9`, worked left to right on a dial of
+A problem is a start value and a list of operations, `12 +4 *3 -4 +2`, worked left to right on a dial of
 17 numbers (16 + 2 = 1; 17 is prime, so no later step heals a slip by itself). A solution writes one
 lettered line a step and the answer in tags:
 
-    a 12+7=2
-    b 2*3=6
-    c 6-5=1
-    d 1+9=10
-    <answer>10</answer>
+    a 12+4=16
+    b 16*3=14
+    c 14-4=10
+    d 10+2=12
+    <answer>12</answer>
 
 Families: `chain` (four steps, symbols) is what training sees; `long` (six or seven steps) and `words`
-(`12 plus 7 times 3 minus 5 plus 9`) are out of domain for it.
+(`12 plus 4 times 3 minus 4 plus 2`) are out of domain for it.
 
 Solvers slip: a line's result is off by one or two, or belongs to another operation or operand, more
 often for products than for sums. Slips carry on into the lines below, as they do in people's work.
@@ -34,7 +34,7 @@ from rosd_jax.text.prompts import Wording
 from rosd_jax.types import Problem, Span
 
 DIAL = 17
-OPERANDS = range(2, 10)
+OPERANDS = range(2, 6)
 LETTERS = "abcdefgh"
 WORDS = {"+": "plus", "-": "minus", "*": "times"}
 SLIP_RATE = {"+": 0.09, "-": 0.13, "*": 0.17}
@@ -168,6 +168,15 @@ def comparisons(rng: np.random.Generator) -> str:
     for letter, value, equal in zip(LETTERS, *pairs, strict=True):
         other = value if equal else (value + rng.integers(1, DIAL)) % DIAL
         lines.append(compare(letter, str(value), str(other)))
+    return "".join(lines)
+
+
+def facts(rng: np.random.Generator) -> str:
+    """A drill: single steps, each from a start of its own."""
+    lines = []
+    for letter in LETTERS:
+        value, op, operand = int(rng.integers(DIAL)), "+-*"[rng.integers(3)], int(rng.choice(OPERANDS))
+        lines.append(f"{letter} {value}{op}{operand}={apply(value, op, operand)}\n")
     return "".join(lines)
 
 

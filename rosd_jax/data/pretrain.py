@@ -1,6 +1,6 @@
 """Trains the gym's tiny base model from scratch and writes it as a Hugging Face directory.
 
-    python -m rosd_jax.data.gym --out=models/gym --steps=2600 --seed=0
+    python -m rosd_jax.data.gym --out=models/gym --steps=2400 --seed=0
 
 The texts (gym.py) are prompt and response pairs; the loss is the cross-entropy of the response. What the
 model learns of slips is their distribution: sampled at temperature 1 it slips as often as its texts do.
@@ -36,9 +36,10 @@ TEMPLATE = (
 )
 MIXTURE = {
     "solve": 0.31, "idea": 0.19, "shown": 0.02, "reflect_wrong": 0.3, "reflect_right": 0.03,
-    "compare": 0.15,
+    "compare": 0.1, "facts": 0.05,
 }  # fmt: skip
-DRILL_STEPS = 200
+DRILLS = ("compare", "facts")
+DRILL_STEPS = 400
 FAMILY_SHARE = {"chain": 0.5, "long": 0.25, "words": 0.25}
 
 
@@ -60,8 +61,8 @@ def build_tokenizer() -> Tokenizer:
 
 def sample_text(rng: np.random.Generator, task: str, family: str) -> tuple[str, str]:
     """One (prompt, response) pair of a task; prompts are user messages."""
-    if task == "compare":
-        return "find error", gym.comparisons(rng)
+    if task in DRILLS:
+        return ("find error", gym.comparisons(rng)) if task == "compare" else ("find key", gym.facts(rng))
     chain = gym.sample_chain(rng, family, "train")
     right = gym.solve(chain)
     if task == "solve":
@@ -103,14 +104,15 @@ def batch(rng: np.random.Generator, tokenizer: Tokenizer, step: int) -> tuple[st
     """One task's name, its tokens [B, T] and mask [B, T] (1 on response tokens).
 
     A batch holds one task, so that short texts are not padded to the length of reflections. The first
-    batches are drills: telling equal numbers from others is learned in a hundred steps by itself, and
-    not in a thousand once other tasks have shaped the weights.
+    batches are drills: telling equal numbers from others, and the table of single steps, are learned in
+    some hundred steps by themselves, and much later among tasks that can do without them at first.
     """
     drawn = str(rng.choice(list(MIXTURE), p=list(MIXTURE.values())))
-    task = "compare" if step < DRILL_STEPS else drawn
+    task = DRILLS[step % 2] if step <= DRILL_STEPS else drawn
     families = FAMILY_SHARE if task in ("solve", "idea") else {"chain": 1.0}
     family = str(rng.choice(list(families), p=list(families.values())))
-    pairs = [sample_text(rng, task, family) for _ in range(24 if "reflect" in task else 48)]
+    rows = 24 if "reflect" in task else 32 if family == "long" else 48  # alike in tokens
+    pairs = [sample_text(rng, task, family) for _ in range(rows)]
     prompts = [tokenizer.encode(chat(p)).ids for p, _ in pairs]
     responses = [tokenizer.encode(r + "<|im_end|>").ids for _, r in pairs]
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -118,8 +120,10 @@ def batch(rng: np.random.Generator, tokenizer: Tokenizer, step: int) -> tuple[st
     for row, (p, r) in enumerate(zip(prompts, responses, strict=True)):
         tokens[row, : len(p) + len(r)] = p + r
         mask[row, len(p) : len(p) + len(r)] = 1
-    if task == "compare":  # its results are random: only the verdicts can be learned
+    if task == "compare":  # its numbers are random: only the verdicts can be learned
         mask &= np.isin(tokens, [tokenizer.token_to_id(word) for word in VERDICTS])
+    if task == "facts":
+        mask[:, 1:] &= tokens[:, :-1] == tokenizer.token_to_id("=")
     return task, tokens, mask
 
 
@@ -178,8 +182,8 @@ def write(path: Path, params, config: qwen3.Qwen3Config, tokenizer: Tokenizer) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tokenizer = build_tokenizer()

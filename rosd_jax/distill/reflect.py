@@ -177,7 +177,8 @@ def read_reflection(
     if plan.kind is None:
         return Reflection(solution=solution, note=plan.note)
     if raw is None:
-        return Reflection(solution=solution, note=plan.note or "overlong")
+        fits = _note(plan, None, solution, None, lesson) == ""
+        return Reflection(solution=solution, note=plan.note or ("" if fits else "overlong"))
     idea, quote = spans.parse_reflection(prompts.after_thinking(raw))
     located = token_span = None
     if plan.kind == "wrong":

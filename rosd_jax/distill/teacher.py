@@ -115,7 +115,10 @@ def strip_gold(idea: str, gold: str) -> str:
 
 
 def _gold(gold: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<![\w.,-]){re.escape(gold.strip())}(?!\w|[.,]\d)")
+    name = re.escape(gold.strip())
+    if re.fullmatch("[A-Z]", name):  # as an option, not as the article "A" or a unit
+        return re.compile(rf"\({name}\)|\b(?i:answer|option|choice|choose)(?: is)?:? {name}\b")
+    return re.compile(rf"(?<![\w.,-]){name}(?!\w|[.,]\d)")
 
 
 def _problem(reflected: Reflected, row: int) -> Problem:

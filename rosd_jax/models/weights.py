@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -120,6 +121,12 @@ def _check_architecture(fields: dict[str, Any], file: Path) -> None:
         ("hidden_act", fields.get("hidden_act", "silu"), "silu"),
         ("use_sliding_window", bool(windowed), False),
     )
+    heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
+    if type(heads) is int and type(groups) is int and groups > 0 and heads % groups:
+        raise UserError(
+            f"num_attention_heads in {file} is {heads}; it must be a multiple of num_key_value_heads = "
+            f"{groups}; {PASS}"
+        )
     for name, value, supported in refused:
         if value != supported:
             raise UserError(f"{name} in {file} is {value!r}; it must be {supported!r}; {PASS}")
@@ -166,6 +173,21 @@ def load_params(path: str | Path, config: Qwen3Config, shardings: Any = None) ->
 
         rest = () if shardings is None else (shardings,)
         return jax.tree_util.tree_map_with_path(leaf, shapes, *rest)
+
+
+def weights_fingerprint(path: str | Path) -> str:
+    """A checksum that tells one model directory's weights from another's, cheaply.
+
+    It reads each weight file's size and its first and last mebibyte, so a change of a few values in
+    the middle of a large file goes unseen.
+    """
+    check = 0
+    for file in _weight_files(Path(path)):
+        with file.open("rb") as stream:
+            head = stream.read(1 << 20)
+            stream.seek(max(0, file.stat().st_size - (1 << 20)))
+            check = zlib.crc32(head + stream.read() + str(file.stat().st_size).encode(), check)
+    return f"{check:08x}"
 
 
 def _path(key_path) -> str:

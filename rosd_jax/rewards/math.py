@@ -31,7 +31,7 @@ from rosd_jax.rewards.grade import Mode, strip_thinking
 Question = tuple[str, str, Mode]  # prediction, gold answer, mode
 
 _START_S = 120.0  # for a worker to import math-verify on a busy machine
-_GRACE_S = 5.0  # beyond the worker's own limit, before the parent kills it
+_GRACE_S = 60.0  # beyond the worker's own limit (CPU time), before the parent kills it
 _RELEASE_WINDOW = 100  # characters
 _MAX_ANSWER = 1000  # characters; nothing longer is an answer, and parsing it may take minutes
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -86,7 +86,8 @@ def agree(prediction: str, answer: str, mode: Mode) -> bool:
 def serve(descriptor: int, timeout_s: float) -> None:
     """A worker's whole life: answers questions from the pipe until the parent closes it.
 
-    The limit on a question is the kernel's alarm with its default action, the end of the process:
+    The limit on a question is CPU time, so that a busy machine does not change a reward, kept by the
+    kernel's timer with its default action, the end of the process:
     it also stops C code that never returns to the interpreter, and workers that lost their parent.
     """
     import math_verify  # noqa: F401
@@ -104,12 +105,12 @@ def serve(descriptor: int, timeout_s: float) -> None:
 
 def _answer_one(pipe: Connection, timeout_s: float) -> None:
     question: Question = pipe.recv()
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    signal.setitimer(signal.ITIMER_PROF, timeout_s)
     try:
         verdict = agree(*question)
     except Exception:
         verdict = False  # the release, too, scores an answer 0 that breaks the comparison
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     pipe.send(verdict)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from tokenizers.decoders import ByteLevel
 
@@ -75,9 +76,12 @@ class Tokenizer:
 
     def render(self, messages: Iterable[Message], thinking: bool) -> str:
         """The chat template's text, up to where the assistant begins to write."""
-        return self.inner.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
+        try:
+            return self.inner.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"the model's chat template fails on a prompt ({error}); mend it") from error
 
     def chat_ids(self, messages: Iterable[Message], *, thinking: bool) -> list[int]:
         """Ids of `render`, with control tokens from the template only.
@@ -141,7 +145,10 @@ def _stop_ids(inner: Any, path: Path) -> tuple[int, ...]:
     listed: list[int | None] = [inner.eos_token_id]
     extra = path / "generation_config.json"
     if extra.exists():
-        eos = json.loads(extra.read_text()).get("eos_token_id")
+        try:
+            eos = json.loads(extra.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError, OSError) as error:
+            raise UserError(f"{extra} cannot be read ({error}); mend it or remove it") from error
         listed += eos if isinstance(eos, list) else [eos]
     listed.append(inner.pad_token_id)
     ids = tuple(dict.fromkeys(int(i) for i in listed if i is not None))

@@ -120,11 +120,12 @@ def check_space(directory: Path, needed_bytes: int, what: str) -> None:
         raise _no_space(directory, needed_bytes, what)
 
 
-def run_meta(config: ConfigDict) -> dict[str, Any]:
-    """What a checkpoint says of its run."""
+def run_meta(config: ConfigDict, weights: str) -> dict[str, Any]:
+    """What a checkpoint says of its run; `weights` is the fingerprint of those it began with."""
     return {
         "config": fingerprint(config),
         "seed": config.seed,
+        "weights": weights,
         "rosd_jax": rosd_jax.__version__,
         "jax": jax.__version__,
     }

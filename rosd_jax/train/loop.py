@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import shutil
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from rosd_jax.config import UserError
 from rosd_jax.data.pipeline import batch_at
 from rosd_jax.evals.evaluate import evaluate_set, write_generations
 from rosd_jax.evals.report import write_report
 from rosd_jax.models.qwen3 import init_params
-from rosd_jax.models.weights import save_pretrained
+from rosd_jax.models.weights import save_pretrained, weights_fingerprint
 from rosd_jax.rewards import Grader
 from rosd_jax.train import checkpoint, workdir
 from rosd_jax.train.metrics import Console, MetricsLog
@@ -33,11 +37,12 @@ def train(config: ConfigDict, directory: Path) -> None:
     inputs = read_inputs(config)
     workdir.prepare(directory, config)
     with Grader(config.rewards) as grader:
-        tools, state, frozen_params, shardings = build(config, inputs, grader)
-        check_disk(directory, state)
+        tools, frozen_params, like, fresh = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory, config.checkpoint.keep)
-        state, start = resume(manager, state, shardings)
-        log = MetricsLog.resume(directory / "metrics.jsonl", start if start else -1)
+        check_disk(directory, manager, like, config)
+        state, start = begin(config, manager, like, fresh)
+        meta = checkpoint.run_meta(config, weights_fingerprint(config.model.path))
+        log = MetricsLog.resume(directory / "metrics.jsonl", keeps(config, start))
         workdir.drop_rollouts_after(directory, start)
         console = Console(config.steps, start)
         console.say(headline(inputs, config, directory, start))
@@ -50,7 +55,7 @@ def train(config: ConfigDict, directory: Path) -> None:
                     evaluate(tools, inputs, state.params, step + 1, directory, log, console)
                 if is_due(step + 1, config.checkpoint.every, config.steps):
                     console.stage("checkpoint")
-                    checkpoint.save(manager, state, step + 1, checkpoint.run_meta(config))
+                    checkpoint.save(manager, state, step + 1, meta)
         export(config, inputs, state.params, directory)
         manager.close()
         console.close()
@@ -58,19 +63,36 @@ def train(config: ConfigDict, directory: Path) -> None:
 
 
 def evaluate_only(config: ConfigDict, directory: Path) -> None:
-    """Evaluates the newest checkpoint in `directory`, or the model as it came where there is none."""
+    """Evaluates the newest checkpoint in `directory`, or the model as it came where there is none.
+
+    Lines of an earlier evaluation of that step give way to the new ones.
+    """
     inputs = read_inputs(config)
     workdir.prepare(directory, config)
     with Grader(config.rewards) as grader:
-        tools, state, _, shardings = build(config, inputs, grader)
+        tools, _, like, fresh = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory, config.checkpoint.keep)
-        state, step = resume(manager, state, shardings)
-        console = Console(config.steps, step)
-        log = MetricsLog(directory / "metrics.jsonl")
+        state, at = begin(config, manager, like, fresh)
+        console = Console(config.steps, at)
+        stays = lambda step, split: step < at or (step == at and split == "train")
+        log = MetricsLog.resume(directory / "metrics.jsonl", stays)
         with jax.set_mesh(tools.mesh):
-            evaluate(tools, inputs, state.params, step, directory, log, console)
+            evaluate(tools, inputs, state.params, at, directory, log, console)
         console.close()
     print(write_report(directory, config.data.train))
+
+
+def keeps(config: ConfigDict, start: int) -> Callable[[int, str], bool]:
+    """Which lines of metrics.jsonl a run that resumes after step `start` keeps.
+
+    An evaluation made only because an earlier run ended there is dropped when this one goes further.
+    """
+
+    def keep(step: int, split: str) -> bool:
+        due = step == 0 or is_due(step, config.eval.every, config.steps)
+        return start > 0 and step <= start and (split == "train" or due)
+
+    return keep
 
 
 def plan(config: ConfigDict, directory: Path) -> None:
@@ -108,12 +130,13 @@ def one_step(
     console: Console,
 ) -> TrainState:
     """Step number `step` (from 0), with its lines written under number step + 1."""
-    began = time.perf_counter()
+    began, timeouts = time.perf_counter(), tools.grader.timeouts
     prompts = batch_at(inputs.train, step, tools.config.seed, tools.config.batch.prompts)
     state, numbers, reflected, weight_BR = train_step(
         tools, state, frozen_params, prompts, step, console.stage
     )
     workdir.write_rollouts(directory, step + 1, rollout_rows(reflected, weight_BR))
+    numbers["grader_timeouts"] = tools.grader.timeouts - timeouts
     numbers["seconds"] = time.perf_counter() - began
     log.write(step + 1, "train", numbers)
     console.line(step + 1, numbers)
@@ -164,6 +187,7 @@ def evaluate(
     for name, encoded in inputs.evals.items():
         console.stage(f"eval {name}")
         key = jax.random.fold_in(jax.random.fold_in(tools.key, 2), step)
+        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
 
         def sample(ids, uid_B, limit_B, key=key):
             return decode_rows(
@@ -194,20 +218,40 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def resume(manager, state: TrainState, shardings: TrainState) -> tuple[TrainState, int]:
-    """The newest checkpoint's state and step, or the given state and 0."""
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+def begin(
+    config: ConfigDict, manager: Any, like: TrainState, fresh: Callable[[], TrainState]
+) -> tuple[TrainState, int]:
+    """The newest checkpoint's state and step, or the first state and 0.
+
+    Raises UserError when the checkpoint is past config.steps, or was trained from other weights: the
+    frozen tree is read from model.path again, and would be another teacher.
+    """
     restored = checkpoint.restore_latest(manager, like)
     if restored is None:
-        return state, 0
+        return fresh(), 0
     state, kept = restored
+    if kept["step"] > config.steps:
+        raise UserError(
+            f"steps is {config.steps}; this run has made {kept['step']} already, so ask for at least that "
+            "or use another --workdir"
+        )
+    if kept["weights"] != weights_fingerprint(config.model.path):
+        raise UserError(
+            f"model.path is {config.model.path!r}, whose weights changed since this run began; bring the "
+            "old ones back or use another --workdir"
+        )
     return state, int(kept["step"])
 
 
-def check_disk(directory: Path, state: TrainState) -> None:
-    """Raises UserError when not even two checkpoints and the export would fit."""
-    needed = 2 * checkpoint.state_bytes(state) + checkpoint.state_bytes(state.params)
-    checkpoint.check_space(directory, needed, "two checkpoints and the exported model")
+def check_disk(directory: Path, manager: Any, like: TrainState, config: ConfigDict) -> None:
+    """Raises UserError when the checkpoints still to be written and the export would not fit.
+
+    A new checkpoint is written before the oldest goes, so there is one more than checkpoint.keep.
+    """
+    there = manager.all_steps()
+    more = 0 if config.steps in there else max(1, config.checkpoint.keep + 1 - len(there))
+    needed = more * checkpoint.state_bytes(like) + checkpoint.state_bytes(like.params)
+    checkpoint.check_space(directory, needed, f"{more} checkpoints and the exported model")
 
 
 def export(config: ConfigDict, inputs: Inputs, params: Params, directory: Path) -> None:

@@ -1,11 +1,11 @@
 """What a run reports: metrics.jsonl for programs, one line a step and a progress bar for people.
 
     MetricsLog(path).write(step, split, numbers)
-    MetricsLog.resume(path, last_step)        the log as it stood when that step was checkpointed
+    MetricsLog.resume(path, keep)             the log with the lines (step, split) that `keep` keeps
     Console(total_steps).stage(name) / .line(step, numbers) / .say(text) / .close()
 
 Order within a step, which resuming relies on: the line of training, the lines of evaluation, the
-checkpoint. So a run restored at step s keeps every line up to s and writes every later one again.
+checkpoint. So a run restored at step s keeps the lines up to s and writes every later one again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,15 +55,15 @@ class MetricsLog:
             os.fsync(file.fileno())
 
     @classmethod
-    def resume(cls, path: Path, last_step: int) -> MetricsLog:
-        """The log without its lines above `last_step` and without a torn last line.
+    def resume(cls, path: Path, keep: Callable[[int, str], bool]) -> MetricsLog:
+        """The log with those lines that `keep(step, split)` is true of, without a torn last line.
 
-        `last_step` is the restored checkpoint's, or -1 where there was none. The file is replaced
-        as a whole or not at all. Raises UserError for a broken line that is not the last.
+        The file is replaced as a whole or not at all. Raises UserError for a broken line before the
+        last.
         """
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
-            kept = _lines_until(path, text.removesuffix("\n").split("\n"), last_step)
+            kept = _kept_lines(path, text.removesuffix("\n").split("\n"), keep)
             write_atomic(path, [line + "\n" for line in kept])
         return cls(path)
 
@@ -129,23 +129,24 @@ def format_bar(step: int, start: int, total: int, elapsed: float, stage: str) ->
     return f"[{bar}] {step}/{total}  elapsed {_clock(elapsed)}  left {_clock(left)}  {stage}"
 
 
-def _lines_until(path: Path, lines: list[str], last_step: int) -> list[str]:
+def _kept_lines(path: Path, lines: list[str], keep: Callable[[int, str], bool]) -> list[str]:
     kept = []
     for number, line in enumerate(lines, start=1):
-        step = _step_of(line)
-        if step is None and number < len(lines):
+        place = _place_of(line)
+        if place is None and number < len(lines):
             raise UserError(
                 f"{path}, line {number}: not a line of metrics, so the run cannot be resumed; "
                 "remove that line or use another --workdir"
             )
-        if step is not None and step <= last_step:
+        if place is not None and keep(*place):
             kept.append(line)
     return kept
 
 
-def _step_of(line: str) -> int | None:
+def _place_of(line: str) -> tuple[int, str] | None:
     try:
-        return int(json.loads(line)["step"])
+        row = json.loads(line)
+        return int(row["step"]), str(row["split"])
     except (ValueError, TypeError, KeyError):
         return None
 

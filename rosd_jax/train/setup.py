@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -45,6 +45,7 @@ class Inputs:
 def read_inputs(config: ConfigDict) -> Inputs:
     """Model config, tokenizer and problems. Raises UserError for the first thing that does not fit."""
     path = model_path(config)
+    read_config(path, num_tokens=None, dtype=config.model.dtype, remat=False)  # before the tokenizer
     tokenizer = load_tokenizer(path)
     model = read_config(
         path,
@@ -111,8 +112,15 @@ def check_lengths(config: ConfigDict, model: Qwen3Config) -> None:
             )
 
 
-def build(config: ConfigDict, inputs: Inputs, grader: Grader) -> tuple[Tools, TrainState, Params, TrainState]:
-    """Tools, the state before the first step, the frozen tree, and the state's shardings."""
+def build(
+    config: ConfigDict, inputs: Inputs, grader: Grader
+) -> tuple[Tools, Params, TrainState, Callable[[], TrainState]]:
+    """Tools, the frozen tree, the state as shapes with shardings, and what makes the first state.
+
+    The state is made late, so that a resumed run never holds two of them.
+    """
+    if config.model.dtype == "float32":  # else an accelerator rounds float32 operands to 10 bits or fewer
+        jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model, path = inputs.model, Path(config.model.path)
     validate_mesh_for(model, mesh)
@@ -120,13 +128,16 @@ def build(config: ConfigDict, inputs: Inputs, grader: Grader) -> tuple[Tools, Tr
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     for leaf in replicated_dims(shapes, mesh):
         logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
-    params = load_params(path, model, param_shardings(shapes, mesh))
-    # The frozen tree is read at the compute type: it is never updated, so it needs no master copy.
-    frozen_params = jax.tree.map(lambda x: jnp.array(x, model.dtype, copy=True), params)
+    load = lambda: load_params(path, model, param_shardings(shapes, mesh))
+    # The frozen tree is kept at the compute type: it is never updated, so it needs no master copy.
+    frozen_params = jax.tree.map(lambda x: x.astype(model.dtype), load())
     optimizer = make_optimizer(config)
     state_shapes = jax.eval_shape(lambda p: init_state(p, optimizer), shapes)
     shardings = param_shardings(state_shapes, mesh)
-    state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(params)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, shardings
+    )
+    first = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
     generate = lambda section, top_p: make_generate(
         model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
         stop_ids=inputs.tokenizer.stop_ids,
@@ -139,12 +150,12 @@ def build(config: ConfigDict, inputs: Inputs, grader: Grader) -> tuple[Tools, Tr
         mesh=mesh,
         grader=grader,
         key=jax.random.key(config.seed),
-        sample=generate(config.rollout, 1.0),
+        sample=generate(config.rollout, config.rollout.top_p),
         reflect=generate(config.reflect, 1.0),
         evaluate=generate(config.eval, config.eval.top_p),
         update=make_update(config, model, optimizer, mesh, shardings),
     )
-    return tools, state, frozen_params, shardings
+    return tools, frozen_params, like, lambda: first(load())
 
 
 def check_rows(config: ConfigDict, devices: int) -> None:

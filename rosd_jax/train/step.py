@@ -218,7 +218,8 @@ def describe_reflections(reflected: Reflected, weight_BR: np.ndarray) -> Numbers
         problems = reflected.graded.prompts.problems
         G = rows // len(problems)
         repeated = [problem for problem in problems for _ in range(G)]
-        numbers["quote_exact"] = quote_exact(repeated, reflected.graded.texts, reflected.reflections)
+        exact = quote_exact(repeated, reflected.graded.texts, reflected.reflections)
+        numbers["quote_exact"] = exact * found / asked if found else (0.0 if asked else float("nan"))
     return numbers
 
 

@@ -60,9 +60,10 @@ def make_update(
         grads, sums = accumulate(
             state.params, frozen_params, lesson, total, config=config, model=model, mesh=mesh
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count into floats
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         empty = total == 0
         keep = jnp.isfinite(norm) & (~empty | (config.optimizer.empty_batch == "step"))
         pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
@@ -176,9 +177,9 @@ def join(prompt_BP: jax.Array, prompt_len_B: jax.Array, response_BR: jax.Array) 
 
 def summarise(sums: Metrics, total, norm, keep, empty) -> Metrics:
     """Scalars of one step: means over active tokens, the gradient's norm, and what was skipped."""
-    mean = {k: v / jnp.maximum(total, 1.0) for k, v in sums.items() if k != "loss"}
+    mean = {k: v / total for k, v in sums.items() if k != "loss"}  # NaN over nothing
     return {
-        "loss": sums["loss"],
+        "loss": jnp.where(empty, jnp.nan, sums["loss"]),
         **mean,
         "grad_norm": norm,
         "active_tokens": total,

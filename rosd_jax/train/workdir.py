@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from rosd_jax.config import UserError
 
+WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals")  # what a run leaves once it has begun
 MAY_CHANGE = ("checkpoint.keep", "steps")  # between two runs on one workdir
 CONFIG, LOCK, TEMPORARY = "config.json", ".lock", ".tmp"
 ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
@@ -40,15 +41,15 @@ def prepare(workdir: Path, config: ConfigDict) -> bool:
     """Makes and locks the workdir and settles its config.json; True where a run is being resumed.
 
     The lock lasts as long as the process. Raises UserError where the path is no directory, cannot
-    be written, holds files but no run, belongs to a run of another config (any field but
-    MAY_CHANGE), or is in use by another process. Nothing that lies there is changed in these cases.
+    be written, holds files but no run, belongs to a run of another config that has begun (any field
+    but MAY_CHANGE), or is in use by another process. Nothing that lies there is changed in these cases.
     """
     _make_directory(workdir)
     _lock(workdir)
     path, here = workdir / CONFIG, _as_json(config)
-    resuming = path.exists()
-    there = _read_config(path) if resuming else None
-    if there is not None:
+    there = _read_config(path) if path.exists() else None
+    resuming = there is not None and any((workdir / name).exists() for name in WRITTEN)
+    if there is not None and resuming:
         _require_same(workdir, there, here)
     if there != here:
         write_atomic(path, [json.dumps(here, indent=2, sort_keys=True) + "\n"])

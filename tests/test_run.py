@@ -1,0 +1,472 @@
+"""The command: what a run leaves, that it can be cut off anywhere, and how it answers mistakes."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+
+from rosd_jax.config import default_config
+from rosd_jax.models.weights import load_params, read_config
+from rosd_jax.text.tokenizer import load_tokenizer
+from rosd_jax.train import workdir
+from support import ROOT
+
+# ml_collections loads a config file by a method that Python will drop some day.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}:debug"
+STEPS, SETS = 6, ("gym:chain", "gym:words")
+FIELDS = dict(
+    seed=1, steps=STEPS,
+    batch__samples=16, batch__prompts=2, batch__micro=16,
+    rollout__max_new_tokens=16, reflect__max_new_tokens=16, eval__max_new_tokens=16,
+    eval__sets=",".join(SETS), eval__limit=8, eval__batch=16, eval__every=2, checkpoint__every=2,
+)  # fmt: skip
+TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.model_dir(tmp_path_factory)
+
+
+def arguments(model, directory, mode="train", **fields):
+    """The command line of a small run."""
+    named = {"model__path": model} | FIELDS | fields
+    overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in named.items()]
+    return [QUICKSTART, f"--workdir={directory}", f"--mode={mode}", *overrides]
+
+
+class Run:
+    """The command as a process of its own, in its own session, with what it prints in files."""
+
+    def __init__(self, arguments, cwd, **environment):
+        self.out, self.err = cwd / "stdout", cwd / "stderr"
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | environment
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, ROOT / "run.py", *arguments],
+                stdout=out, stderr=err, cwd=cwd, env=environment, start_new_session=True,
+            )  # fmt: skip
+
+    def wait_for(self, directory, step):
+        """Returns as soon as the line of training step `step` is written."""
+        wanted = f'{{"step": {step}, "split": "train"'
+        path, began = directory / "metrics.jsonl", time.monotonic()
+        while not (path.exists() and wanted in path.read_text()):
+            assert self.process.poll() is None, self.err.read_text()
+            assert time.monotonic() - began < 300
+            time.sleep(0.005)
+
+    def signal(self, number):
+        assert self.process.poll() is None
+        os.killpg(self.process.pid, number)
+
+    def end(self):
+        """Exit status and the text on stderr."""
+        status = self.process.wait(300)
+        return status, self.err.read_text()
+
+
+def finish(arguments, cwd, **environment):
+    """Runs to the end, which must be a good one."""
+    run = Run(arguments, cwd, **environment)
+    assert run.end() == (0, "")
+    return run.out.read_text()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs kept between the runs of this file, where a test is not about compiling."""
+    return dict(
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("compiled")),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(model, cache, tmp_path_factory):
+    """A run that nothing disturbed: its directory, and what it printed."""
+    path = tmp_path_factory.mktemp("finished")
+    return path / "run", finish(arguments(model, path / "run"), path, **cache)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers(directory):
+    """Every line of the metrics without its times."""
+    rows = read_lines(directory / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+def assert_same_run(directory, other):
+    assert numbers(directory) == numbers(other)
+    for folder in ("export", "rollouts", "evals"):
+        files = {p.relative_to(other) for p in (other / folder).rglob("*") if p.is_file()}
+        assert files == {p.relative_to(directory) for p in (directory / folder).rglob("*") if p.is_file()}
+        for name in files:
+            assert (directory / name).read_bytes() == (other / name).read_bytes(), name
+
+
+# --- what a run leaves -------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_all_that_the_readme_names(finished):
+    directory, printed = finished
+    names = {path.name for path in directory.iterdir()}
+    assert names == {
+        ".lock", "config.json", "metrics.jsonl", "rollouts", "evals", "checkpoints", "export",
+        "report.md", "report.png",
+    }  # fmt: skip
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["seed"], config["steps"], config["batch"]["samples"]) == (1, STEPS, 16)
+    assert {p.name for p in (directory / "checkpoints").iterdir()} == {"4", "6"}  # keep is 2
+    assert {p.name for p in (directory / "rollouts").iterdir()} == {f"step_{n}.jsonl" for n in range(1, 7)}
+    for name in SETS:
+        assert name in (directory / "report.md").read_text() and name in printed
+    assert f"step 6/{STEPS}" in printed and "\r" not in printed and "\x1b" not in printed
+
+
+def test_the_metrics_come_in_order_with_the_named_numbers(finished):
+    rows = read_lines(finished[0] / "metrics.jsonl")
+    evals = lambda step: [(step, f"eval/{name}") for name in SETS]
+    wanted = evals(0)
+    for step in range(1, STEPS + 1):
+        wanted += [(step, "train"), *(evals(step) if step % 2 == 0 else [])]
+    assert [(row["step"], row["split"]) for row in rows] == wanted
+    train = [row for row in rows if row["split"] == "train"]
+    for row in train:
+        named = {"loss", "reward", "reflected", "quote_found", "active_tokens", "active_tokens_share",
+                 "grad_norm", "ratio", "skipped_empty", "skipped_nonfinite", "quote_exact", "overlong",
+                 "tokens_per_second", "seconds", "seconds_rollout", "seconds_grade", "seconds_reflect",
+                 "seconds_lesson", "seconds_update"}  # fmt: skip
+        assert named <= row.keys() and row.keys() == train[0].keys()
+        if row["active_tokens"]:
+            assert row["loss"] > 0 and row["grad_norm"] > 0 and abs(row["ratio"] - 1) < 1e-4
+            assert row["logp_gap"] < 1e-5
+    assert sum(row["active_tokens"] > 0 for row in train) >= 3
+    for row in rows:
+        if row["split"] != "train":
+            assert {"avg", "avg_se", "pass", "maj"} <= row.keys() and (row["k"], row["n"]) == (2, 8)
+
+
+def test_rollouts_are_records_that_agree_with_themselves_and_the_metrics(finished, model):
+    directory, tokenizer = finished[0], load_tokenizer(model)
+    train = [row for row in read_lines(directory / "metrics.jsonl") if row["split"] == "train"]
+    located = 0
+    for row in train:
+        records = read_lines(directory / "rollouts" / f"step_{row['step']}.jsonl")
+        assert len(records) == 32 and len({(r["uid"], r["sample"]) for r in records}) == 32
+        assert sum(r["active_tokens"] for r in records) == row["active_tokens"]
+        assert np.mean([r["reward"] for r in records]) == pytest.approx(row["reward"])
+        assert np.mean([r["reflection"] is not None for r in records]) == pytest.approx(row["reflected"])
+        for r in records:
+            assert tokenizer.decode(r["token_ids"]) == r["response"]
+            assert r["prompt"][0]["role"] == "user" and r["answer"]
+            assert bool(r["note"]) == (r["active_tokens"] == 0)
+            if r["error_span_tokens"]:
+                start, stop = r["error_span_tokens"]
+                assert tokenizer.decode(r["token_ids"][start:stop]) == r["quote"]
+                assert r["response"][slice(*r["error_span_chars"])] == r["quote"]
+                assert r["reward"] == 0 and r["active_tokens"] == stop - start
+                located += 1
+    assert located
+
+
+def test_the_export_is_the_trained_model(finished, model):
+    path = finished[0] / "export"
+    tokenizer = load_tokenizer(path)
+    config = read_config(path, num_tokens=tokenizer.num_tokens)
+    assert config == read_config(model, num_tokens=tokenizer.num_tokens)
+    assert tokenizer.stop_ids == load_tokenizer(model).stop_ids
+    message = [{"role": "user", "content": "12 +7 *3 -5 +9"}]
+    assert tokenizer.chat_ids(message, thinking=False) == load_tokenizer(model).chat_ids(
+        message, thinking=False
+    )
+    before, after = load_params(model, config), load_params(path, config)
+    moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), before, after)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.02  # six steps of AdamW at 3e-4 or less
+
+
+# --- the same again, cut off or elsewhere --------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_run(finished, model, tmp_path):
+    finish(arguments(model, tmp_path / "run"), tmp_path)  # compiled anew
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_twice_equals_one_that_was_not(finished, model, cache, tmp_path):
+    directory = tmp_path / "run"
+    command = arguments(model, directory)
+    run = Run(command, tmp_path, **cache)
+    run.wait_for(directory, 1)  # before the first checkpoint
+    run.signal(signal.SIGKILL)
+    assert run.end()[0] == -signal.SIGKILL
+
+    run = Run(command, tmp_path, **cache)
+    run.wait_for(directory, 3)  # behind a checkpoint
+    run.signal(signal.SIGINT)
+    status, printed = run.end()
+    assert status == 130 and printed.strip().count("\n") == 0 and "resumes" in printed
+    assert not (directory / "export").exists()
+
+    assert "resumes after step" in finish(command, tmp_path, **cache)
+    assert_same_run(directory, finished[0])
+
+
+@pytest.mark.slow
+def test_a_finished_run_can_be_evaluated_and_started_again(finished, model, cache, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    finish(arguments(model, directory, mode="eval"), tmp_path, **cache)
+    rows = numbers(directory)
+    assert rows[:-2] == numbers(finished[0])
+    assert rows[-2:] == rows[-4:-2]  # the last checkpoint again: the same samples, the same scores
+    finish(arguments(model, directory), tmp_path, **cache)
+    assert numbers(directory) == rows
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (directory / "export" / name).read_bytes() == (finished[0] / "export" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_eight_devices_learn_what_one_learns(finished, model, tmp_path):
+    fields = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, steps=2)
+    eight = "--xla_force_host_platform_device_count=8"
+    finish(arguments(model, tmp_path / "run", **fields), tmp_path, XLA_FLAGS=eight)
+    found, wanted = numbers(tmp_path / "run"), numbers(finished[0])[: 2 * len(SETS) + 2]
+    assert [row.keys() for row in found] == [row.keys() for row in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        close = {k: v if isinstance(v, str) else pytest.approx(v, rel=2e-3, abs=1e-6) for k, v in b.items()}
+        assert a == close
+
+
+@pytest.mark.slow
+def test_evaluating_a_new_directory_measures_the_model_as_it_came(finished, model, cache, tmp_path):
+    finish(arguments(model, tmp_path / "run", mode="eval"), tmp_path, **cache)
+    assert numbers(tmp_path / "run") == numbers(finished[0])[: len(SETS)]
+
+
+# --- full disks --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_cannot_hold_the_checkpoints_is_named_at_the_start(model, tmp_path):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        status, printed = Run(arguments(model, disk / "run"), tmp_path).end()
+        assert status == 2 and is_one_sentence(printed)
+        assert printed.startswith("error: no disk space for two checkpoints and the exported model")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_ends_the_run_and_room_resumes_it(finished, model, cache, tmp_path):
+    with small_disk(tmp_path / "disk", "16m") as disk:
+        directory, command = disk / "run", arguments(model, disk / "run")
+        run = Run(command, tmp_path, **cache)
+        run.wait_for(directory, 1)
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        status, printed = run.end()
+        assert status == 2 and is_one_sentence(printed), printed
+        (disk / "filler").unlink()
+        finish(command, tmp_path, **cache)
+        assert_same_run(directory, finished[0])
+
+
+# --- mistakes ----------------------------------------------------------------------------------------
+
+
+def is_one_sentence(printed):
+    return printed.startswith("error: ") and printed.count("\n") == 1 and printed.endswith("\n")
+
+
+def load_run():
+    """run.py as a module with flags of its own, so that one process can start it many times."""
+    for name in list(flags.FLAGS):
+        if name in ("config", "workdir", "mode") or name.startswith("config."):
+            delattr(flags.FLAGS, name)
+    spec = importlib.util.spec_from_file_location("run_once", ROOT / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capfd):
+    """Calls the command in this process: its exit status, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        # ml_collections reads the overrides of the config from here.
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+        status = load_run().main(sys.argv)
+        return status, capfd.readouterr()
+
+    return call
+
+
+FLAG_MISTAKES = {
+    "no config": ([], "--config is missing"),
+    "no such config": (["--config=configs/none.py"], "--config does not name a Python file"),
+    "unknown flag": ([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
+    "no flag": ([QUICKSTART, "train"], "'train' is no flag"),
+    "unknown mode": ([QUICKSTART, "--mode=dance"], "<train|eval|plan>"),
+    "unknown variant": ([f"{QUICKSTART},turbo"], "'turbo'; it must be one of debug, release"),
+    "unknown field": ([QUICKSTART, "--config.loss.alhpa=1"], "the config has no field 'alhpa'"),
+    "wrong type": ([QUICKSTART, "--config.steps=many"], "--config.steps=many"),
+    "no whole number": ([QUICKSTART, "--config.steps=1.5"], "--config.steps=1.5"),
+    "wrong value": ([QUICKSTART, "--config.loss.alpha=2"], "loss.alpha is 2.0; it must lie in [0, 1]"),
+    "not a number": ([QUICKSTART, "--config.optimizer.lr=nan"], "optimizer.lr is nan"),
+    "wrong choice": ([QUICKSTART, "--config.lesson.region=word"], "one of span, suffix, full"),
+    "micro": ([QUICKSTART, "--config.batch.micro=5"], "it must divide batch.prompts x batch.samples = 32"),
+    "one sample": ([QUICKSTART, "--config.batch.samples=1"], "batch.samples is 1"),
+    "no model": ([QUICKSTART, "--config.model.path="], "pass --config.model.path=DIR"),
+    "missing model": ([QUICKSTART, "--config.model.path=/no/such"], "'/no/such', which is no directory"),
+}
+
+
+@pytest.mark.parametrize("name", FLAG_MISTAKES)
+def test_a_mistake_on_the_command_line_is_one_sentence(name, run, tmp_path):
+    given, words = FLAG_MISTAKES[name]
+    status, printed = run(*given)
+    assert status == 2 and is_one_sentence(printed.err) and words in printed.err
+    assert printed.out == "" and list(tmp_path.iterdir()) == []
+
+
+FIELD_MISTAKES = {
+    "unknown set": (dict(data__train="gym:maze"), "the gym has chain, long, words"),
+    "unknown source": (dict(eval__sets="biologie"), "'biologie' is no known set"),
+    "no such file": (dict(data__train="jsonl:none.jsonl"), "'jsonl:none.jsonl' names no file"),
+    "no data dir": (dict(data__train="biology"), "data.dir is ''"),
+    "long prompts": (dict(data__max_prompt_tokens=4), "none of 2048 prompts fits"),
+    "too few problems": (dict(batch__prompts=4096), "batch.prompts is 4096; it must be at most 2048"),
+    "too long answers": (dict(rollout__max_new_tokens=512), "the model has 256 positions"),
+}
+
+
+@pytest.mark.parametrize("name", FIELD_MISTAKES)
+def test_a_mistake_in_a_field_is_one_sentence(name, run, model, tmp_path):
+    fields, words = FIELD_MISTAKES[name]
+    status, printed = run(*arguments(model, tmp_path / "run", **fields))
+    assert status == 2 and is_one_sentence(printed.err) and words in printed.err
+    assert printed.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_data_row_without_an_answer_is_named_by_file_line_and_field(run, model, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "12 +7", "answer": "2"}\n\n{"prompt": "12 +8"}\n')
+    status, printed = run(*arguments(model, tmp_path / "run", data__train=f"jsonl:{path}"))
+    assert status == 2 and is_one_sentence(printed.err)
+    assert f"{path} line 3: field 'answer' is missing" in printed.err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def without_tokenizer(model):
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+
+
+def with_fewer_rows(model):
+    fields = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(fields | {"vocab_size": 64}))
+
+
+def without_weights(model):
+    (model / "model.safetensors").unlink()
+
+
+def with_torn_weights(model):
+    os.truncate(model / "model.safetensors", 1000)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (without_tokenizer, "its tokenizer must load from local files"),
+        (with_fewer_rows, "whose vocabulary does not fit its tokenizer"),
+        (without_weights, "holds no model.safetensors"),
+        (with_torn_weights, "is no safetensors file"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_one_sentence(spoil, words, run, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    spoil(tmp_path / "model")
+    status, printed = run(*arguments(tmp_path / "model", tmp_path / "run"))
+    assert status == 2 and is_one_sentence(printed.err) and words in printed.err
+
+
+def test_the_workdir_of_another_config_is_left_alone(run, model, tmp_path):
+    config = default_config()
+    config.batch.samples = 4
+    workdir.prepare(tmp_path / "run", config)
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    status, printed = run(*arguments(model, tmp_path / "run"))
+    assert status == 2 and is_one_sentence(printed.err) and "holds a run of another config" in printed.err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_workdir_in_use_is_named_with_its_process(run, model, tmp_path):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('77\\n'); "
+    hold += "f.flush(); print(flush=True); sys.stdin.read()"
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        status, printed = run(*arguments(model, tmp_path / "run"))
+        other.stdin.close()
+    assert status == 2 and is_one_sentence(printed.err)
+    assert "is in use by another run (process 77)" in printed.err
+
+
+@pytest.mark.parametrize("mistake", [pytest.param("--config.optimizer.lr=-1"), "--config.nope=1"])
+def test_a_mistake_ends_the_process_with_status_2(mistake, tmp_path):
+    status, printed = Run([QUICKSTART, mistake], tmp_path).end()
+    assert status == 2 and is_one_sentence(printed)
+
+
+def test_a_plan_is_printed_and_nothing_is_written(run, model, tmp_path):
+    status, printed = run(*arguments(model, tmp_path / "run", mode="plan"))
+    assert status == 0 and printed.err == "" and list(tmp_path.iterdir()) == []
+    assert "2 prompts x 16 samples = 32 rollouts of up to 16 tokens" in printed.out
+    assert "gym:chain 8, gym:words 8; 2 samples an item" in printed.out
+
+
+def test_prompts_that_are_too_long_are_counted_and_named(run, model, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    long = "12" + " +7" * 40
+    rows = [{"prompt": text, "answer": "2"} for text in ("1 +1", "2 +2", long, "3 +3")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = dict(data__train=f"jsonl:{path}", data__max_prompt_tokens=40)
+    status, printed = run(*arguments(model, tmp_path / "run", mode="plan", **fields))
+    assert status == 0 and "left out          1 prompts" in printed.out
