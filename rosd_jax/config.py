@@ -8,8 +8,11 @@ any device is touched.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
+
+Config: TypeAlias = Any  # an ml_collections.ConfigDict, whose fields no type checker can see
 
 CHOICES = {
     "reflect.weights": ("frozen", "student"),
@@ -32,7 +35,7 @@ class UserError(ValueError):
     """A mistake the user can mend: one sentence naming field, value, rule and remedy."""
 
 
-def default_config() -> ConfigDict:
+def default_config() -> Config:
     """The paper's main run (arXiv 2605.28014, section 4), with the fields its text leaves open."""
     return ConfigDict(
         dict(
@@ -93,7 +96,7 @@ def default_config() -> ConfigDict:
     )
 
 
-def release(config: ConfigDict) -> ConfigDict:
+def release(config: Config) -> Config:
     """Turns the method's fields to what the released code does, where it departs from the paper."""
     config.rewards = "release"
     config.reflect.update(
@@ -117,7 +120,7 @@ def parse_variant(arg: str | None, known: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
     """Raises UserError for the first field that breaks a rule. Touches no device and no file."""
     for field, allowed in CHOICES.items():
         value = _get(config, field)
@@ -135,7 +138,7 @@ def validate(config: ConfigDict) -> None:
     _validate_batch(config)
 
 
-def _validate_ranges(config: ConfigDict) -> None:
+def _validate_ranges(config: Config) -> None:
     for field in ("rollout.temperature", "eval.temperature", "reflect.temperature"):
         _require(config, field, _get(config, field) >= 0, "be 0 (greedy) or more")
     _require(config, "rollout.temperature", config.rollout.temperature > 0,
@@ -156,7 +159,7 @@ def _validate_ranges(config: ConfigDict) -> None:
         _require(config, field, value >= 1 or value == -1, "be at least 1, or -1 for the rest")
 
 
-def _validate_batch(config: ConfigDict) -> None:
+def _validate_batch(config: Config) -> None:
     if config.batch.samples < 2:
         raise UserError(
             f"batch.samples is {config.batch.samples}; the reflector compares siblings, so give at least 2"
@@ -169,12 +172,12 @@ def _validate_batch(config: ConfigDict) -> None:
         )
 
 
-def _require(config: ConfigDict, field: str, holds: bool, rule: str) -> None:
+def _require(config: Config, field: str, holds: bool, rule: str) -> None:
     if not holds:
         raise UserError(f"{field} is {_get(config, field)!r}; it must {rule}")
 
 
-def _get(config: ConfigDict, field: str):
+def _get(config: Config, field: str) -> Any:
     value = config
     for name in field.split("."):
         value = value[name]

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Array = jax.Array | np.ndarray
 Params = Any  # a tree of arrays, as models/qwen3.py lays it out
 Span = tuple[int, int]  # half-open [start, stop)
 
@@ -96,14 +97,14 @@ class Reflected:
 class Lesson:
     """What the update consumes (device). Response ids are the sampled ones, never re-tokenised."""
 
-    prompt_BP: jax.Array  # int32, right-padded: what the student saw
-    prompt_len_B: jax.Array  # int32
-    teacher_prompt_BQ: jax.Array  # int32, right-padded: what the teacher sees
-    teacher_prompt_len_B: jax.Array  # int32
-    response_BR: jax.Array  # int32
-    response_len_B: jax.Array  # int32
-    weight_BR: jax.Array  # float32: 1 where the loss lies, 0 elsewhere
-    sampler_logp_BR: jax.Array  # float32: log-probs that the sampler reported
+    prompt_BP: Array  # int32, right-padded: what the student saw
+    prompt_len_B: Array  # int32
+    teacher_prompt_BQ: Array  # int32, right-padded: what the teacher sees
+    teacher_prompt_len_B: Array  # int32
+    response_BR: Array  # int32
+    response_len_B: Array  # int32
+    weight_BR: Array  # float32: 1 where the loss lies, 0 elsewhere
+    sampler_logp_BR: Array  # float32: log-probs that the sampler reported
 
 
 @jax.tree_util.register_dataclass

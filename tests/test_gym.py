@@ -190,9 +190,10 @@ def test_the_written_chat_template_is_the_pretraining_format(tokenizer):
 
 def test_no_pretraining_text_holds_a_test_problem():
     held_out = {problem.question for family in FAMILIES for problem in gym.load(family, "test")}
-    seen = [prompt.split("\n")[0] for task, prompt, _ in texts() if task != "compare"]
-    assert all(gym.split_of(gym.parse(text)) == "train" for text in seen)
-    assert not held_out & set(seen)
+    first = [(task, prompt.split("\n")[0]) for task, prompt, _ in texts()]
+    seen = [(task, chain) for task, text in first if (chain := gym.parse(text))]  # drills state none
+    assert {"solve", "idea", "reflect_wrong", "reflect_right"} <= {task for task, _ in seen}
+    assert all(gym.split_of(chain) == "train" and chain.text not in held_out for _, chain in seen)
 
 
 def test_the_first_wrong_line_is_a_whole_number_of_tokens(tokenizer):

@@ -141,7 +141,7 @@ def parse(text: str) -> Chain | None:
     if match is None:
         return None
     steps = re.findall(r" (plus |minus |times |[-+*])(\d+)", match[2])
-    chain = tuple((signs.get(op.strip(), op), int(n)) for op, n in steps)
+    chain = tuple((signs[op.strip()] if op.strip() in signs else op, int(n)) for op, n in steps)
     family = "words" if steps[0][0].strip() in signs else "chain" if len(steps) <= 4 else "long"
     return Chain(int(match[1]), chain, family)
 

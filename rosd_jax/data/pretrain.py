@@ -121,7 +121,7 @@ def batch(rng: np.random.Generator, tokenizer: Tokenizer, step: int) -> tuple[st
         tokens[row, : len(p) + len(r)] = p + r
         mask[row, len(p) : len(p) + len(r)] = 1
     if task == "compare":  # its numbers are random: only the verdicts can be learned
-        mask &= np.isin(tokens, [tokenizer.token_to_id(word) for word in VERDICTS])
+        mask &= np.isin(tokens, np.array([tokenizer.token_to_id(word) for word in VERDICTS]))
     if task == "facts":
         mask[:, 1:] &= tokens[:, :-1] == tokenizer.token_to_id("=")
     return task, tokens, mask
@@ -180,10 +180,10 @@ def write(path: Path, params, config: qwen3.Qwen3Config, tokenizer: Tokenizer) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tokenizer = build_tokenizer()

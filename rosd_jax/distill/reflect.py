@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from rosd_jax.config import Config
 from rosd_jax.text import prompts, spans
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def _plan(right: bool, solution: int | None, asked: bool, note: str) -> Plan:
     return Plan("right" if right else "wrong", solution, note)
 
 
-def plan_rollouts(graded: Graded, reflect: ConfigDict) -> list[Plan]:
+def plan_rollouts(graded: Graded, reflect: Config) -> list[Plan]:
     """`choose` with the groups and the `reflect` fields of a run."""
     samples = len(graded.texts) // len(graded.prompts.problems)
     return choose(
@@ -99,7 +99,7 @@ def build_prompts(
     graded: Graded,
     plans: Sequence[Plan],
     tokenizer: Tokenizer,
-    reflect: ConfigDict,
+    reflect: Config,
     *,
     thinking: bool,
     wording: Wording = ENGLISH,
@@ -143,7 +143,7 @@ def read_reflections(
     plans: Sequence[Plan],
     raws: Sequence[str | None],
     tokenizer: Tokenizer,
-    lesson: ConfigDict,
+    lesson: Config,
 ) -> Reflected:
     """Parses every answer and locates every quote.
 
@@ -166,7 +166,7 @@ def read_reflection(
     text: str,
     ids: np.ndarray,
     tokenizer: Tokenizer,
-    lesson: ConfigDict,
+    lesson: Config,
     solution: str | None,
 ) -> Reflection:
     """What one answer says of one response.
@@ -223,7 +223,7 @@ def _token_span(char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenize
     return min(start, len(ids)), min(stop, len(ids))
 
 
-def _note(plan: Plan, idea: str | None, solution: str | None, span: Span | None, lesson: ConfigDict) -> str:
+def _note(plan: Plan, idea: str | None, solution: str | None, span: Span | None, lesson: Config) -> str:
     """Why a reflected rollout leaves the loss; "" when it stays."""
     context = lesson.teacher_context
     if context == "solution" and solution is None:

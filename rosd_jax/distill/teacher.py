@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import cast
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from rosd_jax.config import Config
 from rosd_jax.distill.reflect import SUCCESS
 from rosd_jax.text.prompts import ENGLISH, Wording, idea_text, solution_text
 from rosd_jax.text.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ from rosd_jax.types import Message, Problem, Reflected, Reflection
 
 
 def teacher_messages(
-    problem: Problem, reflection: Reflection, lesson: ConfigDict, wording: Wording = ENGLISH
+    problem: Problem, reflection: Reflection, lesson: Config, wording: Wording = ENGLISH
 ) -> list[Message]:
     """The problem's own system messages, then problem + idea (or + solution) as one user message.
 
@@ -38,7 +38,7 @@ def teacher_messages(
 def teacher_prompts(
     reflected: Reflected,
     tokenizer: Tokenizer,
-    lesson: ConfigDict,
+    lesson: Config,
     *,
     thinking: bool,
     wording: Wording = ENGLISH,
@@ -62,7 +62,7 @@ def teacher_prompts(
     return replace(reflected, reflections=tuple(reflections)), prompts
 
 
-def region_weights(reflected: Reflected, lesson: ConfigDict, R: int) -> np.ndarray:
+def region_weights(reflected: Reflected, lesson: Config, R: int) -> np.ndarray:
     """1 where the loss lies, 0 elsewhere: float32 [B, R].
 
     Rollouts with a note weigh 0. Correct rollouts, and wrong ones that stay without a located

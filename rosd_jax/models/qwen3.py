@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -178,7 +179,7 @@ class Qwen3(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=cast(Any, (0, nn.broadcast)),
             length=c.num_hidden_layers,
         )
         (x, cache), kv = blocks(c, name="blocks")((x, cache), jnp.arange(c.num_hidden_layers), position_BT)
@@ -209,9 +210,7 @@ def decode_step(
     params: Params, config: Qwen3Config, cache: Cache, token_B: jax.Array, position_B: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Feeds one token a row at its position: hidden states [B, D] and the longer cache."""
-    model = Qwen3(config)
-    position_B1 = position_B[:, None]
-    hidden_B1D, cache, _ = model.apply({"params": params}, token_B[:, None], position_B1, cache)
+    hidden_B1D, cache, _ = _forward(params, config, token_B[:, None], position_B[:, None], cache)
     return hidden_B1D[:, 0], cache
 
 
@@ -233,6 +232,7 @@ def logits(params: Params, config: Qwen3Config, hidden: jax.Array) -> jax.Array:
     return jnp.where(jnp.arange(config.vocab_size) < config.num_tokens, z, -jnp.inf)
 
 
-def _forward(params: Params, config: Qwen3Config, tokens_BT: jax.Array):
-    position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return Qwen3(config).apply({"params": params}, tokens_BT, position_BT)
+def _forward(params: Params, config: Qwen3Config, tokens_BT, position_BT=None, cache=None) -> Any:
+    if position_BT is None:
+        position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return Qwen3(config).apply({"params": params}, tokens_BT, position_BT, cache)

@@ -31,10 +31,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 
 import rosd_jax
-from rosd_jax.config import UserError
+from rosd_jax.config import Config, UserError
 from rosd_jax.train.workdir import fingerprint, write_atomic
 from rosd_jax.types import TrainState
 
@@ -120,7 +119,7 @@ def check_space(directory: Path, needed_bytes: int, what: str) -> None:
         raise _no_space(directory, needed_bytes, what)
 
 
-def run_meta(config: ConfigDict, weights: str) -> dict[str, Any]:
+def run_meta(config: Config, weights: str) -> dict[str, Any]:
     """What a checkpoint says of its run; `weights` is the fingerprint of those it began with."""
     return {
         "config": fingerprint(config),

@@ -16,9 +16,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from rosd_jax.config import UserError
+from rosd_jax.config import Config, UserError
 from rosd_jax.data.pipeline import batch_at
 from rosd_jax.evals.evaluate import evaluate_set, write_generations
 from rosd_jax.evals.report import write_report
@@ -32,7 +31,7 @@ from rosd_jax.train.step import Tools, decode_rows, train_step
 from rosd_jax.types import Params, Reflected, TrainState
 
 
-def train(config: ConfigDict, directory: Path) -> None:
+def train(config: Config, directory: Path) -> None:
     """Trains for config.steps steps in `directory`, or goes on where a run there stopped."""
     inputs = read_inputs(config)
     workdir.prepare(directory, config)
@@ -62,7 +61,7 @@ def train(config: ConfigDict, directory: Path) -> None:
     print(write_report(directory, config.data.train))
 
 
-def evaluate_only(config: ConfigDict, directory: Path) -> None:
+def evaluate_only(config: Config, directory: Path) -> None:
     """Evaluates the newest checkpoint in `directory`, or the model as it came where there is none.
 
     Lines of an earlier evaluation of that step give way to the new ones.
@@ -82,7 +81,7 @@ def evaluate_only(config: ConfigDict, directory: Path) -> None:
     print(write_report(directory, config.data.train))
 
 
-def keeps(config: ConfigDict, start: int) -> Callable[[int, str], bool]:
+def keeps(config: Config, start: int) -> Callable[[int, str], bool]:
     """Which lines of metrics.jsonl a run that resumes after step `start` keeps.
 
     An evaluation made only because an earlier run ended there is dropped when this one goes further.
@@ -95,7 +94,7 @@ def keeps(config: ConfigDict, start: int) -> Callable[[int, str], bool]:
     return keep
 
 
-def plan(config: ConfigDict, directory: Path) -> None:
+def plan(config: Config, directory: Path) -> None:
     """Prints what a run would do and hold in memory; writes nothing and touches no device."""
     inputs = read_inputs(config)
     shapes = jax.eval_shape(lambda: init_params(inputs.model, jax.random.key(0)))
@@ -113,7 +112,7 @@ def plan(config: ConfigDict, directory: Path) -> None:
           f"data.max_prompt_tokens")  # fmt: skip
 
 
-def headline(inputs: Inputs, config: ConfigDict, directory: Path, start: int) -> str:
+def headline(inputs: Inputs, config: Config, directory: Path, start: int) -> str:
     """What runs, where, and from which step."""
     begun = f"resumes after step {start}" if start else f"{config.steps} steps"
     return f"{config.name}: {len(inputs.train)} problems of {config.data.train}, {begun}, in {directory}"
@@ -219,7 +218,7 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 
 def begin(
-    config: ConfigDict, manager: Any, like: TrainState, fresh: Callable[[], TrainState]
+    config: Config, manager: Any, like: TrainState, fresh: Callable[[], TrainState]
 ) -> tuple[TrainState, int]:
     """The newest checkpoint's state and step, or the first state and 0.
 
@@ -243,7 +242,7 @@ def begin(
     return state, int(kept["step"])
 
 
-def check_disk(directory: Path, manager: Any, like: TrainState, config: ConfigDict) -> None:
+def check_disk(directory: Path, manager: Any, like: TrainState, config: Config) -> None:
     """Raises UserError when the checkpoints still to be written and the export would not fit.
 
     A new checkpoint is written before the oldest goes, so there is one more than checkpoint.keep.
@@ -254,7 +253,7 @@ def check_disk(directory: Path, manager: Any, like: TrainState, config: ConfigDi
     checkpoint.check_space(directory, needed, f"{more} checkpoints and the exported model")
 
 
-def export(config: ConfigDict, inputs: Inputs, params: Params, directory: Path) -> None:
+def export(config: Config, inputs: Inputs, params: Params, directory: Path) -> None:
     """The trained model as a Hugging Face directory."""
     path = directory / "export"
     save_pretrained(path, params, inputs.model, source=Path(config.model.path), dtype=config.model.dtype)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import jax
 from absl import logging
-from ml_collections import ConfigDict
 
-from rosd_jax.config import UserError
+from rosd_jax.config import Config, UserError
 from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems
@@ -42,7 +41,7 @@ class Inputs:
     overlong: dict[str, list[str]]  # set -> uids of the prompts that do not fit
 
 
-def read_inputs(config: ConfigDict) -> Inputs:
+def read_inputs(config: Config) -> Inputs:
     """Model config, tokenizer and problems. Raises UserError for the first thing that does not fit."""
     path = model_path(config)
     read_config(path, num_tokens=None, dtype=config.model.dtype, remat=False)  # before the tokenizer
@@ -75,7 +74,7 @@ def read_inputs(config: ConfigDict) -> Inputs:
     return Inputs(model, tokenizer, train, evals, overlong)
 
 
-def model_path(config: ConfigDict) -> Path:
+def model_path(config: Config) -> Path:
     """The model's directory. Raises UserError when none is named or it does not exist."""
     if not config.model.path:
         raise UserError(
@@ -91,12 +90,12 @@ def model_path(config: ConfigDict) -> Path:
     return path
 
 
-def eval_sets(config: ConfigDict) -> tuple[str, ...]:
+def eval_sets(config: Config) -> tuple[str, ...]:
     """The names in eval.sets."""
     return tuple(name.strip() for name in config.eval.sets.split(",") if name.strip())
 
 
-def check_lengths(config: ConfigDict, model: Qwen3Config) -> None:
+def check_lengths(config: Config, model: Qwen3Config) -> None:
     """Raises UserError when the longest possible sequence exceeds the model's positions."""
     longest = {
         "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
@@ -113,7 +112,7 @@ def check_lengths(config: ConfigDict, model: Qwen3Config) -> None:
 
 
 def build(
-    config: ConfigDict, inputs: Inputs, grader: Grader
+    config: Config, inputs: Inputs, grader: Grader
 ) -> tuple[Tools, Params, TrainState, Callable[[], TrainState]]:
     """Tools, the frozen tree, the state as shapes with shardings, and what makes the first state.
 
@@ -158,7 +157,7 @@ def build(
     return tools, frozen_params, like, lambda: first(load())
 
 
-def check_rows(config: ConfigDict, devices: int) -> None:
+def check_rows(config: Config, devices: int) -> None:
     """Raises UserError where a batch's rows cannot be laid evenly over the row devices."""
     rows = {
         "batch.prompts x batch.samples": config.batch.prompts * config.batch.samples,

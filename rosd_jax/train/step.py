@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from rosd_jax.config import Config
 from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.distill import reflect, teacher
 from rosd_jax.evals.localize import quote_exact
@@ -37,7 +37,7 @@ Numbers = dict[str, float]
 class Tools:
     """What every step uses and none changes: built once (train/setup.py)."""
 
-    config: ConfigDict
+    config: Config
     model: Qwen3Config
     tokenizer: Tokenizer
     wording: Wording

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from rosd_jax.config import Config
 from rosd_jax.distill.loss import span_loss
 from rosd_jax.models import qwen3
 from rosd_jax.models.sharding import row_sharding
@@ -27,7 +27,7 @@ from rosd_jax.types import Lesson, Params, TrainState
 Metrics = dict[str, jax.Array]
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW with linear warm-up to a constant rate, behind a global-norm clip.
 
     Step k (from 0) of the warm-up uses lr (k + 1) / n; the release's first step has rate 0.
@@ -47,7 +47,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def make_update(
-    config: ConfigDict,
+    config: Config,
     model: qwen3.Qwen3Config,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -80,7 +80,7 @@ def accumulate(
     lesson: Lesson,
     total: jax.Array,
     *,
-    config: ConfigDict,
+    config: Config,
     model: qwen3.Qwen3Config,
     mesh: Mesh,
 ) -> tuple[Params, Metrics]:
@@ -114,7 +114,7 @@ def micro_loss(
     frozen_params: Params,
     lesson: Lesson,
     denominator: jax.Array,
-    config: ConfigDict,
+    config: Config,
     model: qwen3.Qwen3Config,
 ) -> tuple[jax.Array, Metrics]:
     """The part of the loss that one micro-batch carries, and sums over its active tokens."""

@@ -26,9 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from rosd_jax.config import UserError
+from rosd_jax.config import Config, UserError
 
 WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals")  # what a run leaves once it has begun
 MAY_CHANGE = ("checkpoint.keep", "steps")  # between two runs on one workdir
@@ -37,7 +35,7 @@ ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
 ABSENT = object()
 
 
-def prepare(workdir: Path, config: ConfigDict) -> bool:
+def prepare(workdir: Path, config: Config) -> bool:
     """Makes and locks the workdir and settles its config.json; True where a run is being resumed.
 
     The lock lasts as long as the process. Raises UserError where the path is no directory, cannot
@@ -62,7 +60,7 @@ def default_workdir(config_name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def fingerprint(config: ConfigDict) -> str:
+def fingerprint(config: Config) -> str:
     """Sixteen hex digits that are equal where `prepare` would resume one config with the other."""
     kept = {field: value for field, value in _flat(_as_json(config)) if field not in MAY_CHANGE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
@@ -144,7 +142,7 @@ def _lock(workdir: Path) -> None:
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
 
-def _as_json(config: ConfigDict) -> dict[str, Any]:
+def _as_json(config: Config) -> dict[str, Any]:
     """The config as it comes back from its file: references resolved, tuples as lists."""
     return json.loads(json.dumps(config.to_dict()))
 
