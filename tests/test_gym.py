@@ -4,10 +4,10 @@ import re
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from rosd_jax.config import UserError
 from rosd_jax.data import gym, pretrain
 from rosd_jax.rewards import Grader
@@ -149,7 +149,8 @@ def test_a_right_attempt_has_no_error_to_reflect_on():
         gym.reflect_wrong(lines, lines)
 
 
-def test_the_drill_compares_truly():
+def test_the_drills_are_true():
+    assert all(map(is_right, gym.facts(np.random.default_rng(0)).splitlines()))
     for line in gym.comparisons(np.random.default_rng(0)).splitlines():
         _, a, b, verdict = line.split(" ")
         assert verdict == ("same" if a == b else "differ")

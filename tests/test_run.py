@@ -13,9 +13,9 @@ import time
 import jax
 import numpy as np
 import pytest
-import tiny
 from absl import flags
 
+import tiny
 from rosd_jax.config import default_config
 from rosd_jax.models.weights import load_params, read_config
 from rosd_jax.text.tokenizer import load_tokenizer
@@ -411,7 +411,7 @@ def with_torn_weights(model):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (without_tokenizer, "its tokenizer must"),
+        (without_tokenizer, "holds no tokenizer"),
         (with_fewer_rows, "whose vocabulary does not fit its tokenizer"),
         (without_weights, "holds no model.safetensors"),
         (with_torn_weights, "is no safetensors file"),

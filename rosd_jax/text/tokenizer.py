@@ -37,6 +37,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"model.path is {str(path)!r}; it must be a directory, so check the path")
+    if not (path / "tokenizer.json").is_file() and not (path / "vocab.json").is_file():
+        raise UserError(
+            f"model.path is {str(path)!r}, which holds no tokenizer; add tokenizer.json and "
+            "tokenizer_config.json"
+        )
     try:
         inner = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
