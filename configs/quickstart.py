@@ -27,7 +27,7 @@ def get_config(arg=None):
     c.reflect.update(max_prompt_tokens=128, max_new_tokens=64, correct=False)
     c.lesson.max_teacher_tokens = 128
     c.loss.chunk = 512
-    c.optimizer.update(lr=5e-4, warmup_steps=5)
+    c.optimizer.update(lr=2.5e-4, warmup_steps=5)
     c.eval.update(
         sets="gym:chain,gym:long,gym:words",
         samples=4, every=0, batch=128, temperature=1.0, top_p=1.0, max_new_tokens=72,

@@ -67,12 +67,12 @@ def test_scores_of_nothing_and_of_one_kind():
 def test_truth_of_gym_responses():
     assert gym_truth(TEXT, RIGHT).error is None
     assert [RIGHT[a:b] for a, b in gym_truth(TEXT, RIGHT).steps] == RIGHT.split("\n")
-    slipped = RIGHT.replace("19*3=7", "19*3=8")
+    slipped = RIGHT.replace("2*3=6", "2*3=7")
     truth = gym_truth(TEXT, slipped)
-    assert truth.error == truth.steps[1] and slipped[slice(*truth.steps[1])] == "b 19*3=8"
+    assert truth.error == truth.steps[1] and slipped[slice(*truth.steps[1])] == "b 2*3=7"
 
 
-@pytest.mark.parametrize("response", ["", "\n", "a 12+7=19", "a 12+7=19\n", "\ud800\x00" * 9, RIGHT * 2])
+@pytest.mark.parametrize("response", ["", "\n", "a 12+7=2", "a 12+7=2\n", "\ud800\x00" * 9, RIGHT * 2])
 def test_an_error_of_the_gym_is_always_a_step(response):
     truth = gym_truth(TEXT, response)
     assert truth.error in truth.steps
@@ -84,10 +84,10 @@ def test_gym_truth_needs_a_gym_problem():
 
 
 def test_quote_exact_follows_the_first_wrong_line():
-    slipped = RIGHT.replace("19*3=7", "19*3=8").replace("7-5=2", "8-5=3")
+    slipped = RIGHT.replace("2*3=6", "2*3=7").replace("6-5=1", "7-5=2")
     line = gym.first_error(gym.parse(TEXT), slipped)
     spans = [line, (line[0], line[1] - 1), None, (0, 9)]
-    problems = [Problem("u", "gym:chain", "gym", ({"role": "user", "content": TEXT},), "11")] * 4
+    problems = [Problem("u", "gym:chain", "gym", ({"role": "user", "content": TEXT},), "10")] * 4
     reflections = [Reflection(char_span=span) for span in spans]
     texts = [slipped, slipped, slipped, RIGHT]
     assert quote_exact(problems, texts, reflections) == pytest.approx(1 / 3)
