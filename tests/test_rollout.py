@@ -125,7 +125,7 @@ def test_every_mesh_gives_the_tokens_of_one_device(shape):
     np.testing.assert_array_equal(got.length_B, want.length_B)
     np.testing.assert_allclose(got.logp_BR, want.logp_BR, atol=5e-6, rtol=0)
     assert all(leaf.sharding.spec[0] == ("data", "fsdp") for leaf in jax.tree.leaves(got))
-    assert fn._cache_size() == 1
+    assert fn._cache_size() <= 1  # 0: pushed out of the cache that all of JAX shares
 
 
 def test_rows_that_do_not_divide_are_refused():
@@ -191,7 +191,7 @@ def test_new_values_do_not_compile_again():
     for seed in range(3):
         call(UID + seed, jax.random.key(seed))
     np.testing.assert_array_equal(call(UID, KEY).tokens_BR, _generate().tokens_BR[:, :1])
-    assert fn._cache_size() == 1
+    assert fn._cache_size() <= 1  # 0: pushed out of the cache that all of JAX shares
 
 
 @pytest.mark.parametrize("tied", [False, True])
