@@ -11,7 +11,7 @@ items lies checksums.json, since Orbax restores an array with a flipped byte wit
     save(manager, state, step, meta)             on disk when it returns
     restore_latest(manager, like)                -> (state, meta), or None where nothing was saved
     check_space(directory, needed_bytes, what)
-    run_meta(config)                             -> what `save` takes as meta
+    run_meta(config, weights)                    -> what `save` takes as meta
     state_bytes(tree)
 """
 

@@ -151,7 +151,7 @@ def make_lesson(tools: Tools, reflected: Reflected) -> tuple[Reflected, Lesson]:
         response_len_B=graded.rollout.length_B,
         weight_BR=teacher.region_weights(reflected, config.lesson, R),
         sampler_logp_BR=graded.rollout.logp_BR,
-    )  # ty: host arrays until the next line
+    )
     return reflected, jax.device_put(lesson, row_sharding(tools.mesh))
 
 
