@@ -10,11 +10,12 @@ import optax
 import pytest
 
 from rosd_jax.config import default_config
+from rosd_jax.kernels.topk_jsd import Sharding
 from rosd_jax.models import qwen3
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.models.sharding import make_mesh, param_shardings, row_sharding
+from rosd_jax.models.sharding import AXES, make_mesh, param_shardings, row_sharding
 from rosd_jax.rollout.loop import make_generate
-from rosd_jax.train.update import init_state, make_optimizer, make_update, micro_loss
+from rosd_jax.train.update import init_state, loss_sharding, make_optimizer, make_update, micro_loss
 from rosd_jax.types import Lesson
 
 MODEL = Qwen3Config(
@@ -224,6 +225,16 @@ def test_the_micro_batch_does_not_matter(micro):
 @pytest.mark.parametrize("shape", [slow(s, [(2, 4, 1), (1, 2, 4)]) for s in SHAPES], ids=str)
 def test_the_mesh_does_not_matter(shape):
     assert_same_update(step(make_lesson(), shape=shape), plain(), 3e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "vocab"),
+    [((1, 8, 1), AXES, None), ((2, 2, 2), AXES[:2], "tensor"), ((1, 1, 8), AXES, None)],
+)
+def test_the_loss_splits_the_vocabulary_as_the_head_lies(shape, rows, vocab):
+    mesh = make_mesh(*shape)
+    assert loss_sharding(mesh, 60) == Sharding(mesh, rows, vocab)  # which 8 does not divide
+    assert loss_sharding(make_mesh(1, 1, 1, devices=jax.devices()[:1]), 60) is None
 
 
 @pytest.mark.slow

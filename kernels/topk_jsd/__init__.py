@@ -5,6 +5,15 @@ from .api import (
     sampled_token_loss_from_logits,
     topk_jsd_from_logits,
     topk_jsd_loss,
+    topk_jsd_rows,
 )
+from .sharded import Sharding
 
-__all__ = ["LossAux", "sampled_token_loss_from_logits", "topk_jsd_from_logits", "topk_jsd_loss"]
+__all__ = [
+    "LossAux",
+    "Sharding",
+    "sampled_token_loss_from_logits",
+    "topk_jsd_from_logits",
+    "topk_jsd_loss",
+    "topk_jsd_rows",
+]

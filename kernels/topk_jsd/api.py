@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import chunked, reference
+from . import chunked, reference, sharded
 from .reference import LossAux, Options, Rows
+from .sharded import Sharding
 
 Tail = Literal["bucket", "renorm"]
-Implementation = Literal["reference", "chunked"]
-
-_IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 
 
 def topk_jsd_loss(
@@ -34,6 +33,7 @@ def topk_jsd_loss(
     ratio_cap: float | None = None,
     chunk: int = 1024,
     implementation: Implementation | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, LossAux]:
     """Weighted sum over rows of the divergence between two language models' next-token laws.
 
@@ -58,20 +58,24 @@ def topk_jsd_loss(
       ratio_cap: multiplies each row by min(exp(clip(student_logp - sampler_logp, +-20)), cap),
         without gradient; needs tokens_N and sampler_logp_N.
       chunk: rows of one [chunk, V] block of logits.
-      implementation: None takes "chunked".
+      implementation: who turns logits into divergence and gradient: "xla", "pallas_tpu" or
+        "pallas_gpu", which fail where they cannot run, or "reference", which holds all logits. None
+        takes pallas_tpu on a TPU and xla elsewhere.
+      sharding: splits the work over a mesh; None leaves it on one device, or to the compiler, which
+        cannot split the pallas implementations.
 
     Returns:
       (scalar loss, LossAux). Raises ValueError on arguments that do not fit together.
     """
-    options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap, chunk)
+    options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap, chunk, implementation)
     student = (jnp.asarray(student_hidden_ND), jnp.asarray(student_head_VD))
     teacher = _constants((teacher_hidden_ND, teacher_head_VD))
     rows = _constants(Rows(weight_N, tokens_N, sampler_logp_N))
-    _check_models(student, teacher)
-    _check_rows(rows, student[0].shape[0])
-    _check_options(options, rows, student[1].shape[0])
-    run = _IMPLEMENTATIONS[_known(implementation)].loss_from_hidden
-    return run(options, *student, *teacher, rows)
+    _check_from_hidden(options, student, teacher, rows, sharding)
+    if sharding is not None:
+        return sharded.loss_from_hidden(sharding, options, *student, *teacher, rows)
+    module = reference if implementation == "reference" else chunked
+    return module.loss_from_hidden(options, *student, *teacher, rows)
 
 
 def topk_jsd_from_logits(
@@ -91,16 +95,46 @@ def topk_jsd_from_logits(
 ) -> tuple[jax.Array, LossAux]:
     """`topk_jsd_loss` of logits [N, V] that already exist; differentiable in the student's.
 
-    "chunked" here means its closed-form gradient, on all rows at once.
+    Beside the logits it holds their gradient alone, in the student's dtype.
     """
-    options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap)
+    options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap, implementation=implementation)
     student_NV, teacher_NV = jnp.asarray(student_logits_NV), _constants(teacher_logits_NV)
     rows = _constants(Rows(weight_N, tokens_N, sampler_logp_N))
-    _check_logits(student_NV, teacher_NV)
-    _check_rows(rows, student_NV.shape[0])
-    _check_options(options, rows, student_NV.shape[1])
-    run = _IMPLEMENTATIONS[_known(implementation)].loss_from_logits
-    return run(options, student_NV, teacher_NV, rows)
+    _check_from_logits(options, student_NV, teacher_NV, rows)
+    module = reference if implementation == "reference" else chunked
+    return module.loss_from_logits(options, student_NV, teacher_NV, rows)
+
+
+def topk_jsd_rows(
+    student_logits_NV: jax.Array,
+    teacher_logits_NV: jax.Array,
+    weight_N: jax.Array,
+    *,
+    k: int | None = 100,
+    alpha: float = 0.5,
+    tail: Tail = "bucket",
+    temperature: float = 1.0,
+    num_tokens: int | None = None,
+    tokens_N: jax.Array | None = None,
+    sampler_logp_N: jax.Array | None = None,
+    ratio_cap: float | None = None,
+    grad_dtype: Any = None,
+    implementation: Literal["xla", "pallas_tpu", "pallas_gpu"] | None = None,
+) -> tuple[tuple[jax.Array, LossAux], jax.Array]:
+    """The bare row kernel: `((loss, aux), gradient [N, V])` of logits, one pass, no autodiff.
+
+    What `jax.value_and_grad(topk_jsd_from_logits, has_aux=True)` gives, for those who write their own
+    backward pass; the gradient is in grad_dtype, or that of the student's logits.
+    """
+    options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap, implementation=implementation)
+    student_NV, teacher_NV = _constants((student_logits_NV, teacher_logits_NV))
+    rows = _constants(Rows(weight_N, tokens_N, sampler_logp_N))
+    _check_from_logits(options, student_NV, teacher_NV, rows)
+    if implementation == "reference":
+        raise ValueError(
+            "implementation is 'reference'; the row kernel is 'xla', 'pallas_tpu' or 'pallas_gpu'"
+        )
+    return chunked.loss_and_grad(options, student_NV, teacher_NV, rows, grad_dtype or student_NV.dtype)
 
 
 def sampled_token_loss_from_logits(
@@ -122,9 +156,7 @@ def sampled_token_loss_from_logits(
     student_NV, teacher_NV = jnp.asarray(student_logits_NV), _constants(teacher_logits_NV)
     rows = _constants(Rows(weight_N, tokens_N, sampler_logp_N))
     options = Options(None, 1.0, "bucket", temperature, num_tokens, ratio_cap)
-    _check_logits(student_NV, teacher_NV)
-    _check_rows(rows, student_NV.shape[0])
-    _check_options(options, rows, student_NV.shape[1])
+    _check_from_logits(options, student_NV, teacher_NV, rows)
     return reference.sampled_token_loss(options, student_NV, teacher_NV, rows)
 
 
@@ -132,12 +164,28 @@ def _constants(tree):
     return lax.stop_gradient(jax.tree.map(jnp.asarray, tree))
 
 
-def _known(implementation: str | None) -> str:
-    name = implementation or "chunked"
-    if name not in _IMPLEMENTATIONS:
-        known = ", ".join(_IMPLEMENTATIONS)
-        raise ValueError(f"implementation is {name!r}; it must be None or one of {known}")
-    return name
+def _check_implementation(options: Options, *dtypes: jnp.dtype) -> None:
+    name, known = options.implementation, get_args(Implementation)
+    if name not in (None, *known):
+        raise ValueError(f"implementation is {name!r}; it must be None or one of {', '.join(known)}")
+    if str(name).startswith("pallas") and jnp.dtype(jnp.float64) in dtypes:
+        raise ValueError(f"implementation is {name!r} and operands are float64; use 'xla' for float64")
+
+
+def _check_from_hidden(options: Options, student: Any, teacher: Any, rows: Rows, sharding: Sharding | None):
+    _check_models(student, teacher)
+    _check_rows(rows, student[0].shape[0])
+    _check_options(options, rows, student[1].shape[0])
+    _check_implementation(options, student[0].dtype, teacher[0].dtype)
+    if sharding is not None:
+        sharded.check(sharding, options.implementation, student[1].shape[0])
+
+
+def _check_from_logits(options: Options, student_NV: jax.Array, teacher_NV: jax.Array, rows: Rows) -> None:
+    _check_implementation(options, student_NV.dtype, teacher_NV.dtype)
+    _check_logits(student_NV, teacher_NV)
+    _check_rows(rows, student_NV.shape[0])
+    _check_options(options, rows, student_NV.shape[1])
 
 
 def _check_models(student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array]) -> None:

@@ -39,6 +39,8 @@ class Options:
     num_tokens: int | None = None
     ratio_cap: float | None = None
     chunk: int = 1024
+    implementation: str | None = None
+    vocab_axis: str | None = None  # the mesh axis that splits the vocabulary, inside shard_map
 
     def top_k(self, vocab: int) -> int | None:
         """The number of tokens to select among `vocab`; None where that is all of them."""

@@ -20,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rosd_jax.config import Config
 from rosd_jax.distill.loss import span_loss
+from rosd_jax.kernels.topk_jsd import Sharding
 from rosd_jax.models import qwen3
-from rosd_jax.models.sharding import row_sharding
+from rosd_jax.models.sharding import AXES, row_sharding
 from rosd_jax.types import Lesson, Params, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -90,16 +91,17 @@ def accumulate(
     order_B = jnp.argsort(~active_B, stable=True)
     groups = jax.tree.map(lambda x: x[order_B].reshape(rows // micro, micro, *x.shape[1:]), lesson)
     denominator = jnp.maximum(total, 1.0)
+    split = loss_sharding(mesh, model.vocab_size)
 
     def body(i, carry):
         group = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[i], row_sharding(mesh)), groups)
-        objective = lambda p: micro_loss(p, frozen_params, group, denominator, config, model)
+        objective = lambda p: micro_loss(p, frozen_params, group, denominator, config, model, split)
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return jax.tree.map(jnp.add, carry, (grads, sums))
 
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), groups)
     _, sums = jax.eval_shape(
-        lambda p, f, g: micro_loss(p, f, g, denominator, config, model),
+        lambda p, f, g: micro_loss(p, f, g, denominator, config, model, split),
         params,
         frozen_params,
         first,
@@ -109,6 +111,19 @@ def accumulate(
     return jax.lax.fori_loop(0, trips, body, zeros)
 
 
+def loss_sharding(mesh: Mesh, vocab: int) -> Sharding | None:
+    """The loss over a mesh: the vocabulary over tensor, as the head lies, where it divides; else rows.
+
+    None on one device.
+    """
+    if mesh.size == 1:
+        return None
+    tensor = mesh.shape["tensor"]
+    if tensor > 1 and vocab % tensor == 0:
+        return Sharding(mesh, rows=("data", "fsdp"), vocab="tensor")
+    return Sharding(mesh, rows=AXES)
+
+
 def micro_loss(
     params: Params,
     frozen_params: Params,
@@ -116,6 +131,7 @@ def micro_loss(
     denominator: jax.Array,
     config: Config,
     model: qwen3.Qwen3Config,
+    sharding: Sharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The part of the loss that one micro-batch carries, and sums over its active tokens."""
     student_BRD = response_hidden(params, model, lesson.prompt_BP, lesson.prompt_len_B, lesson.response_BR)
@@ -143,6 +159,7 @@ def micro_loss(
         chunk=config.loss.chunk,
         num_tokens=model.num_tokens,
         temperature=config.rollout.temperature,
+        sharding=sharding,
     )
     active_N = flat(lesson.weight_BR) != 0
     per_token = {

@@ -1,0 +1,141 @@
+"""The arithmetic of the GPU row kernel: what Mosaic GPU lowers, and nothing about memory.
+
+Arrays hold one number per lane. Integer keys stand for float32 scores: they order as the floats do,
+with -0 just below 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from operator import add
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .reference import TAIL_FLOOR
+
+LANES = 512  # tokens of a tile, 4 for each thread of a block
+KEY_OF_MINUS_INF = np.int32(-0x7F800001)
+
+
+class Choice(NamedTuple):
+    """The chosen tokens: scores above the float of `key`, and equal ones of ids below `cutoff`."""
+
+    key: Any
+    cutoff: Any
+
+    def of(self, scores: jax.Array, ids: jax.Array) -> jax.Array:
+        """Which lanes are chosen."""
+        threshold = float_of(self.key)
+        return (scores > threshold) | ((scores == threshold) & (ids < self.cutoff))
+
+
+class Bracket(NamedTuple):
+    """At least k items reach `low`, fewer reach `high`; and how many do (at first unknown)."""
+
+    low: Any
+    high: Any
+    reach_low: Any = np.int32(np.iinfo(np.int32).max)
+    reach_high: Any = np.int32(0)
+
+
+def float_of(key: Any) -> jax.Array:
+    """The float that a key stands for, in every lane."""
+    # Arrays, not scalars: not all of Mosaic GPU's lowerings bitcast a scalar.
+    keys = jnp.full((LANES,), key, jnp.int32)
+    return lax.bitcast_convert_type(keys ^ ((keys >> 31) & 0x7FFFFFFF), jnp.float32)
+
+
+def largest_key(scores: jax.Array) -> jax.Array:
+    """The largest key of all lanes: an int32 scalar."""
+    bits = lax.bitcast_convert_type(scores, jnp.int32)
+    return jnp.max(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+def search(count: Callable, bracket: Bracket, k: Any, depth: int) -> Bracket:
+    """Narrows until exactly k items reach `low`, or `high` is `low` + 1.
+
+    `count` takes 2^depth - 1 integers and returns how many items reach each.
+    """
+
+    def unsettled(bracket):
+        return (bracket.low + 1 < bracket.high) & (bracket.reach_low != k)
+
+    def narrow(bracket):
+        low, high, reach_low, reach_high = bracket
+        probes = _between(low, high, depth)
+        for probe, reach in zip(probes, count(probes), strict=True):
+            up, down = (reach >= k) & (probe > low), (reach < k) & (probe < high)
+            low, reach_low = jnp.where(up, probe, low), jnp.where(up, reach, reach_low)
+            high, reach_high = jnp.where(down, probe, high), jnp.where(down, reach, reach_high)
+        return Bracket(low, high, reach_low, reach_high)
+
+    return lax.while_loop(unsettled, narrow, bracket)
+
+
+def _between(low, high, depth):
+    if depth == 0:
+        return []
+    middle = (low & high) + ((low ^ high) >> 1)  # the average; low + high could overflow
+    return [*_between(low, middle, depth - 1), middle, *_between(middle, high, depth - 1)]
+
+
+def count_true(*conditions: jax.Array) -> jax.Array:
+    """How often the conditions hold, over all lanes: an int32 scalar."""
+    # Casts, not selects: Mosaic GPU makes a select of two integer constants unsigned.
+    return jnp.sum(reduce(add, [condition.astype(jnp.int32) for condition in conditions]))
+
+
+def add_exp(sums: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Takes x into (largest, sum of exp(x - largest)), in each lane; NaN makes the sum NaN."""
+    largest, total = sums
+    decay = jnp.exp(-jnp.abs(x - largest))  # the one exponential of the two that is not 1
+    total = jnp.where(x > largest, total * decay + 1, total + decay)
+    return jnp.maximum(largest, x), total
+
+
+def log_sum_exp(arrays: list[jax.Array], sums: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Of all lanes of some arrays and of what `add_exp` took in: a scalar."""
+    largest, total = sums
+    top = jnp.max(reduce(jnp.maximum, arrays, largest))
+    terms = (jnp.exp(x - top) for x in arrays)
+    return top + jnp.log(jnp.sum(reduce(add, terms, total * jnp.exp(largest - top))))
+
+
+def tail_bucket(tail_q: jax.Array, tail_r: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """`bucket` of two tail masses; no pull where the student's is below the floor."""
+    logq, logr = jnp.log(jnp.maximum(tail_q, TAIL_FLOOR)), jnp.log(jnp.maximum(tail_r, TAIL_FLOOR))
+    value, pull = bucket(logq, logr, alpha)
+    return value, jnp.where(tail_q < TAIL_FLOOR, 0, pull)
+
+
+def bucket(logq: jax.Array, logr: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Share of the divergence, and q d(divergence)/dq. Nothing where q (or r) is 0."""
+    q, r, delta = jnp.exp(logq), jnp.exp(logr), logr - logq
+    if alpha == 0:
+        return jnp.where(r == 0, 0, r * delta), -r
+    if alpha == 1:
+        value = jnp.where(q == 0, 0, -q * delta)
+        return value, value + q
+    # log(m / q) and log(m / r): nothing overflows, and equal logits give 0.
+    share = jnp.where(delta > 0, jnp.full_like(delta, 1 - alpha), jnp.full_like(delta, alpha))
+    soft = _log1p(share * _expm1_of_minus(jnp.abs(delta)))
+    pull = jnp.where(q == 0, 0, -(1 - alpha) * q * (soft + jnp.maximum(delta, 0)))
+    return pull + jnp.where(r == 0, 0, -alpha * r * (soft + jnp.maximum(-delta, 0))), pull
+
+
+# Mosaic GPU has neither of these two.
+
+
+def _expm1_of_minus(x):
+    half = jnp.tanh(x * 0.5)
+    return -2 * half / (1 + half)
+
+
+def _log1p(x):
+    y = 1 + x  # its rounding cancels in the quotient below
+    return jnp.where(y == 1, x, jnp.log(y) * (x / (y - 1)))

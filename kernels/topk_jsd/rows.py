@@ -1,0 +1,43 @@
+"""The row kernel for the hardware at hand: what turns logits into divergence and gradient.
+
+    row_terms(options, student_CV, teacher_CV, rows_C, live_C, grad_dtype)  -> LossAux of [C], grad_CV
+
+`rows_xla.py` says what it computes; `pallas_tpu.py` and `pallas_gpu.py` compute the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+
+from . import pallas_tpu, rows_xla
+from .reference import LossAux, Options, Rows, working_dtype
+
+
+def row_terms(
+    options: Options, student_CV: jax.Array, teacher_CV: jax.Array, rows_C: Rows, live_C: jax.Array,
+    grad_dtype: Any,
+) -> tuple[LossAux, jax.Array | None]:  # fmt: skip
+    """By `options.implementation`; None: pallas_tpu where it is compiled for a TPU, else xla.
+
+    pallas_gpu is never chosen by itself: it has not been timed against xla yet.
+    """
+    operands = (student_CV, teacher_CV, rows_C, live_C)
+    in_xla = partial(rows_xla.row_terms, options, grad_dtype=grad_dtype, axis=options.vocab_axis)
+    on_tpu = partial(pallas_tpu.row_terms, options, grad_dtype=grad_dtype)
+    match options.implementation:
+        case "xla":
+            return in_xla(*operands)
+        case "pallas_tpu":
+            return on_tpu(*operands)
+        case "pallas_gpu":
+            from . import pallas_gpu  # Mosaic GPU is a large import that few need
+
+            return pallas_gpu.row_terms(options, *operands, grad_dtype)
+    wide = working_dtype(student_CV).itemsize > 4
+    if wide or options.vocab_axis or not pallas_tpu.fits(options, student_CV.shape[1], grad_dtype):
+        return in_xla(*operands)
+    return lax.platform_dependent(*operands, tpu=on_tpu, default=in_xla)

@@ -1,0 +1,312 @@
+"""The passes of the TPU row kernel over rows that lie in on-chip memory. `pallas_tpu.py` orders them.
+
+Vectors of one number a row have shape [R, 1]. A `Source` is what a pass sweeps: the row itself, or its
+candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+LANES = 128
+KEEP = 3  # student logits a bin keeps
+MAX_EXPONENT = 80.0  # of e in r / q; beyond it q is 0 in float32
+LOWEST = -1e30  # stands for -inf where q may be 0
+NOWHERE = 2**31 - 1
+Terms = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Student and teacher logits [R, lanes] side by side; lanes from `tokens` on do not count."""
+
+    student_ref: Any
+    teacher_ref: Any
+    tokens: int
+    slab: int  # lanes a loop's body handles
+    scale: float = 1.0  # 1 / temperature
+
+    @property
+    def slabs(self) -> int:
+        """Whole slabs."""
+        return self.tokens // self.slab
+
+    @property
+    def rest(self) -> range:
+        """Where the pieces of LANES lanes behind them begin; the last one may be ragged."""
+        return range(self.slabs * self.slab, self.tokens, LANES)
+
+    def read(self, at: Any, width: int, ragged: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Scores of `width` lanes; -inf behind the last token if the lanes are ragged."""
+        both = tuple(ref[:, pl.ds(at, width)] for ref in (self.student_ref, self.teacher_ref))
+        if self.scale != 1.0:
+            both = tuple(x * jnp.float32(self.scale) for x in both)
+        if ragged:
+            both = tuple(jnp.where(lane_ids(at, x.shape) < self.tokens, x, -jnp.inf) for x in both)
+        return both
+
+
+def lane_ids(at: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Token ids of a piece of a row that begins at `at`."""
+    return at + lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def sweep(
+    source: Source, term: Callable[..., Terms], combine: Callable = jnp.add, start: float = 0.0
+) -> Terms:
+    """`combine` over all pieces of LANES lanes of term(at, student, teacher): each [R, LANES]."""
+    rows = source.student_ref.shape[0]
+
+    def add(totals, values):
+        return tuple(combine(x, fold(y, combine)) for x, y in zip(totals, values, strict=True))
+
+    def body(j, totals):
+        at = pl.multiple_of(j * source.slab, LANES)
+        return add(totals, term(at, *source.read(at, source.slab)))
+
+    count = len(jax.eval_shape(term, 0, *(jax.ShapeDtypeStruct((rows, LANES), jnp.float32),) * 2))
+    totals = lax.fori_loop(0, source.slabs, body, (jnp.full((rows, LANES), start, jnp.float32),) * count)
+    for at in source.rest:
+        totals = add(totals, term(at, *source.read(at, LANES, at + LANES > source.tokens)))
+    return totals
+
+
+def sums(source: Source, term: Callable[..., Terms]) -> Terms:
+    """Sums over all tokens of term(at, student, teacher): each [R, 1]."""
+    return tuple(jnp.sum(total, axis=1, keepdims=True) for total in sweep(source, term))
+
+
+def fold(x: jax.Array, combine: Callable) -> jax.Array:
+    """[R, n LANES] to [R, LANES], as a tree so that no addition waits for the one before."""
+    pieces = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
+    while len(pieces) > 1:
+        odd = pieces[len(pieces) & ~1 :]
+        pieces = [combine(a, b) for a, b in zip(pieces[::2], pieces[1::2], strict=False)] + odd
+    return pieces[0]
+
+
+# ---- candidates ----------------------------------------------------------------------------------
+
+
+def collect(row: Source, bins: int, candidates: Source) -> tuple[jax.Array, jax.Array]:
+    """Fills the candidates; gives the largest student score left out and the teacher's largest.
+
+    Bin b holds the lanes that are b modulo `bins`. Lanes behind the last whole round of bins are
+    candidates without a contest.
+    """
+    rows, width = row.student_ref.shape[0], LANES
+    rounds = row.tokens // bins
+    nothing = jnp.full((rows, width), -jnp.inf, jnp.float32)
+
+    def group(g, peaks):
+        at = pl.multiple_of(g * width, LANES)
+        kept, left_out, teacher_peak = [(nothing, nothing)] * KEEP, *peaks
+        for j in range(rounds):
+            student, teacher = row.read(at + j * bins, width)
+            teacher_peak = jnp.maximum(teacher_peak, teacher)
+            kept, rest = insert(kept, student, teacher)
+            left_out = jnp.maximum(left_out, rest)
+        for i, (student, teacher) in enumerate(kept):
+            here = pl.ds(at + i * bins, width)
+            candidates.student_ref[:, here], candidates.teacher_ref[:, here] = student, teacher
+        return left_out, teacher_peak
+
+    peaks = lax.fori_loop(0, bins // width, group, (nothing, nothing))
+    left_out, teacher_peak = (fold(x, jnp.maximum) for x in peaks)
+    for at in range(rounds * bins, row.tokens, LANES):
+        student, teacher = row.read(at, LANES, at + LANES > row.tokens)
+        here = pl.ds(at + (KEEP - rounds) * bins, LANES)
+        candidates.student_ref[:, here], candidates.teacher_ref[:, here] = student, teacher
+        teacher_peak = jnp.maximum(teacher_peak, teacher)
+    return tuple(jnp.max(x, axis=1, keepdims=True) for x in (left_out, teacher_peak))
+
+
+def insert(kept: list, key: jax.Array, mate: jax.Array) -> tuple[list, jax.Array]:
+    """Inserts a key and what belongs to it into a descending list; gives the key that drops out."""
+    longer = []
+    for held_key, held_mate in kept:
+        wins = key > held_key
+        longer.append((jnp.maximum(key, held_key), jnp.where(wins, mate, held_mate)))
+        key, mate = jnp.minimum(key, held_key), jnp.where(wins, held_mate, mate)
+    return longer, key
+
+
+# ---- the threshold -------------------------------------------------------------------------------
+
+
+def ordered(x: jax.Array) -> jax.Array:
+    """Integers in the order of the floats."""
+    return flip(lax.bitcast_convert_type(x, jnp.int32))
+
+
+def unordered(i: jax.Array) -> jax.Array:
+    """The floats again."""
+    return lax.bitcast_convert_type(flip(i), jnp.float32)
+
+
+def flip(i: jax.Array) -> jax.Array:
+    return jnp.where(i < 0, i ^ 0x7FFFFFFF, i)
+
+
+def middle(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(a + b) // 2 without overflow."""
+    return (a & b) + ((a ^ b) >> 1)
+
+
+class Found(NamedTuple):
+    """What `threshold` finds of each row, [R, 1], and the trips it took."""
+
+    floor: jax.Array  # the k largest scores reach it
+    count: jax.Array  # how many reach it, float32; more than k only in a tie
+    peak: jax.Array  # the largest score
+    trips: jax.Array  # int32 scalar
+
+
+def threshold(source: Source, k: int, live: jax.Array) -> Found:
+    """Bisects the bits of floats until every live row is settled."""
+    (peaks,) = sweep(source, lambda at, student, teacher: (student,), jnp.maximum, -jnp.inf)
+    peak = jnp.max(peaks, axis=1, keepdims=True)
+    # LANES scores or more reach the lowest of the lanes' peaks.
+    low = jnp.min(peaks, axis=1, keepdims=True) if k <= LANES else jnp.full_like(peak, -jnp.inf)
+    as_float = lambda holds: jnp.where(holds, 1.0, 0.0)
+
+    def unsettled(state):
+        low, high, count, _ = state
+        return jnp.max(as_float((live > 0) & (count != k) & (low + 1 < high))) > 0
+
+    def narrow(state):
+        low, high, count, trips = state
+        half = middle(low, high)
+        bound = unordered(half)
+        (reached,) = sums(source, lambda at, student, _: (as_float(student >= bound),))
+        enough = reached >= k
+        low, high = jnp.where(enough, half, low), jnp.where(enough, high, half)
+        return low, high, jnp.where(enough, reached, count), trips + 1
+
+    state = (ordered(low), ordered(peak) + 1, jnp.full_like(peak, float(source.tokens)), jnp.int32(0))
+    low, _, count, trips = lax.while_loop(unsettled, narrow, state)
+    return Found(unordered(low), count, peak, trips)
+
+
+def tie_cut(row: Source, k: int, floor: jax.Array, count: jax.Array) -> jax.Array:
+    """The id below which scores equal to the floor are chosen, so that exactly k are."""
+
+    def narrow(_, bounds):
+        low, high = bounds  # ids below `high` are enough, those below `low` are not
+        half = middle(low, high)
+
+        def reached(at, student, teacher):
+            tied = (student == floor) & (lane_ids(at, student.shape) < half)
+            return (jnp.where((student > floor) | tied, 1.0, 0.0),)
+
+        enough = sums(row, reached)[0] >= k
+        return jnp.where(enough, low, half), jnp.where(enough, half, high)
+
+    low = jnp.zeros(floor.shape, jnp.int32)
+    high = jnp.full(floor.shape, row.tokens, jnp.int32)
+    _, high = lax.fori_loop(0, row.tokens.bit_length(), narrow, (low, high))
+    return jnp.where(count > k, high, NOWHERE)
+
+
+# ---- the divergence and its gradient ---------------------------------------------------------------
+
+Chosen = Callable[[Any, jax.Array], jax.Array]  # (first id, student scores) -> mask
+# Of student and teacher, the largest score and the logarithm of the sum of exp(score - largest): kept
+# apart, since their sum has lost the digits that tell two close models from one another.
+Norms = tuple[Terms, Terms]
+
+
+def exp_sums(source: Source, peaks: Terms, chosen: Chosen, of_chosen: bool) -> Terms:
+    """Sums of exp(score - peak) of both models over the chosen tokens or over the others: [R, 1] each."""
+
+    def term(at, *scores):
+        mask = chosen(at, scores[0])
+        kept = mask if of_chosen else ~mask  # a NaN is among the others, so that the sums show it
+        return tuple(jnp.where(kept, jnp.exp(x - peak), 0.0) for x, peak in zip(scores, peaks, strict=True))
+
+    return sums(source, term)
+
+
+def bucket_sums(source: Source, norms: Norms, chosen: Chosen, bucket: Callable[..., Terms]) -> Terms:
+    """The chosen tokens' shares of the divergence and their pulls, summed: [R, 1] each."""
+
+    def term(at, student, teacher):
+        kept = chosen(at, student)
+        logq, logr = ((x - peak) - log for x, (peak, log) in zip((student, teacher), norms, strict=True))
+        return tuple(jnp.where(kept, x, 0.0) for x in bucket(logq, logr))
+
+    return sums(source, term)
+
+
+def gradient_form(
+    alpha: float, norms: Norms, scale: jax.Array, pull: jax.Array, others: jax.Array
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """f(student, teacher, chosen) = scale q (slope - pull) for the chosen tokens, scale q (others - pull)
+    for the rest; slope = d(divergence)/dq.
+
+    One logarithm a token, good to float32's 1e-7 absolute. The sums use the exact `bucket` instead.
+    """
+    rest, shift = scale * (others - pull), -scale * pull
+    steep = -(1 - alpha) * scale
+    (peak_q, log_q), (peak_r, log_r) = norms
+    norm_q, gap = peak_q + log_q, (peak_r - peak_q) + (log_r - log_q)
+
+    def backward_kl(student, teacher, chosen):  # q slope = -r, which may be large where q is nearly 0
+        # To the last digit, since q and r nearly cancel.
+        q, r = jnp.exp((student - peak_q) - log_q), jnp.exp((teacher - peak_r) - log_r)
+        return jnp.where(chosen, q * shift - scale * r, q * rest)
+
+    def forward_kl(student, teacher, chosen):  # slope = 1 - log(r / q)
+        slope = 1 - jnp.maximum((teacher - student) - gap, LOWEST)
+        return jnp.exp(student - norm_q) * jnp.where(chosen, scale * slope + shift, rest)
+
+    def mixed(student, teacher, chosen):  # slope = -(1 - alpha) log(m / q), m / q = alpha (r / q + odds)
+        ratio = jnp.exp(jnp.minimum((teacher - student) - gap, MAX_EXPONENT))
+        slope = steep * jnp.log(ratio + (1 - alpha) / alpha)
+        return jnp.exp(student - norm_q) * jnp.where(chosen, slope + (shift + steep * math.log(alpha)), rest)
+
+    return backward_kl if alpha == 0 else forward_kl if alpha == 1 else mixed
+
+
+def write_gradient(
+    row: Source, grad_ref: Any, form: Callable, chosen: Chosen, live: jax.Array | None
+) -> None:
+    """Writes form(student, teacher, chosen) of every token, and 0 behind the last one.
+
+    With `live`, rows of 0 there get 0, and tokens at -inf too, whatever the form gives.
+    """
+
+    def gradient(at, student, teacher):
+        grad = form(student, teacher, chosen(at, student))
+        if live is not None:
+            grad = jnp.where((live > 0) & (student != -jnp.inf), grad, 0.0)
+        return grad.astype(grad_ref.dtype)
+
+    def body(j, _):
+        at = pl.multiple_of(j * row.slab, LANES)
+        grad_ref[:, pl.ds(at, row.slab)] = gradient(at, *row.read(at, row.slab))
+
+    lax.fori_loop(0, row.slabs, body, None)
+    for at in row.rest:
+        grad_ref[:, pl.ds(at, LANES)] = gradient(at, *row.read(at, LANES, at + LANES > row.tokens))
+    end = -(-row.tokens // LANES) * LANES
+    if end < grad_ref.shape[1]:
+        grad_ref[:, end:] = jnp.zeros((grad_ref.shape[0], grad_ref.shape[1] - end), grad_ref.dtype)
+
+
+def write_zeros(ref: Any) -> None:
+    """Clears a block in a loop: written at once, it would be a store of code a vector."""
+    zeros = jnp.zeros((ref.shape[0], LANES), ref.dtype)
+
+    def body(j, _):
+        ref[:, pl.ds(pl.multiple_of(j * LANES, LANES), LANES)] = zeros
+
+    lax.fori_loop(0, ref.shape[1] // LANES, body, None)

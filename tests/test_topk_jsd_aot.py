@@ -1,0 +1,70 @@
+"""The loss compiled for TPUs that are not there: it fits, it does the least work, its kernel stays quick."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import topk_jsd_tpu
+from rosd_jax.kernels.topk_jsd import pallas_tpu, topk_jsd_from_logits, topk_jsd_loss
+from rosd_jax.kernels.topk_jsd.reference import Options
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs; its wheel is Linux x86-64's"
+)
+
+# Of the matmuls' time at the width of Qwen3-8B. A core of v6e has v5p's vector units beside four times
+# its matrix units.
+SHARE_OF_MATMULS = {"v5e:2x2": 0.10, "v5p:2x2x1": 0.10, "v6e:2x2": 0.35}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", SHARE_OF_MATMULS)
+def test_real_sizes_compile_within_their_memory_and_time(topology):
+    found = topk_jsd_tpu.report(topology)
+    assert {(loss["width"], loss["rows"]) for loss in found["losses"]} >= {(2560, 65536), (4096, 65536)}
+    for loss in found["losses"]:
+        assert loss["row_kernel"]
+        assert loss["bytes_a_logit"] < 10.5  # two float32, one bfloat16, and little else
+        assert loss["matmuls_a_chunk"] < 4.01
+    few, many = (x["temp_bytes"] for x in found["losses"][:2])
+    assert many < 1.001 * few  # sixteen times the tokens
+    assert all(found["cycles_a_row"].values())
+    assert found["share_of_matmul_floor"]["4096"] < SHARE_OF_MATMULS[topology]
+
+
+def test_rows_of_the_real_vocabulary_take_less_than_half_of_the_smallest_core():
+    plan = pallas_tpu.make_plan(Options(k=100), 151936)
+    assert pallas_tpu.vmem_bytes(plan, jnp.bfloat16) + pallas_tpu.VMEM_SLACK < 32 << 20
+
+
+VARIANTS = [
+    {"k": 20},
+    {"k": 20, "alpha": 0.0, "tail": "renorm"},
+    {"k": 20, "alpha": 1.0, "temperature": 0.7, "num_tokens": 6150},
+    {"k": 300, "alpha": 0.3},
+    {"k": None},
+    {"k": 20, "vocab": 6199},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()))
+def test_every_form_of_the_row_kernel_compiles(options):
+    put = topk_jsd_tpu.on_device("v5e:2x2")
+    vocab = options.get("vocab", 6200)
+    options = {name: value for name, value in options.items() if name != "vocab"}
+    run = lambda s, t, w: topk_jsd_from_logits(s, t, w, **options)
+    logits, weight = put(20, vocab, dtype=jnp.float32), put(20, dtype=jnp.float32)
+    for function in (run, jax.grad(run, has_aux=True)):
+        compiled = jax.jit(function).lower(logits, logits, weight).compile()
+        assert "tpu_custom_call" in compiled.as_text()
+
+
+def test_a_frozen_head_costs_three_matmuls_and_a_value_two():
+    put = topk_jsd_tpu.on_device("v5e:2x2")
+    operands = (put(64, 128), put(6400, 128), put(64, 128), put(6400, 128), put(64, dtype=jnp.float32))
+    loss = lambda *args: topk_jsd_loss(*args, k=20, chunk=64)[0]
+    for function, matmuls in ((loss, 2), (jax.grad(loss), 3), (jax.grad(loss, argnums=(0, 1)), 4)):
+        compiled = jax.jit(function).lower(*operands).compile()
+        assert round(compiled.cost_analysis()["flops"] / (2 * 64 * 6400 * 128), 1) == matmuls
