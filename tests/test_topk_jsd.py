@@ -291,6 +291,26 @@ def test_teacher_receives_no_gradient_not_even_as_the_same_array():
     np.testing.assert_array_equal(shared, apart)
 
 
+def test_without_a_tail_bucket_lost_mass_goes_unseen():
+    """A student that agrees within its top k and leaks half of its mass: why "bucket" is default."""
+    teacher = jnp.where(jnp.arange(200) < 10, 8.0 + jnp.arange(200.0) / 10, 0.0)[None]
+    leaking = teacher.at[:, 10:].add(5.5)
+
+    def descend(tail, steps=300):
+        loss = lambda z: topk_jsd_from_logits(z, teacher, jnp.ones(1), k=10, alpha=1.0, tail=tail)
+        step = jax.jit(lambda z: z - 2.0 * jax.grad(loss, has_aux=True)(z)[0])
+        first, aux = loss(leaking)
+        end = leaking
+        for _ in range(steps):
+            end = step(end)
+        return first, aux.student_mass_N, loss(end)[1].student_mass_N
+
+    blind, mass, unmoved = descend("renorm")
+    assert mass < 0.6 and blind < 1e-6 and abs(unmoved - mass) < 1e-3
+    seen, _, restored = descend("bucket")
+    assert seen > 0.3 and restored > 0.95
+
+
 # ---- ratios and weights --------------------------------------------------------------------------
 
 
