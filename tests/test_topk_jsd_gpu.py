@@ -10,7 +10,7 @@ from jax._src.pallas.mosaic_gpu import core as mosaic_gpu_core
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.interpreters import mlir
 
-from rosd_jax.kernels.topk_jsd import reference
+from rosd_jax.kernels.topk_jsd import reference, topk_jsd_from_logits, topk_jsd_loss
 from rosd_jax.kernels.topk_jsd.pallas_gpu import LANES, row_terms
 from rosd_jax.kernels.topk_jsd.reference import Options, Rows
 
@@ -144,6 +144,17 @@ def test_lowers_for_cuda_at_qwen3s_vocabulary(case, grad_dtype):
 @pytest.mark.parametrize("vocab", [151938, 151937])
 def test_lowers_where_rows_are_not_aligned_to_16_bytes(vocab):
     assert "mosaic_gpu" in lowered(Options(k=100), jnp.bfloat16, "cuda", vocab)
+
+
+def test_the_whole_loss_lowers_for_cuda_from_hidden_states_and_from_narrow_logits():
+    on_gpu = {"k": 100, "implementation": "pallas_gpu"}
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    loss = lambda *args: topk_jsd_loss(*args, chunk=32, **on_gpu)
+    whole = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    models, weight = (array(64, 128), array(9000, 128)) * 2, jax.ShapeDtypeStruct((64,), jnp.float32)
+    by_logits = jax.jit(jax.grad(partial(topk_jsd_from_logits, **on_gpu), has_aux=True))
+    for traced in (whole.trace(*models, weight), by_logits.trace(array(64, 9000), array(64, 9000), weight)):
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

@@ -95,7 +95,8 @@ def topk_jsd_from_logits(
 ) -> tuple[jax.Array, LossAux]:
     """`topk_jsd_loss` of logits [N, V] that already exist; differentiable in the student's.
 
-    Beside the logits it holds their gradient alone, in the student's dtype.
+    Beside the logits it holds their gradient alone, in the student's dtype; the pallas implementations
+    hold float32 copies of narrower logits too.
     """
     options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap, implementation=implementation)
     student_NV, teacher_NV = jnp.asarray(student_logits_NV), _constants(teacher_logits_NV)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from . import pallas_tpu, rows_xla
@@ -36,8 +37,9 @@ def row_terms(
         case "pallas_gpu":
             from . import pallas_gpu  # Mosaic GPU is a large import that few need
 
-            return pallas_gpu.row_terms(options, *operands, grad_dtype)
-    wide = working_dtype(student_CV).itemsize > 4
-    if wide or options.vocab_axis or not pallas_tpu.fits(options, student_CV.shape[1], grad_dtype):
+            wide = (x_CV.astype(jnp.float32) for x_CV in operands[:2])
+            return pallas_gpu.row_terms(options, *wide, *operands[2:], grad_dtype)
+    double = working_dtype(student_CV).itemsize > 4
+    if double or options.vocab_axis or not pallas_tpu.fits(options, student_CV.shape[1], grad_dtype):
         return in_xla(*operands)
     return lax.platform_dependent(*operands, tpu=on_tpu, default=in_xla)
