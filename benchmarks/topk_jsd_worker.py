@@ -23,10 +23,10 @@ import numpy as np
 
 from benchmarks import topk_jsd_contestants as contestants
 from benchmarks.timing import interleaved, versions
+from benchmarks.topk_jsd import MARK
 from benchmarks.topk_jsd_contestants import Case
 from rosd_jax.kernels.topk_jsd import topk_jsd_loss
 
-MARK = "@@"
 CHECKED_ROWS = 512
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks.topk_jsd_tpu import TRIPS
 from rosd_jax.kernels.topk_jsd import pallas_tpu, rows, topk_jsd_from_logits, topk_jsd_loss, topk_jsd_rows
 from rosd_jax.kernels.topk_jsd.reference import Options, Rows
 
@@ -127,6 +128,19 @@ def test_bfloat16_gradient_is_the_float32_one_rounded():
     rounded, _ = both(args, k=20, grad_dtype=jnp.bfloat16)
     np.testing.assert_array_equal(rounded[1], exact[1].astype(jnp.bfloat16))
     assert rounded[0][0] == exact[0][0]
+
+
+def test_the_bisection_takes_the_trips_that_the_benchmark_counts():
+    V, C, options = 151936, 16, Options(k=100)
+    rng = np.random.default_rng(0)
+    ranks = rng.permuted(np.tile(np.arange(1, V + 1), (C, 1)), axis=1)
+    zipf = -1.3 * np.log(ranks) + 0.5 * rng.normal(size=(C, V))
+    student = jnp.asarray(np.concatenate([3 * rng.normal(size=(C, V)), zipf]), jnp.float32)
+    plan, row, live = pallas_tpu.make_plan(options, V), Rows(jnp.ones(2 * C)), jnp.ones(2 * C, bool)
+    terms = lambda s: pallas_tpu.call(options, plan, s, s, row, live, None, interpret=True)[0]
+    stats = np.asarray(jax.jit(terms)(student))
+    assert not stats[:, LONG].any()
+    assert stats[:, pallas_tpu.STATS.index("trips")].mean() <= TRIPS
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

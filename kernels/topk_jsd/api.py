@@ -99,9 +99,8 @@ def topk_jsd_from_logits(
     hold float32 copies of narrower logits too.
     """
     options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap, implementation=implementation)
-    student_NV, teacher_NV = jnp.asarray(student_logits_NV), _constants(teacher_logits_NV)
-    rows = _constants(Rows(weight_N, tokens_N, sampler_logp_N))
-    _check_from_logits(options, student_NV, teacher_NV, rows)
+    rows = Rows(weight_N, tokens_N, sampler_logp_N)
+    student_NV, teacher_NV, rows = _from_logits(options, student_logits_NV, teacher_logits_NV, rows)
     module = reference if implementation == "reference" else chunked
     return module.loss_from_logits(options, student_NV, teacher_NV, rows)
 
@@ -128,9 +127,8 @@ def topk_jsd_rows(
     backward pass; the gradient is in grad_dtype, or that of the student's logits.
     """
     options = Options(k, alpha, tail, temperature, num_tokens, ratio_cap, implementation=implementation)
-    student_NV, teacher_NV = _constants((student_logits_NV, teacher_logits_NV))
-    rows = _constants(Rows(weight_N, tokens_N, sampler_logp_N))
-    _check_from_logits(options, student_NV, teacher_NV, rows)
+    student_NV, rows = _constants(student_logits_NV), Rows(weight_N, tokens_N, sampler_logp_N)
+    student_NV, teacher_NV, rows = _from_logits(options, student_NV, teacher_logits_NV, rows)
     if implementation == "reference":
         raise ValueError(
             "implementation is 'reference'; the row kernel is 'xla', 'pallas_tpu' or 'pallas_gpu'"
@@ -154,10 +152,9 @@ def sampled_token_loss_from_logits(
     The arguments are those of `topk_jsd_from_logits` (alpha is 1 by nature). aux.divergence_N holds
     each row's summand; the masses are None.
     """
-    student_NV, teacher_NV = jnp.asarray(student_logits_NV), _constants(teacher_logits_NV)
-    rows = _constants(Rows(weight_N, tokens_N, sampler_logp_N))
     options = Options(None, 1.0, "bucket", temperature, num_tokens, ratio_cap)
-    _check_from_logits(options, student_NV, teacher_NV, rows)
+    rows = Rows(weight_N, tokens_N, sampler_logp_N)
+    student_NV, teacher_NV, rows = _from_logits(options, student_logits_NV, teacher_logits_NV, rows)
     return reference.sampled_token_loss(options, student_NV, teacher_NV, rows)
 
 
@@ -173,7 +170,9 @@ def _check_implementation(options: Options, *dtypes: jnp.dtype) -> None:
         raise ValueError(f"implementation is {name!r} and operands are float64; use 'xla' for float64")
 
 
-def _check_from_hidden(options: Options, student: Any, teacher: Any, rows: Rows, sharding: Sharding | None):
+def _check_from_hidden(
+    options: Options, student: Any, teacher: Any, rows: Rows, sharding: Sharding | None
+) -> None:
     _check_models(student, teacher)
     _check_rows(rows, student[0].shape[0])
     _check_options(options, rows, student[1].shape[0])
@@ -182,11 +181,14 @@ def _check_from_hidden(options: Options, student: Any, teacher: Any, rows: Rows,
         sharded.check(sharding, options.implementation, student[1].shape[0])
 
 
-def _check_from_logits(options: Options, student_NV: jax.Array, teacher_NV: jax.Array, rows: Rows) -> None:
+def _from_logits(options: Options, student_NV: Any, teacher_NV: Any, rows: Rows) -> Any:
+    """The operands as arrays, all but the student's logits constant, and checked."""
+    student_NV, (teacher_NV, rows) = jnp.asarray(student_NV), _constants((teacher_NV, rows))
     _check_implementation(options, student_NV.dtype, teacher_NV.dtype)
     _check_logits(student_NV, teacher_NV)
     _check_rows(rows, student_NV.shape[0])
     _check_options(options, rows, student_NV.shape[1])
+    return student_NV, teacher_NV, rows
 
 
 def _check_models(student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array]) -> None:

@@ -12,9 +12,16 @@ from .reference import TAIL_FLOOR
 
 
 def bucket(
-    logq: jax.Array, logr: jax.Array, alpha: float, expm1: Callable[[jax.Array], jax.Array] = jnp.expm1
+    logq: jax.Array,
+    logr: jax.Array,
+    alpha: float,
+    expm1: Callable[[jax.Array], jax.Array] = jnp.expm1,
+    log1p: Callable[[jax.Array], jax.Array] = jnp.log1p,
 ) -> tuple[jax.Array, jax.Array]:
-    """Elementwise share of the divergence, and q d(divergence)/dq. Nothing where q (or r) is 0."""
+    """Elementwise share of the divergence, and q d(divergence)/dq. Nothing where q (or r) is 0.
+
+    expm1 and log1p: for backends that lack them.
+    """
     q, r, delta = jnp.exp(logq), jnp.exp(logr), logr - logq
     if alpha == 0:
         value = jnp.where(r == 0, 0, r * delta)
@@ -23,7 +30,8 @@ def bucket(
         value = jnp.where(q == 0, 0, -q * delta)
         return value, value + q
     # log(m / q) and log(m / r), written so that no exponential overflows and equal logits give 0.
-    soft = jnp.log1p(jnp.where(delta > 0, 1 - alpha, alpha) * expm1(-jnp.abs(delta)))
+    share = jnp.where(delta > 0, jnp.full_like(delta, 1 - alpha), jnp.full_like(delta, alpha))
+    soft = log1p(share * expm1(-jnp.abs(delta)))
     pull = jnp.where(q == 0, 0, -(1 - alpha) * q * (soft + jnp.maximum(delta, 0)))
     return pull + jnp.where(r == 0, 0, -alpha * r * (soft + jnp.maximum(-delta, 0))), pull
 

@@ -40,8 +40,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from . import pallas_gpu_math as calc
+from .divergence import tail_bucket
 from .pallas_gpu_math import LANES, Choice
-from .reference import MAX_LOG_RATIO, TAIL_FLOOR, LossAux, Options, Rows
+from .reference import TAIL_FLOOR, LossAux, Options, Rows, capped_ratio
 
 DEPTH = 4  # scores kept per lane
 PROBES = 3  # a pass of the recount tries 2^PROBES - 1 thresholds
@@ -183,9 +184,7 @@ def _kernel(plan: _Plan, student_ref, teacher_ref, given_ref, stats_ref, *grad_r
 def _ratio(options, given_ref, row, lse):
     if options.ratio_cap is None:
         return jnp.float32(1)
-    log_ratio = given_ref[_TOKEN_SCORE, row] - lse - given_ref[_SAMPLER_LOGP, row]
-    log_ratio = jnp.minimum(jnp.maximum(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO)
-    return jnp.minimum(jnp.exp(log_ratio), options.ratio_cap)
+    return capped_ratio(given_ref[_TOKEN_SCORE, row] - lse, given_ref[_SAMPLER_LOGP, row], options.ratio_cap)
 
 
 def _start(plan, i, ragged):
@@ -369,7 +368,7 @@ def _sums(plan: _Plan, choice: Choice, total: Callable, lse: tuple, spilled: tup
         if spilled is not None:
             drops = [jnp.sum(x * jnp.exp(top - shift)) for (top, x), shift in zip(spilled, lse, strict=True)]
             tail_q, tail_r = tail_q + drops[0], tail_r + drops[1]
-        value, tail_pull = calc.tail_bucket(tail_q, tail_r, options.alpha)
+        value, tail_pull = tail_bucket(tail_q, tail_r, calc.share(options.alpha))
         divergence, pull = divergence + value, pull + tail_pull
         others = tail_pull / jnp.maximum(tail_q, TAIL_FLOOR)
     # 0, or NaN where a score is: no chosen token may be left to carry it.
@@ -383,14 +382,14 @@ def _masses(lse, student, teacher, chosen):
 
 
 def _chosen_terms(alpha, shifts, student, teacher, chosen):
-    value, pull = calc.bucket(student - shifts[0], teacher - shifts[1], alpha)
+    value, pull = calc.share(alpha)(student - shifts[0], teacher - shifts[1])
     return jnp.where(chosen, value, 0), jnp.where(chosen, pull, 0)
 
 
 def _slope(plan: _Plan, terms: _Terms, student, teacher, ids):
     """d(divergence)/d(score)."""
     logq, logr = student - terms.shifts[0], teacher - terms.shifts[1]
-    chosen_slope = lambda: calc.bucket(logq, logr, plan.options.alpha)[1] - jnp.exp(logq) * terms.pull
+    chosen_slope = lambda: calc.share(plan.options.alpha)(logq, logr)[1] - jnp.exp(logq) * terms.pull
     if plan.k is None:
         return chosen_slope()
     rest = jnp.exp(logq) * (terms.others - terms.pull)

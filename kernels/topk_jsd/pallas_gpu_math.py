@@ -7,7 +7,7 @@ with -0 just below 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .reference import TAIL_FLOOR
+from .divergence import bucket, small_expm1
 
 LANES = 512  # tokens of a tile, 4 for each thread of a block
 KEY_OF_MINUS_INF = np.int32(-0x7F800001)
@@ -106,36 +106,11 @@ def log_sum_exp(arrays: list[jax.Array], sums: tuple[jax.Array, jax.Array]) -> j
     return top + jnp.log(jnp.sum(reduce(add, terms, total * jnp.exp(largest - top))))
 
 
-def tail_bucket(tail_q: jax.Array, tail_r: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
-    """`bucket` of two tail masses; no pull where the student's is below the floor."""
-    logq, logr = jnp.log(jnp.maximum(tail_q, TAIL_FLOOR)), jnp.log(jnp.maximum(tail_r, TAIL_FLOOR))
-    value, pull = bucket(logq, logr, alpha)
-    return value, jnp.where(tail_q < TAIL_FLOOR, 0, pull)
-
-
-def bucket(logq: jax.Array, logr: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
-    """Share of the divergence, and q d(divergence)/dq. Nothing where q (or r) is 0."""
-    q, r, delta = jnp.exp(logq), jnp.exp(logr), logr - logq
-    if alpha == 0:
-        return jnp.where(r == 0, 0, r * delta), -r
-    if alpha == 1:
-        value = jnp.where(q == 0, 0, -q * delta)
-        return value, value + q
-    # log(m / q) and log(m / r): nothing overflows, and equal logits give 0.
-    share = jnp.where(delta > 0, jnp.full_like(delta, 1 - alpha), jnp.full_like(delta, alpha))
-    soft = _log1p(share * _expm1_of_minus(jnp.abs(delta)))
-    pull = jnp.where(q == 0, 0, -(1 - alpha) * q * (soft + jnp.maximum(delta, 0)))
-    return pull + jnp.where(r == 0, 0, -alpha * r * (soft + jnp.maximum(-delta, 0))), pull
-
-
-# Mosaic GPU has neither of these two.
-
-
-def _expm1_of_minus(x):
-    half = jnp.tanh(x * 0.5)
-    return -2 * half / (1 + half)
+def share(alpha: float) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """`bucket` of (logq, logr), by functions that Mosaic GPU has."""
+    return partial(bucket, alpha=alpha, expm1=small_expm1, log1p=_log1p)
 
 
 def _log1p(x):
-    y = 1 + x  # its rounding cancels in the quotient below
+    y = 1 + x  # Kahan: its rounding cancels in the quotient below
     return jnp.where(y == 1, x, jnp.log(y) * (x / (y - 1)))

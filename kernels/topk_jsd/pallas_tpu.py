@@ -32,9 +32,9 @@ from jax.experimental.pallas import tpu as pltpu
 from . import tpu_passes as passes
 from .divergence import bucket, small_expm1, tail_bucket
 from .reference import TAIL_FLOOR, LossAux, Options, Rows, capped_ratio
-from .tpu_passes import KEEP, LANES, Source, Terms
+from .selection import KEEP, bin_count
+from .tpu_passes import LANES, Source, Terms
 
-BINS_PER_K = 40  # were tokens dealt at random, one row in 16 000 would have four of its k in one bin
 ROWS = 8  # of a block: sixteen keep twice as many values alive as there are registers
 SLAB = 2048  # lanes; fewer leave the pipeline idle between trips, more spill
 VMEM_BUDGET = 56 << 20  # of the 64 MiB of the smallest core that this is compiled for
@@ -46,7 +46,6 @@ STATS = ("divergence", "logp", "ratio", "student_mass", "teacher_mass", "long", 
 class Plan:
     """Sizes of one compiled kernel."""
 
-    rows: int  # in on-chip memory at a time
     vocab: int  # a multiple of LANES
     tokens: int  # ids from here on have probability 0
     k: int | None
@@ -67,10 +66,7 @@ def make_plan(options: Options, vocab: int) -> Plan:
     """Sizes for a vocabulary, whether they fit or not."""
     k = options.top_k(vocab)
     tokens = vocab if options.num_tokens is None else options.num_tokens
-    bins = 0 if k is None else _round_up(BINS_PER_K * k, 1024)
-    if KEEP * bins > tokens // 2:
-        bins = 0
-    return Plan(ROWS, _round_up(vocab, LANES), tokens, k, bins)
+    return Plan(_round_up(vocab, LANES), tokens, k, 0 if k is None else bin_count(k, tokens))
 
 
 def fits(options: Options, vocab: int, grad_dtype: Any) -> bool:
@@ -82,7 +78,7 @@ def vmem_bytes(plan: Plan, grad_dtype: Any) -> int:
     """On-chip memory of the kernel, but for what the compiler spills."""
     grad_bytes = 0 if grad_dtype is None else jnp.dtype(grad_dtype).itemsize
     buffered = 2 * plan.vocab * (4 + 4 + grad_bytes)  # a block and, on its way, the next one
-    return plan.rows * (buffered + 2 * 4 * _round_up(plan.candidates + 1, LANES))
+    return ROWS * (buffered + 2 * 4 * _round_up(plan.candidates + 1, LANES))
 
 
 def _round_up(n: int, unit: int) -> int:
@@ -112,7 +108,7 @@ def row_terms(
 
 
 def call(options, plan, student_CV, teacher_CV, rows_C, live_C, grad_dtype, interpret):
-    C, R = student_CV.shape[0], plan.rows
+    C, R = student_CV.shape[0], ROWS
     blocks = pl.cdiv(C, R)
     to_lanes = lambda x_C: jnp.pad(x_C.astype(jnp.float32), (0, blocks * R - C))
     per_row = [rows_C.weight_N, live_C] + ([] if rows_C.sampler_logp_N is None else [rows_C.sampler_logp_N])
@@ -164,7 +160,7 @@ def _kernel(options, plan, with_tokens, with_grad, tokens_ref, per_row_ref, *ref
     grad_ref = rest.pop(0) if with_grad else None
     row = Source(student_ref, teacher_ref, plan.tokens, min(SLAB, plan.vocab), 1.0 / options.temperature)
     weight, live, sampler_logp = (per_row_ref[:, i : i + 1] for i in range(3))
-    first = pl.program_id(0) * plan.rows  # here, since a branch of an interpreted kernel has no grid
+    first = pl.program_id(0) * ROWS  # here, since a branch of an interpreted kernel has no grid
     some = jnp.max(live) > 0
 
     @pl.when(some)

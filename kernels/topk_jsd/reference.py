@@ -81,8 +81,8 @@ def to_scores(logits_NV: jax.Array, options: Options) -> jax.Array:
 
 
 def capped_ratio(logp_N: jax.Array, sampler_logp_N: jax.Array, cap: float) -> jax.Array:
-    """min(exp(logp - sampler_logp), cap), the log-ratio clipped to +-20. No gradient."""
-    log_ratio_N = lax.stop_gradient(logp_N) - sampler_logp_N.astype(logp_N.dtype)
+    """min(exp(logp - sampler_logp), cap), the log-ratio clipped to +-20."""
+    log_ratio_N = logp_N - sampler_logp_N.astype(logp_N.dtype)
     return jnp.minimum(jnp.exp(jnp.clip(log_ratio_N, -MAX_LOG_RATIO, MAX_LOG_RATIO)), cap)
 
 
@@ -188,7 +188,7 @@ def _kl(logp_NK, logm_NK):
 def _weigh(ratio_cap, divergence_N, logp_N, masses, live_N, rows):
     ratio_N = jnp.ones_like(divergence_N)
     if ratio_cap is not None:
-        ratio_N = capped_ratio(logp_N, rows.sampler_logp_N, ratio_cap)
+        ratio_N = capped_ratio(lax.stop_gradient(logp_N), rows.sampler_logp_N, ratio_cap)
     scale_N = jnp.where(live_N, rows.weight_N.astype(divergence_N.dtype) * ratio_N, 0)
     loss = jnp.sum(jnp.where(live_N, scale_N * divergence_N, 0))
     student_mass_N, teacher_mass_N = masses or (None, None)

@@ -87,11 +87,9 @@ def _block_terms(options, student_CV, teacher_CV, rows_C, live_C, *, grad_dtype,
 
 def _scores(options, logits_CV, ids_V):
     scores_CV = logits_CV.astype(working_dtype(logits_CV)) / options.temperature
-    return (
-        scores_CV
-        if options.num_tokens is None
-        else jnp.where(ids_V < options.num_tokens, scores_CV, -jnp.inf)
-    )
+    if options.num_tokens is None:
+        return scores_CV
+    return jnp.where(ids_V < options.num_tokens, scores_CV, -jnp.inf)
 
 
 def _sums(axis, *parts_CV):

@@ -16,6 +16,12 @@ KEEP = 3  # scores a bin keeps
 BINS_PER_K = 40  # were tokens dealt at random, one row in 16 000 would have four of its k in one bin
 
 
+def bin_count(k: int, vocab: int) -> int:
+    """A multiple of 1024; 0 where bins would keep more than half of the row."""
+    bins = -(-BINS_PER_K * k // 1024) * 1024
+    return 0 if KEEP * bins > vocab // 2 else bins
+
+
 @partial(jax.jit, static_argnums=(2, 3))  # so that callers outside of jit compile its loops once
 def select_top_k(scores_CV: jax.Array, live_C: jax.Array, k: int, axis: str | None = None) -> jax.Array:
     """True at the k largest scores of a row, ties to the lowest id; 0 and -0 tie.
@@ -78,8 +84,8 @@ def _candidates(scores_CV, k):
     Bin b holds the ids that are b modulo the number of bins. A short row is its own candidates.
     """
     size, vocab = scores_CV.shape
-    bins = -(-BINS_PER_K * k // 1024) * 1024
-    if KEEP * bins > vocab // 2:
+    bins = bin_count(k, vocab)
+    if not bins:
         return scores_CV, jnp.full(size, -jnp.inf, scores_CV.dtype)
     nothing_CB = jnp.full((size, bins), -jnp.inf, scores_CV.dtype)
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from .selection import KEEP
+
 LANES = 128
-KEEP = 3  # student logits a bin keeps
 MAX_EXPONENT = 80.0  # of e in r / q; beyond it q is 0 in float32
 LOWEST = -1e30  # stands for -inf where q may be 0
 NOWHERE = 2**31 - 1
