@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 Config: TypeAlias = Any  # an ml_collections.ConfigDict, whose fields no type checker can see
 
@@ -50,7 +51,16 @@ def default_config() -> Config:
             data=dict(dir="", train="", max_prompt_tokens=2048),
             batch=dict(prompts=32, samples=8, micro=16),  # micro: rows of one forward-backward pass
             thinking=dict(student=False, reflector=False, teacher=False),
-            rollout=dict(temperature=1.0, top_p=1.0, max_new_tokens=8192),
+            # slots: rollouts (and reflections) decoded together, those that end make room; null: all
+            # cache_tokens: response tokens with room in the cache of each row device, in evaluation too;
+            # where they run out, the youngest responses wait and start anew
+            rollout=dict(
+                temperature=1.0,
+                top_p=1.0,
+                max_new_tokens=8192,
+                slots=placeholder(int),
+                cache_tokens=2**16,  # a quarter of 32 rollouts of 8192
+            ),
             reflect=dict(
                 weights="frozen",
                 temperature=0.0,
@@ -61,31 +71,20 @@ def default_config() -> Config:
                 uniform_groups=False,  # True: also spend reflections on all-correct or all-wrong groups
             ),
             lesson=dict(
-                region="span",
-                quote_missing="skip",
-                locate="offsets",
-                teacher_context="idea",
-                gold_in_idea="keep",
-                max_teacher_tokens=10240,
+                region="span", quote_missing="skip", locate="offsets",
+                teacher_context="idea", gold_in_idea="keep", max_teacher_tokens=10240,
             ),
             loss=dict(topk=100, alpha=0.5, tail="bucket", ratio_cap=2.0, chunk=1024),
             optimizer=dict(
-                lr=1e-5,
-                warmup_steps=10,
-                warmup_from_zero=False,
-                b1=0.9,
-                b2=0.999,
-                eps=1e-8,
-                weight_decay=0.01,
-                clip_norm=1.0,
-                empty_batch="skip",
+                lr=1e-5, warmup_steps=10, warmup_from_zero=False, b1=0.9, b2=0.999, eps=1e-8,
+                weight_decay=0.01, clip_norm=1.0, empty_batch="skip",
             ),
             eval=dict(
                 sets="",  # names, separated by commas
                 samples=16,
                 limit=0,  # items a set; 0: all
                 every=10,
-                batch=64,  # rows decoded together
+                batch=64,  # rows decoded together; those that end make room
                 temperature=0.6,
                 top_p=0.95,
                 max_new_tokens=8192,
@@ -93,7 +92,7 @@ def default_config() -> Config:
             checkpoint=dict(every=10, keep=2),
         ),
         convert_dict=True,
-    )
+    )  # fmt: skip
 
 
 def release(config: Config) -> Config:
@@ -129,9 +128,12 @@ def validate(config: Config) -> None:
     positive = ("batch.prompts", "batch.samples", "batch.micro", "rollout.max_new_tokens",
                 "reflect.max_new_tokens", "reflect.max_prompt_tokens", "data.max_prompt_tokens",
                 "lesson.max_teacher_tokens", "loss.topk", "loss.chunk", "eval.samples", "eval.batch",
-                "eval.max_new_tokens", "checkpoint.every", "checkpoint.keep", "steps")  # fmt: skip
+                "eval.max_new_tokens", "rollout.cache_tokens", "checkpoint.every", "checkpoint.keep",
+                "steps")  # fmt: skip
     for field in positive:
         _require(config, field, _get(config, field) >= 1, "be at least 1")
+    slots = config.rollout.slots
+    _require(config, "rollout.slots", slots is None or slots >= 1, "be at least 1, or null for all rows")
     for field in ("eval.limit", "eval.every", "optimizer.warmup_steps", "seed"):
         _require(config, field, _get(config, field) >= 0, "be 0 or more")
     _validate_ranges(config)

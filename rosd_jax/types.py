@@ -51,6 +51,24 @@ class Prompts:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class DecodeStats:
+    """What decoding took, for each shard of the rows (device; int32 where not said, one number a shard)."""
+
+    steps: Array  # steps of the model
+    busy: Array  # slots that held a sequence, summed over steps
+    slots: Array  # all slots, summed over steps
+    preempted: Array  # sequences that were put back for want of pages
+    read: Array  # float32: positions that live slots attended to, summed over steps
+
+    @property
+    def idle_share(self) -> float:
+        """Share of the slots' steps in which a slot was empty; 0 where nothing was decoded."""
+        slots = int(np.sum(self.slots))
+        return 1 - int(np.sum(self.busy)) / slots if slots else 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Rollout:
     """B sampled responses (device). Rows are prompt-major: row b answers prompt b // G."""
 
@@ -58,6 +76,7 @@ class Rollout:
     length_B: jax.Array  # int32, the stop token counted
     logp_BR: jax.Array  # float32, log-prob of each token at the sampling temperature; 0 beyond length
     finished_B: jax.Array  # bool: ended on a stop token (False: cut at the limit)
+    stats: DecodeStats | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,7 @@ class Reflected:
 
     graded: Graded
     reflections: tuple[Reflection, ...]  # B
+    answers: Rollout | None = None  # the reflector's, of the rollouts that it was asked about (host)
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ from rosd_jax.train.metrics import Console, MetricsLog, format_bar, format_step
 
 NUMBERS = {
     "reward": 0.4531, "reflected": 0.62, "quote_found": 0.914, "active_tokens_share": 0.0321,
-    "loss": 0.012345, "tokens_per_second": 1234.4,
+    "loss": 0.012345, "tokens_per_second_rollout": 1234.4,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rosd_jax.models import qwen3
+from rosd_jax.models import decoder, qwen3
 from rosd_jax.models.qwen3 import Qwen3Config
 
 SMALL = Qwen3Config(
@@ -33,24 +33,30 @@ def full_logits(params, config, tokens_BT):
     return np.asarray(qwen3.logits(params, config, hidden))
 
 
+def decoding(params, config):
+    """The decoder's weights, and an empty store: pages of 3, three for a prompt and one more a row."""
+    width = 2 * config.num_key_value_heads, config.head_dim
+    store = jnp.zeros((config.num_hidden_layers * 12, 3, *width), config.dtype)
+    table = np.concatenate([np.arange(9).reshape(3, 3), np.arange(9, 12)[:, None]], axis=1)
+    return decoder.fuse(params, config), store, jnp.asarray(table, jnp.int32)
+
+
 @pytest.mark.parametrize("kv_heads,bias,tied", [(4, False, False), (2, True, False), (1, False, True)])
 def test_prefill_and_decode_equal_the_full_forward_on_rows_of_unequal_length(kv_heads, bias, tied):
     config = SMALL.replace(num_key_value_heads=kv_heads, attention_bias=bias, tie_word_embeddings=tied)
     params = params_of(config)
-    length_B = np.array([2, 5, 7])  # of the prompts; what lies beyond is padding
+    length_B = np.array([2, 5, 7], np.int32)  # of the prompts; what lies beyond is padding
     prompt = np.where(np.arange(7) < length_B[:, None], TOKENS[:, :7], 0)
     want = full_logits(params, config, TOKENS)
 
-    hidden, cache = jax.jit(qwen3.prefill, static_argnums=(1, 3))(params, config, prompt, 11)
-    got = np.asarray(qwen3.logits(params, config, hidden))
-    for row, n in enumerate(length_B):
-        np.testing.assert_allclose(got[row, :n], want[row, :n], atol=1e-5)
-    step = jax.jit(qwen3.decode_step, static_argnums=1)
-    for i in range(4):
+    weights, store, table = decoding(params, config)
+    store = jax.jit(decoder.prefill, static_argnums=1)(weights, config, prompt, store, 0)
+    step = jax.jit(decoder.decode_step, static_argnums=1)
+    for i in range(-1, 4):  # from the prompts' last tokens on
         position = length_B + i
         token = np.take_along_axis(TOKENS, position[:, None], 1)[:, 0]
-        hidden, cache = step(params, config, cache, token, position)
-        got = np.asarray(qwen3.logits(params, config, hidden))
+        hidden, store = step(weights, config, token, position, store, table)
+        got = np.asarray(decoder.local_logits(weights, config, hidden)[0])
         np.testing.assert_allclose(got, want[np.arange(3), position], atol=1e-5)
 
 
@@ -78,11 +84,13 @@ def programs(config: Qwen3Config):
     params = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
     loss = lambda p: qwen3.hidden_states(p, config, TOKENS).sum()
     yield jax.make_jaxpr(jax.grad(loss))(params)
-    prefill = lambda p: qwen3.prefill(p, config, TOKENS, 16)
-    yield jax.make_jaxpr(prefill)(params)
-    _, cache = jax.eval_shape(prefill, params)
-    step = lambda p, c: qwen3.decode_step(p, config, c, TOKENS[:, 0], TOKENS[:, 0])
-    yield jax.make_jaxpr(step)(params, cache)
+    _, store, table = jax.eval_shape(lambda p: decoding(p, config), params)
+    prefill = lambda p, s: decoder.prefill(decoder.fuse(p, config), config, TOKENS, s, 0)
+    yield jax.make_jaxpr(prefill)(params, store)
+    step = lambda p, s, t: decoder.decode_step(
+        decoder.fuse(p, config), config, TOKENS[:, 0], TOKENS[:, 0], s, t
+    )
+    yield jax.make_jaxpr(step)(params, store, table)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -121,6 +129,16 @@ def test_every_parameter_gets_a_gradient_and_remat_gives_the_same():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
 
 
+def test_long_prompts_are_prefilled_as_short_ones(monkeypatch):
+    params = params_of(SMALL)
+    weights, store, _ = decoding(params, SMALL)
+    at_once = decoder.prefill(weights, SMALL, TOKENS[:, :6], store, 0)
+    monkeypatch.setattr(decoder, "QUERIES", 2)
+    in_pieces = decoder.prefill(weights, SMALL, TOKENS[:, :6], store, 0)
+    np.testing.assert_allclose(in_pieces, at_once, atol=1e-6, rtol=0)
+    assert np.abs(np.asarray(at_once)).max() > 0.1
+
+
 @jax.numpy_dtype_promotion("standard")  # JAX's own attention promotes bfloat16 to float32
 def test_bfloat16_activations_stay_near_float32_and_parameters_stay_float32():
     config = SMALL.replace(dtype="bfloat16", remat=True)
@@ -128,10 +146,13 @@ def test_bfloat16_activations_stay_near_float32_and_parameters_stay_float32():
     z, exact = full_logits(params, config, TOKENS), full_logits(params, SMALL, TOKENS)
     assert z.dtype == np.float32
     assert np.abs(z - exact).max() < 0.1 * np.abs(exact).max()
-    _, cache = qwen3.prefill(params, config, TOKENS[:, :5], 8)
-    hidden, cache = qwen3.decode_step(params, config, cache, TOKENS[:, 5], np.full((3,), 5, np.int32))
-    assert hidden.dtype == cache.k.dtype == jnp.bfloat16
-    assert np.abs(np.asarray(qwen3.logits(params, config, hidden)) - z[:, 5]).max() < 0.2
+    weights, store, table = decoding(params, config)
+    store = decoder.prefill(weights, config, TOKENS[:, :7], store, 0)
+    hidden, store = decoder.decode_step(
+        weights, config, TOKENS[:, 5], jnp.full(3, 5, jnp.int32), store, table
+    )
+    assert hidden.dtype == store.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(decoder.local_logits(weights, config, hidden)[0]) - z[:, 5]).max() < 0.2
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 

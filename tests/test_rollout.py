@@ -7,6 +7,7 @@ import pytest
 from rosd_jax.config import UserError
 from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params, logits
 from rosd_jax.models.sharding import make_mesh, param_shardings
+from rosd_jax.rollout import loop
 from rosd_jax.rollout.loop import make_generate
 
 MODEL = Qwen3Config(
@@ -112,20 +113,29 @@ def test_the_same_prompt_gets_different_responses_for_different_uids():
     assert len({tuple(row) for row in rollout.tokens_BR}) == 8
 
 
+@pytest.fixture
+def traces(monkeypatch):
+    """Grows by one for each time that a decoding step is traced."""
+    traced, step = [], loop.decode_step
+    monkeypatch.setattr(loop, "decode_step", lambda *args: traced.append(1) or step(*args))
+    return traced
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
-def test_every_mesh_gives_the_tokens_of_one_device(shape):
-    """Of four prompts a device prefills all on the first two meshes, its share on the last."""
+def test_every_mesh_gives_the_tokens_of_one_device(shape, traces):
+    """One to four rows a shard, and with them one to three of the four prompts."""
     mesh, four = make_mesh(*shape), [0, 1, 2, 0]
     params = jax.device_put(PARAMS, param_shardings(PARAMS, mesh))
     fn = make_generate(MODEL, mesh, max_new=NEW, temperature=TEMPERATURE, top_p=1.0, stop_ids=(140,))
-    fn(params, PROMPT[four], PROMPT_LEN[four], PROMPT_OF[::-1], UID + 1, LIMIT - 11, KEY)
+    fn(params, PROMPT[four], PROMPT_LEN[four], PROMPT_OF, UID + 1, LIMIT - 11, KEY)
+    before = len(traces)
     got = fn(params, PROMPT[four], PROMPT_LEN[four], PROMPT_OF, UID, LIMIT, KEY)
+    assert len(traces) == before > 0
     want = _generate(stop_ids=(140,))
     np.testing.assert_array_equal(got.tokens_BR, want.tokens_BR)
     np.testing.assert_array_equal(got.length_B, want.length_B)
     np.testing.assert_allclose(got.logp_BR, want.logp_BR, atol=5e-6, rtol=0)
     assert all(leaf.sharding.spec[0] == ("data", "fsdp") for leaf in jax.tree.leaves(got))
-    assert fn._cache_size() <= 1  # 0: pushed out of the cache that all of JAX shares
 
 
 def test_rows_that_do_not_divide_are_refused():
@@ -185,17 +195,21 @@ def test_top_p_keeps_to_the_likeliest_ids():
     np.testing.assert_array_equal(rollout.tokens_BR, _generate(temperature=0.0).tokens_BR)
 
 
-def test_new_values_do_not_compile_again():
+def test_new_values_do_not_compile_again(traces):
     fn = make_generate(MODEL, None, max_new=1, temperature=TEMPERATURE, top_p=1.0, stop_ids=(140,))
+    want = _generate().tokens_BR[:, :1]
     call = lambda uid, key: fn(PARAMS, PROMPT, PROMPT_LEN, PROMPT_OF, uid, LIMIT, key)
-    for seed in range(3):
+    call(UID + 9, KEY)
+    first = len(traces)
+    for seed in range(2):
         call(UID + seed, jax.random.key(seed))
-    np.testing.assert_array_equal(call(UID, KEY).tokens_BR, _generate().tokens_BR[:, :1])
-    assert fn._cache_size() <= 1  # 0: pushed out of the cache that all of JAX shares
+    np.testing.assert_array_equal(call(UID, KEY).tokens_BR, want)
+    assert len(traces) == first > 0
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_greedy_equals_that_of_transformers(tmp_path, tied):
+@pytest.mark.parametrize("tied, page", [(False, 4), (True, 5), (False, 10)])
+def test_greedy_equals_that_of_transformers(tmp_path, tied, page):
+    """64 steps; prompts of 1, 5 and 9 tokens end before, at and behind the end of a page."""
     torch = pytest.importorskip("torch")
     from transformers import Qwen3ForCausalLM
 
@@ -205,15 +219,18 @@ def test_greedy_equals_that_of_transformers(tmp_path, tied):
     params = _params(model, gain=16)
     save_pretrained(tmp_path, params, model)
     peer = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    stop_ids = tuple(range(15))
-    ours = _generate(params=params, model=model, temperature=0.0, stop_ids=stop_ids)
+    stop_ids = (3,)
+    ours = _generate(
+        params=params, model=model, temperature=0.0, stop_ids=stop_ids, page=page, max_new=64,
+        limit=np.full(8, 64, np.int32),
+    )  # fmt: skip
     for b, n in ((0, 0), (2, 1), (5, 2)):
         ids = torch.tensor(PROMPT[n : n + 1, : PROMPT_LEN[n]], dtype=torch.long)
         out = peer.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=NEW,
+            max_new_tokens=64,
             eos_token_id=list(stop_ids),
             pad_token_id=149,
         )

@@ -32,7 +32,7 @@ FIELDS = dict(
     rollout__max_new_tokens=16, reflect__max_new_tokens=16, eval__max_new_tokens=16,
     eval__sets=",".join(SETS), eval__limit=8, eval__batch=16, eval__every=2, checkpoint__every=2,
 )  # fmt: skip
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "floor_share")
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,10 @@ def test_the_metrics_come_in_order_with_the_named_numbers(finished):
     for row in train:
         named = {"loss", "reward", "reflected", "quote_found", "active_tokens", "active_tokens_share",
                  "grad_norm", "ratio", "skipped_empty", "skipped_nonfinite", "quote_exact", "overlong",
-                 "tokens_per_second", "seconds", "seconds_rollout", "seconds_grade", "seconds_reflect",
-                 "seconds_lesson", "seconds_update"}  # fmt: skip
+                 "tokens_per_second_rollout", "idle_share_rollout", "floor_share_rollout",
+                 "tokens_per_second_reflect", "idle_share_reflect", "floor_share_reflect",
+                 "seconds", "seconds_rollout", "seconds_grade",
+                 "seconds_reflect", "seconds_lesson", "seconds_update"}  # fmt: skip
         assert named <= row.keys() and row.keys() == train[0].keys()
         if row["active_tokens"]:
             assert row["loss"] > 0 and row["grad_norm"] > 0 and abs(row["ratio"] - 1) < 1e-4
@@ -370,6 +372,8 @@ FIELD_MISTAKES = {
     "long prompts": (dict(data__max_prompt_tokens=4), "none of 2048 prompts fits"),
     "too few problems": (dict(batch__prompts=4096), "batch.prompts is 4096; it must be at most 2048"),
     "too long answers": (dict(rollout__max_new_tokens=512), "the model has 256 positions"),
+    "small cache": (dict(rollout__cache_tokens=16), "cache_tokens is 16; a response of 16 tokens needs 32"),
+    "no slot": (dict(rollout__slots=0), "rollout.slots is 0; it must be at least 1"),
 }
 
 

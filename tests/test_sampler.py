@@ -1,13 +1,21 @@
 """The sampler against softmax, a sorting oracle and its edge cases."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from rosd_jax.rollout.sampler import invert_cdf, nucleus, row_keys, sample
+from rosd_jax.models.sharding import make_mesh
+from rosd_jax.rollout.sampler import invert_cdf, nucleus, row_keys, row_uniforms, sample
 
-jit_sample = jax.jit(sample, static_argnames=("temperature", "top_p"))
+uniforms = jax.vmap(jax.random.uniform)
+jit_sample = jax.jit(
+    lambda logits_BV, key_B, **how: sample(logits_BV, uniforms(key_B), **how),
+    static_argnames=("temperature", "top_p"),
+)
 jit_invert = jax.jit(invert_cdf)
 jit_keys = jax.jit(row_keys)
 DRAWS, CHUNK = 200_000, 2_000
@@ -27,7 +35,7 @@ def _softmax(logits):
 def _draw(logits_V, temperature, top_p):
     def chunk(key_B):
         logits_BV = jnp.broadcast_to(logits_V, (CHUNK, logits_V.size))
-        return sample(logits_BV, key_B, temperature=temperature, top_p=top_p)[0]
+        return sample(logits_BV, uniforms(key_B), temperature=temperature, top_p=top_p)[0]
 
     uid = jnp.arange(DRAWS)
     key_B = jit_keys(jax.random.key(3), uid, jnp.zeros_like(uid))
@@ -70,8 +78,7 @@ def test_top_p_draws_follow_the_renormalised_nucleus():
 def test_nucleus_is_the_set_that_sorting_finds(top_p, step):
     z = _logits(2, 16, 300, scale=2.0)
     z = z if step is None else jnp.round(z / step) * step
-    gap = z.max(-1, keepdims=True) - z
-    kept = np.asarray(nucleus(gap, jnp.exp(-gap), top_p))
+    kept = np.asarray(nucleus(jnp.exp(z - z.max(-1, keepdims=True)), top_p))
     want = np.stack([_sorted_nucleus(p, top_p) for p in _softmax(z)])
     np.testing.assert_array_equal(kept, want)
 
@@ -143,13 +150,38 @@ def test_row_keys_depend_on_uid_and_position_only():
     assert len(np.unique(grid, axis=0)) == 2500
 
 
+def test_uniforms_are_those_of_the_row_keys():
+    key, uid_B = jax.random.key(9), jnp.array([5, 0, 7])
+    u_BR = jax.jit(row_uniforms, static_argnums=2)(key, uid_B, 4)
+    for r in range(4):
+        np.testing.assert_array_equal(u_BR[:, r], uniforms(jit_keys(key, uid_B, jnp.full(3, r))))
+
+
+@pytest.mark.parametrize("vocab", [16, 1048])
+def test_a_vocabulary_split_over_devices_gives_the_tokens_of_a_whole_one(vocab):
+    """Eight devices; the likeliest ids tie across two of them, and one holds no id that may be drawn."""
+    mesh, step = make_mesh(1, 1, 8), vocab // 8
+    logits_BV = _logits(8, 500, vocab, scale=3.0).at[:, 3 * step : 4 * step].set(-jnp.inf)
+    logits_BV = logits_BV.at[:100, step].set(30.0).at[:100, 2 * step].set(30.0)
+    u_B = jnp.linspace(0, BELOW_ONE, 500)
+    for how in (dict(temperature=1.0, top_p=1.0), dict(temperature=0.7, top_p=0.9),
+                dict(temperature=0.0, top_p=1.0)):  # fmt: skip
+        split = jax.shard_map(
+            partial(sample, axis="tensor", **how), mesh=mesh, in_specs=(P(None, "tensor"), P()),
+            out_specs=P(), check_vma=False,
+        )  # fmt: skip
+        got, want = jax.jit(split)(logits_BV, u_B), jax.jit(partial(sample, **how))(logits_BV, u_B)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_allclose(got[1], want[1], atol=2e-6)
+
+
 def test_sampling_is_traced_once_for_new_values():
     traces = []
 
     @jax.jit
     def draw(logits_BV, key_B):
         traces.append(1)
-        return sample(logits_BV, key_B, temperature=0.6, top_p=0.95)
+        return sample(logits_BV, uniforms(key_B), temperature=0.6, top_p=0.95)
 
     for seed in range(3):
         draw(_logits(seed, 8, 150), jax.random.split(jax.random.key(seed), 8))

@@ -78,8 +78,8 @@ def evaluate_set(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The numbers of one set and one generation a sample, in the order of the problems.
 
-    `sample` is always called with `rows` rows. Sample k of item n has uid n * samples + k, so its
-    tokens do not depend on `rows`. Numbers are those of `scores`, `length` (mean tokens of a
+    `sample` is called once, with a multiple of `rows` rows. Sample k of item n has uid n * samples + k,
+    so its tokens do not depend on `rows`. Numbers are those of `scores`, `length` (mean tokens of a
     response), `truncated` (share cut at the limit) and, where every problem is multiple choice,
     `majority_letter`. Raises UserError for a set without problems, ValueError where prompts and
     problems differ in number.
@@ -148,22 +148,16 @@ def _majority(predictions: Sequence[str]) -> int:
 
 
 def _sample_all(prompts: list[list[int]], sample: Sample, rows: int) -> tuple[list[list[int]], list[bool]]:
-    """Response ids and whether they ended on a stop token, for every prompt, `rows` at a time."""
-    responses: list[list[int]] = []
-    finished: list[bool] = []
-    for start in range(0, len(prompts), rows):
-        batch = prompts[start : start + rows]
-        real = len(batch)
-        batch += [batch[-1]] * (rows - real)
-        index_B = np.arange(rows)
-        # A limit of 0 leaves the padding rows of the last batch without a token.
-        uid_B = np.where(index_B < real, start + index_B, 0).astype(np.int32)
-        limit_B = np.where(index_B < real, NO_LIMIT, 0).astype(np.int32)
-        rollout = sample(batch, uid_B, limit_B)
-        tokens_BR, length_B = np.asarray(rollout.tokens_BR), np.asarray(rollout.length_B)
-        responses += [tokens_BR[b, : length_B[b]].tolist() for b in range(real)]
-        finished += np.asarray(rollout.finished_B)[:real].tolist()
-    return responses, finished
+    """Response ids and whether they ended on a stop token, for every prompt."""
+    real = len(prompts)
+    index_B = np.arange(real + -real % rows)
+    # A limit of 0 leaves the padding rows without a token.
+    uid_B = np.where(index_B < real, index_B, 0).astype(np.int32)
+    limit_B = np.where(index_B < real, NO_LIMIT, 0).astype(np.int32)
+    rollout = sample(prompts + [prompts[-1]] * (-real % rows), uid_B, limit_B)
+    tokens_BR, length_B = np.asarray(rollout.tokens_BR), np.asarray(rollout.length_B)
+    responses = [tokens_BR[b, : length_B[b]].tolist() for b in range(real)]
+    return responses, np.asarray(rollout.finished_B)[:real].tolist()
 
 
 def _numbers(

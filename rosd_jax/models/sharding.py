@@ -8,7 +8,10 @@ its rule, so one function places params, optimizer moments and a whole train sta
     validate_mesh_for(config, mesh)
     param_shardings(tree, mesh)       -> tree of NamedSharding
     replicated_dims(tree, mesh)       -> sentences to log: dimensions that an axis does not divide
+    row_devices(mesh)                 -> how many shards rows are split into
     row_sharding(mesh)                -> NamedSharding of arrays whose first axis is rows
+    tensor_specs(params, mesh)        -> specs of params whole on every row device
+    decoder_specs(config, mesh)       -> specs of the decoder's weights
 """
 
 from __future__ import annotations
@@ -98,9 +101,42 @@ def replicated_dims(tree: Any, mesh: Mesh) -> list[str]:
     return lines
 
 
+def row_devices(mesh: Mesh) -> int:
+    """Shards of the rows: the devices along "data" and "fsdp"."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays [B, ...]: rows over data and fsdp, the rest whole."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def tensor_specs(params: Any, mesh: Mesh) -> Any:
+    """Specs of params split along "tensor" alone, as decoding reads them."""
+
+    def place(path, leaf) -> P:
+        spec, _ = _fit(_spec(path, leaf), leaf.shape, mesh)
+        return P(*[axis if axis == "tensor" else None for axis in spec])
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def decoder_specs(config: Qwen3Config, mesh: Mesh) -> dict[str, Any]:
+    """Specs of the weights that `decoder.fuse` makes on each device of what `tensor_specs` leaves there."""
+    along = lambda n: "tensor" if n % mesh.shape["tensor"] == 0 else None
+    vocabulary, inner = P(along(config.vocab_size), None), along(config.intermediate_size)
+    blocks = dict(
+        qkv=P(None, None, "tensor"),
+        out=P(None, "tensor", None),
+        gate_up=P(None, None, inner),
+        down=P(None, inner, None),
+        input_norm=P(),
+        post_norm=P(),
+        head_norm=P(None, "tensor", None),
+    )
+    if config.attention_bias:
+        blocks |= dict(qkv_bias=P(None, "tensor"), out_bias=P())
+    return dict(embed=vocabulary, head=vocabulary, final_norm=P(), blocks=blocks)
 
 
 def _spec(key_path, leaf) -> P:

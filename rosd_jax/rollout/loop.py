@@ -1,37 +1,74 @@
-"""The decoding loop: every prompt prefilled once, then one `lax.while_loop` over all rows.
+"""The decoding engine: prompts prefilled once, then slots that are refilled from a queue of sequences.
 
-Prompts are right-padded, and response token r of a row stands at position prompt_len + r: keys and
-values of the response overwrite those of the padding, so a row has no gap. Random keys come from
-(uid, r) alone: a row's tokens do not depend on its slot, its neighbours or the number of devices.
+Response token r of a row stands at position prompt_len + r of a paged store (pages.py), so rows share
+their prompt's pages and attention costs what is live. Random numbers come from (uid, r) alone: a row's
+tokens do not depend on its slot, its neighbours, when it started or the number of devices.
 
-    generate(params, prompt_NP, ..., key, *, model, ...)   -> Rollout
-    make_generate(model, mesh, ...)                        -> the same, compiled once a shape
+Each shard of the rows is an engine of its own, with its queue, pages and slots, under `jax.shard_map`;
+along the "tensor" axis its devices split heads, inner widths and the vocabulary.
+
+    generate(params, prompt_NP, ..., key, *, model, ...)   -> Rollout, in one loop; pure
+    make_generate(model, mesh, ...)                        -> the same, compiled, with fewer slots at the end
+    begin, decode_chunk, finish                            the three parts that both are made of
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from rosd_jax.config import UserError
-from rosd_jax.models.qwen3 import Cache, Qwen3Config, decode_step, logits, prefill
-from rosd_jax.models.sharding import row_sharding
-from rosd_jax.rollout.sampler import row_keys, sample
-from rosd_jax.types import Params, Rollout
+from rosd_jax.kernels.paged_attention import Implementation
+from rosd_jax.models.decoder import Weights, decode_step, fuse, local_logits, prefill
+from rosd_jax.models.qwen3 import Qwen3Config
+from rosd_jax.models.sharding import decoder_specs, row_devices, row_sharding, tensor_specs
+from rosd_jax.rollout import pages
+from rosd_jax.rollout.pages import COUNT, LAST, ROW, TABLE, Rows, State
+from rosd_jax.rollout.sampler import row_uniforms, sample
+from rosd_jax.types import DecodeStats, Params, Rollout
 
 ROWS = ("data", "fsdp")  # the mesh axes that rows lie along
+PREFILL_TOKENS = 2048  # of one pass: bounds its activations
+PROMPT_TOKENS = 8192  # room for prompts is made for so many at least, so that fewer shapes are compiled
+FEWEST = 8  # slots below which compaction gains nothing
+BETWEEN = 256  # steps for each look that the host takes
+NEVER = np.iinfo(np.int32).max
 
 
-class _State(NamedTuple):
-    step: jax.Array  # int32: tokens emitted by the rows still alive
-    cache: Cache
-    last_B: jax.Array  # int32: the newest token
-    rollout: Rollout
+@dataclass(frozen=True)
+class Decoding:
+    """What is fixed when the engine is compiled (hashable). `generate` explains the fields."""
+
+    model: Qwen3Config
+    mesh: Mesh | None
+    max_new: int
+    temperature: float
+    top_p: float
+    stop_ids: tuple[int, ...]
+    slots: int | None
+    page: int
+    pool: int | None = None
+    prompts: int | None = None
+    implementation: Implementation | None = None
+
+    @property
+    def shards(self) -> int:
+        """Engines that run side by side."""
+        return 1 if self.mesh is None else row_devices(self.mesh)
+
+    @property
+    def axis(self) -> str | None:
+        """The axis that heads and vocabulary are split along, under shard_map."""
+        return None if self.mesh is None else "tensor"
 
 
 def generate(
@@ -49,6 +86,11 @@ def generate(
     top_p: float,
     stop_ids: tuple[int, ...],
     mesh: Mesh | None = None,
+    slots: int | None = None,
+    page: int | None = None,
+    pool: int | None = None,
+    prompts: int | None = None,
+    implementation: Implementation | None = None,
 ) -> Rollout:
     """Samples one response a row; row b answers prompt `prompt_of_B[b]`, R = max_new >= 1.
 
@@ -57,32 +99,21 @@ def generate(
     min(limit_B, max_new) tokens; a limit of 0 yields none. uid_B (int32) names each row's random
     stream. `sample` describes temperature and top_p.
 
+    slots: rows that decode together, over all shards; None: all. page: positions a page; None:
+    `pages.page_length`. pool: pages of a shard for responses; None: enough for its slots at full length.
+    With fewer, sequences may be put back and start anew. prompts: most different prompts among a
+    shard's rows; None: unknown.
+
     With a mesh, whose "tensor" axis must divide the key-value heads, rows lie along "data" and
-    "fsdp", and so do prompts where N divides by these. Raises UserError where B does not.
+    "fsdp". Raises UserError where B does not, ValueError where a sequence would not fit the pool.
     """
-    _check_rows(prompt_of_B.shape[0], mesh)
-    prompt_of_B, uid_B, limit_B = (_lay(x, mesh, ROWS) for x in (prompt_of_B, uid_B, limit_B))
-    start_B = prompt_len_N[prompt_of_B]
-
-    def alive(state: _State) -> jax.Array:
-        return ~state.rollout.finished_B & (state.step < limit_B)
-
-    def emit(state: _State, hidden_BD: jax.Array) -> _State:
-        key_B = row_keys(key, uid_B, jnp.full_like(uid_B, state.step))
-        logits_BV = logits(params, model, hidden_BD)
-        token_B, logp_B = sample(logits_BV, key_B, temperature=temperature, top_p=top_p)
-        rollout = _append(state.rollout, state.step, alive(state), token_B, logp_B, stop_ids)
-        return _State(state.step + 1, state.cache, token_B, rollout)
-
-    def advance(state: _State) -> _State:
-        position_B = start_B + state.step - 1
-        hidden_BD, cache = decode_step(params, model, state.cache, state.last_B, position_B)
-        return emit(state._replace(cache=cache), hidden_BD)
-
-    hidden_BD, cache = _prefill_rows(params, model, prompt_NP, start_B, prompt_of_B, max_new, mesh)
-    state = _State(jnp.int32(0), cache, jnp.zeros_like(uid_B), _empty(uid_B, max_new, mesh))
-    more = lambda state: (state.step < max_new) & jnp.any(alive(state))
-    return jax.lax.while_loop(more, advance, emit(state, hidden_BD)).rollout
+    page = page or pages.page_length(max_new)
+    how = Decoding(
+        model, mesh, max_new, temperature, top_p, stop_ids, slots, page, pool, prompts, implementation
+    )
+    weights, rows, state = begin(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, how=how)
+    state, _ = decode_chunk(weights, rows, state, NEVER, how=how)
+    return finish(state.out, state.stats)
 
 
 def make_generate(
@@ -93,91 +124,240 @@ def make_generate(
     temperature: float,
     top_p: float,
     stop_ids: tuple[int, ...],
+    slots: int | None = None,
+    page: int | None = None,
+    pool: int | None = None,
+    compact: bool = True,
+    implementation: Implementation | None = None,
 ) -> Callable[..., Rollout]:
-    """`generate` under jit, of (params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key).
+    """`generate`, compiled, of (params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key).
 
-    Build it once and keep it: it is traced once for each combination of shapes. Params keep the
-    sharding they come with; the rollout's rows lie along the mesh's "data" and "fsdp" axes.
+    Build it once and keep it: it is traced once for each combination of shapes, and once more for
+    each number of slots. compact: once half of the slots are empty for good, the rest goes on in a
+    batch of the next power of two. Params keep the sharding they come with; the rollout's rows lie
+    along the mesh's "data" and "fsdp" axes.
     """
-    fixed = partial(
-        generate,
-        model=model,
-        mesh=mesh,
-        max_new=max_new,
-        temperature=temperature,
-        top_p=top_p,
-        stop_ids=stop_ids,
+    page = page or pages.page_length(max_new)
+    how = Decoding(
+        model, mesh, max_new, temperature, top_p, stop_ids, slots, page, pool, implementation=implementation
     )
-    return jax.jit(fixed, out_shardings=None if mesh is None else row_sharding(mesh))
+    out = None if mesh is None else row_sharding(mesh)
+    first = jax.jit(begin, static_argnames="how")
+    chunk = jax.jit(decode_chunk, static_argnames="how", donate_argnames="state")
+    shrink = jax.jit(
+        jax.vmap(pages.compact, in_axes=(0, None, None)), static_argnums=(1, 2), out_shardings=out
+    )
+    last = jax.jit(finish, out_shardings=out)
+
+    def run(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key) -> Rollout:
+        _check_rows(len(prompt_of_B), how)
+        waiting, prompts = _count_work(prompt_of_B, limit_B, how.shards)
+        fixed = replace(how, prompts=_prompt_room(prompts, prompt_NP.shape[1]))
+        weights, rows, state = first(
+            params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, how=fixed
+        )
+        step = lambda state, until: chunk(weights, rows, state, until, how=fixed)
+        # A short run ends before a smaller batch has repaid its compilation.
+        looks = how.shards if compact and max_new >= BETWEEN else None
+        state = drain(step, shrink, state, waiting, looks)
+        return last(state.out, state.stats)
+
+    return run
 
 
-def _prefill_rows(
+def drain(
+    chunk: Callable[[State, int], tuple[State, jax.Array]],
+    shrink: Callable[[jax.Array, int, int], jax.Array],
+    state: State,
+    left: int,
+    shards: int | None,
+) -> State:
+    """Decodes all that is left, in ever fewer slots.
+
+    chunk, shrink: `decode_chunk` of (state, until) and `pages.compact` of every shard. left: the most
+    sequences that wait on a shard; there are never more slots than the power of two above it. The host
+    looks at what is left after each chunk, so at most once in BETWEEN steps and twice besides; shards
+    None: it never looks.
+    """
+    looks, sequences = 0, state.queue_N.shape[1]
+    while left:
+        count = max(FEWEST, 1 << (left - 1).bit_length())
+        if count < state.slots_SC.shape[1]:
+            state = state._replace(slots_SC=shrink(state.slots_SC, sequences, count))
+        if shards is None or state.slots_SC.shape[1] <= FEWEST:
+            return chunk(state, NEVER)[0]
+        state, left_D = chunk(state, BETWEEN * (looks - 1 if shards == 1 else looks + 1))
+        left, looks = int(np.max(left_D)), looks + 1
+    return state
+
+
+def begin(
     params: Params,
-    model: Qwen3Config,
     prompt_NP: jax.Array,
-    start_B: jax.Array,
+    prompt_len_N: jax.Array,
     prompt_of_B: jax.Array,
-    max_new: int,
-    mesh: Mesh | None,
-) -> tuple[jax.Array, Cache]:
-    """Each row's hidden state [B, D] at its last prompt token, and its cache with room for more."""
-    N, P = prompt_NP.shape
-    prompts = None if N % _row_devices(mesh) else ROWS  # None: every device prefills all prompts
-    hidden_NPD, cache = prefill(params, model, _lay(prompt_NP, mesh, prompts), P)
-    hidden_BD = _lay(hidden_NPD, mesh, prompts)[prompt_of_B, start_B - 1]
-    # The last token of a response is never fed back, so max_new - 1 more positions suffice.
-    room = ((0, 0), (0, 0), (0, max_new - 1), (0, 0), (0, 0))
+    uid_B: jax.Array,
+    limit_B: jax.Array,
+    key: jax.Array,
+    *,
+    how: Decoding,
+) -> tuple[Weights, Rows, State]:
+    """Weights as decoding wants them, and every shard's prompts in its store: what `decode_chunk` takes.
 
-    def to_rows(x_LNPKE: jax.Array) -> jax.Array:
-        x_LBPKE = _lay(x_LNPKE, mesh, None, prompts, None, "tensor")[:, prompt_of_B]
-        return _lay(jnp.pad(x_LBPKE, room), mesh, None, ROWS, None, "tensor")
+    Leaves of rows and state have a leading axis of shards.
+    """
+    _check_rows(prompt_of_B.shape[0], how)
+    # Cast before the shards gather their weights, so that half as many bytes travel.
+    cast = lambda path, x: x if "scale" in jax.tree_util.keystr(path) else x.astype(how.model.dtype)
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    by_shard = [jnp.reshape(x, (how.shards, -1)) for x in (prompt_of_B, uid_B, limit_B)]
+    run = partial(_begin_shard, how=how)
+    if how.mesh is not None:
+        whole = tensor_specs(params, how.mesh), P(), P(), P()
+        run = jax.shard_map(
+            run, mesh=how.mesh, in_specs=(*whole, P(ROWS), P(ROWS), P(ROWS)),
+            out_specs=(decoder_specs(how.model, how.mesh), P(ROWS), _state_specs()), check_vma=False,
+        )  # fmt: skip
+    return run(params, prompt_NP, prompt_len_N, key, *by_shard)
 
-    return _lay(hidden_BD, mesh, ROWS), jax.tree.map(to_rows, cache)
+
+def decode_chunk(
+    weights: Weights,
+    rows: Rows,
+    state: State,
+    until: jax.Array | int,
+    *,
+    how: Decoding,
+) -> tuple[State, jax.Array]:
+    """Decodes until nothing is left, or until a smaller batch pays; donate the state.
+
+    until: the step (int32, counted from the start) before which a chunk does not end with work left.
+    From there on a single shard stops when half of its slots are empty and nobody waits; several stop
+    at once, whatever they hold, since none knows of the others. Returns the state, and for each shard
+    the sequences left.
+    """
+    run = partial(_decode_shard, how=how)
+    if how.mesh is not None:
+        specs = decoder_specs(how.model, how.mesh), P(ROWS), _state_specs()
+        run = jax.shard_map(
+            run, mesh=how.mesh, in_specs=(*specs, P()), out_specs=(_state_specs(), P(ROWS)), check_vma=False
+        )
+    return run(weights, rows, state, jnp.asarray(until, jnp.int32))
 
 
-def _empty(uid_B: jax.Array, max_new: int, mesh: Mesh | None) -> Rollout:
-    zeros = lambda dtype, *shape: _lay(jnp.zeros((uid_B.shape[0], *shape), dtype), mesh, ROWS)
-    return Rollout(
-        tokens_BR=zeros(jnp.int32, max_new),
-        length_B=zeros(jnp.int32),
-        logp_BR=zeros(jnp.float32, max_new),
-        finished_B=zeros(jnp.bool),
+def finish(out: Rollout, stats: DecodeStats) -> Rollout:
+    """The rows of all shards in their order; a sequence that started anew leaves nothing of its past."""
+    by_row = lambda x: x.reshape(-1, *x.shape[2:])
+    tokens_BR, length_B, logp_BR, finished_B = map(
+        by_row, (out.tokens_BR, out.length_B, out.logp_BR, out.finished_B)
     )
+    inside_BR = jnp.arange(tokens_BR.shape[1]) < length_B[:, None]
+    tokens_BR, logp_BR = jnp.where(inside_BR, tokens_BR, 0), jnp.where(inside_BR, logp_BR, 0.0)
+    return Rollout(tokens_BR, length_B, logp_BR, finished_B, stats)
 
 
-def _append(
-    rollout: Rollout,
-    step: jax.Array,
-    alive_B: jax.Array,
-    token_B: jax.Array,
-    logp_B: jax.Array,
-    stop_ids: tuple[int, ...],
-) -> Rollout:
-    """The rollout with one more token on the rows still alive."""
-    stop_B = jnp.any(token_B[:, None] == jnp.array(stop_ids, jnp.int32), axis=1)
-    return Rollout(
-        tokens_BR=rollout.tokens_BR.at[:, step].set(jnp.where(alive_B, token_B, 0)),
-        length_B=rollout.length_B + alive_B.astype(jnp.int32),
-        logp_BR=rollout.logp_BR.at[:, step].set(jnp.where(alive_B, logp_B, 0.0)),
-        finished_B=rollout.finished_B | (alive_B & stop_B),
-    )
+def _begin_shard(params, prompt_NP, prompt_len_N, key, prompt_of_1B, uid_1B, limit_1B, *, how: Decoding):
+    """`begin` on one shard: its leaves have a leading axis of length 1."""
+    prompt_of_B, uid_B, limit_B = prompt_of_1B[0], uid_1B[0], limit_1B[0]
+    limit_B = jnp.minimum(limit_B, how.max_new)
+    N, T = prompt_NP.shape
+    weights, B = fuse(params, how.model), len(uid_B)
+    most = min(N, B, how.prompts or N)
+    used_N = jnp.zeros(N, bool).at[prompt_of_B].max(limit_B > 0)
+    used_n, rank_N = pages.indices(used_N, most), jnp.cumsum(used_N) - 1
+    start_B, width = prompt_len_N[prompt_of_B], -(-T // how.page)
+    given_B = prompt_NP[prompt_of_B, start_B - 1], start_B, rank_N[prompt_of_B] * width, limit_B
+    rows = Rows(jnp.stack(given_B, axis=1), row_uniforms(key, uid_B, how.max_new))
+    at_once = max(1, min(most, PREFILL_TOKENS // T))  # prompts a pass
+    pinned = -(-most // at_once) * at_once * width
+    slots = min(B, -(-(how.slots or B) // how.shards) if how.slots else B)
+    most_pool = slots * pages.most_own(how.page, how.max_new)
+    pool = most_pool if how.pool is None else min(how.pool, most_pool)
+    store = _empty_store(how, weights, pinned + pool)
+    store = _fill(weights, prompt_NP, used_n, store, at_once, how)
+    state = pages.empty(store, rows, slots, pinned, pool, pages.table_width(how.page, T, how.max_new))
+    return weights, *jax.tree.map(lambda x: x[None], (rows, state))
 
 
-def _check_rows(rows: int, mesh: Mesh | None) -> None:
-    devices = _row_devices(mesh)
-    if rows % devices:
+def _empty_store(how: Decoding, weights: Weights, pages_a_layer: int) -> jax.Array:
+    model = how.model
+    heads = weights["blocks"]["head_norm"].shape[1]  # of queries and keys, on this device
+    K = heads * model.num_key_value_heads // (model.num_attention_heads + model.num_key_value_heads)
+    shape = model.num_hidden_layers * pages_a_layer, how.page, 2 * K, model.head_dim
+    return jnp.zeros(shape, model.dtype)
+
+
+def _fill(weights, prompt_NP, used_n, store, at_once: int, how: Decoding) -> jax.Array:
+    """Prefills the prompts in use, `at_once` in a pass; prompt n of them begins at page n x width."""
+    N, T = prompt_NP.shape
+    used_n = jnp.pad(used_n, (0, -len(used_n) % at_once), constant_values=N)
+    page = at_once * -(-T // how.page)
+
+    def fill(i, store):
+        ids = lax.dynamic_slice_in_dim(used_n, i * at_once, at_once)
+        tokens = prompt_NP[jnp.minimum(ids, N - 1)]
+        return prefill(weights, how.model, tokens, store, i * page, how.axis)
+
+    passes = (jnp.sum(used_n < N) + at_once - 1) // at_once
+    return lax.fori_loop(0, passes, fill, store)
+
+
+def _decode_shard(weights, rows, state, until, *, how: Decoding):
+    """`decode_chunk` on one shard."""
+    rows, state = jax.tree.map(lambda x: x[0], (rows, state))
+
+    def left(state: State) -> jax.Array:
+        return state.tail - state.head + jnp.sum(pages.live(state), dtype=jnp.int32)
+
+    def more(state: State) -> jax.Array:
+        due = state.stats.steps >= until
+        if how.shards == 1:
+            due &= left(state) * 2 <= len(state.slots_SC)
+        return (left(state) > 0) & ~due
+
+    state = lax.while_loop(more, partial(_step, weights, rows, how=how), state)
+    return jax.tree.map(lambda x: x[None], state), left(state)[None]
+
+
+def _step(weights: Weights, rows: Rows, state: State, *, how: Decoding) -> State:
+    """One token for every live slot."""
+    state = pages.reserve(pages.refill(state, rows, how.model.num_hidden_layers))
+    slots_SC = state.slots_SC
+    hidden_SD, store = decode_step(
+        weights, how.model, slots_SC[:, LAST], pages.position(state), state.store, slots_SC[:, TABLE:],
+        how.axis, how.implementation,
+    )  # fmt: skip
+    logits_SV, axis = local_logits(weights, how.model, hidden_SD, how.axis)
+    u_S = rows.u_NR.at[slots_SC[:, ROW], slots_SC[:, COUNT]].get(mode="clip")
+    token_S, logp_S = sample(logits_SV, u_S, temperature=how.temperature, top_p=how.top_p, axis=axis)
+    return pages.record(state._replace(store=store), token_S, logp_S, how.stop_ids)
+
+
+def _state_specs() -> Any:
+    """The store is split by heads along the tensor axis; everything lies on its shard."""
+    specs = {name: P(ROWS) for name in State._fields} | dict(store=P(ROWS, None, None, "tensor", None))
+    return cast(Any, State)(**specs)
+
+
+def _count_work(prompt_of_B: Any, limit_B: Any, shards: int) -> tuple[int, int]:
+    """Most rows that want tokens, and most different prompts that these have, on one shard."""
+    prompts_D = np.reshape(np.asarray(prompt_of_B), (shards, -1))
+    wanted_D = np.reshape(np.asarray(limit_B), (shards, -1)) > 0
+    different = max(len(np.unique(row[some])) for row, some in zip(prompts_D, wanted_D, strict=True))
+    return int(wanted_D.sum(axis=1).max()), different
+
+
+def _prompt_room(prompts: int, length: int) -> int:
+    """For how many prompts room is made: a power of two, of PROMPT_TOKENS tokens or more."""
+    return 1 << (max(1, prompts, PROMPT_TOKENS // length) - 1).bit_length()
+
+
+def _check_rows(rows: int, how: Decoding) -> None:
+    if rows % how.shards:
         raise UserError(
-            f"batch rows are {rows}; they must be a multiple of mesh.data x mesh.fsdp = {devices}, "
+            f"batch rows are {rows}; they must be a multiple of mesh.data x mesh.fsdp = {how.shards}, "
             "so change the batch or the mesh"
         )
-
-
-def _row_devices(mesh: Mesh | None) -> int:
-    return 1 if mesh is None else mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
-
-
-def _lay(x: jax.Array, mesh: Mesh | None, *spec: str | tuple[str, ...] | None) -> jax.Array:
-    """Constrains the leading dimensions of an array to lie along the mesh axes of `spec`."""
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    needed = pages.most_own(how.page, how.max_new)
+    if how.pool is not None and how.pool < needed:
+        raise ValueError(f"pool is {how.pool} pages; one sequence alone may need {needed}")

@@ -4,43 +4,55 @@ Sampling inverts the cumulative distribution in two levels: first the block of 1
 falls into, then the id of that block. A row costs one random number, where Gumbel-max needs one for
 every id. The number has 23 random bits, so probabilities are met to about 1e-7, absolute.
 
-    sample(logits_BV, key_B, temperature=, top_p=)   -> token_B, logp_B
+    sample(logits_BV, u_B, temperature=, top_p=)     -> token_B, logp_B
+    row_uniforms(key, uid_N, R)                      -> u_NR
     row_keys(key, uid_B, position_B)                 -> key_B
     invert_cdf(weight_BV, u_B)                       -> token_B
-    nucleus(gap_BV, weight_BV, top_p)                -> kept_BV
+    nucleus(weight_BV, top_p)                        -> kept_BV
+
+Where `axis` names a mesh axis, each device holds its share of the ids and the vocabulary is a third
+level above the two: devices exchange a few numbers a row, never logits.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 LANES = 128  # ids a block
-INF_BITS = 0x7F800000  # the bit pattern of float32 infinity
+ONE_BITS = 0x3F800000  # the bit pattern of 1 in float32
 
 
 def sample(
-    logits_BV: jax.Array, key_B: jax.Array, *, temperature: float, top_p: float
+    logits_BV: jax.Array, u_B: jax.Array, *, temperature: float, top_p: float, axis: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws token_B (int32) and logp_B (float32) from float32 logits and one key a row.
+    """Draws token_B (int32) and logp_B (float32) from float32 logits and a uniform number a row.
 
     Temperature 0 takes the largest logit, the lowest id among equals, and reports log-probs at
     temperature 1. `top_p` in (0, 1) draws from the smallest set of likeliest ids whose mass reaches
     it (nucleus sampling, arXiv 1904.09751), plus all ids that tie with the least likely of them.
     `logp_B` is always that of the whole, untruncated distribution. A logit of -inf is never chosen.
+    axis: the mesh axis that the ids are split along, under `jax.shard_map`.
     """
-    gap_BV = jnp.max(logits_BV, axis=-1, keepdims=True) - logits_BV  # how far below the best, >= 0
+    top_B = jnp.max(logits_BV, axis=-1)
+    gap_BV = _most(top_B, axis)[:, None] - logits_BV  # how far below the best, >= 0
     gap_BV = gap_BV / (temperature or 1.0)
     weight_BV = jnp.exp(-gap_BV)
     if temperature == 0:
-        token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        token_B = _lowest(gap_BV, axis)
     else:
         kept_BV = weight_BV
         if top_p < 1:
-            kept_BV = jnp.where(nucleus(gap_BV, weight_BV, top_p), weight_BV, 0.0)
-        token_B = invert_cdf(kept_BV, jax.vmap(jax.random.uniform)(key_B))
-    gap_B = jnp.take_along_axis(gap_BV, token_B[:, None], axis=-1)[:, 0]
-    return token_B, -gap_B - jnp.log(jnp.sum(weight_BV, axis=-1))
+            kept_BV = jnp.where(nucleus(weight_BV, top_p, axis), weight_BV, 0.0)
+        token_B = invert_cdf(kept_BV, u_B, axis)
+    return token_B, -_at(gap_BV, token_B, axis) - jnp.log(_total(jnp.sum(weight_BV, axis=-1), axis))
+
+
+def row_uniforms(key: jax.Array, uid_N: jax.Array, R: int) -> jax.Array:
+    """float32 [N, R] in [0, 1): the number of row n's token r comes from key, uid_N[n] and r alone."""
+    draw = lambda r: jax.vmap(jax.random.uniform)(row_keys(key, uid_N, jnp.full_like(uid_N, r)))
+    return jax.vmap(draw, out_axes=1)(jnp.arange(R, dtype=uid_N.dtype))
 
 
 def row_keys(key: jax.Array, uid_B: jax.Array, position_B: jax.Array) -> jax.Array:
@@ -49,21 +61,31 @@ def row_keys(key: jax.Array, uid_B: jax.Array, position_B: jax.Array) -> jax.Arr
     return jax.vmap(fold)(uid_B, position_B)
 
 
-def invert_cdf(weight_BV: jax.Array, u_B: jax.Array) -> jax.Array:
+def invert_cdf(weight_BV: jax.Array, u_B: jax.Array, axis: str | None = None) -> jax.Array:
     """The id (int32) at which the cumulative weight first exceeds u in [0, 1] of the row's total.
 
     Weights are float32, at least 0 and not normalised; an id of weight 0 is never returned.
     """
-    B, V = weight_BV.shape
-    lanes_BNL = jnp.pad(weight_BV, ((0, 0), (0, -V % LANES))).reshape(B, -1, LANES)
+    V = weight_BV.shape[1]
+    lanes_BNL = jnp.pad(weight_BV, ((0, 0), (0, -V % LANES))).reshape(len(weight_BV), -1, LANES)
     block_BN = jnp.sum(lanes_BNL, axis=-1)
     ends_BN = jnp.cumsum(block_BN, axis=-1)
-    target_B = u_B * ends_BN[:, -1]
-    n_B = _first_over(ends_BN, block_BN, target_B)
+    if axis is None:
+        return _invert(lanes_BNL, block_BN, ends_BN, u_B * ends_BN[:, -1])
+    mass_BD = lax.all_gather(ends_BN[:, -1], axis, axis=1)  # of every device's ids
+    ends_BD = jnp.cumsum(mass_BD, axis=1)
+    target_B = u_B * ends_BD[:, -1]
+    device_B = _first_over(ends_BD, mass_BD, target_B)
+    rest_B = target_B - (_pick(ends_BD, device_B) - _pick(mass_BD, device_B))
+    token_B = _invert(lanes_BNL, block_BN, ends_BN, rest_B) + device_B * V
+    return lax.psum(jnp.where(device_B == lax.axis_index(axis), token_B, 0), axis)
 
-    at_n = lambda x_BN: jnp.take_along_axis(x_BN, n_B[:, None], axis=1)[:, 0]
+
+def _invert(lanes_BNL: jax.Array, block_BN: jax.Array, ends_BN: jax.Array, target_B: jax.Array) -> jax.Array:
+    """The id at which the cumulative weight first exceeds the target."""
+    n_B = _first_over(ends_BN, block_BN, target_B)
     lane_BL = jnp.take_along_axis(lanes_BNL, n_B[:, None, None], axis=1)[:, 0]
-    rest_B = target_B - (at_n(ends_BN) - at_n(block_BN))
+    rest_B = target_B - (_pick(ends_BN, n_B) - _pick(block_BN, n_B))
     return n_B * LANES + _first_over(jnp.cumsum(lane_BL, axis=-1), lane_BL, rest_B)
 
 
@@ -80,25 +102,57 @@ def _first_over(ends_BN: jax.Array, weight_BN: jax.Array, target_B: jax.Array) -
     return jnp.where(jnp.any(over_BN, axis=1), first_B, last_B).astype(jnp.int32)
 
 
-def nucleus(gap_BV: jax.Array, weight_BV: jax.Array, top_p: float) -> jax.Array:
-    """Boolean mask of the smallest set {gap <= threshold} that holds `top_p` of the row's weight.
+def nucleus(weight_BV: jax.Array, top_p: float, axis: str | None = None) -> jax.Array:
+    """Boolean mask of the smallest set {weight >= threshold} that holds `top_p` of the row's weight.
 
-    Bisects the threshold's bit pattern, since floats at or above 0 are ordered as their bits are:
-    31 halvings find the least threshold exactly. Ties on it are kept.
+    Weights are float32 in [0, 1]. Bisects the threshold's bit pattern, since floats at or above 0 are
+    ordered as their bits are: 30 halvings find the greatest threshold exactly. Ties on it are kept.
     """
-    enough_B = top_p * jnp.sum(weight_BV, axis=-1)
+    enough_B = top_p * _total(jnp.sum(weight_BV, axis=-1), axis)
 
     def halve(_, bounds):
-        low_B, high_B = bounds  # the set of `high` is large enough, that of `low` is not
+        low_B, high_B = bounds  # the set of `low` is large enough, that of `high` is not
         middle_B = low_B + (high_B - low_B) // 2
-        mass_B = jnp.sum(jnp.where(_within(gap_BV, middle_B), weight_BV, 0.0), axis=-1)
-        short_B = mass_B < enough_B
-        return jnp.where(short_B, middle_B, low_B), jnp.where(short_B, high_B, middle_B)
+        mass_B = jnp.sum(jnp.where(_at_least(weight_BV, middle_B), weight_BV, 0.0), axis=-1)
+        short_B = _total(mass_B, axis) < enough_B
+        return jnp.where(short_B, low_B, middle_B), jnp.where(short_B, middle_B, high_B)
 
-    low_B = jnp.full_like(enough_B, -1, jnp.int32)
-    high_B = jnp.full_like(enough_B, INF_BITS, jnp.int32)
-    return _within(gap_BV, jax.lax.fori_loop(0, 31, halve, (low_B, high_B))[1])
+    low_B = jnp.zeros_like(enough_B, jnp.int32)
+    return _at_least(weight_BV, lax.fori_loop(0, 30, halve, (low_B, low_B + ONE_BITS + 1))[0])
 
 
-def _within(gap_BV: jax.Array, bits_B: jax.Array) -> jax.Array:
-    return gap_BV <= jax.lax.bitcast_convert_type(bits_B, jnp.float32)[:, None]
+def _at_least(weight_BV: jax.Array, bits_B: jax.Array) -> jax.Array:
+    return weight_BV >= lax.bitcast_convert_type(bits_B, jnp.float32)[:, None]
+
+
+def _pick(x_BN: jax.Array, n_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BN, n_B[:, None], axis=1)[:, 0]
+
+
+def _total(x_B: jax.Array, axis: str | None) -> jax.Array:
+    return x_B if axis is None else lax.psum(x_B, axis)
+
+
+def _most(x_B: jax.Array, axis: str | None) -> jax.Array:
+    return x_B if axis is None else lax.pmax(x_B, axis)
+
+
+def _lowest(gap_BV: jax.Array, axis: str | None) -> jax.Array:
+    """The first id of gap 0."""
+    token_B = jnp.argmin(gap_BV, axis=-1).astype(jnp.int32)
+    if axis is None:
+        return token_B
+    V = gap_BV.shape[1]
+    best_B = _pick(gap_BV, token_B) == 0
+    everywhere = V * lax.axis_size(axis)
+    return lax.pmin(jnp.where(best_B, token_B + lax.axis_index(axis) * V, everywhere), axis)
+
+
+def _at(x_BV: jax.Array, token_B: jax.Array, axis: str | None) -> jax.Array:
+    """x of each row's token, wherever the token's device is."""
+    if axis is None:
+        return _pick(x_BV, token_B)
+    V = x_BV.shape[1]
+    local_B = token_B - lax.axis_index(axis) * V
+    mine_B = (local_B >= 0) & (local_B < V)
+    return lax.psum(jnp.where(mine_B, _pick(x_BV, jnp.clip(local_B, 0, V - 1)), 0.0), axis)

@@ -22,6 +22,7 @@ from rosd_jax.data.pipeline import batch_at
 from rosd_jax.evals.evaluate import evaluate_set, write_generations
 from rosd_jax.evals.report import write_report
 from rosd_jax.models.qwen3 import init_params
+from rosd_jax.models.sharding import row_devices
 from rosd_jax.models.weights import save_pretrained, weights_fingerprint
 from rosd_jax.rewards import Grader
 from rosd_jax.train import checkpoint, workdir
@@ -188,10 +189,11 @@ def evaluate(
         key = jax.random.fold_in(jax.random.fold_in(tools.key, 2), step)
         key = jax.random.fold_in(key, zlib.crc32(name.encode()))
 
-        def sample(ids, uid_B, limit_B, key=key):
+        def sample(ids, uid_B, limit_B, key=key, encoded=encoded):
             return decode_rows(
                 tools.evaluate, params, ids, uid_B, limit_B, key,
-                rows=c.batch, longest=tools.config.data.max_prompt_tokens,
+                rows=len(ids), shards=row_devices(tools.mesh), prompts=len(encoded),
+                longest=tools.config.data.max_prompt_tokens,
             )  # fmt: skip
 
         numbers, generations = evaluate_set(

@@ -117,7 +117,7 @@ def format_step(step: int, total: int, numbers: Mapping[str, Any]) -> str:
         f"quotes found {show('quote_found', '.0%'):>4}",
         f"active tokens {show('active_tokens_share', '.1%'):>5}",
         f"loss {show('loss', '.5f'):>7}",
-        f"{show('tokens_per_second', ',.0f'):>6} tokens/s",
+        f"{show('tokens_per_second_rollout', ',.0f'):>6} tokens/s",
     ))  # fmt: skip
 
 

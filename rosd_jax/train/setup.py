@@ -17,9 +17,17 @@ from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
-from rosd_jax.models.sharding import make_mesh, param_shardings, replicated_dims, validate_mesh_for
+from rosd_jax.models.sharding import (
+    make_mesh,
+    param_shardings,
+    replicated_dims,
+    row_devices,
+    validate_mesh_for,
+)
 from rosd_jax.models.weights import load_params, read_config
 from rosd_jax.rewards import Grader
+from rosd_jax.rollout import pages
+from rosd_jax.rollout.floor import measure_floor
 from rosd_jax.rollout.loop import make_generate
 from rosd_jax.text.prompts import ENGLISH
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -96,7 +104,7 @@ def eval_sets(config: Config) -> tuple[str, ...]:
 
 
 def check_lengths(config: Config, model: Qwen3Config) -> None:
-    """Raises UserError when the longest possible sequence exceeds the model's positions."""
+    """Raises UserError when the longest possible sequence exceeds the model's positions, or the cache."""
     longest = {
         "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         "reflect.max_new_tokens": config.reflect.max_prompt_tokens + config.reflect.max_new_tokens,
@@ -109,6 +117,8 @@ def check_lengths(config: Config, model: Qwen3Config) -> None:
                 f"{field} makes sequences of up to {tokens} tokens; the model has "
                 f"{model.max_position_embeddings} positions, so lower it or the prompt limit"
             )
+    for section in (config.rollout, config.reflect, config.eval):
+        cache_pages(config, section.max_new_tokens)
 
 
 def build(
@@ -123,7 +133,7 @@ def build(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model, path = inputs.model, Path(config.model.path)
     validate_mesh_for(model, mesh)
-    check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    check_rows(config, row_devices(mesh))
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     for leaf in replicated_dims(shapes, mesh):
         logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
@@ -137,9 +147,10 @@ def build(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, shardings
     )
     first = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
-    generate = lambda section, top_p: make_generate(
+    generate = lambda section, top_p, slots: make_generate(
         model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
-        stop_ids=inputs.tokenizer.stop_ids,
+        stop_ids=inputs.tokenizer.stop_ids, slots=slots,
+        pool=cache_pages(config, section.max_new_tokens),
     )  # fmt: skip
     tools = Tools(
         config=config,
@@ -149,12 +160,25 @@ def build(
         mesh=mesh,
         grader=grader,
         key=jax.random.key(config.seed),
-        sample=generate(config.rollout, config.rollout.top_p),
-        reflect=generate(config.reflect, 1.0),
-        evaluate=generate(config.eval, config.eval.top_p),
+        floor=measure_floor(model, mesh.shape["tensor"]),
+        sample=generate(config.rollout, config.rollout.top_p, config.rollout.slots),
+        reflect=generate(config.reflect, 1.0, config.rollout.slots),
+        evaluate=generate(config.eval, config.eval.top_p, config.eval.batch),
         update=make_update(config, model, optimizer, mesh, shardings),
     )
     return tools, frozen_params, like, lambda: first(load())
+
+
+def cache_pages(config: Config, max_new: int) -> int:
+    """Pages for responses on each row device. Raises UserError where a single one might not fit."""
+    page = pages.page_length(max_new)
+    pool, least = config.rollout.cache_tokens // page, pages.most_own(page, max_new)
+    if pool < least:
+        raise UserError(
+            f"rollout.cache_tokens is {config.rollout.cache_tokens}; a response of {max_new} tokens needs "
+            f"{least * page}, so raise it or lower the limit of rollout, reflect and eval"
+        )
+    return pool
 
 
 def check_rows(config: Config, devices: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -24,8 +24,9 @@ from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.distill import reflect, teacher
 from rosd_jax.evals.localize import quote_exact
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.models.sharding import row_sharding
+from rosd_jax.models.sharding import row_devices, row_sharding
 from rosd_jax.rewards import Grader
+from rosd_jax.rollout.floor import Floor
 from rosd_jax.text.prompts import Wording
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Graded, Lesson, Params, Prompts, Reflected, Rollout, TrainState
@@ -44,6 +45,7 @@ class Tools:
     mesh: Mesh
     grader: Grader
     key: jax.Array
+    floor: Floor  # of decoding
     sample: Callable[..., Rollout]  # training rollouts
     reflect: Callable[..., Rollout]  # the reflector's answers
     evaluate: Callable[..., Rollout]  # evaluation's answers
@@ -77,7 +79,9 @@ def train_step(
         state, metrics = tools.update(state, frozen_params, lesson)
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
     numbers = {**describe(graded), **describe_reflections(reflected, weight_BR), **metrics}
-    return state, {**numbers, **clock.seconds(graded)}, reflected, weight_BR
+    numbers |= describe_decoding(rollout, tools.floor, clock.spent["rollout"], "rollout")
+    numbers |= describe_decoding(reflected.answers, tools.floor, clock.spent["reflect"], "reflect")
+    return state, {**numbers, **clock.seconds()}, reflected, weight_BR
 
 
 def sample_rollouts(tools: Tools, params: Params, prompts: Prompts, step: int) -> Rollout:
@@ -115,6 +119,7 @@ def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) ->
     )  # fmt: skip
     rows = [row for row, prompt in enumerate(ids) if prompt is not None]
     raws: list[str | None] = [None] * len(ids)
+    answers = None
     if rows:
         answers = decode_rows(
             tools.reflect,
@@ -123,12 +128,14 @@ def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) ->
             np.array(rows, np.int32) + step * len(ids),
             np.full(len(rows), config.reflect.max_new_tokens, np.int32),
             jax.random.fold_in(tools.key, 1),
-            rows=row_bucket(len(rows), len(ids), tools.mesh),
+            rows=len(ids),
+            shards=row_devices(tools.mesh),
             longest=config.reflect.max_prompt_tokens,
         )
-        for row, text in zip(rows, decode(tools.tokenizer, answers), strict=False):
+        for row, text in zip(rows, decode(tools.tokenizer, answers), strict=True):
             raws[row] = text
-    return reflect.read_reflections(graded, plans, raws, tools.tokenizer, config.lesson)
+    reflected = reflect.read_reflections(graded, plans, raws, tools.tokenizer, config.lesson)
+    return replace(reflected, answers=answers)
 
 
 def make_lesson(tools: Tools, reflected: Reflected) -> tuple[Reflected, Lesson]:
@@ -164,27 +171,35 @@ def decode_rows(
     key: jax.Array,
     *,
     rows: int,
+    shards: int = 1,
     longest: int,
+    prompts: int | None = None,
 ) -> Rollout:
-    """Decodes M prompts as `rows` >= M rows of one shape, on the host; rows beyond M are inactive."""
-    spare = rows - len(prompt_ids)
-    tokens_NP, length_N = pad_rows([*prompt_ids, *[[0]] * spare], longest)
-    rollout = generate(
-        params,
-        tokens_NP,
-        length_N,
-        np.arange(rows, dtype=np.int32),
-        np.pad(uid_M, (0, spare)),
-        np.pad(limit_M, (0, spare)),
-        key,
-    )
-    return jax.device_get(rollout)
+    """Decodes M prompts as `rows` >= M rows of one shape; returns M rows, on the host.
+
+    Equal prompts are prefilled once on each shard of the rows, and every shard gets an equal share of
+    the M, neighbours together. prompts: the shape's number of different ones; None: rows.
+    """
+    number: dict[tuple[int, ...], int] = {}
+    prompt_of_M = [number.setdefault(tuple(ids), len(number)) for ids in prompt_ids]
+    tokens_NP, length_N = pad_rows([*number, *[[0]] * ((prompts or rows) - len(number))], longest)
+    shares = np.array_split(np.arange(len(prompt_ids)), shards)
+    at_M = np.concatenate([d * (rows // shards) + np.arange(len(share)) for d, share in enumerate(shares)])
+
+    def deal(values_M: Any) -> np.ndarray:
+        row_B = np.zeros(rows, np.int32)
+        row_B[at_M] = values_M
+        return row_B
+
+    given = deal(prompt_of_M), deal(uid_M), deal(limit_M)  # the limit of spare rows is 0
+    rollout = jax.device_get(generate(params, tokens_NP, length_N, *given, key))
+    return pick(rollout, at_M)
 
 
-def row_bucket(n: int, most: int, mesh: Mesh) -> int:
-    """Rows to decode n prompts in: a power of two times the row devices, at most `most`."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    return min(most, devices * (1 << (-(-n // devices) - 1).bit_length()))
+def pick(rollout: Rollout, rows_M: np.ndarray) -> Rollout:
+    """Some rows of a rollout on the host."""
+    columns = rollout.tokens_BR, rollout.length_B, rollout.logp_BR, rollout.finished_B
+    return Rollout(*(x[rows_M] for x in columns), stats=rollout.stats)
 
 
 def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
@@ -201,6 +216,20 @@ def describe(graded: Graded) -> Numbers:
         response_length=float(np.mean(rollout.length_B)),
         truncated=float(np.mean(~np.asarray(rollout.finished_B))),
     )
+
+
+def describe_decoding(rollout: Rollout | None, floor: Floor, seconds: float, stage: str) -> Numbers:
+    """Tokens a second, the share of slots that were idle and of the time that memory alone would take.
+
+    The stage's seconds hold everything, so compilation where it happened. NaN where nothing was decoded.
+    """
+    stats = rollout and rollout.stats
+    tokens = float(np.sum(rollout.length_B)) if rollout else float("nan")
+    return {
+        f"tokens_per_second_{stage}": tokens / seconds,
+        f"idle_share_{stage}": stats.idle_share if stats else float("nan"),
+        f"floor_share_{stage}": floor.seconds(stats) / seconds if stats else float("nan"),
+    }
 
 
 def describe_reflections(reflected: Reflected, weight_BR: np.ndarray) -> Numbers:
@@ -227,17 +256,15 @@ class Clock:
     """Seconds spent in each stage."""
 
     def __init__(self, stage: Callable[[str], None]):
-        self._stage, self._spent = stage, {}
+        self._stage, self.spent = stage, {}
 
     @contextmanager
     def __call__(self, name: str) -> Any:
         self._stage(name)
         began = time.perf_counter()
         yield
-        self._spent[name] = time.perf_counter() - began
+        self.spent[name] = time.perf_counter() - began
 
-    def seconds(self, graded: Graded) -> Numbers:
-        """The stages' seconds, and sampled tokens a second of the rollout stage."""
-        tokens = float(np.sum(graded.rollout.length_B))
-        spent = {f"seconds_{name}": s for name, s in self._spent.items()}
-        return {"tokens_per_second": tokens / self._spent["rollout"], **spent}
+    def seconds(self) -> Numbers:
+        """The stages' seconds, as numbers of the step."""
+        return {f"seconds_{name}": s for name, s in self.spent.items()}

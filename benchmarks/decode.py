@@ -1,0 +1,250 @@
+"""Decoding side by side with tunix's Sampler and transformers' generate: same random weights, same CPU.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.decode --out=DIR [--tunix-python=FILE] [--hf-python=FILE]
+        [--cases=fixed,ragged,evaluation,top_p] [--rounds=3] [--batches=16,32,64]
+
+The peers' dependencies clash, so each runs in an interpreter of its own as a worker that waits for its
+turn; one without an interpreter is left out. Greedy tokens of all must agree first.
+
+    fixed       every row of one batch gets the same number of tokens
+    ragged      lognormal lengths, the same for everybody: we are stopped at each row's own; a peer runs
+                every batch until its longest row, with a cache for the most that a row might get
+    evaluation  many short rows of few prompts: slots that are refilled against batch after batch
+    top_p       the nucleus of a large vocabulary by bisection, against sorting it
+
+Peers take the batch size that is fastest for them. Times are the whole call's, prompts included;
+contestants take turns, and their first call, which compiles, is reported by itself. Processor seconds
+stand beside them, for runs on a machine that does other things too. DIR gets decode.json and decode.md.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.decode_peers import Call, Peer, here, seconds
+from benchmarks.timing import cells, interleaved, summary, table, versions
+from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.weights import save_pretrained
+from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.sampler import invert_cdf, sample
+from rosd_jax.types import Params, Rollout
+
+OURS, STATIC, SORTING = "ours", "ours, static batches", "sorting"
+GOALS = {("fixed", "tunix"): 1.5, ("ragged", "tunix"): 4.0, ("ragged", "transformers"): 5.0,
+         ("evaluation", STATIC): 1.9, ("top_p", SORTING): 20.0}  # fmt: skip
+SIGMA = 0.8  # of the lengths' logarithms
+TOP_P = 0.95
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model and of the cases. Lengths are in tokens; a mean is that of the uncut lognormal."""
+
+    model: Qwen3Config = Qwen3Config(4096, 256, 768, 8, 4, 2, 64, tie_word_embeddings=True)
+    prompt: int = 64
+    fixed: tuple[int, int] = 32, 128  # rows, tokens of each
+    ragged_rows: int = 256
+    ragged_mean: float = 96.0
+    ragged_most: int = 512
+    questions: int = 200
+    samples: int = 16
+    slots: int = 64
+    short_mean: float = 6.0
+    short_most: int = 32
+    top_p: tuple[int, int] = 16, 151936  # rows, vocabulary
+
+
+SIZES = Sizes()
+
+
+class Contest(NamedTuple):
+    """Contestants, each of which yields the `wanted` tokens."""
+
+    calls: dict[str, Call]
+    wanted: int
+    notes: dict[str, Any] = {}
+
+
+def main(argv: list[str] | None = None, sizes: Sizes = SIZES) -> None:
+    """Runs what the arguments say; both files are complete after every case."""
+    parser = argparse.ArgumentParser(description="Decoding against tunix and transformers")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tunix-python")
+    parser.add_argument("--hf-python")
+    parser.add_argument("--cases", default="fixed,ragged,evaluation,top_p")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", default="16,32,64", help="rows of a peer's ragged batch: the best wins")
+    args = parser.parse_args(argv)
+    params = random_params(sizes.model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(folder, params, sizes.model)
+        pythons = {"tunix": args.tunix_python, "transformers": args.hf_python}
+        peers = {name: Peer(name, python, folder) for name, python in pythons.items() if python}
+        cases = {
+            "fixed": lambda: fixed(sizes, params, peers),
+            "ragged": lambda: ragged(sizes, params, peers, [int(n) for n in args.batches.split(",")]),
+            "evaluation": lambda: evaluation(sizes, params),
+            "top_p": lambda: top_p(sizes, peers, folder),
+        }
+        record = {
+            "date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "rounds": args.rounds,
+            "sizes": asdict(sizes), "load": [os.getloadavg()], "cases": {},
+            "versions": {name: peer.versions for name, peer in peers.items()} | {OURS: versions("jax")},
+            "greedy": check_greedy(sizes, params, peers),
+        }  # fmt: skip
+        args.out.mkdir(parents=True, exist_ok=True)
+        for case in args.cases.split(","):
+            record["cases"][case] = measure(cases[case](), args.rounds)
+            record["load"].append(os.getloadavg())
+            (args.out / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
+            (args.out / "decode.md").write_text(render(record) + "\n")
+        for peer in peers.values():
+            peer.close()
+
+
+def random_params(model: Qwen3Config) -> Params:
+    """Matrices so large that greedy text does not repeat one id."""
+    params = init_params(model, jax.random.key(0))
+    return jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, params)
+
+
+def lengths(rows: int, mean: float, most: int, seed: int) -> np.ndarray:
+    """int32 in 1..most: lognormal of that mean, cut."""
+    draw = np.random.default_rng(seed).lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA, rows)
+    return np.clip(np.rint(draw), 1, most).astype(np.int32)
+
+
+def prompts(sizes: Sizes, rows: int) -> np.ndarray:
+    """Random ids [rows, sizes.prompt]."""
+    shape = rows, sizes.prompt
+    return np.random.default_rng(0).integers(2, sizes.model.vocab_size, shape, np.int32)
+
+
+def engine(sizes: Sizes, params: Params, most: int, temperature: float = 1.0, **options: Any):
+    """Ours: (prompts, each row's prompt, each row's tokens) -> a rollout that is there."""
+    generate = make_generate(
+        sizes.model, None, max_new=most, temperature=temperature, top_p=1.0, stop_ids=(), **options
+    )
+
+    def run(ids: np.ndarray, prompt_of_B: np.ndarray, limit_B: np.ndarray) -> Rollout:
+        rows = prompt_of_B.astype(np.int32), np.arange(len(limit_B), dtype=np.int32), limit_B
+        length_N = np.full(len(ids), sizes.prompt, np.int32)
+        return jax.block_until_ready(generate(params, ids, length_N, *rows, jax.random.key(1)))
+
+    return run
+
+
+def check_greedy(sizes: Sizes, params: Params, peers: dict[str, Peer]) -> dict[str, Any]:
+    """Raises ValueError unless the peers' greedy tokens are ours."""
+    ids, new = prompts(sizes, 4), min(64, sizes.fixed[1])
+    run = engine(sizes, params, new, temperature=0.0)
+    wanted = np.asarray(run(ids, np.arange(4), np.full(4, new, np.int32)).tokens_BR)
+    for name, peer in peers.items():
+        got = np.array(peer.generate(ids, new, sizes.prompt + new, greedy=True)["tokens"])
+        if not np.array_equal(got, wanted):
+            raise ValueError(f"{name}: {np.mean(got != wanted):.1%} of its greedy tokens are not ours")
+    return {"tokens": wanted.size, "different ids": len(np.unique(wanted)), "equal": list(peers)}
+
+
+def fixed(sizes: Sizes, params: Params, peers: dict[str, Peer]) -> Contest:
+    """One batch, one length."""
+    rows, new = sizes.fixed
+    ids, run = prompts(sizes, rows), engine(sizes, params, new)
+    calls = {OURS: here(run, ids, np.arange(rows), np.full(rows, new, np.int32))}
+    peers_calls = {name: partial(peer.generate, ids, new, sizes.prompt + new) for name, peer in peers.items()}
+    return Contest(calls | peers_calls, rows * new)
+
+
+def ragged(sizes: Sizes, params: Params, peers: dict[str, Peer], batches: list[int]) -> Contest:
+    """One set of rows, in the peer's best batch."""
+    rows, most = sizes.ragged_rows, sizes.ragged_most
+    ids, limit_B = prompts(sizes, rows), lengths(rows, sizes.ragged_mean, most, seed=1)
+    calls = {OURS: here(engine(sizes, params, most, slots=sizes.slots), ids, np.arange(rows), limit_B)}
+    notes: dict[str, Any] = {"longest": int(limit_B.max())}
+    for name, peer in peers.items():
+        batch, notes[name] = peer.best_batch(ids, limit_B, sizes.prompt + most, batches)
+        calls[name] = partial(peer.in_batches, ids, limit_B, sizes.prompt + most, batch)
+    return Contest(calls, int(limit_B.sum()), notes)
+
+
+def evaluation(sizes: Sizes, params: Params) -> Contest:
+    """Ours alone: one queue, or as many rows at a time as there are slots."""
+    rows, slots = sizes.questions * sizes.samples, sizes.slots
+    ids, prompt_of_B = prompts(sizes, sizes.questions), np.arange(rows) // sizes.samples
+    limit_B = lengths(rows, sizes.short_mean, sizes.short_most, seed=2)
+    refilled = engine(sizes, params, sizes.short_most, slots=slots)
+    static = engine(sizes, params, sizes.short_most, compact=False)
+
+    def in_batches():
+        for at in range(0, rows, slots):
+            some, first = slice(at, at + slots), prompt_of_B[at]
+            static(ids[first : prompt_of_B[some][-1] + 1], prompt_of_B[some] - first, limit_B[some])
+
+    calls = {OURS: here(refilled, ids, prompt_of_B, limit_B), STATIC: here(in_batches)}
+    return Contest(calls, int(limit_B.sum()))
+
+
+def top_p(sizes: Sizes, peers: dict[str, Peer], folder: str) -> Contest:
+    """One token a row. The peers sort too."""
+    file = f"{folder}/logits.npy"
+    np.save(file, (3 * np.random.default_rng(0).normal(size=sizes.top_p)).astype(np.float32))
+    args = jnp.asarray(np.load(file)), jnp.linspace(0.01, 0.99, sizes.top_p[0])
+    bisected = jax.jit(lambda z_BV, u_B: sample(z_BV, u_B, temperature=1.0, top_p=TOP_P)[0])
+    wait = lambda call: here(lambda: call(*args).block_until_ready())
+    calls = {OURS: wait(bisected), SORTING: wait(jax.jit(by_sorting))}
+    calls |= {name: partial(peer.ask, "top_p", logits=file, top_p=TOP_P) for name, peer in peers.items()}
+    return Contest(calls, sizes.top_p[0])
+
+
+def by_sorting(logits_BV: jax.Array, u_B: jax.Array) -> jax.Array:
+    """Sorts values alone, which is cheaper than to sort ids with them."""
+    weight_BV = jax.nn.softmax(logits_BV)
+    sorted_BV = -jnp.sort(-weight_BV)
+    last_B = jnp.sum(jnp.cumsum(sorted_BV, axis=-1) < TOP_P, axis=-1)
+    least_B1 = jnp.take_along_axis(sorted_BV, last_B[:, None], axis=-1)
+    return invert_cdf(jnp.where(weight_BV >= least_B1, weight_BV, 0.0), u_B)
+
+
+def measure(contest: Contest, rounds: int) -> dict[str, Any]:
+    """Every contestant's first call, then the rounds; raises what a contestant raises."""
+    first = {name: seconds(call) for name, call in contest.calls.items()}
+    cpu_s: dict[str, list[float]] = {name: [] for name in first}
+    turn = lambda name: cpu_s[name].append(contest.calls[name]()["cpu_s"])
+    ms, errors = interleaved({name: partial(turn, name) for name in first}, warmups=0, reps=rounds)
+    for error in errors.values():
+        raise error
+    results = {
+        name: {"first_s": first[name], "s": [t / 1e3 for t in ms[name]], "cpu_s": cpu_s[name]}
+        for name in first
+    }
+    return {"wanted": contest.wanted, "results": results, "notes": contest.notes}
+
+
+def render(record: dict[str, Any]) -> str:
+    """One row a case and contestant."""
+    head = ["case", "contestant", "s", "p20 - p80", "n", "wanted tokens/s", "CPU s", "first call s",
+            "x ours", "x ours in CPU s", "goal"]  # fmt: skip
+    rows = []
+    for case, found in record["cases"].items():
+        ours_s, ours_cpu_s = (np.median(found["results"][OURS][key]) for key in ("s", "cpu_s"))
+        for name, result in found["results"].items():
+            s, cpu_s = (np.median(result[key]) for key in ("s", "cpu_s"))
+            numbers = f"{found['wanted'] / s:.0f}", f"{cpu_s:.3f}", f"{result['first_s']:.1f}"
+            ratios = f"{s / ours_s:.2f}", f"{cpu_s / ours_cpu_s:.2f}", f"{GOALS.get((case, name), '')}"
+            rows.append([case, name, *cells(summary(result["s"]), 3), *numbers, *ratios])
+    load = ", ".join(f"{load[0]:.1f}" for load in record["load"])
+    return f"{record['date']}, load before and after each case {load}:\n\n{table(head, rows)}"
+
+
+if __name__ == "__main__":
+    main()

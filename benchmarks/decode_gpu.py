@@ -1,0 +1,138 @@
+"""One decoding step at the shapes of Qwen3-4B on one device: time, share of the memory floor, peak memory.
+
+    python -m benchmarks.decode_gpu --implementation=pallas_gpu --out=FILE [--rows=128] [--context=2048] ...
+
+Weights are random bfloat16, every row is `context` tokens long, and a step feeds back its greedy token at
+the same position, so all steps do the same work. The floor is the bytes that a step must read (weights,
+without the embedding of which it takes a few rows, and live keys and values) over the bandwidth of a
+large copy on the same device. One implementation a process, since the allocator's peak is that of the
+process; null where a device does not tell it. Before anything is timed, the attention of a few rows of
+many lengths is compared with the definition. With the defaults, weights and store take 44 GiB;
+`pallas_gpu` needs a Hopper GPU. This script was tried on CPU, at small sizes, only.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import summary, versions
+from rosd_jax.kernels.paged_attention import write_and_attend, xla
+from rosd_jax.models.decoder import Weights, decode_step, fuse, local_logits
+from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.rollout.floor import copy_bandwidth
+
+QWEN3_4B = dict(vocab=151936, hidden=2560, inner=9728, layers=36, heads=32, kv_heads=8, width=128)
+RUN = dict(rows=128, context=2048, page=64, copy_mib=4096, rounds=10, steps=10)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures what the arguments say and writes one JSON object."""
+    parser = argparse.ArgumentParser(description="One decoding step against the memory floor")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--implementation", choices=("xla", "pallas_gpu"), required=True)
+    for name, value in (QWEN3_4B | RUN).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
+    args = parser.parse_args(argv)
+    chosen, device = {name: getattr(args, name) for name in QWEN3_4B | RUN}, jax.devices()[0]
+    model = Qwen3Config(*(chosen[name] for name in QWEN3_4B), tie_word_embeddings=True, dtype="bfloat16")
+    record = {
+        "date": time.strftime("%Y-%m-%d"), "device": device.device_kind,
+        "versions": versions("jax", "jaxlib"), "implementation": args.implementation, "sizes": chosen,
+        "error": attention_error(args), "copy_bytes_a_s": copy_bandwidth(args.copy_mib << 20, args.rounds),
+    }  # fmt: skip
+    record |= measure(args, model, record["copy_bytes_a_s"])
+    record["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def timed(call: Callable[[], Any], rounds: int, calls: int) -> list[float]:
+    """Seconds a call, of each round of so many calls that are waited for together; two calls warm up."""
+    times = []
+    for turn in range(rounds + 1):
+        start = time.perf_counter()
+        for _ in range(calls if turn else 2):
+            result = call()
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / calls)
+    return times[1:]
+
+
+def attention_error(args: argparse.Namespace) -> float:
+    """Largest difference from the definition, over rows that are idle, short, and end at or near a page."""
+    P, K, E = args.page, args.kv_heads, args.width
+    lengths = np.array([0, 1, P - 1, P, P + 1, args.context], np.int32)
+    B, M = len(lengths), -(-max(args.context, P + 1) // P)
+    q_key, kv_key, store_key = jax.random.split(jax.random.key(0), 3)
+    k_BKE, v_BKE = jax.random.normal(kv_key, (2, B, K, E), jnp.bfloat16)
+    operands = (
+        jax.random.normal(q_key, (B, args.heads, E), jnp.bfloat16), k_BKE, v_BKE,
+        jax.random.normal(store_key, (B * M, P, 2 * K, E), jnp.bfloat16),
+        jnp.arange(B * M, dtype=jnp.int32).reshape(B, M), jnp.asarray(lengths - 1), 0,
+    )  # fmt: skip
+    ours = jax.jit(partial(write_and_attend, implementation=args.implementation))
+    pairs = zip(ours(*operands), jax.jit(xla.reference)(*operands), strict=True)
+    wide = lambda x: np.asarray(x, np.float32)
+    return max(float(np.max(np.abs(wide(got) - wide(want)))) for got, want in pairs)
+
+
+def random_weights(model: Qwen3Config) -> Weights:
+    """As `fuse` gives them, without float32 parameters ever being there."""
+    shapes = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
+
+    def fill(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "norm" in name:
+            return jnp.ones(like.shape, like.dtype)
+        key = jax.random.key(sum(name.encode()))
+        return jax.jit(lambda key: jax.random.normal(key, like.shape, like.dtype) * 0.02)(key)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> dict[str, Any]:
+    """Milliseconds a step, and the share of them that reading at the copy's bandwidth would take."""
+    weights = random_weights(model)
+    pages = -(-args.context // args.page)
+    shape = model.num_hidden_layers * args.rows * pages, args.page, 2 * model.num_key_value_heads
+    shape = *shape, model.head_dim
+    page = jax.random.normal(jax.random.key(1), shape[1:], jnp.bfloat16)
+    store = jax.jit(partial(jnp.broadcast_to, shape=shape))(page)
+    table_BM = jnp.arange(args.rows * pages, dtype=jnp.int32).reshape(args.rows, pages)
+    position_B = jnp.full(args.rows, args.context - 1, jnp.int32)
+
+    @partial(jax.jit, donate_argnums=(1, 2))
+    def step(weights, token_B, store):
+        hidden_BD, store = decode_step(
+            weights, model, token_B, position_B, store, table_BM, None, args.implementation
+        )
+        logits_BV, _ = local_logits(weights, model, hidden_BD)
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), store
+
+    state = [jnp.zeros(args.rows, jnp.int32), store]
+    del store  # the state's is donated
+
+    def call() -> jax.Array:
+        state[:] = step(weights, *state)
+        return state[0]
+
+    times = timed(call, args.rounds, args.steps)
+    read = sum(x.nbytes for x in jax.tree.leaves({**weights, "embed": None}))
+    token = 2 * model.num_key_value_heads * model.head_dim * page.dtype.itemsize
+    kv = args.rows * args.context * model.num_hidden_layers * token
+    floor = (read + kv) / bandwidth
+    return {
+        "step_ms": summary(1e3 * s for s in times), "weight_bytes": read, "kv_bytes": kv,
+        "floor_ms": 1e3 * floor, "share_of_floor": floor / float(np.median(times)),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

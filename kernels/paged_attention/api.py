@@ -1,0 +1,91 @@
+"""The public function: checks, and the choice of implementation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import pallas_tpu, tpu, xla
+
+Implementation = Literal["xla", "ragged_tpu", "pallas_tpu", "pallas_gpu", "reference"]
+
+
+def _pallas_gpu(*operands):
+    from . import pallas_gpu  # Mosaic GPU is a large import that few need
+
+    return pallas_gpu.write_and_attend(*operands)
+
+
+_IMPLEMENTATIONS = {
+    "xla": xla.write_and_attend,
+    "ragged_tpu": tpu.write_and_attend,
+    "pallas_tpu": pallas_tpu.write_and_attend,
+    "pallas_gpu": _pallas_gpu,
+    "reference": xla.reference,
+}
+LANES = 128  # of a TPU's vectors, which a head fills for the kernels to compile
+
+
+def write_and_attend(
+    q_BHE: jax.Array,
+    k_BKE: jax.Array,
+    v_BKE: jax.Array,
+    store_XPWE: jax.Array,
+    table_BM: jax.Array,
+    position_B: jax.Array,
+    page_base: jax.Array | int,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Writes one token a row into its page, then attends to the row's positions 0..position.
+
+    Softmax attention with grouped queries: query head h reads key-value head h // (H // K), scores
+    are scaled by 1 / sqrt(E), and scores and sums are float32. Under jit with the store donated, or
+    carried through a loop, the write happens in place.
+
+    Args:
+      q_BHE: queries of B rows, H heads of width E; H is a multiple of K.
+      k_BKE, v_BKE: the new token's keys and values, in the store's dtype.
+      store_XPWE: X pages of P positions. W = 2 K heads, keys and values in turn: k0, v0, k1, v1, ...
+        It must be finite, also where nothing was written.
+      table_BM: int32, the page of each row's positions m P .. m P + P - 1, counted from page_base.
+        Entries behind the page of `position` may be any page of the layer: they are
+        read and ignored, or not read.
+      position_B: int32, where the new token stands; -1 marks an idle row, which writes nothing and
+        gets zeros. Live rows own the page they write: no other row's table leads to it.
+      page_base: the store's page to which 0 in the table points: layer x pages of a layer.
+      implementation: "xla", whose cost follows the longest live rows; "pallas_tpu", "ragged_tpu"
+        and "pallas_gpu", whose cost follows each row; "reference", which gathers every page of the
+        table. None takes "pallas_tpu" where it is compiled for a TPU and E is a multiple of 128, else
+        "xla". "pallas_gpu" has not been run on a GPU and is taken only when it is asked for; it needs
+        E in 64, 128, 192 or 256, P a multiple of 16 and a store of bfloat16 or float32.
+
+    Returns:
+      (out_BHE in q's dtype, the store). Raises ValueError on shapes or dtypes that do not fit.
+    """
+    _check(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B)
+    if (implementation or "xla") not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}, not one of {', '.join(_IMPLEMENTATIONS)}")
+    operands = (q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
+    if implementation is None and q_BHE.shape[-1] % LANES == 0:
+        return lax.platform_dependent(
+            *operands, tpu=pallas_tpu.write_and_attend, default=xla.write_and_attend
+        )
+    return _IMPLEMENTATIONS[implementation or "xla"](*operands)
+
+
+def _check(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B) -> None:
+    (B, H, E), K = q_BHE.shape, k_BKE.shape[1]
+    if k_BKE.shape != (B, K, E) or v_BKE.shape != k_BKE.shape or H % K:
+        raise ValueError(f"q, k, v of shapes {q_BHE.shape}, {k_BKE.shape}, {v_BKE.shape} do not fit")
+    if store_XPWE.ndim != 4 or store_XPWE.shape[2:] != (2 * K, E):
+        raise ValueError(f"a store of shape {store_XPWE.shape} does not end in {(2 * K, E)}")
+    if table_BM.ndim != 2 or table_BM.shape[0] != B or position_B.shape != (B,):
+        raise ValueError(f"table {table_BM.shape} and positions {position_B.shape} are not of {B} rows")
+    if table_BM.dtype != jnp.int32 or position_B.dtype != jnp.int32:
+        raise ValueError("table and positions must be int32")
+    if not k_BKE.dtype == v_BKE.dtype == store_XPWE.dtype:
+        raise ValueError(f"keys {k_BKE.dtype} and values {v_BKE.dtype} are not of {store_XPWE.dtype}")

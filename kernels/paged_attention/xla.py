@@ -1,0 +1,134 @@
+"""Plain XLA: the definition that gathers every page, and blocks of pages with an online softmax."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+GROUP, BLOCK = 8, 64  # on CPU: rows of like length that loop together; positions a trip reads
+WIDE_BLOCK = 512  # elsewhere, where all rows loop together, for the sake of few and large operations
+MINUS = -1e30  # a score that no exponential survives, without the NaN of inf - inf
+
+
+def write(
+    k_BKE: jax.Array,
+    v_BKE: jax.Array,
+    store_XPWE: jax.Array,
+    table_BM: jax.Array,
+    position_B: jax.Array,
+    page_base: jax.Array | int,
+) -> jax.Array:
+    """The store with each live row's token in its place: one row scatter, in place where donated."""
+    X, P, W, E = store_XPWE.shape
+    rows_BWE = jnp.stack([k_BKE, v_BKE], axis=2).reshape(-1, W, E)
+    page_B = jnp.take_along_axis(table_BM, position_B[:, None] // P, axis=1, mode="clip")[:, 0] + page_base
+    at_B = jnp.where(position_B < 0, X * P, page_B * P + position_B % P)
+    flat = store_XPWE.reshape(X * P, W, E)
+    return flat.at[at_B].set(rows_BWE, mode="drop").reshape(X, P, W, E)
+
+
+def write_and_attend(*operands):
+    """`api.write_and_attend`, by platform: groups of a few rows, or all rows at once."""
+    wide = partial(grouped, group=len(operands[0]), block=WIDE_BLOCK)
+    return lax.platform_dependent(*operands, cpu=partial(grouped, group=GROUP, block=BLOCK), default=wide)
+
+
+def grouped(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base, *, group: int, block: int):
+    """Longest rows first, so many in a group, which makes as many trips as its first row needs.
+
+    A trip reads `block` positions of each row, but at least a page.
+    """
+    store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
+    (B, K, _), pages = k_BKE.shape, max(1, block // store_XPWE.shape[1])
+    ids_BM = jnp.pad(table_BM + page_base, ((0, 0), (0, -table_BM.shape[1] % pages)))
+    position_R = jnp.pad(position_B, (0, -B % group), constant_values=-1)
+    order_R = jnp.argsort(-position_R)
+    row_R = jnp.minimum(order_R, B - 1)
+    position_R, q_RKGE, ids_RM = position_R[order_R], _grouped(q_BHE, K)[row_R], ids_BM[row_R]
+
+    def attend(g, out_RKGE):
+        mine = lambda x_R: lax.dynamic_slice_in_dim(x_R, g * group, group)
+        out_BKGE = _attend(mine(q_RKGE), store_XPWE, mine(ids_RM), mine(position_R), pages)
+        return lax.dynamic_update_slice_in_dim(out_RKGE, out_BKGE, g * group, axis=0)
+
+    groups = (jnp.sum(position_B >= 0) + group - 1) // group
+    out_RKGE = lax.fori_loop(0, groups, attend, jnp.zeros_like(q_RKGE))
+    out_BKGE = jnp.zeros_like(out_RKGE).at[order_R].set(out_RKGE)[:B]
+    return out_BKGE.reshape(q_BHE.shape).astype(q_BHE.dtype), store_XPWE
+
+
+def _attend(q_BKGE, store_XPWE, ids_BM, position_B, pages: int) -> jax.Array:
+    """An online softmax over `pages` pages a trip, 0 for an idle row; the first row is the longest."""
+    (B, K, G, E), P = q_BKGE.shape, store_XPWE.shape[1]
+    block = pages * P
+
+    def trip(i, state):
+        page_B1m = lax.dynamic_slice_in_dim(ids_BM, i * pages, pages, axis=1)[:, None]
+        head_1K1 = 2 * jnp.arange(K)[None, :, None]
+        # Apart at once: keys and values side by side make both products slower than two gathers (on CPU).
+        k, v = (store_XPWE.at[page_B1m, :, head_1K1 + j].get(mode="promise_in_bounds") for j in (0, 1))
+        k_BKSE, v_BKSE = (x.reshape(B, K, block, E).astype(jnp.float32) for x in (k, v))
+        return _accumulate(state, q_BKGE, k_BKSE, v_BKSE, _seen(position_B - i * block, block))
+
+    zero_BKG = jnp.zeros((B, K, G), jnp.float32)
+    state = jnp.zeros_like(q_BKGE), zero_BKG + MINUS, zero_BKG
+    out_BKGE, _, sum_BKG = lax.fori_loop(0, (position_B[0] + block) // block, trip, state)
+    out_BKGE = out_BKGE / jnp.where(sum_BKG > 0, sum_BKG, 1.0)[..., None]
+    return jnp.where(position_B[:, None, None, None] < 0, 0.0, out_BKGE)
+
+
+def reference(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
+    """`api.write_and_attend` by its definition, on all positions that the table can hold."""
+    store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
+    q_BKGE = _grouped(q_BHE, k_BKE.shape[1])
+    k_BSKE, v_BSKE = _gather(store_XPWE, table_BM + page_base)
+    score_BKGS = jnp.einsum("bkge,bske->bkgs", q_BKGE, k_BSKE)
+    seen_B11S = _seen(position_B, k_BSKE.shape[1])
+    weight_BKGS = jax.nn.softmax(jnp.where(seen_B11S, score_BKGS, -jnp.inf), axis=-1, where=seen_B11S)
+    out_BKGE = jnp.einsum("bkgs,bske->bkge", weight_BKGS, v_BSKE)
+    return out_BKGE.reshape(q_BHE.shape).astype(q_BHE.dtype), store_XPWE
+
+
+def _grouped(q_BHE: jax.Array, K: int) -> jax.Array:
+    """Queries by key-value head, float32 and scaled: [B, K, H // K, E]."""
+    B, H, E = q_BHE.shape
+    return q_BHE.astype(jnp.float32).reshape(B, K, H // K, E) / math.sqrt(E)
+
+
+def _gather(store_XPWE: jax.Array, page_Bm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of m pages a row, float32: [B, m P, K, E] each."""
+    _, P, W, E = store_XPWE.shape
+    B, m = page_Bm.shape
+    kv = (
+        store_XPWE.at[page_Bm]
+        .get(mode="promise_in_bounds")
+        .reshape(B, m * P, W // 2, 2, E)
+        .astype(jnp.float32)
+    )
+    return kv[:, :, :, 0], kv[:, :, :, 1]
+
+
+def _seen(position_B: jax.Array, S: int) -> jax.Array:
+    return (jnp.arange(S) <= position_B[:, None])[:, None, None, :]
+
+
+def _accumulate(state, q_BKGE, k_BKSE, v_BKSE, seen_B11S):
+    """One step of the online softmax: (weighted values, greatest score, sum of weights).
+
+    An idle row sums up nonsense, since its greatest score is MINUS; nobody reads it.
+    """
+    out_BKGE, top_BKG, sum_BKG = state
+    score_BKGS = jnp.where(seen_B11S, jnp.einsum("bkge,bkse->bkgs", q_BKGE, k_BKSE), MINUS)
+    new_BKG = jnp.maximum(top_BKG, jnp.max(score_BKGS, axis=-1))
+    weight_BKGS = jnp.exp(score_BKGS - new_BKG[..., None])
+    shrink_BKG = jnp.exp(top_BKG - new_BKG)
+    added_BKGE = jnp.einsum("bkgs,bkse->bkge", weight_BKGS, v_BKSE)
+    return (
+        out_BKGE * shrink_BKG[..., None] + added_BKGE,
+        new_BKG,
+        sum_BKG * shrink_BKG + jnp.sum(weight_BKGS, axis=-1),
+    )

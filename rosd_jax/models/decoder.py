@@ -1,0 +1,206 @@
+"""Qwen3 one token at a time: the same layers as qwen3.py, as pure functions that share one store.
+
+The store [L x pages, P, 2 K, E] holds keys and values of every layer and is carried through the scan
+over the layers, so that XLA writes it in place (kernels/paged_attention states its layout). All of it
+may run under `jax.shard_map`: `axis` then names the mesh axis along which heads, inner widths and the
+vocabulary are split; a dimension that the axis does not divide is whole on every device.
+
+    fuse(params, config)                                              -> weights, cast and joined once a call
+    prefill(weights, config, tokens_NP, store, page, axis)            -> store
+    decode_step(weights, config, token_B, position_B, store, table_BM, axis) -> hidden_BD, store
+    local_logits(weights, config, hidden_BD, axis)                    -> float32, this device's ids
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rosd_jax.kernels.paged_attention import Implementation, write_and_attend
+from rosd_jax.models.qwen3 import Qwen3Config, angles, attend, head_VD, turn
+from rosd_jax.types import Params
+
+QUERIES = 256  # longer prompts come in multiples of it
+Weights = dict[str, Any]
+# (queries [..., H, E], keys and values [..., K, E], store, layer) -> (heads' outputs, store)
+Attend = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def fuse(params: Params, config: Qwen3Config) -> Weights:
+    """Matrices at the compute type, those that read the same input joined into one.
+
+    A decoding step is many small operations, and each join saves one or two of them a layer.
+    """
+    cast = lambda x: x.astype(config.dtype)
+    join = lambda leaves: jnp.concatenate([cast(x) for x in leaves], axis=-1)
+    blocks = params["blocks"]
+    attention = blocks["attention"]
+    qkv = [attention[name] for name in ("q_proj", "k_proj", "v_proj")]
+    heads = lambda name, n: jnp.repeat(attention[name]["scale"][:, None], n, axis=1)
+    H, K = (x["kernel"].shape[-1] // config.head_dim for x in qkv[:2])
+    joined = dict(
+        qkv=join([x["kernel"] for x in qkv]),
+        out=cast(attention["o_proj"]["kernel"]),
+        gate_up=join([blocks["gate_proj"]["kernel"], blocks["up_proj"]["kernel"]]),
+        down=cast(blocks["down_proj"]["kernel"]),
+        input_norm=blocks["input_norm"]["scale"],
+        post_norm=blocks["post_norm"]["scale"],
+        head_norm=jnp.concatenate([heads("q_norm", H), heads("k_norm", K)], axis=1),
+    )
+    if config.attention_bias:
+        joined |= dict(qkv_bias=join([x["bias"] for x in qkv]), out_bias=cast(attention["o_proj"]["bias"]))
+    return dict(
+        embed=cast(params["embed"]),
+        head=cast(head_VD(params)),
+        final_norm=params["final_norm"]["scale"],
+        blocks=joined,
+    )
+
+
+def decode_step(
+    weights: Weights,
+    config: Qwen3Config,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    store_XPWE: jax.Array,
+    table_BM: jax.Array,
+    axis: str | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Feeds one token a row at its position: hidden states [B, D] and the store with the tokens in it.
+
+    A row at position -1 is idle: it writes nothing, and its hidden state means nothing.
+    """
+    pages = store_XPWE.shape[0] // config.num_hidden_layers
+
+    def paged(q_BHE, k_BKE, v_BKE, store_XPWE, layer):
+        return write_and_attend(
+            q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, layer * pages,
+            implementation=implementation,
+        )  # fmt: skip
+
+    x_BD = _embed(weights, config, token_B, axis)
+    x_BD, store_XPWE = _layers(weights, config, x_BD, position_B, store_XPWE, paged, axis)
+    return _norm(x_BD, weights["final_norm"], config), store_XPWE
+
+
+def prefill(
+    weights: Weights,
+    config: Qwen3Config,
+    tokens_NP: jax.Array,
+    store_XPWE: jax.Array,
+    page: jax.Array | int,
+    axis: str | None = None,
+) -> jax.Array:
+    """The store with the right-padded prompts' keys and values in it, padding's included.
+
+    Every layer's copy fills whole pages from `page` on, ceil(longest / page length) a prompt.
+    """
+    X, P, W, E = store_XPWE.shape
+    N, T = tokens_NP.shape
+    pages = X // config.num_hidden_layers
+
+    def fill(q_NTHE, k_NTKE, v_NTKE, store_XPWE, layer):
+        kv = jnp.stack([k_NTKE, v_NTKE], axis=3).reshape(N, T, W, E)
+        kv = jnp.pad(kv, ((0, 0), (0, -T % P), (0, 0), (0, 0))).reshape(-1, W, E)
+        # By rows: updated by pages, XLA for TPU keeps a second store.
+        at = (layer * pages + page) * P + jnp.arange(len(kv), dtype=jnp.int32)
+        store_XPWE = store_XPWE.reshape(X * P, W, E).at[at].set(kv).reshape(X, P, W, E)
+        return _causal(q_NTHE, k_NTKE, v_NTKE), store_XPWE
+
+    x_NTD = _embed(weights, config, tokens_NP, axis)
+    position_NT = jnp.broadcast_to(jnp.arange(T), (N, T))
+    return _layers(weights, config, x_NTD, position_NT, store_XPWE, fill, axis)[1]
+
+
+def _causal(q_NTHE: jax.Array, k_NTKE: jax.Array, v_NTKE: jax.Array) -> jax.Array:
+    """Causal attention. Of a T that QUERIES divides, so many queries at a time: no T x T scores."""
+    T = q_NTHE.shape[1]
+    if T <= QUERIES or T % QUERIES:
+        return attend(q_NTHE, k_NTKE, v_NTKE, is_causal=True)
+
+    def some(start):
+        q_NQHE = lax.dynamic_slice_in_dim(q_NTHE, start, QUERIES, axis=1)
+        seen_QT = jnp.arange(T) <= start + jnp.arange(QUERIES)[:, None]
+        return attend(q_NQHE, k_NTKE, v_NTKE, mask=seen_QT[None, None])
+
+    out_SNQHE = lax.map(some, jnp.arange(0, T, QUERIES))
+    return jnp.moveaxis(out_SNQHE, 0, 1).reshape(q_NTHE.shape)
+
+
+def local_logits(
+    weights: Weights, config: Qwen3Config, hidden_BD: jax.Array, axis: str | None = None
+) -> tuple[jax.Array, str | None]:
+    """float32 logits of the ids on this device, padding rows at -inf, and the axis they are split along.
+
+    The axis is None where every device holds the whole vocabulary.
+    """
+    z_BV = jnp.einsum("bd,vd->bv", hidden_BD, weights["head"], preferred_element_type=jnp.float32)
+    V = z_BV.shape[1]
+    split = axis if config.vocab_size != V else None
+    if config.num_tokens is None:
+        return z_BV, split
+    first = 0 if split is None else lax.axis_index(split) * V
+    return jnp.where(first + jnp.arange(V) < config.num_tokens, z_BV, -jnp.inf), split
+
+
+def _layers(weights, config: Qwen3Config, x, position, store_XPWE, attend: Attend, axis: str | None):
+    """All blocks over activations [..., D]; `attend` stores the keys and values and reads what it may."""
+    cos, sin = angles(position, config.head_dim, config.rope_theta)
+
+    def block(carry, scanned):
+        x, store_XPWE = carry
+        w, layer = scanned
+        q, k, v = _heads(w, config, _norm(x, w["input_norm"], config), cos, sin)
+        out, store_XPWE = attend(q, k, v, store_XPWE, layer)
+        out = out.reshape(*x.shape[:-1], -1)
+        out = _summed(out @ w["out"], out.shape[-1], config.num_attention_heads * config.head_dim, axis)
+        x = x + (out + w["out_bias"] if config.attention_bias else out)
+        gate, up = jnp.split(_norm(x, w["post_norm"], config) @ w["gate_up"], 2, axis=-1)
+        down = (jax.nn.silu(gate) * up) @ w["down"]
+        return (x + _summed(down, gate.shape[-1], config.intermediate_size, axis), store_XPWE), None
+
+    scanned = weights["blocks"], jnp.arange(config.num_hidden_layers)
+    return lax.scan(block, (x, store_XPWE), scanned)[0]
+
+
+def _heads(w, config: Qwen3Config, x, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys (both normed and rotated) and values of this device's heads: [..., heads, E]."""
+    qkv = x @ w["qkv"]
+    if config.attention_bias:
+        qkv = qkv + w["qkv_bias"]
+    qkv = qkv.reshape(*qkv.shape[:-1], -1, config.head_dim)
+    HK = w["head_norm"].shape[0]
+    qk = turn(_norm(qkv[..., :HK, :], w["head_norm"], config), cos, sin)
+    K = qkv.shape[-2] - HK
+    return qk[..., : HK - K, :], qk[..., HK - K :, :], qkv[..., HK:, :]
+
+
+def _norm(x: jax.Array, scale: jax.Array, config: Qwen3Config) -> jax.Array:
+    """RMSNorm of qwen3.py: over the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.rms_norm_eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _embed(weights: Weights, config: Qwen3Config, token: jax.Array, axis: str | None) -> jax.Array:
+    embed_VD = weights["embed"]
+    V = embed_VD.shape[0]
+    if V == config.vocab_size:
+        return embed_VD[token]
+    assert axis is not None
+    local = token - lax.axis_index(axis) * V
+    mine = (local >= 0) & (local < V)
+    return lax.psum(jnp.where(mine[..., None], embed_VD[jnp.clip(local, 0, V - 1)], 0), axis)
+
+
+def _summed(x: jax.Array, here: int, whole: int, axis: str | None) -> jax.Array:
+    """The sum over the axis's devices of partial products over `here` of `whole` columns."""
+    if here == whole:
+        return x
+    assert axis is not None
+    return lax.psum(x, axis)

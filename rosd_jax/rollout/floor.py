@@ -1,0 +1,61 @@
+"""How fast decoding could be if memory were all that it waits for.
+
+A step must read the weights once, and every live sequence's keys and values. The floor is the time that
+these bytes take at the bandwidth of a large copy on the same device, so a share of it says how much of
+what the device can do was used, whatever the device.
+
+    measure_floor(model, tensor)      -> Floor
+    floor.seconds(stats)              -> of one rollout
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rosd_jax.models.decoder import fuse
+from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.types import DecodeStats
+
+COPY_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What one device reads, and how fast it can."""
+
+    weight_bytes: float  # a step
+    position_bytes: float  # keys and values of one position, all layers
+    bandwidth: float  # bytes a second
+
+    def seconds(self, stats: DecodeStats) -> float:
+        """Of the shard of rows that takes longest."""
+        bytes_D = np.asarray(stats.steps) * self.weight_bytes + np.asarray(stats.read) * self.position_bytes
+        return float(np.max(bytes_D)) / self.bandwidth
+
+
+def measure_floor(model: Qwen3Config, tensor: int) -> Floor:
+    """Of a device that holds 1 / tensor of the heads, inner widths and vocabulary."""
+    weights = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
+    read = {name: leaves for name, leaves in weights.items() if name != "embed"}  # of which a step takes rows
+    weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
+    width = 2 * model.num_key_value_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+    position_bytes = model.num_hidden_layers * width
+    return Floor(weight_bytes / tensor, position_bytes / tensor, copy_bandwidth(COPY_BYTES))
+
+
+def copy_bandwidth(size: int, rounds: int = 3) -> float:
+    """Bytes a second, read and written, of an array of so many bytes; the best round."""
+    x = jnp.zeros(size // 4, jnp.int32)
+    copy = jax.jit(lambda x: x + 1)  # a mere copy could be elided
+    jax.block_until_ready(copy(x))
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(copy(x))
+        times.append(time.perf_counter() - start)
+    return 2 * size / min(times)

@@ -1,0 +1,237 @@
+"""Which sequence sits in which slot, and which pages hold it: the part of decoding without a model.
+
+A slot is a row of the batch that is decoded; a sequence waits in a queue until a slot is free. The first
+pages of the store hold the prompts and never change; a slot's table starts with its prompt's full pages
+and goes on with pages of its own, taken from a stack as the sequence grows and given back when it ends.
+If the stack runs dry, the youngest sequences go back to the queue and start anew later: their tokens
+depend on uid and position alone, so they come out the same.
+
+Slots change rarely, so each change is one turn of a loop that mostly makes no turn, and a step in which
+nothing happens pays for a few comparisons.
+
+    refill(state, rows) -> state      free slots take sequences from the queue
+    reserve(state) -> state           every live slot owns the page that its next token goes to
+    record(state, token_S, logp_S, stop_ids) -> state    tokens are kept, ended sequences leave
+    compact(slots_SC, N, count) -> slots_SC    fewer slots
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rosd_jax.types import DecodeStats, Rollout
+
+
+class Rows(NamedTuple):
+    """What is known of N sequences before they start."""
+
+    given_N4: jax.Array  # int32: last prompt token, fed first; prompt length; its first page; most tokens
+    u_NR: jax.Array  # float32: the uniform number of every token
+
+
+# A slot is one row of int32, so that filling, emptying or moving it is one write: its sequence (N where it
+# is empty), its newest token, how many tokens it has, its prompt's length, the most tokens it may have, the
+# how-manieth refill brought it, pages of the prompt at the head of its table, pages of its own behind them,
+# and from column TABLE on the table.
+ROW, LAST, COUNT, START, LIMIT, BORN, SHARED, OWN, TABLE = range(9)
+
+
+class State(NamedTuple):
+    """All that a decoding step changes; scalars are int32."""
+
+    store: jax.Array  # [L x pages, P, 2 K, E]
+    slots_SC: jax.Array
+    free_F: jax.Array  # the stack of free pages, with room for one table behind it
+    top: jax.Array  # how many are free
+    queue_N: jax.Array  # sequences in order of their turn: those from head to tail - 1 wait
+    head: jax.Array
+    tail: jax.Array
+    held: jax.Array  # bool: pages ran out, so nobody starts before somebody ends
+    born: jax.Array  # refills so far
+    out: Rollout
+    stats: DecodeStats
+
+
+def page_length(max_new: int) -> int:
+    """Positions a page: 64, fewer where a response would fill little of its last one, but at least 16."""
+    return min(64, max(16, 1 << max(0, max_new.bit_length() - 2)))
+
+
+def most_own(page: int, max_new: int) -> int:
+    """Pages that a sequence may need behind those it shares."""
+    return (max_new + page - 2) // page + 1
+
+
+def table_width(page: int, prompt: int, max_new: int) -> int:
+    """Pages of the longest sequence; its last token is never fed."""
+    return -(-(prompt + max_new - 1) // page)
+
+
+def empty(store: jax.Array, rows: Rows, slots: int, pinned: int, pool: int, width: int) -> State:
+    """The state before the first step: `pool` pages from number `pinned` on are free."""
+    N, R = rows.u_NR.shape
+    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+    waiting_N = rows.given_N4[:, 3] > 0  # a sequence that may have no token never waits
+    out = Rollout(
+        tokens_BR=zeros(N, R),
+        length_B=zeros(N),
+        logp_BR=jnp.zeros((N, R), jnp.float32),
+        finished_B=jnp.zeros(N, bool),
+    )
+    return State(
+        store=store,
+        slots_SC=zeros(slots, TABLE + width).at[:, ROW].set(N),
+        free_F=jnp.arange(pinned, pinned + pool + width, dtype=jnp.int32),
+        top=jnp.int32(pool),
+        queue_N=indices(waiting_N, N),
+        head=zeros(),
+        tail=jnp.sum(waiting_N, dtype=jnp.int32),
+        held=jnp.bool(False),
+        born=zeros(),
+        out=out,
+        stats=DecodeStats(zeros(), zeros(), zeros(), zeros(), jnp.zeros((), jnp.float32)),
+    )
+
+
+def indices(mask_N: jax.Array, size: int) -> jax.Array:
+    """Where the mask is True, in order (int32); N in the places behind."""
+    N = len(mask_N)
+    rank_N = jnp.where(mask_N, jnp.cumsum(mask_N) - 1, size)
+    return jnp.full(size, N, jnp.int32).at[rank_N].set(jnp.arange(N, dtype=jnp.int32), mode="drop")
+
+
+def live(state: State) -> jax.Array:
+    """Which slots hold a sequence: bool [S]."""
+    return state.slots_SC[:, ROW] < len(state.queue_N)
+
+
+def position(state: State) -> jax.Array:
+    """Where each slot's newest token stands, which is fed next; -1 in an empty slot: int32 [S]."""
+    return jnp.where(live(state), state.slots_SC[:, START] - 1 + state.slots_SC[:, COUNT], -1)
+
+
+def refill(state: State, rows: Rows, layers: int) -> State:
+    """Free slots take the next sequences of the queue while pages last."""
+
+    def wanted(state: State) -> jax.Array:
+        return (state.head < state.tail) & ~jnp.all(live(state)) & (state.top > 0) & ~state.held
+
+    return lax.while_loop(wanted, lambda state: _start(state, rows, layers), state)
+
+
+def _start(state: State, rows: Rows, layers: int) -> State:
+    """Puts the next sequence in the first empty slot, with a page of its own for its next tokens."""
+    s, row = jnp.argmin(live(state)), state.queue_N[state.head]
+    first, start, page, limit = rows.given_N4[row]
+    shared = (start - 1) // state.store.shape[1]  # the prompt's pages that nothing is written to any more
+    own = state.free_F[state.top - 1]
+    m = jnp.arange(state.slots_SC.shape[1] - TABLE)
+    table_M = jnp.where(m < shared, page + m, own)
+    head = [row, first, 0, start, limit, state.born, shared, 1]
+    return state._replace(
+        store=_copy_page(state.store, page + shared, own, layers),
+        slots_SC=state.slots_SC.at[s].set(jnp.concatenate([jnp.stack(head), table_M])),
+        top=state.top - 1,
+        head=state.head + 1,
+        born=state.born + 1,
+    )
+
+
+def _copy_page(store: jax.Array, source: jax.Array, target: jax.Array, layers: int) -> jax.Array:
+    """Copies a page in every layer: the one that prompt and response share becomes the slot's own."""
+    pages = len(store) // layers
+
+    # One slice at a time: with an index array, or slices over all layers, some backend copies the store.
+    def copy(layer: jax.Array, store: jax.Array) -> jax.Array:
+        page = lax.dynamic_slice_in_dim(store, layer * pages + source, 1)
+        return lax.dynamic_update_slice_in_dim(store, page, layer * pages + target, axis=0)
+
+    return lax.fori_loop(0, layers, copy, store)
+
+
+def reserve(state: State) -> State:
+    """Every live slot owns the page of its next token; the youngest leave where pages do not suffice."""
+    (S, C), R = state.slots_SC.shape, state.out.tokens_BR.shape[1]
+    if len(state.free_F) - (C - TABLE) < S * most_own(state.store.shape[1], R):  # else they always suffice
+        state = lax.while_loop(lambda state: jnp.sum(_lacking(state)) > state.top, _preempt, state)
+    need_S = _lacking(state)
+    page_S = state.free_F[jnp.maximum(state.top - jnp.cumsum(need_S), 0)]
+    at_S = jnp.where(need_S, TABLE + state.slots_SC[:, SHARED] + state.slots_SC[:, OWN], C)
+    slots_SC = state.slots_SC.at[jnp.arange(S), at_S].set(page_S, mode="drop")
+    return state._replace(
+        slots_SC=slots_SC.at[:, OWN].add(need_S.astype(jnp.int32)),
+        top=state.top - jnp.sum(need_S, dtype=jnp.int32),
+    )
+
+
+def _lacking(state: State) -> jax.Array:
+    """The slots whose next token begins a page that they do not own yet."""
+    page_S = position(state) // state.store.shape[1]
+    return live(state) & (page_S >= state.slots_SC[:, SHARED] + state.slots_SC[:, OWN])
+
+
+def _preempt(state: State) -> State:
+    """Puts the youngest sequence back at the head of the queue."""
+    s = jnp.argmax(jnp.where(live(state), state.slots_SC[:, BORN], -1))
+    head = state.head - 1
+    stats = replace(state.stats, preempted=state.stats.preempted + 1)
+    queue_N = state.queue_N.at[head].set(state.slots_SC[s, ROW])
+    return _vacate(state, s)._replace(queue_N=queue_N, head=head, held=jnp.bool(True), stats=stats)
+
+
+def _vacate(state: State, s: jax.Array) -> State:
+    """Empties a slot and puts its own pages on the stack."""
+    slot_C = state.slots_SC[s]
+    M = len(slot_C) - TABLE
+    # What the whole table leaves above the new top is no page yet, and is overwritten by the next one.
+    own_M = slot_C[TABLE + (jnp.arange(M) + slot_C[SHARED]) % M]
+    return state._replace(
+        slots_SC=state.slots_SC.at[s, ROW].set(len(state.queue_N)),
+        free_F=lax.dynamic_update_slice_in_dim(state.free_F, own_M, state.top, axis=0),
+        top=state.top + slot_C[OWN],
+    )
+
+
+def record(state: State, token_S: jax.Array, logp_S: jax.Array, stop_ids: tuple[int, ...]) -> State:
+    """Keeps the live slots' tokens; a sequence with a stop token or at its limit leaves its slot."""
+    live_S, slots_SC, out = live(state), state.slots_SC, state.out
+    row_S, at_S, count_S = slots_SC[:, ROW], slots_SC[:, COUNT], slots_SC[:, COUNT] + 1
+    stop_S = jnp.any(token_S[:, None] == jnp.array(stop_ids, jnp.int32), axis=1)
+    ended_S = stop_S | (count_S >= slots_SC[:, LIMIT])
+    out = replace(
+        out,
+        tokens_BR=out.tokens_BR.at[row_S, at_S].set(token_S, mode="drop"),
+        logp_BR=out.logp_BR.at[row_S, at_S].set(logp_S, mode="drop"),
+        length_B=out.length_B.at[row_S].set(count_S, mode="drop"),
+        finished_B=out.finished_B.at[row_S].set(stop_S, mode="drop"),
+    )
+    state = state._replace(
+        slots_SC=slots_SC.at[:, LAST].set(token_S).at[:, COUNT].set(count_S),
+        out=out,
+        stats=_count(state, live_S),
+        held=state.held & ~jnp.any(live_S & ended_S),
+    )
+    leaves_S = lambda state: live(state) & ended_S
+    leave = lambda state: _vacate(state, jnp.argmax(leaves_S(state)))
+    return lax.while_loop(lambda state: jnp.any(leaves_S(state)), leave, state)
+
+
+def _count(state: State, live_S: jax.Array) -> DecodeStats:
+    stats = state.stats
+    return replace(
+        stats,
+        steps=stats.steps + 1,
+        busy=stats.busy + jnp.sum(live_S, dtype=jnp.int32),
+        slots=stats.slots + len(live_S),
+        read=stats.read + jnp.sum(position(state) + 1, dtype=jnp.float32),
+    )
+
+
+def compact(slots_SC: jax.Array, sequences: int, count: int) -> jax.Array:
+    """`count` slots, among them all that hold one of the N sequences; nothing but small integers moves."""
+    return slots_SC[jnp.argsort(slots_SC[:, ROW] >= sequences, stable=True)[:count]]

@@ -1,0 +1,106 @@
+"""Decoding Qwen3-8B over four TPU chips that are not there: it compiles, the page store stays in place."""
+
+import importlib.util
+import math
+import os
+import re
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.sharding import decoder_specs, make_mesh, param_shardings
+from rosd_jax.rollout import loop
+from rosd_jax.rollout.pages import page_length
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu compiles for TPUs; its wheel is Linux x86-64's",
+    ),
+]
+
+COMPILE_ONLY = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+MODEL = Qwen3Config(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    dtype="bfloat16",
+)
+ROWS, PROMPTS, PROMPT, NEW = 64, 8, 512, 4096
+STOP = (151645, 151643)
+CHIPS = 4
+TOPOLOGIES = ["v5p:2x2x1", "v6e:2x2"]
+
+
+def placed(mesh, x, spec):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+
+@cache
+def lowered(topology, implementation=None):
+    """The prefill and the loop, ready to be compiled, and the bytes of the store on one chip."""
+    os.environ.update(COMPILE_ONLY)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(1, 1, CHIPS, devices)
+    how = loop.Decoding(
+        MODEL, mesh, NEW, 1.0, 1.0, STOP, ROWS, page_length(NEW), None, PROMPTS, implementation
+    )  # fmt: skip
+    put = partial(placed, mesh)
+    ints = lambda *shape: put(jax.ShapeDtypeStruct(shape, jnp.int32), P())
+    params = jax.eval_shape(partial(init_params, MODEL), jax.random.key(0))
+    params = jax.tree.map(lambda x, s: put(x, s.spec), params, param_shardings(params, mesh))
+    key = put(jax.eval_shape(lambda: jax.random.key(0)), P())
+    args = params, ints(PROMPTS, PROMPT), ints(PROMPTS), *[ints(ROWS)] * 3, key
+    begin = jax.jit(partial(loop.begin, how=how))
+    chunk = jax.jit(partial(loop.decode_chunk, how=how), donate_argnums=2)
+    specs = decoder_specs(MODEL, mesh), P(loop.ROWS), loop._state_specs()
+    handed_on = jax.tree.map(
+        lambda spec, tree: jax.tree.map(lambda x: put(x, spec), tree),
+        specs, jax.eval_shape(begin, *args), is_leaf=lambda x: isinstance(x, P),
+    )  # fmt: skip
+    store = handed_on[2].store
+    size = math.prod(store.shape) * store.dtype.itemsize // CHIPS
+    return begin.lower(*args), chunk.lower(*handed_on, ints()), size
+
+
+def moved(text, size):
+    """Instructions that copy or transpose an array of at least half of the store's bytes."""
+    found = []
+    for result, name in re.findall(r"= (.*?) (copy|copy-start|transpose)\(", text):
+        arrays = re.findall(r"bf16\[([\d,]+)\]", result)
+        if any(2 * math.prod(int(n) for n in dims.split(",")) >= size / 2 for dims in arrays):
+            found.append((name, result))
+    return found
+
+
+@pytest.mark.parametrize(
+    "topology, implementation", [("v5p:2x2x1", None), ("v6e:2x2", None), ("v6e:2x2", "ragged_tpu")]
+)
+def test_the_loop_writes_the_store_in_place(topology, implementation):
+    _, chunk, size = lowered(topology, implementation)
+    chunk = chunk.compile()
+    memory, text = chunk.memory_analysis(), chunk.as_text()
+    assert ("paged_write_and_attend" if implementation is None else "ragged_paged_attention") in text
+    assert moved(text, size) == []
+    assert size <= memory.alias_size_in_bytes < 1.001 * size
+    assert memory.temp_size_in_bytes < 0.06 * size
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_prompts_are_filled_into_one_store(topology):
+    """Bytes alone: a prefill's compiled text cannot be printed."""
+    begin, _, size = lowered(topology)
+    memory = begin.compile().memory_analysis()
+    assert memory.output_size_in_bytes < size + (4 << 30)  # and a quarter of 15.3 GiB of weights
+    assert memory.temp_size_in_bytes < 0.2 * size

@@ -1,0 +1,145 @@
+"""The GPU kernel of the decoding step's attention: interpreted on CPU, and lowered for CUDA."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu import core as mosaic_gpu_core
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.interpreters import mlir
+
+from rosd_jax.kernels.paged_attention import pallas_gpu, write_and_attend, xla
+
+PAGE, WIDTH, LAYER = 32, 7, 20  # positions a page, pages of a table, pages of a layer
+LONG = WIDTH * PAGE
+LENGTHS = [0, 1, PAGE - 1, PAGE, PAGE + 1, LONG, 0, 4 * PAGE + 19]
+
+if jax.__version_info__ < (0, 11):
+    # That interpreter binds layout casts, which have no rule for the CPU: here they are the identity.
+    mlir.register_lowering(mosaic_gpu_core.layout_cast_p, lambda ctx, x, **_: [x], platform="cpu")
+
+
+def operands(lengths, heads, kv_heads, dtype, E=64, q_dtype=None, seed=0):
+    """Rows whose newest token is number `length` - 1, in layer 1 of a store of three; 0: idle.
+
+    Every live row owns its last page and shares the others. Entries behind it point past the store.
+    """
+    rng = np.random.default_rng(seed)
+    B, shared = len(lengths), LAYER - len(lengths)
+    position_B = np.array(lengths, np.int32) - 1
+    own_B = position_B // PAGE
+    table_BM = rng.integers(0, shared, (B, WIDTH))
+    table_BM[np.arange(B), np.maximum(own_B, 0)] = shared + rng.permutation(B)
+    table_BM[np.arange(WIDTH) > own_B[:, None]] = 9 * LAYER
+    normal = lambda dtype, *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    q_BHE = normal(q_dtype or dtype, B, heads, E)
+    k_BKE, v_BKE = (normal(dtype, B, kv_heads, E) for _ in "kv")
+    store_XPWE = normal(dtype, 3 * LAYER, PAGE, 2 * kv_heads, E)
+    return q_BHE, k_BKE, v_BKE, store_XPWE, jnp.asarray(table_BM, jnp.int32), jnp.asarray(position_B), LAYER
+
+
+def check(args, split=2 * PAGE, stage=PAGE, **params):
+    """Our kernel against the definition, which gathers every page and so gets a table inside the store."""
+    _, _, _, store_XPWE, table_BM, position_B, _ = args
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_gpu, "SPLIT", split)
+        patch.setattr(pallas_gpu, "STAGE_BYTES", stage * 2 * store_XPWE.shape[3] * store_XPWE.dtype.itemsize)
+        run = partial(pallas_gpu.write_and_attend, interpret=InterpretGPUParams(**params))
+        got_BHE, got_XPWE = jax.jit(run)(*args)
+    inside_BM = jnp.where(table_BM < LAYER, table_BM, 0)
+    want_BHE, want_XPWE = xla.reference(*args[:4], inside_BM, *args[5:])
+    tolerance = 1e-5 if got_BHE.dtype == jnp.float32 else 2e-2
+    to32 = lambda x: np.asarray(x, np.float32)
+    np.testing.assert_allclose(to32(got_BHE), to32(want_BHE), atol=tolerance, rtol=tolerance)
+    np.testing.assert_array_equal(to32(got_XPWE), to32(want_XPWE))
+    assert not to32(got_BHE)[np.asarray(position_B) < 0].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_call_writes_and_attends_as_the_definition_does(dtype):
+    check(operands(LENGTHS, 4, 2, dtype))
+
+
+@pytest.mark.parametrize("split, stage", [(16, 16), (3 * PAGE, 16), (LONG, PAGE)])
+def test_splits_and_stages_of_any_size_give_the_same(split, stage):
+    check(operands([LONG - 5, 0, 17], 2, 1, "float32"), split, stage)
+
+
+@pytest.mark.parametrize("heads, kv_heads, E", [(9, 1, 64), (5, 1, 128), (2, 2, 128), (3, 1, 256)])
+def test_heads_with_more_queries_than_a_block_holds_and_odd_numbers_of_them(heads, kv_heads, E):
+    check(operands([PAGE + 1, 3 * PAGE], heads, kv_heads, "bfloat16", E))
+
+
+@pytest.mark.parametrize("dtype, q_dtype", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_queries_may_be_of_another_dtype_and_are_not_rounded(dtype, q_dtype):
+    check(operands([5, 2 * PAGE], 2, 1, dtype, q_dtype=q_dtype))
+
+
+def test_a_call_of_idle_rows_only():
+    check(operands([0, 0], 2, 1, "float32"))
+
+
+def test_copies_never_meet_what_is_still_being_read():
+    from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
+
+    check(operands([0, LONG, 1], 2, 1, "float32"), stage=16, detect_races=True)
+    assert not get_races().races_found
+
+
+def test_refuses_what_it_has_no_layout_for():
+    good = operands([3], 2, 1, "float32")
+    narrow = operands([3], 2, 1, "float32", E=32)
+    half = [x.astype(jnp.float16) for x in good[:4]]
+    short = good[3].reshape(-1, 8, *good[3].shape[2:])
+    for args in (narrow, (*half, *good[4:]), (*good[:3], short, *good[4:])):
+        with pytest.raises(ValueError, match="pallas_gpu takes heads 64, 128, 192 or 256 wide"):
+            write_and_attend(*args, implementation="pallas_gpu")
+
+
+# ---- lowering ------------------------------------------------------------------------------------
+
+
+def lowered(function, *args):
+    traced = jax.jit(function, donate_argnums=3).trace(*args)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def array(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("rows", [32, 256])
+def test_lowers_for_cuda_at_the_shapes_of_qwen3_4b(rows, dtype):
+    store = array(dtype, 36 * 1000, 64, 16, 128)
+    kv = array(dtype, rows, 8, 128)
+    where = array(jnp.int32, rows, 36), array(jnp.int32, rows), array(jnp.int32)
+    attend = partial(write_and_attend, implementation="pallas_gpu")
+    assert_in_place(lowered(attend, array(dtype, rows, 32, 128), kv, kv, store, *where))
+
+
+def test_a_whole_decoding_step_of_qwen3_4b_lowers_for_cuda():
+    from rosd_jax.models.decoder import decode_step, fuse
+    from rosd_jax.models.qwen3 import Qwen3Config, init_params
+
+    sizes = 151936, 2560, 9728, 36, 32, 8, 128
+    model = Qwen3Config(*sizes, tie_word_embeddings=True, dtype=jnp.bfloat16)
+    weights = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
+    step = lambda weights, token_B, position_B, store, table_BM: decode_step(
+        weights, model, token_B, position_B, store, table_BM, implementation="pallas_gpu"
+    )
+    store, row = array(jnp.bfloat16, 36 * 1000, 64, 16, 128), array(jnp.int32, 128)
+    assert_in_place(lowered(step, weights, row, row, store, array(jnp.int32, 128, 36)))
+
+
+def assert_in_place(text):
+    """The donated store is aliased to the returned one, and the kernel, which reads it, returns none."""
+    store = r"tensor<36000x64x16x128x\w+>"
+    assert re.search(rf"{store} {{[^}}]*tf.aliasing_output = 1", text)
+    calls = [line for line in text.splitlines() if "mosaic_gpu" in line and "custom_call" in line]
+    assert len(calls) == 1
+    operands, results = calls[0].rsplit("->", 1)
+    assert re.search(store, operands) and not re.search(store, results)
