@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rosd_jax.kernels.paged_attention import write_and_attend
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import decoder_specs, make_mesh, param_shardings
 from rosd_jax.rollout import loop
@@ -95,6 +96,20 @@ def test_the_loop_writes_the_store_in_place(topology, implementation):
     assert moved(text, size) == []
     assert size <= memory.alias_size_in_bytes < 1.001 * size
     assert memory.temp_size_in_bytes < 0.06 * size
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("implementation", [None, "ragged_tpu"])
+def test_the_kernels_compile_whatever_precision_the_caller_asks_for(implementation, dtype):
+    os.environ.update(COMPILE_ONLY)
+    mesh = make_mesh(1, 1, 1, topologies.get_topology_desc(platform="tpu", topology_name="v6e:1x1").devices)
+    put = lambda dtype, *shape: placed(mesh, jax.ShapeDtypeStruct(shape, dtype), P())
+    q, k, store = put(dtype, 8, 4, 128), put(dtype, 8, 2, 128), put(dtype, 64, 16, 4, 128)
+    attend = partial(write_and_attend, page_base=0, implementation=implementation)
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    with jax.default_matmul_precision("highest"):
+        lowered = jax.jit(attend).lower(q, k, k, store, put("int32", 8, 8), put("int32", 8))
+    assert "paged" in lowered.compile().as_text()
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -166,8 +166,9 @@ def _attend(group: Group, q_HE: jax.Array, r: jax.Array, slot: jax.Array, ahead:
     column_HC = lax.broadcasted_iota(jnp.int32, (H, lines), 1)
     head_HC = lax.div(lax.broadcasted_iota(jnp.int32, (H, lines), 0), 2 * H // W)
     own_HC = lax.rem(column_HC, W) == 2 * head_HC
-    exact = lax.Precision.HIGHEST if group.buffer_ref.dtype == jnp.float32 else None
-    dot = partial(lax.dot_general, precision=exact, preferred_element_type=jnp.float32)
+    # Named for either dtype: the caller's default may be "highest", which Mosaic refuses for bfloat16.
+    precision = lax.Precision.HIGHEST if group.buffer_ref.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dot = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
     def body(wave, state):
         out_HE, top_H1, sum_H1, slot, ahead = state

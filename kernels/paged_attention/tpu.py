@@ -34,7 +34,9 @@ def write_and_attend(
     (B, _, E), M, P = q_BHE.shape, table_BM.shape[1], store_XPWE.shape[1]
     rank_B, live = ranks(position_B)
     row_B = jnp.zeros_like(rank_B).at[rank_B].set(jnp.arange(B, dtype=jnp.int32))
-    with jax.numpy_dtype_promotion("standard"):
+    # The kernel names no precision, and Mosaic refuses "highest" for bfloat16.
+    precision = "highest" if store_XPWE.dtype == jnp.float32 else "default"
+    with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision(precision):
         out_BHE = ragged_paged_attention(
             q_BHE[row_B],
             store_XPWE,
