@@ -135,7 +135,7 @@ def test_long_prompts_are_prefilled_as_short_ones(monkeypatch):
     at_once = decoder.prefill(weights, SMALL, TOKENS[:, :6], store, 0)
     monkeypatch.setattr(decoder, "QUERIES", 2)
     in_pieces = decoder.prefill(weights, SMALL, TOKENS[:, :6], store, 0)
-    np.testing.assert_allclose(in_pieces, at_once, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(in_pieces, at_once, atol=5e-6, rtol=0)  # processors round differently
     assert np.abs(np.asarray(at_once)).max() > 0.1
 
 
