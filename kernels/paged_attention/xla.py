@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 GROUP, BLOCK = 8, 64  # on CPU: rows of like length that loop together; positions a trip reads
+SHORT = 128  # on CPU: positions of a table that are read at once, which spares two loops to run and compile
 WIDE_BLOCK = 512  # elsewhere, where all rows loop together, for the sake of few and large operations
 MINUS = -1e30  # a score that no exponential survives, without the NaN of inf - inf
 
@@ -33,8 +34,11 @@ def write(
 
 def write_and_attend(*operands):
     """`api.write_and_attend`, by platform: groups of a few rows, or all rows at once."""
-    wide = partial(grouped, group=len(operands[0]), block=WIDE_BLOCK)
-    return lax.platform_dependent(*operands, cpu=partial(grouped, group=GROUP, block=BLOCK), default=wide)
+    q_BHE, _, _, store_XPWE, table_BM, *_ = operands
+    short = table_BM.shape[1] * store_XPWE.shape[1] <= SHORT
+    narrow = reference if short else partial(grouped, group=GROUP, block=BLOCK)
+    wide = partial(grouped, group=len(q_BHE), block=WIDE_BLOCK)
+    return lax.platform_dependent(*operands, cpu=narrow, default=wide)
 
 
 def grouped(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base, *, group: int, block: int):
@@ -67,11 +71,7 @@ def _attend(q_BKGE, store_XPWE, ids_BM, position_B, pages: int) -> jax.Array:
     block = pages * P
 
     def trip(i, state):
-        page_B1m = lax.dynamic_slice_in_dim(ids_BM, i * pages, pages, axis=1)[:, None]
-        head_1K1 = 2 * jnp.arange(K)[None, :, None]
-        # Apart at once: keys and values side by side make both products slower than two gathers (on CPU).
-        k, v = (store_XPWE.at[page_B1m, :, head_1K1 + j].get(mode="promise_in_bounds") for j in (0, 1))
-        k_BKSE, v_BKSE = (x.reshape(B, K, block, E).astype(jnp.float32) for x in (k, v))
+        k_BKSE, v_BKSE = _gather(store_XPWE, lax.dynamic_slice_in_dim(ids_BM, i * pages, pages, axis=1))
         return _accumulate(state, q_BKGE, k_BKSE, v_BKSE, _seen(position_B - i * block, block))
 
     zero_BKG = jnp.zeros((B, K, G), jnp.float32)
@@ -85,11 +85,11 @@ def reference(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
     """`api.write_and_attend` by its definition, on all positions that the table can hold."""
     store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
     q_BKGE = _grouped(q_BHE, k_BKE.shape[1])
-    k_BSKE, v_BSKE = _gather(store_XPWE, table_BM + page_base)
-    score_BKGS = jnp.einsum("bkge,bske->bkgs", q_BKGE, k_BSKE)
-    seen_B11S = _seen(position_B, k_BSKE.shape[1])
+    k_BKSE, v_BKSE = _gather(store_XPWE, table_BM + page_base)
+    score_BKGS = jnp.einsum("bkge,bkse->bkgs", q_BKGE, k_BKSE)
+    seen_B11S = _seen(position_B, k_BKSE.shape[2])
     weight_BKGS = jax.nn.softmax(jnp.where(seen_B11S, score_BKGS, -jnp.inf), axis=-1, where=seen_B11S)
-    out_BKGE = jnp.einsum("bkgs,bske->bkge", weight_BKGS, v_BSKE)
+    out_BKGE = jnp.einsum("bkgs,bkse->bkge", weight_BKGS, v_BKSE)
     return out_BKGE.reshape(q_BHE.shape).astype(q_BHE.dtype), store_XPWE
 
 
@@ -100,16 +100,15 @@ def _grouped(q_BHE: jax.Array, K: int) -> jax.Array:
 
 
 def _gather(store_XPWE: jax.Array, page_Bm: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of m pages a row, float32: [B, m P, K, E] each."""
+    """Keys and values of m pages a row, float32: [B, K, m P, E] each.
+
+    Apart at once: keys and values side by side make the products slower than two gathers (on CPU).
+    """
     _, P, W, E = store_XPWE.shape
-    B, m = page_Bm.shape
-    kv = (
-        store_XPWE.at[page_Bm]
-        .get(mode="promise_in_bounds")
-        .reshape(B, m * P, W // 2, 2, E)
-        .astype(jnp.float32)
-    )
-    return kv[:, :, :, 0], kv[:, :, :, 1]
+    (B, m), head_1K1 = page_Bm.shape, jnp.arange(0, W, 2)[None, :, None]
+    rows = lambda j: store_XPWE.at[page_Bm[:, None], :, head_1K1 + j].get(mode="promise_in_bounds")
+    k_BKSE, v_BKSE = (rows(j).reshape(B, W // 2, m * P, E).astype(jnp.float32) for j in (0, 1))
+    return k_BKSE, v_BKSE
 
 
 def _seen(position_B: jax.Array, S: int) -> jax.Array:

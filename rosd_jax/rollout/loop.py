@@ -267,7 +267,11 @@ def _begin_shard(params, prompt_NP, prompt_len_N, key, prompt_of_1B, uid_1B, lim
     used_n, rank_N = pages.indices(used_N, most), jnp.cumsum(used_N) - 1
     start_B, width = prompt_len_N[prompt_of_B], -(-T // how.page)
     given_B = prompt_NP[prompt_of_B, start_B - 1], start_B, rank_N[prompt_of_B] * width, limit_B
-    rows = Rows(jnp.stack(given_B, axis=1), row_uniforms(key, uid_B, how.max_new))
+    if how.temperature:
+        u_BR = row_uniforms(key, uid_B, how.max_new)
+    else:
+        u_BR = jnp.zeros((B, how.max_new), jnp.float32)  # greedy decoding draws nothing
+    rows = Rows(jnp.stack(given_B, axis=1), u_BR)
     at_once = max(1, min(most, PREFILL_TOKENS // T))  # prompts a pass
     pinned = -(-most // at_once) * at_once * width
     slots = min(B, -(-(how.slots or B) // how.shards) if how.slots else B)
