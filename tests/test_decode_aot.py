@@ -54,8 +54,9 @@ def lowered(topology, implementation=None):
     os.environ.update(COMPILE_ONLY)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(1, 1, CHIPS, devices)
+    page = page_length(NEW)
     how = loop.Decoding(
-        MODEL, mesh, NEW, 1.0, 1.0, STOP, ROWS, page_length(NEW), None, PROMPTS, implementation
+        MODEL, mesh, NEW, 1.0, 1.0, STOP, ROWS, page, None, PROMPTS * PROMPT // page, implementation
     )  # fmt: skip
     put = partial(placed, mesh)
     ints = lambda *shape: put(jax.ShapeDtypeStruct(shape, jnp.int32), P())

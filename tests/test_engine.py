@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rosd_jax.models import decoder
 from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params, logits
 from rosd_jax.models.sharding import make_mesh, param_shardings
-from rosd_jax.rollout import loop, pages
+from rosd_jax.rollout import loop, pages, prompts
 from rosd_jax.rollout.loop import Decoding, make_generate
 
 MODEL = Qwen3Config(
@@ -97,6 +98,38 @@ def test_scarce_pages_put_sequences_back_and_they_say_the_same_again(alone, slot
 @pytest.mark.parametrize("page", [3, 64])
 def test_the_page_length_does_not_change_tokens(alone, page):
     assert_same(generate(page=page, slots=8), alone)
+
+
+def test_passes_of_several_widths_change_nothing(alone, monkeypatch):
+    """Six prompts of 1 to 9 tokens, one a pass, in passes of 4, 8 and 9."""
+    monkeypatch.setattr(decoder, "QUERIES", 2)
+    monkeypatch.setattr(prompts, "PASS_TOKENS", 9)
+    widths, prefill = set(), decoder.prefill
+    spy = lambda *args: widths.add(args[2].shape) or prefill(*args)
+    monkeypatch.setattr(decoder, "prefill", spy)
+    assert_same(generate(slots=9), alone)  # a number that no other test has traced
+    assert widths == {(1, 4), (1, 8), (1, 9)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_wanted_prompts_fill_whole_pages_of_their_own_and_no_more(seed):
+    rng = np.random.default_rng(seed)
+    length_N = rng.integers(1, 40, 12).astype(np.int32)
+    prompt_of_B, limit_B = rng.integers(0, 12, 16), rng.integers(0, 2, 16) * (seed > 0)
+    wanted_N = np.isin(np.arange(12), prompt_of_B[limit_B > 0])
+    layout = jax.device_get(prompts.lay_out(jnp.asarray(length_N), jnp.asarray(wanted_N), PAGE))
+    some = slice(0, wanted_N.sum())
+    assert sorted(layout.order_N) == list(range(12)) and (np.diff(layout.length_N) <= 0).all()
+    assert sorted(layout.order_N[some]) == np.flatnonzero(wanted_N).tolist()
+    np.testing.assert_array_equal(layout.length_N[some], length_N[layout.order_N[some]])
+    assert not layout.length_N[some.stop :].any()
+    ends_N = layout.first_N + -(-layout.length_N // PAGE)
+    np.testing.assert_array_equal(layout.first_N, [0, *ends_N[:-1]])
+    room = prompts.room(length_N, prompt_of_B, limit_B, PAGE, shards=1)
+    least = prompts.LEAST_TOKENS // PAGE
+    assert room == least >= ends_N[-1]
+    many = np.full(12, PAGE * least - 1), np.arange(12), np.ones(12)
+    assert prompts.room(*many, PAGE, shards=3) == 4 * least  # four on each shard
 
 
 @pytest.mark.parametrize("shape, slots", [((8, 1, 1), 8), ((2, 2, 2), None), ((1, 4, 2), 8)])
@@ -217,7 +250,7 @@ def test_pages_are_neither_lost_nor_shared_and_every_sequence_ends_once(seed):
 
 def compiled_chunk(slots, stop_ids=STOP):
     options = {name: OPTIONS[name] for name in ("temperature", "top_p", "page")} | {"max_new": 2000}
-    how = Decoding(MODEL, None, stop_ids=stop_ids, slots=slots, prompts=6, **options)
+    how = Decoding(MODEL, None, stop_ids=stop_ids, slots=slots, prompt_pages=18, **options)
     args = PARAMS, PROMPT, PROMPT_LEN, PROMPT_OF, UID, LIMIT, KEY
     state = jax.eval_shape(partial(loop.begin, how=how), *args)
     chunk = jax.jit(partial(loop.decode_chunk, how=how), donate_argnums=2)
@@ -239,7 +272,7 @@ def test_the_store_is_written_in_place():
 
 def test_weights_are_cast_and_joined_once_a_call_not_once_a_step():
     """In bfloat16 the loop's weights are arguments of the compute type."""
-    how = Decoding(MODEL.replace(dtype="bfloat16"), None, NEW, 1.0, 1.0, STOP, None, PAGE, prompts=6)
+    how = Decoding(MODEL.replace(dtype="bfloat16"), None, NEW, 1.0, 1.0, STOP, None, PAGE, prompt_pages=18)
     args = PARAMS, PROMPT, PROMPT_LEN, PROMPT_OF, UID, LIMIT, KEY
     with jax.numpy_dtype_promotion("standard"):
         weights, _, state = jax.eval_shape(partial(loop.begin, how=how), *args)

@@ -18,6 +18,7 @@ SMALL = Qwen3Config(
     head_dim=16,  # not hidden_size / heads, as in the released models
 )
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 11)).astype(np.int32)
+FIRST = np.array([0, 3, 6], np.int32)  # page of each row's prompt
 
 
 def params_of(config: Qwen3Config):
@@ -50,7 +51,7 @@ def test_prefill_and_decode_equal_the_full_forward_on_rows_of_unequal_length(kv_
     want = full_logits(params, config, TOKENS)
 
     weights, store, table = decoding(params, config)
-    store = jax.jit(decoder.prefill, static_argnums=1)(weights, config, prompt, store, 0)
+    store = jax.jit(decoder.prefill, static_argnums=1)(weights, config, prompt, length_B, store, FIRST)
     step = jax.jit(decoder.decode_step, static_argnums=1)
     for i in range(-1, 4):  # from the prompts' last tokens on
         position = length_B + i
@@ -85,7 +86,7 @@ def programs(config: Qwen3Config):
     loss = lambda p: qwen3.hidden_states(p, config, TOKENS).sum()
     yield jax.make_jaxpr(jax.grad(loss))(params)
     _, store, table = jax.eval_shape(lambda p: decoding(p, config), params)
-    prefill = lambda p, s: decoder.prefill(decoder.fuse(p, config), config, TOKENS, s, 0)
+    prefill = lambda p, s: decoder.prefill(decoder.fuse(p, config), config, TOKENS, FIRST, s, FIRST)
     yield jax.make_jaxpr(prefill)(params, store)
     step = lambda p, s, t: decoder.decode_step(
         decoder.fuse(p, config), config, TOKENS[:, 0], TOKENS[:, 0], s, t
@@ -132,9 +133,9 @@ def test_every_parameter_gets_a_gradient_and_remat_gives_the_same():
 def test_long_prompts_are_prefilled_as_short_ones(monkeypatch):
     params = params_of(SMALL)
     weights, store, _ = decoding(params, SMALL)
-    at_once = decoder.prefill(weights, SMALL, TOKENS[:, :6], store, 0)
+    at_once = decoder.prefill(weights, SMALL, TOKENS[:, :6], np.full(3, 6), store, FIRST)
     monkeypatch.setattr(decoder, "QUERIES", 2)
-    in_pieces = decoder.prefill(weights, SMALL, TOKENS[:, :6], store, 0)
+    in_pieces = decoder.prefill(weights, SMALL, TOKENS[:, :6], np.full(3, 6), store, FIRST)
     np.testing.assert_allclose(in_pieces, at_once, atol=5e-6, rtol=0)  # processors round differently
     assert np.abs(np.asarray(at_once)).max() > 0.1
 
@@ -147,7 +148,7 @@ def test_bfloat16_activations_stay_near_float32_and_parameters_stay_float32():
     assert z.dtype == np.float32
     assert np.abs(z - exact).max() < 0.1 * np.abs(exact).max()
     weights, store, table = decoding(params, config)
-    store = decoder.prefill(weights, config, TOKENS[:, :7], store, 0)
+    store = decoder.prefill(weights, config, TOKENS[:, :7], np.full(3, 7), store, FIRST)
     hidden, store = decoder.decode_step(
         weights, config, TOKENS[:, 5], jnp.full(3, 5, jnp.int32), store, table
     )

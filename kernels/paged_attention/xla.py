@@ -67,7 +67,7 @@ def grouped(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base, *,
 
 def _attend(q_BKGE, store_XPWE, ids_BM, position_B, pages: int) -> jax.Array:
     """An online softmax over `pages` pages a trip, 0 for an idle row; the first row is the longest."""
-    (B, K, G, E), P = q_BKGE.shape, store_XPWE.shape[1]
+    (B, K, G, _), P = q_BKGE.shape, store_XPWE.shape[1]
     block = pages * P
 
     def trip(i, state):

@@ -6,7 +6,7 @@ may run under `jax.shard_map`: `axis` then names the mesh axis along which heads
 vocabulary are split; a dimension that the axis does not divide is whole on every device.
 
     fuse(params, config)                                              -> weights, cast and joined once a call
-    prefill(weights, config, tokens_NP, store, page, axis)            -> store
+    prefill(weights, config, tokens_NP, length_N, store, first_N, axis)     -> store
     decode_step(weights, config, token_B, position_B, store, table_BM, axis) -> hidden_BD, store
     local_logits(weights, config, hidden_BD, axis)                    -> float32, this device's ids
 """
@@ -92,25 +92,27 @@ def prefill(
     weights: Weights,
     config: Qwen3Config,
     tokens_NP: jax.Array,
+    length_N: jax.Array,
     store_XPWE: jax.Array,
-    page: jax.Array | int,
+    first_N: jax.Array,
     axis: str | None = None,
 ) -> jax.Array:
-    """The store with the right-padded prompts' keys and values in it, padding's included.
+    """The store with the right-padded prompts' keys and values in it.
 
-    Every layer's copy fills whole pages from `page` on, ceil(longest / page length) a prompt.
+    In every layer prompt n fills pages from first_N[n] on (int32), ceil(length_N[n] / page length) of
+    them; its padding is not written.
     """
     X, P, W, E = store_XPWE.shape
     N, T = tokens_NP.shape
     pages = X // config.num_hidden_layers
+    t = jnp.arange(T, dtype=jnp.int32)
+    at_NT = jnp.where(t < length_N[:, None], first_N[:, None] * P + t, X * P)  # the latter is dropped
 
     def fill(q_NTHE, k_NTKE, v_NTKE, store_XPWE, layer):
         kv = jnp.stack([k_NTKE, v_NTKE], axis=3).reshape(N, T, W, E)
-        kv = jnp.pad(kv, ((0, 0), (0, -T % P), (0, 0), (0, 0))).reshape(-1, W, E)
         # By rows: updated by pages, XLA for TPU keeps a second store.
-        at = (layer * pages + page) * P + jnp.arange(len(kv), dtype=jnp.int32)
-        store_XPWE = store_XPWE.reshape(X * P, W, E).at[at].set(kv).reshape(X, P, W, E)
-        return _causal(q_NTHE, k_NTKE, v_NTKE), store_XPWE
+        flat = store_XPWE.reshape(X * P, W, E).at[at_NT + layer * pages * P].set(kv, mode="drop")
+        return _causal(q_NTHE, k_NTKE, v_NTKE), flat.reshape(X, P, W, E)
 
     x_NTD = _embed(weights, config, tokens_NP, axis)
     position_NT = jnp.broadcast_to(jnp.arange(T), (N, T))

@@ -28,17 +28,15 @@ from jax.sharding import PartitionSpec as P
 
 from rosd_jax.config import UserError
 from rosd_jax.kernels.paged_attention import Implementation
-from rosd_jax.models.decoder import Weights, decode_step, fuse, local_logits, prefill
+from rosd_jax.models.decoder import Weights, decode_step, fuse, local_logits
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import decoder_specs, row_devices, row_sharding, tensor_specs
-from rosd_jax.rollout import pages
+from rosd_jax.rollout import pages, prompts
 from rosd_jax.rollout.pages import COUNT, LAST, ROW, TABLE, Rows, State
 from rosd_jax.rollout.sampler import row_uniforms, sample
 from rosd_jax.types import DecodeStats, Params, Rollout
 
 ROWS = ("data", "fsdp")  # the mesh axes that rows lie along
-PREFILL_TOKENS = 2048  # of one pass: bounds its activations
-PROMPT_TOKENS = 8192  # room for prompts is made for so many at least, so that fewer shapes are compiled
 FEWEST = 8  # slots below which compaction gains nothing
 BETWEEN = 256  # steps for each look that the host takes
 NEVER = np.iinfo(np.int32).max
@@ -57,7 +55,7 @@ class Decoding:
     slots: int | None
     page: int
     pool: int | None = None
-    prompts: int | None = None
+    prompt_pages: int | None = None
     implementation: Implementation | None = None
 
     @property
@@ -89,7 +87,7 @@ def generate(
     slots: int | None = None,
     page: int | None = None,
     pool: int | None = None,
-    prompts: int | None = None,
+    prompt_pages: int | None = None,
     implementation: Implementation | None = None,
 ) -> Rollout:
     """Samples one response a row; row b answers prompt `prompt_of_B[b]`, R = max_new >= 1.
@@ -101,15 +99,15 @@ def generate(
 
     slots: rows that decode together, over all shards; None: all. page: positions a page; None:
     `pages.page_length`. pool: pages of a shard for responses; None: enough for its slots at full length.
-    With fewer, sequences may be put back and start anew. prompts: most different prompts among a
-    shard's rows; None: unknown.
+    With fewer, sequences may be put back and start anew. prompt_pages: of a shard for its different
+    prompts, as `prompts.room` counts them; None: enough for any.
 
     With a mesh, whose "tensor" axis must divide the key-value heads, rows lie along "data" and
     "fsdp". Raises UserError where B does not, ValueError where a sequence would not fit the pool.
     """
     page = page or pages.page_length(max_new)
     how = Decoding(
-        model, mesh, max_new, temperature, top_p, stop_ids, slots, page, pool, prompts, implementation
+        model, mesh, max_new, temperature, top_p, stop_ids, slots, page, pool, prompt_pages, implementation
     )
     weights, rows, state = begin(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, how=how)
     state, _ = decode_chunk(weights, rows, state, NEVER, how=how)
@@ -151,8 +149,9 @@ def make_generate(
 
     def run(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key) -> Rollout:
         _check_rows(len(prompt_of_B), how)
-        waiting, prompts = _count_work(prompt_of_B, limit_B, how.shards)
-        fixed = replace(how, prompts=_prompt_room(prompts, prompt_NP.shape[1]))
+        waiting = int(np.sum(np.reshape(np.asarray(limit_B), (how.shards, -1)) > 0, axis=1).max())
+        needed = prompts.room(prompt_len_N, prompt_of_B, limit_B, page, how.shards)
+        fixed = replace(how, prompt_pages=needed)
         weights, rows, state = first(
             params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, how=fixed
         )
@@ -260,25 +259,23 @@ def _begin_shard(params, prompt_NP, prompt_len_N, key, prompt_of_1B, uid_1B, lim
     """`begin` on one shard: its leaves have a leading axis of length 1."""
     prompt_of_B, uid_B, limit_B = prompt_of_1B[0], uid_1B[0], limit_1B[0]
     limit_B = jnp.minimum(limit_B, how.max_new)
-    N, T = prompt_NP.shape
-    weights, B = fuse(params, how.model), len(uid_B)
-    most = min(N, B, how.prompts or N)
-    used_N = jnp.zeros(N, bool).at[prompt_of_B].max(limit_B > 0)
-    used_n, rank_N = pages.indices(used_N, most), jnp.cumsum(used_N) - 1
-    start_B, width = prompt_len_N[prompt_of_B], -(-T // how.page)
-    given_B = prompt_NP[prompt_of_B, start_B - 1], start_B, rank_N[prompt_of_B] * width, limit_B
+    (N, T), B, weights = prompt_NP.shape, len(uid_B), fuse(params, how.model)
+    wanted_N = jnp.zeros(N, bool).at[prompt_of_B].max(limit_B > 0)
+    layout = prompts.lay_out(prompt_len_N, wanted_N, how.page)
+    first_N = jnp.zeros(N, jnp.int32).at[layout.order_N].set(layout.first_N)
+    start_B = prompt_len_N[prompt_of_B]
+    given_B = prompt_NP[prompt_of_B, start_B - 1], start_B, first_N[prompt_of_B], limit_B
     if how.temperature:
         u_BR = row_uniforms(key, uid_B, how.max_new)
     else:
         u_BR = jnp.zeros((B, how.max_new), jnp.float32)  # greedy decoding draws nothing
     rows = Rows(jnp.stack(given_B, axis=1), u_BR)
-    at_once = max(1, min(most, PREFILL_TOKENS // T))  # prompts a pass
-    pinned = -(-most // at_once) * at_once * width
+    pinned = how.prompt_pages or min(N, B) * -(-T // how.page)
     slots = min(B, -(-(how.slots or B) // how.shards) if how.slots else B)
     most_pool = slots * pages.most_own(how.page, how.max_new)
     pool = most_pool if how.pool is None else min(how.pool, most_pool)
     store = _empty_store(how, weights, pinned + pool)
-    store = _fill(weights, prompt_NP, used_n, store, at_once, how)
+    store = prompts.fill(weights, how.model, prompt_NP, layout, store, how.axis)
     state = pages.empty(store, rows, slots, pinned, pool, pages.table_width(how.page, T, how.max_new))
     return weights, *jax.tree.map(lambda x: x[None], (rows, state))
 
@@ -289,21 +286,6 @@ def _empty_store(how: Decoding, weights: Weights, pages_a_layer: int) -> jax.Arr
     K = heads * model.num_key_value_heads // (model.num_attention_heads + model.num_key_value_heads)
     shape = model.num_hidden_layers * pages_a_layer, how.page, 2 * K, model.head_dim
     return jnp.zeros(shape, model.dtype)
-
-
-def _fill(weights, prompt_NP, used_n, store, at_once: int, how: Decoding) -> jax.Array:
-    """Prefills the prompts in use, `at_once` in a pass; prompt n of them begins at page n x width."""
-    N, T = prompt_NP.shape
-    used_n = jnp.pad(used_n, (0, -len(used_n) % at_once), constant_values=N)
-    page = at_once * -(-T // how.page)
-
-    def fill(i, store):
-        ids = lax.dynamic_slice_in_dim(used_n, i * at_once, at_once)
-        tokens = prompt_NP[jnp.minimum(ids, N - 1)]
-        return prefill(weights, how.model, tokens, store, i * page, how.axis)
-
-    passes = (jnp.sum(used_n < N) + at_once - 1) // at_once
-    return lax.fori_loop(0, passes, fill, store)
 
 
 def _decode_shard(weights, rows, state, until, *, how: Decoding):
@@ -341,19 +323,6 @@ def _state_specs() -> Any:
     """The store is split by heads along the tensor axis; everything lies on its shard."""
     specs = {name: P(ROWS) for name in State._fields} | dict(store=P(ROWS, None, None, "tensor", None))
     return cast(Any, State)(**specs)
-
-
-def _count_work(prompt_of_B: Any, limit_B: Any, shards: int) -> tuple[int, int]:
-    """Most rows that want tokens, and most different prompts that these have, on one shard."""
-    prompts_D = np.reshape(np.asarray(prompt_of_B), (shards, -1))
-    wanted_D = np.reshape(np.asarray(limit_B), (shards, -1)) > 0
-    different = max(len(np.unique(row[some])) for row, some in zip(prompts_D, wanted_D, strict=True))
-    return int(wanted_D.sum(axis=1).max()), different
-
-
-def _prompt_room(prompts: int, length: int) -> int:
-    """For how many prompts room is made: a power of two, of PROMPT_TOKENS tokens or more."""
-    return 1 << (max(1, prompts, PROMPT_TOKENS // length) - 1).bit_length()
 
 
 def _check_rows(rows: int, how: Decoding) -> None:
