@@ -1,7 +1,7 @@
 """Decoding side by side with tunix's Sampler and transformers' generate: same random weights, same CPU.
 
     JAX_PLATFORMS=cpu python -m benchmarks.decode --out=DIR [--tunix-python=FILE] [--hf-python=FILE]
-        [--cases=fixed,ragged,evaluation,top_p] [--rounds=3] [--batches=16,32,64]
+        [--cases=fixed,ragged,evaluation,prompts,top_p] [--rounds=3] [--batches=16,32,64]
 
 The peers' dependencies clash, so each runs in an interpreter of its own as a worker that waits for its
 turn; one without an interpreter is left out. Greedy tokens of all must agree first.
@@ -10,6 +10,7 @@ turn; one without an interpreter is left out. Greedy tokens of all must agree fi
     ragged      lognormal lengths, the same for everybody: we are stopped at each row's own; a peer runs
                 every batch until its longest row, with a cache for the most that a row might get
     evaluation  many short rows of few prompts: slots that are refilled against batch after batch
+    prompts     prompts of lognormal lengths and one token each, against all padded to the longest
     top_p       the nucleus of a large vocabulary by bisection, against sorting it
 
 Peers take the batch size that is fastest for them. Times are the whole call's, prompts included;
@@ -39,7 +40,7 @@ from rosd_jax.rollout.loop import make_generate
 from rosd_jax.rollout.sampler import invert_cdf, sample
 from rosd_jax.types import Params, Rollout
 
-OURS, STATIC, SORTING = "ours", "ours, static batches", "sorting"
+OURS, STATIC, PADDED, SORTING = "ours", "ours, static batches", "ours, prompts padded", "sorting"
 GOALS = {("fixed", "tunix"): 1.5, ("ragged", "tunix"): 4.0, ("ragged", "transformers"): 5.0,
          ("evaluation", STATIC): 1.9, ("top_p", SORTING): 20.0}  # fmt: skip
 SIGMA = 0.8  # of the lengths' logarithms
@@ -61,6 +62,9 @@ class Sizes:
     slots: int = 64
     short_mean: float = 6.0
     short_most: int = 32
+    prompt_rows: int = 48
+    prompt_mean: float = 400.0
+    prompt_most: int = 2048
     top_p: tuple[int, int] = 16, 151936  # rows, vocabulary
 
 
@@ -81,7 +85,7 @@ def main(argv: list[str] | None = None, sizes: Sizes = SIZES) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tunix-python")
     parser.add_argument("--hf-python")
-    parser.add_argument("--cases", default="fixed,ragged,evaluation,top_p")
+    parser.add_argument("--cases", default="fixed,ragged,evaluation,prompts,top_p")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", default="16,32,64", help="rows of a peer's ragged batch: the best wins")
     args = parser.parse_args(argv)
@@ -94,6 +98,7 @@ def main(argv: list[str] | None = None, sizes: Sizes = SIZES) -> None:
             "fixed": lambda: fixed(sizes, params, peers),
             "ragged": lambda: ragged(sizes, params, peers, [int(n) for n in args.batches.split(",")]),
             "evaluation": lambda: evaluation(sizes, params),
+            "prompts": lambda: ragged_prompts(sizes, params),
             "top_p": lambda: top_p(sizes, peers, folder),
         }
         record = {
@@ -124,21 +129,22 @@ def lengths(rows: int, mean: float, most: int, seed: int) -> np.ndarray:
     return np.clip(np.rint(draw), 1, most).astype(np.int32)
 
 
-def prompts(sizes: Sizes, rows: int) -> np.ndarray:
-    """Random ids [rows, sizes.prompt]."""
-    shape = rows, sizes.prompt
+def prompts(sizes: Sizes, rows: int, length: int | None = None) -> np.ndarray:
+    """Random ids [rows, length]; None: sizes.prompt."""
+    shape = rows, length or sizes.prompt
     return np.random.default_rng(0).integers(2, sizes.model.vocab_size, shape, np.int32)
 
 
 def engine(sizes: Sizes, params: Params, most: int, temperature: float = 1.0, **options: Any):
-    """Ours: (prompts, each row's prompt, each row's tokens) -> a rollout that is there."""
+    """Ours: (prompts, each row's prompt, each row's tokens, prompts' lengths) -> a rollout that is there."""
     generate = make_generate(
         sizes.model, None, max_new=most, temperature=temperature, top_p=1.0, stop_ids=(), **options
     )
 
-    def run(ids: np.ndarray, prompt_of_B: np.ndarray, limit_B: np.ndarray) -> Rollout:
+    def run(ids: np.ndarray, prompt_of_B: np.ndarray, limit_B: np.ndarray, length_N: Any = None) -> Rollout:
         rows = prompt_of_B.astype(np.int32), np.arange(len(limit_B), dtype=np.int32), limit_B
-        length_N = np.full(len(ids), sizes.prompt, np.int32)
+        if length_N is None:
+            length_N = np.full(*ids.shape, np.int32)
         return jax.block_until_ready(generate(params, ids, length_N, *rows, jax.random.key(1)))
 
     return run
@@ -192,6 +198,15 @@ def evaluation(sizes: Sizes, params: Params) -> Contest:
 
     calls = {OURS: here(refilled, ids, prompt_of_B, limit_B), STATIC: here(in_batches)}
     return Contest(calls, int(limit_B.sum()))
+
+
+def ragged_prompts(sizes: Sizes, params: Params) -> Contest:
+    """Ours alone: prompts of their own lengths, or all as long as the room for the longest."""
+    rows, most = sizes.prompt_rows, sizes.prompt_most
+    ids, length_N = prompts(sizes, rows, most), lengths(rows, sizes.prompt_mean, most, seed=3)
+    run, one_each = engine(sizes, params, 1), (np.arange(rows), np.ones(rows, np.int32))
+    calls = {OURS: here(run, ids, *one_each, length_N), PADDED: here(run, ids, *one_each)}
+    return Contest(calls, int(length_N.sum()), {"longest": int(length_N.max())})
 
 
 def top_p(sizes: Sizes, peers: dict[str, Peer], folder: str) -> Contest:

@@ -27,7 +27,7 @@ from benchmarks.timing import summary, versions
 from rosd_jax.kernels.paged_attention import write_and_attend, xla
 from rosd_jax.models.decoder import Weights, decode_step, fuse, local_logits
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
-from rosd_jax.rollout.floor import copy_bandwidth
+from rosd_jax.rollout.floor import copy_bandwidth, read_each_step
 
 QWEN3_4B = dict(vocab=151936, hidden=2560, inner=9728, layers=36, heads=32, kv_heads=8, width=128)
 RUN = dict(rows=128, context=2048, page=64, copy_mib=4096, rounds=10, steps=10)
@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> d
         return state[0]
 
     times = timed(call, args.rounds, args.steps)
-    read = sum(x.nbytes for x in jax.tree.leaves({**weights, "embed": None}))
+    read = sum(x.nbytes for x in jax.tree.leaves(read_each_step(weights)))
     token = 2 * model.num_key_value_heads * model.head_dim * page.dtype.itemsize
     kv = args.rows * args.context * model.num_hidden_layers * token
     floor = (read + kv) / bandwidth

@@ -84,7 +84,7 @@ def default_config() -> Config:
                 samples=16,
                 limit=0,  # items a set; 0: all
                 every=10,
-                batch=64,  # rows decoded together; those that end make room
+                batch=256,  # rows decoded together, over all devices; those that end make room
                 temperature=0.6,
                 top_p=0.95,
                 max_new_tokens=8192,

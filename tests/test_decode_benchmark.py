@@ -14,7 +14,8 @@ from rosd_jax.rollout.sampler import sample
 TINY = decode.Sizes(
     Qwen3Config(256, 32, 48, 2, 2, 1, 16, tie_word_embeddings=True),
     prompt=8, fixed=(4, 6), ragged_rows=6, ragged_mean=4, ragged_most=12,
-    questions=3, samples=4, slots=4, short_mean=3, short_most=8, top_p=(2, 1000),
+    questions=3, samples=4, slots=4, short_mean=3, short_most=8,
+    prompt_rows=3, prompt_mean=9, prompt_most=24, top_p=(2, 1000),
 )  # fmt: skip
 
 
@@ -41,9 +42,9 @@ def quick_compiles():
 def test_every_case_runs_and_reports_ours(tmp_path, quick_compiles):
     decode.main(["--out", str(tmp_path), "--rounds=1"], TINY)
     record = json.loads((tmp_path / "decode.json").read_text())
-    assert list(record["cases"]) == ["fixed", "ragged", "evaluation", "top_p"]
+    assert list(record["cases"]) == ["fixed", "ragged", "evaluation", "prompts", "top_p"]
     for case in record["cases"].values():
         assert len(case["results"]["ours"]["s"]) == 1 and case["wanted"] > 0
     assert record["cases"]["fixed"]["wanted"] == 24
     text = (tmp_path / "decode.md").read_text()
-    assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 6
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 8

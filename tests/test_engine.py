@@ -101,14 +101,14 @@ def test_the_page_length_does_not_change_tokens(alone, page):
 
 
 def test_passes_of_several_widths_change_nothing(alone, monkeypatch):
-    """Six prompts of 1 to 9 tokens, one a pass, in passes of 4, 8 and 9."""
+    """Six prompts of 1 to 9 tokens, in passes that hold 9 or 10: three of one prompt, one, one of two."""
     monkeypatch.setattr(decoder, "QUERIES", 2)
     monkeypatch.setattr(prompts, "PASS_TOKENS", 9)
     widths, prefill = set(), decoder.prefill
     spy = lambda *args: widths.add(args[2].shape) or prefill(*args)
     monkeypatch.setattr(decoder, "prefill", spy)
     assert_same(generate(slots=9), alone)  # a number that no other test has traced
-    assert widths == {(1, 4), (1, 8), (1, 9)}
+    assert widths == {(1, 10), (1, 6), (2, 4), (4, 2)}
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -153,6 +153,7 @@ def test_the_metrics_come_in_order_with_the_named_numbers(finished):
                  "grad_norm", "ratio", "skipped_empty", "skipped_nonfinite", "quote_exact", "overlong",
                  "tokens_per_second_rollout", "idle_share_rollout", "floor_share_rollout",
                  "tokens_per_second_reflect", "idle_share_reflect", "floor_share_reflect",
+                 "preempted_rollout", "preempted_reflect",
                  "seconds", "seconds_rollout", "seconds_grade",
                  "seconds_reflect", "seconds_lesson", "seconds_update"}  # fmt: skip
         assert named <= row.keys() and row.keys() == train[0].keys()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-GROUP, BLOCK = 8, 64  # on CPU: rows of like length that loop together; positions a trip reads
+GROUP, BLOCK = 32, 64  # on CPU: rows of like length that loop together; positions a trip reads
 SHORT = 128  # on CPU: positions of a table that are read at once, which spares two loops to run and compile
 WIDE_BLOCK = 512  # elsewhere, where all rows loop together, for the sake of few and large operations
 MINUS = -1e30  # a score that no exponential survives, without the NaN of inf - inf
@@ -36,7 +36,7 @@ def write_and_attend(*operands):
     """`api.write_and_attend`, by platform: groups of a few rows, or all rows at once."""
     q_BHE, _, _, store_XPWE, table_BM, *_ = operands
     short = table_BM.shape[1] * store_XPWE.shape[1] <= SHORT
-    narrow = reference if short else partial(grouped, group=GROUP, block=BLOCK)
+    narrow = reference if short else partial(grouped, group=min(GROUP, len(q_BHE)), block=BLOCK)
     wide = partial(grouped, group=len(q_BHE), block=WIDE_BLOCK)
     return lax.platform_dependent(*operands, cpu=narrow, default=wide)
 
@@ -71,8 +71,8 @@ def _attend(q_BKGE, store_XPWE, ids_BM, position_B, pages: int) -> jax.Array:
     block = pages * P
 
     def trip(i, state):
-        k_BKSE, v_BKSE = _gather(store_XPWE, lax.dynamic_slice_in_dim(ids_BM, i * pages, pages, axis=1))
-        return _accumulate(state, q_BKGE, k_BKSE, v_BKSE, _seen(position_B - i * block, block))
+        kv_BSKjE = _gather(store_XPWE, lax.dynamic_slice_in_dim(ids_BM, i * pages, pages, axis=1))
+        return _accumulate(state, q_BKGE, kv_BSKjE, _seen(position_B - i * block, block))
 
     zero_BKG = jnp.zeros((B, K, G), jnp.float32)
     state = jnp.zeros_like(q_BKGE), zero_BKG + MINUS, zero_BKG
@@ -85,11 +85,11 @@ def reference(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
     """`api.write_and_attend` by its definition, on all positions that the table can hold."""
     store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
     q_BKGE = _grouped(q_BHE, k_BKE.shape[1])
-    k_BKSE, v_BKSE = _gather(store_XPWE, table_BM + page_base)
-    score_BKGS = jnp.einsum("bkge,bkse->bkgs", q_BKGE, k_BKSE)
-    seen_B11S = _seen(position_B, k_BKSE.shape[2])
+    kv_BSKjE = _gather(store_XPWE, table_BM + page_base)
+    score_BKGS = _scores(q_BKGE, kv_BSKjE)
+    seen_B11S = _seen(position_B, kv_BSKjE.shape[1])
     weight_BKGS = jax.nn.softmax(jnp.where(seen_B11S, score_BKGS, -jnp.inf), axis=-1, where=seen_B11S)
-    out_BKGE = jnp.einsum("bkgs,bkse->bkge", weight_BKGS, v_BKSE)
+    out_BKGE = _weighted(weight_BKGS, kv_BSKjE)
     return out_BKGE.reshape(q_BHE.shape).astype(q_BHE.dtype), store_XPWE
 
 
@@ -99,35 +99,41 @@ def _grouped(q_BHE: jax.Array, K: int) -> jax.Array:
     return q_BHE.astype(jnp.float32).reshape(B, K, H // K, E) / math.sqrt(E)
 
 
-def _gather(store_XPWE: jax.Array, page_Bm: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of m pages a row, float32: [B, K, m P, E] each.
+def _gather(store_XPWE: jax.Array, page_Bm: jax.Array) -> jax.Array:
+    """Keys (j = 0) and values (j = 1) of m pages a row, float32: [B, m P, K, 2, E].
 
-    Apart at once: keys and values side by side make the products slower than two gathers (on CPU).
+    Whole pages, each as one row: XLA for CPU copies long runs several times as fast as short ones.
     """
-    _, P, W, E = store_XPWE.shape
-    (B, m), head_1K1 = page_Bm.shape, jnp.arange(0, W, 2)[None, :, None]
-    rows = lambda j: store_XPWE.at[page_Bm[:, None], :, head_1K1 + j].get(mode="promise_in_bounds")
-    k_BKSE, v_BKSE = (rows(j).reshape(B, W // 2, m * P, E).astype(jnp.float32) for j in (0, 1))
-    return k_BKSE, v_BKSE
+    X, P, W, E = store_XPWE.shape
+    B, m = page_Bm.shape
+    rows = store_XPWE.reshape(X, P * W * E).at[page_Bm.reshape(-1)].get(mode="promise_in_bounds")
+    return rows.reshape(B, m * P, W // 2, 2, E).astype(jnp.float32)
+
+
+def _scores(q_BKGE: jax.Array, kv_BSKjE: jax.Array) -> jax.Array:
+    return jnp.einsum("bkge,bske->bkgs", q_BKGE, kv_BSKjE[:, :, :, 0])
+
+
+def _weighted(weight_BKGS: jax.Array, kv_BSKjE: jax.Array) -> jax.Array:
+    return jnp.einsum("bkgs,bske->bkge", weight_BKGS, kv_BSKjE[:, :, :, 1])
 
 
 def _seen(position_B: jax.Array, S: int) -> jax.Array:
     return (jnp.arange(S) <= position_B[:, None])[:, None, None, :]
 
 
-def _accumulate(state, q_BKGE, k_BKSE, v_BKSE, seen_B11S):
+def _accumulate(state, q_BKGE, kv_BSKjE, seen_B11S):
     """One step of the online softmax: (weighted values, greatest score, sum of weights).
 
     An idle row sums up nonsense, since its greatest score is MINUS; nobody reads it.
     """
     out_BKGE, top_BKG, sum_BKG = state
-    score_BKGS = jnp.where(seen_B11S, jnp.einsum("bkge,bkse->bkgs", q_BKGE, k_BKSE), MINUS)
+    score_BKGS = jnp.where(seen_B11S, _scores(q_BKGE, kv_BSKjE), MINUS)
     new_BKG = jnp.maximum(top_BKG, jnp.max(score_BKGS, axis=-1))
     weight_BKGS = jnp.exp(score_BKGS - new_BKG[..., None])
     shrink_BKG = jnp.exp(top_BKG - new_BKG)
-    added_BKGE = jnp.einsum("bkgs,bkse->bkge", weight_BKGS, v_BKSE)
     return (
-        out_BKGE * shrink_BKG[..., None] + added_BKGE,
+        out_BKGE * shrink_BKG[..., None] + _weighted(weight_BKGS, kv_BSKjE),
         new_BKG,
         sum_BKG * shrink_BKG + jnp.sum(weight_BKGS, axis=-1),
     )

@@ -24,7 +24,7 @@ from rosd_jax.kernels.paged_attention import Implementation, write_and_attend
 from rosd_jax.models.qwen3 import Qwen3Config, angles, attend, head_VD, turn
 from rosd_jax.types import Params
 
-QUERIES = 256  # longer prompts come in multiples of it
+QUERIES = 256  # longer prompts must come in multiples of it
 Weights = dict[str, Any]
 # (queries [..., H, E], keys and values [..., K, E], store, layer) -> (heads' outputs, store)
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
@@ -53,12 +53,8 @@ def fuse(params: Params, config: Qwen3Config) -> Weights:
     )
     if config.attention_bias:
         joined |= dict(qkv_bias=join([x["bias"] for x in qkv]), out_bias=cast(attention["o_proj"]["bias"]))
-    return dict(
-        embed=cast(params["embed"]),
-        head=cast(head_VD(params)),
-        final_norm=params["final_norm"]["scale"],
-        blocks=joined,
-    )
+    tables = {name: cast(params[name]) for name in ("embed", "head") if name in params}  # no head: tied
+    return dict(tables, final_norm=params["final_norm"]["scale"], blocks=joined)
 
 
 def decode_step(
@@ -120,10 +116,11 @@ def prefill(
 
 
 def _causal(q_NTHE: jax.Array, k_NTKE: jax.Array, v_NTKE: jax.Array) -> jax.Array:
-    """Causal attention. Of a T that QUERIES divides, so many queries at a time: no T x T scores."""
+    """Causal attention, QUERIES at a time where there are more: no T x T scores."""
     T = q_NTHE.shape[1]
-    if T <= QUERIES or T % QUERIES:
+    if T <= QUERIES:
         return attend(q_NTHE, k_NTKE, v_NTKE, is_causal=True)
+    assert T % QUERIES == 0, T
 
     def some(start):
         q_NQHE = lax.dynamic_slice_in_dim(q_NTHE, start, QUERIES, axis=1)
@@ -141,7 +138,7 @@ def local_logits(
 
     The axis is None where every device holds the whole vocabulary.
     """
-    z_BV = jnp.einsum("bd,vd->bv", hidden_BD, weights["head"], preferred_element_type=jnp.float32)
+    z_BV = jnp.einsum("bd,vd->bv", hidden_BD, head_VD(weights), preferred_element_type=jnp.float32)
     V = z_BV.shape[1]
     split = axis if config.vocab_size != V else None
     if config.num_tokens is None:

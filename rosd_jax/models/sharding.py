@@ -136,7 +136,8 @@ def decoder_specs(config: Qwen3Config, mesh: Mesh) -> dict[str, Any]:
     )
     if config.attention_bias:
         blocks |= dict(qkv_bias=P(None, "tensor"), out_bias=P())
-    return dict(embed=vocabulary, head=vocabulary, final_norm=P(), blocks=blocks)
+    tables = dict(embed=vocabulary) if config.tie_word_embeddings else dict(embed=vocabulary, head=vocabulary)
+    return dict(tables, final_norm=P(), blocks=blocks)
 
 
 def _spec(key_path, leaf) -> P:

@@ -2,7 +2,9 @@
 
 Response token r of a row stands at position prompt_len + r of a paged store (pages.py), so rows share
 their prompt's pages and attention costs what is live. Random numbers come from (uid, r) alone: a row's
-tokens do not depend on its slot, its neighbours, when it started or the number of devices.
+tokens do not depend on its slot, its neighbours, when it started or the number of devices, beyond what
+the compute type rounds. In one compiled program not even that; another batch size or another split of the
+sums may round a bfloat16 logit to its other side, and a token with it.
 
 Each shard of the rows is an engine of its own, with its queue, pages and slots, under `jax.shard_map`;
 along the "tensor" axis its devices split heads, inner widths and the vocabulary.
@@ -130,10 +132,10 @@ def make_generate(
 ) -> Callable[..., Rollout]:
     """`generate`, compiled, of (params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key).
 
-    Build it once and keep it: it is traced once for each combination of shapes, and once more for
-    each number of slots. compact: once half of the slots are empty for good, the rest goes on in a
-    batch of the next power of two. Params keep the sharding they come with; the rollout's rows lie
-    along the mesh's "data" and "fsdp" axes.
+    Build it once and keep it: it is traced once for each combination of shapes and of the room that the
+    prompts need (powers of two), and once more for each number of slots. compact: once half of the
+    slots are empty for good, the rest goes on in a batch of the next power of two. Params keep the
+    sharding they come with; the rollout's rows lie along the mesh's "data" and "fsdp" axes.
     """
     page = page or pages.page_length(max_new)
     how = Decoding(
@@ -175,7 +177,7 @@ def drain(
 
     chunk, shrink: `decode_chunk` of (state, until) and `pages.compact` of every shard. left: the most
     sequences that wait on a shard; there are never more slots than the power of two above it. The host
-    looks at what is left after each chunk, so at most once in BETWEEN steps and twice besides; shards
+    looks at what is left after each chunk, so at most once in BETWEEN steps and once besides; shards
     None: it never looks.
     """
     looks, sequences = 0, state.queue_N.shape[1]
@@ -185,7 +187,7 @@ def drain(
             state = state._replace(slots_SC=shrink(state.slots_SC, sequences, count))
         if shards is None or state.slots_SC.shape[1] <= FEWEST:
             return chunk(state, NEVER)[0]
-        state, left_D = chunk(state, BETWEEN * (looks - 1 if shards == 1 else looks + 1))
+        state, left_D = chunk(state, BETWEEN * (looks if shards == 1 else looks + 1))
         left, looks = int(np.max(left_D)), looks + 1
     return state
 
@@ -231,9 +233,9 @@ def decode_chunk(
     """Decodes until nothing is left, or until a smaller batch pays; donate the state.
 
     until: the step (int32, counted from the start) before which a chunk does not end with work left.
-    From there on a single shard stops when half of its slots are empty and nobody waits; several stop
-    at once, whatever they hold, since none knows of the others. Returns the state, and for each shard
-    the sequences left.
+    From there on a single shard stops when no more sequences are left, waiting ones counted, than half of
+    its slots; several stop at once, whatever they hold, since none knows of the others. Returns the
+    state, and for each shard the sequences left.
     """
     run = partial(_decode_shard, how=how)
     if how.mesh is not None:
@@ -270,13 +272,16 @@ def _begin_shard(params, prompt_NP, prompt_len_N, key, prompt_of_1B, uid_1B, lim
     else:
         u_BR = jnp.zeros((B, how.max_new), jnp.float32)  # greedy decoding draws nothing
     rows = Rows(jnp.stack(given_B, axis=1), u_BR)
-    pinned = how.prompt_pages or min(N, B) * -(-T // how.page)
-    slots = min(B, -(-(how.slots or B) // how.shards) if how.slots else B)
+    most_prompts = min(N, B) * -(-T // how.page)
+    pinned = min(how.prompt_pages or most_prompts, most_prompts)
+    slots = min(B, -(-how.slots // how.shards)) if how.slots else B
     most_pool = slots * pages.most_own(how.page, how.max_new)
     pool = most_pool if how.pool is None else min(how.pool, most_pool)
     store = _empty_store(how, weights, pinned + pool)
     store = prompts.fill(weights, how.model, prompt_NP, layout, store, how.axis)
-    state = pages.empty(store, rows, slots, pinned, pool, pages.table_width(how.page, T, how.max_new))
+    # A power of two, so that the loop is compiled for few widths; nothing is read because of it.
+    width = pages.table_width(how.page, 1 << (T - 1).bit_length(), how.max_new)
+    state = pages.empty(store, rows, slots, pinned, pool, width)
     return weights, *jax.tree.map(lambda x: x[None], (rows, state))
 
 

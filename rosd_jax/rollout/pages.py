@@ -116,10 +116,15 @@ def position(state: State) -> jax.Array:
 
 
 def refill(state: State, rows: Rows, layers: int) -> State:
-    """Free slots take the next sequences of the queue while pages last."""
+    """Free slots take the next sequences of the queue while pages last.
+
+    One page stays free for each live sequence that may yet need another: to start a sequence only to put
+    it back again is a page copied in every layer for nothing.
+    """
 
     def wanted(state: State) -> jax.Array:
-        return (state.head < state.tail) & ~jnp.all(live(state)) & (state.top > 0) & ~state.held
+        spare = state.top > jnp.sum(_growing(state))
+        return (state.head < state.tail) & ~jnp.all(live(state)) & spare & ~state.held
 
     return lax.while_loop(wanted, lambda state: _start(state, rows, layers), state)
 
@@ -167,6 +172,13 @@ def reserve(state: State) -> State:
         slots_SC=slots_SC.at[:, OWN].add(need_S.astype(jnp.int32)),
         top=state.top - jnp.sum(need_S, dtype=jnp.int32),
     )
+
+
+def _growing(state: State) -> jax.Array:
+    """The slots whose sequence may come to need a page that they do not own yet."""
+    slots_SC = state.slots_SC
+    last_S = (slots_SC[:, START] + slots_SC[:, LIMIT] - 2) // state.store.shape[1]
+    return live(state) & (last_S >= slots_SC[:, SHARED] + slots_SC[:, OWN])
 
 
 def _lacking(state: State) -> jax.Array:

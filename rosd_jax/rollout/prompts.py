@@ -1,8 +1,8 @@
 """Prompts in the store: which ones are wanted, where each begins, and their prefill.
 
 A shard prefills every prompt that one of its rows answers once, and the store's first pages hold them, the
-longest first, each in whole pages and no more of them than its own tokens fill. Passes of like length
-follow each other, so a pass is little wider than what it holds.
+longest first, each in whole pages and no more of them than its own tokens fill. A pass is as wide as its
+first prompt needs, in halves of the longest of all.
 
     lay_out(length_N, wanted_N, page)                            -> Layout
     fill(weights, model, prompt_NP, layout, store, axis)         -> store
@@ -23,9 +23,8 @@ from rosd_jax.models import decoder
 from rosd_jax.models.decoder import Weights
 from rosd_jax.models.qwen3 import Qwen3Config
 
-PASS_TOKENS = 2048  # of one pass: bounds its activations
+PASS_TOKENS = 2048  # of one pass, unless a single prompt has more: bounds its activations
 LEAST_TOKENS = 8192  # room is made for so many at least, so that fewer shapes are compiled
-WIDTHS = 4  # of passes over long prompts, each compiled for itself
 
 
 class Layout(NamedTuple):
@@ -54,28 +53,38 @@ def fill(
     axis: str | None,
 ) -> jax.Array:
     """The store with the prompts in it. prompt_NP: int32, right-padded; axis: as `decoder.prefill`."""
-    N, T = prompt_NP.shape
-    at_once = max(1, min(N, PASS_TOKENS // T))  # prompts of a pass
-    order_N, length_N, first_N = (jnp.pad(x, (0, -N % at_once)) for x in layout)
+    N, widths = len(prompt_NP), pass_widths(prompt_NP.shape[1])
+    prompt_NP = jnp.pad(prompt_NP, ((0, 0), (0, widths[0] - prompt_NP.shape[1])))
+    order_N, length_N, first_N = (jnp.pad(x, (0, N)) for x in layout)  # a pass may reach over the end
 
-    def one_pass(width: int, i: jax.Array, store_XPWE: jax.Array) -> jax.Array:
-        some = lambda x_N: lax.dynamic_slice_in_dim(x_N, i * at_once, at_once)
+    def one_pass(width: int, at_once: int, state: tuple[jax.Array, jax.Array]):
+        done, store_XPWE = state
+        some = lambda x_N: lax.dynamic_slice_in_dim(x_N, done, at_once)
         tokens = prompt_NP[some(order_N), :width]
-        return decoder.prefill(weights, model, tokens, some(length_N), store_XPWE, some(first_N), axis)
+        store_XPWE = decoder.prefill(
+            weights, model, tokens, some(length_N), store_XPWE, some(first_N), axis
+        )  # fmt: skip
+        return done + at_once, store_XPWE
 
-    longest, done, widths = length_N[::at_once], jnp.int32(0), pass_widths(T)
+    state = jnp.int32(0), store_XPWE
     for width, shorter in zip(widths, [*widths[1:], 0], strict=True):
         # A loop for each width: a branch within one loop would make XLA copy the store.
-        until = jnp.sum(longest > shorter, dtype=jnp.int32)
-        store_XPWE = lax.fori_loop(done, until, partial(one_pass, width), store_XPWE)
-        done = until
-    return store_XPWE
+        at_once = max(1, min(N, PASS_TOKENS // width))  # prompts of a pass
+        longer = lambda state, shorter=shorter: length_N[state[0]] > shorter
+        state = lax.while_loop(longer, partial(one_pass, width, at_once), state)
+    return state[1]
 
 
 def pass_widths(T: int) -> list[int]:
-    """Widths of the passes over prompts padded to T, from T down."""
-    step = decoder.QUERIES * -(-T // (WIDTHS * decoder.QUERIES))
-    return [*range(step, T, step), T][::-1]
+    """Widths of the passes over prompts of up to T tokens: halved down to `decoder.QUERIES`.
+
+    All are multiples of it, but for a T that is less: attention then goes by as many queries at a time.
+    """
+    unit = decoder.QUERIES
+    if T <= unit:
+        return [T]
+    whole = -(-T // unit) * unit
+    return [whole, *(w for w in pass_widths(-(-whole // 2)) if w < whole)]
 
 
 def room(length_N: Any, prompt_of_B: Any, limit_B: Any, page: int, shards: int) -> int:

@@ -219,7 +219,8 @@ def describe(graded: Graded) -> Numbers:
 
 
 def describe_decoding(rollout: Rollout | None, floor: Floor, seconds: float, stage: str) -> Numbers:
-    """Tokens a second, the share of slots that were idle and of the time that memory alone would take.
+    """Tokens a second, the share of slots that were idle and of the time that memory alone would take, and
+    how often a sequence was put back for want of pages.
 
     The stage's seconds hold everything, so compilation where it happened. NaN where nothing was decoded.
     """
@@ -229,6 +230,7 @@ def describe_decoding(rollout: Rollout | None, floor: Floor, seconds: float, sta
         f"tokens_per_second_{stage}": tokens / seconds,
         f"idle_share_{stage}": stats.idle_share if stats else float("nan"),
         f"floor_share_{stage}": floor.seconds(stats) / seconds if stats else float("nan"),
+        f"preempted_{stage}": float(np.sum(stats.preempted)) if stats else float("nan"),
     }
 
 
