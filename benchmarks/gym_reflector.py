@@ -16,9 +16,10 @@ import numpy as np
 from rosd_jax.data import gym, pretrain
 from rosd_jax.models.weights import load_params, read_config
 from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.text import prompts, spans
 from rosd_jax.text.tokenizer import load_tokenizer
-from rosd_jax.train.step import decode, decode_rows
+from rosd_jax.train.step import decode
 
 
 def main() -> None:

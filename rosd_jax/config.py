@@ -29,6 +29,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "method": ("rosd",),
     "wording": ("english", "gym"),
+    "rollout.attention": (None, "xla", "ragged_tpu", "pallas_tpu", "pallas_gpu"),
 }
 
 
@@ -60,6 +61,8 @@ def default_config() -> Config:
                 max_new_tokens=8192,
                 slots=placeholder(int),
                 cache_tokens=2**16,  # a quarter of 32 rollouts of 8192
+                prompt_tokens=2**16,  # of different prompts with room there besides; more take turns
+                attention=placeholder(str),  # a decoding step's; null: by platform
             ),
             reflect=dict(
                 weights="frozen",
@@ -124,12 +127,12 @@ def validate(config: Config) -> None:
     for field, allowed in CHOICES.items():
         value = _get(config, field)
         if value not in allowed:
-            raise UserError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
+            raise UserError(f"{field} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
     positive = ("batch.prompts", "batch.samples", "batch.micro", "rollout.max_new_tokens",
                 "reflect.max_new_tokens", "reflect.max_prompt_tokens", "data.max_prompt_tokens",
                 "lesson.max_teacher_tokens", "loss.topk", "loss.chunk", "eval.samples", "eval.batch",
-                "eval.max_new_tokens", "rollout.cache_tokens", "checkpoint.every", "checkpoint.keep",
-                "steps")  # fmt: skip
+                "eval.max_new_tokens", "rollout.cache_tokens", "rollout.prompt_tokens",
+                "checkpoint.every", "checkpoint.keep", "steps")  # fmt: skip
     for field in positive:
         _require(config, field, _get(config, field) >= 1, "be at least 1")
     slots = config.rollout.slots

@@ -49,11 +49,11 @@ def placed(mesh, x, spec):
 
 
 @cache
-def lowered(topology, implementation=None):
+def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     """The prefill and the loop, ready to be compiled, and the bytes of the store on one chip."""
     os.environ.update(COMPILE_ONLY)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(1, 1, CHIPS, devices)
+    mesh = make_mesh(*shape, devices)
     page = page_length(NEW)
     how = loop.Decoding(
         MODEL, mesh, NEW, 1.0, 1.0, STOP, ROWS, page, None, PROMPTS * PROMPT // page, implementation
@@ -99,17 +99,36 @@ def test_the_loop_writes_the_store_in_place(topology, implementation):
     assert memory.temp_size_in_bytes < 0.06 * size
 
 
+def test_engines_side_by_side_write_their_stores_in_place():
+    """Two shards of rows, whose loops end when each is done, over two chips each."""
+    _, chunk, size = lowered("v5p:2x2x1", None, (1, 2, 2))
+    chunk = chunk.compile()
+    memory = chunk.memory_analysis()
+    assert moved(chunk.as_text(), size) == []
+    assert size <= memory.alias_size_in_bytes < 1.001 * size
+    assert memory.temp_size_in_bytes < 0.1 * size  # half of the vocabulary's logits, not a quarter
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("implementation", [None, "ragged_tpu"])
-def test_the_kernels_compile_whatever_precision_the_caller_asks_for(implementation, dtype):
+@pytest.mark.parametrize(
+    "topology, implementation, rows, kv_heads",
+    [("v5e:2x2", None, 8, 1), ("v5p:2x2x1", None, 512, 2), ("v6e:1x1", None, 256, 8),
+     ("v5p:2x2x1", "ragged_tpu", 8, 2), ("v6e:1x1", "ragged_tpu", 8, 2)],
+)  # fmt: skip
+def test_the_kernels_compile_whatever_precision_the_caller_asks_for(
+    topology, implementation, rows, kv_heads, dtype
+):
+    """Up to 512 rows with tables of 256 pages: both are held in on-chip memory."""
     os.environ.update(COMPILE_ONLY)
-    mesh = make_mesh(1, 1, 1, topologies.get_topology_desc(platform="tpu", topology_name="v6e:1x1").devices)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(1, 1, 1, devices[:1])
     put = lambda dtype, *shape: placed(mesh, jax.ShapeDtypeStruct(shape, dtype), P())
-    q, k, store = put(dtype, 8, 4, 128), put(dtype, 8, 2, 128), put(dtype, 64, 16, 4, 128)
+    q, k = put(dtype, rows, 4 * kv_heads, 128), put(dtype, rows, kv_heads, 128)
+    where = put("int32", rows, 256), put("int32", rows)
     attend = partial(write_and_attend, page_base=0, implementation=implementation)
     attend = jax.shard_map(attend, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     with jax.default_matmul_precision("highest"):
-        lowered = jax.jit(attend).lower(q, k, k, store, put("int32", 8, 8), put("int32", 8))
+        lowered = jax.jit(attend).lower(q, k, k, put(dtype, 1024, 64, 2 * kv_heads, 128), *where)
     assert "paged" in lowered.compile().as_text()
 
 

@@ -373,6 +373,11 @@ FIELD_MISTAKES = {
     "long prompts": (dict(data__max_prompt_tokens=4), "none of 2048 prompts fits"),
     "too few problems": (dict(batch__prompts=4096), "batch.prompts is 4096; it must be at most 2048"),
     "too long answers": (dict(rollout__max_new_tokens=512), "the model has 256 positions"),
+    "small prompt room": (dict(rollout__prompt_tokens=100), "may have reflect.max_prompt_tokens = 128, so"),
+    "unknown attention": (
+        dict(rollout__attention="cudnn"),
+        "'cudnn'; it must be one of None, xla, ragged_tpu",
+    ),
     "small cache": (dict(rollout__cache_tokens=16), "cache_tokens is 16; a response of 16 tokens needs 32"),
     "no slot": (dict(rollout__slots=0), "rollout.slots is 0; it must be at least 1"),
 }

@@ -25,10 +25,11 @@ from rosd_jax.models.qwen3 import init_params
 from rosd_jax.models.sharding import row_devices
 from rosd_jax.models.weights import save_pretrained, weights_fingerprint
 from rosd_jax.rewards import Grader
+from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.train import checkpoint, workdir
 from rosd_jax.train.metrics import Console, MetricsLog
 from rosd_jax.train.setup import Inputs, build, read_inputs
-from rosd_jax.train.step import Tools, decode_rows, train_step
+from rosd_jax.train.step import Tools, train_step
 from rosd_jax.types import Params, Reflected, TrainState
 
 
@@ -101,10 +102,14 @@ def plan(config: Config, directory: Path) -> None:
     shapes = jax.eval_shape(lambda: init_params(inputs.model, jax.random.key(0)))
     count = sum(x.size for x in jax.tree.leaves(shapes))
     rows = config.batch.prompts * config.batch.samples
-    frozen = count * (2 if config.model.dtype == "bfloat16" else 4)
+    model, number = inputs.model, 2 if config.model.dtype == "bfloat16" else 4
+    frozen, cache = count * number, config.rollout.cache_tokens + config.rollout.prompt_tokens
+    cache_bytes = cache * model.num_hidden_layers * 2 * model.num_key_value_heads * model.head_dim * number
     print(f"{headline(inputs, config, directory, 0)}\n"
           f"parameters        {count / 1e6:,.1f} M; master weights and AdamW {count * 12 / 1e9:.2f} GB, "
           f"frozen tree {frozen / 1e9:.2f} GB, over all devices\n"
+          f"decoding          weights {frozen / 1e9:.2f} GB and up to {cache_bytes / 1e9:.2f} GB of keys and "
+          f"values on each row device, shared by its tensor devices\n"
           f"a step            {config.batch.prompts} prompts x {config.batch.samples} samples = {rows} "
           f"rollouts of up to {config.rollout.max_new_tokens} tokens\n"
           f"evaluation        {', '.join(f'{k} {len(v)}' for k, v in inputs.evals.items()) or 'none'}; "
@@ -193,7 +198,7 @@ def evaluate(
             return decode_rows(
                 tools.evaluate, params, ids, uid_B, limit_B, key,
                 rows=len(ids), shards=row_devices(tools.mesh), prompts=len(encoded),
-                longest=tools.config.data.max_prompt_tokens,
+                longest=tools.config.data.max_prompt_tokens, room=tools.config.rollout.prompt_tokens,
             )  # fmt: skip
 
         numbers, generations = evaluate_set(

@@ -29,6 +29,7 @@ from rosd_jax.rewards import Grader
 from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
 from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.rows import PAGE
 from rosd_jax.text.prompts import ENGLISH
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.train.step import Tools
@@ -119,6 +120,13 @@ def check_lengths(config: Config, model: Qwen3Config) -> None:
             )
     for section in (config.rollout, config.reflect, config.eval):
         cache_pages(config, section.max_new_tokens)
+    for field in ("data.max_prompt_tokens", "reflect.max_prompt_tokens"):
+        section, name = field.split(".")
+        if config[section][name] > config.rollout.prompt_tokens // PAGE * PAGE:
+            raise UserError(
+                f"rollout.prompt_tokens is {config.rollout.prompt_tokens}; a single prompt may have "
+                f"{field} = {config[section][name]}, so raise the one or lower the other"
+            )
 
 
 def build(
@@ -150,7 +158,7 @@ def build(
     generate = lambda section, top_p, slots: make_generate(
         model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
         stop_ids=inputs.tokenizer.stop_ids, slots=slots,
-        pool=cache_pages(config, section.max_new_tokens),
+        pool=cache_pages(config, section.max_new_tokens), implementation=config.rollout.attention,
     )  # fmt: skip
     tools = Tools(
         config=config,

@@ -3,14 +3,15 @@
     prompts -> rollout -> grade -> reflect -> lesson -> update
 
 Sampling, reflecting and updating are jitted functions of explicit trees; reading text (grading, parsing
-a reflection, locating a quote) is host work between them. So a step is three jitted functions with two
-host hops, not one: what is pure is each function, and the state is threaded through by hand.
+a reflection, locating a quote) is host work between them. So a step is three stages on the devices with
+two host hops, not one jitted function: what is pure is each function, and the state is threaded through
+by hand.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,7 @@ from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import row_devices, row_sharding
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.floor import Floor
+from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.text.prompts import Wording
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Graded, Lesson, Params, Prompts, Reflected, Rollout, TrainState
@@ -86,18 +88,22 @@ def train_step(
 
 def sample_rollouts(tools: Tools, params: Params, prompts: Prompts, step: int) -> Rollout:
     """G rollouts a prompt, on the host. The uid of a rollout is its number in the whole run."""
-    G = tools.config.batch.samples
-    B = len(prompts.problems) * G
-    rollout = tools.sample(
+    config, (N, P) = tools.config, prompts.tokens_NP.shape
+    G = config.batch.samples
+    ids = [prompts.tokens_NP[n, : prompts.length_N[n]].tolist() for n in range(N)]
+    return decode_rows(
+        tools.sample,
         params,
-        prompts.tokens_NP,
-        prompts.length_N,
-        np.repeat(np.arange(len(prompts.problems), dtype=np.int32), G),
-        np.arange(step * B, (step + 1) * B, dtype=np.int32),
-        np.full(B, tools.config.rollout.max_new_tokens, np.int32),
+        [prompt for prompt in ids for _ in range(G)],
+        np.arange(step * N * G, (step + 1) * N * G),
+        np.full(N * G, config.rollout.max_new_tokens),
         jax.random.fold_in(tools.key, 0),
+        rows=N * G,
+        shards=row_devices(tools.mesh),
+        longest=P,
+        prompts=N,
+        room=config.rollout.prompt_tokens,
     )
-    return jax.device_get(rollout)
 
 
 def grade(tools: Tools, prompts: Prompts, rollout: Rollout) -> Graded:
@@ -131,6 +137,7 @@ def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) ->
             rows=len(ids),
             shards=row_devices(tools.mesh),
             longest=config.reflect.max_prompt_tokens,
+            room=config.rollout.prompt_tokens,
         )
         for row, text in zip(rows, decode(tools.tokenizer, answers), strict=True):
             raws[row] = text
@@ -160,46 +167,6 @@ def make_lesson(tools: Tools, reflected: Reflected) -> tuple[Reflected, Lesson]:
         sampler_logp_BR=graded.rollout.logp_BR,
     )
     return reflected, jax.device_put(lesson, row_sharding(tools.mesh))
-
-
-def decode_rows(
-    generate: Callable[..., Rollout],
-    params: Params,
-    prompt_ids: Sequence[Sequence[int]],
-    uid_M: np.ndarray,
-    limit_M: np.ndarray,
-    key: jax.Array,
-    *,
-    rows: int,
-    shards: int = 1,
-    longest: int,
-    prompts: int | None = None,
-) -> Rollout:
-    """Decodes M prompts as `rows` >= M rows of one shape; returns M rows, on the host.
-
-    Equal prompts are prefilled once on each shard of the rows, and every shard gets an equal share of
-    the M, neighbours together. prompts: the shape's number of different ones; None: rows.
-    """
-    number: dict[tuple[int, ...], int] = {}
-    prompt_of_M = [number.setdefault(tuple(ids), len(number)) for ids in prompt_ids]
-    tokens_NP, length_N = pad_rows([*number, *[[0]] * ((prompts or rows) - len(number))], longest)
-    shares = np.array_split(np.arange(len(prompt_ids)), shards)
-    at_M = np.concatenate([d * (rows // shards) + np.arange(len(share)) for d, share in enumerate(shares)])
-
-    def deal(values_M: Any) -> np.ndarray:
-        row_B = np.zeros(rows, np.int32)
-        row_B[at_M] = values_M
-        return row_B
-
-    given = deal(prompt_of_M), deal(uid_M), deal(limit_M)  # the limit of spare rows is 0
-    rollout = jax.device_get(generate(params, tokens_NP, length_N, *given, key))
-    return pick(rollout, at_M)
-
-
-def pick(rollout: Rollout, rows_M: np.ndarray) -> Rollout:
-    """Some rows of a rollout on the host."""
-    columns = rollout.tokens_BR, rollout.length_B, rollout.logp_BR, rollout.finished_B
-    return Rollout(*(x[rows_M] for x in columns), stats=rollout.stats)
 
 
 def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
