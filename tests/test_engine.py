@@ -236,8 +236,13 @@ def test_pages_are_neither_lost_nor_shared_and_every_sequence_ends_once(seed):
     kinds = [rng.integers(0, NEW + 1, n), np.ones(n), np.full(n, NEW), np.full(n, 5)]
     limit = kinds[seed % 4].astype(np.int32)
     pool = pages.most_own(PAGE, NEW) + int(rng.integers(0, 6))
+    ended, before = [], set()
     for stage, state in machine(limit, slots, pool):
         check_pages(state, 3 * n, pool)
+        held = {int(row) for row in state.slots_SC[:, pages.ROW] if row < n}
+        if stage == "recorded":
+            ended += before - held
+        before = held
         if stage == "decoding":
             at, slots_SC = np.asarray(pages.position(state)), np.asarray(state.slots_SC)
             own = slots_SC[:, pages.SHARED] + slots_SC[:, pages.OWN]
@@ -245,7 +250,9 @@ def test_pages_are_neither_lost_nor_shared_and_every_sequence_ends_once(seed):
     np.testing.assert_array_equal(state.out.length_B, limit)
     written = np.arange(NEW) < limit[:, None]
     np.testing.assert_array_equal(state.out.tokens_BR, np.where(written, np.arange(n)[:, None], 0))
+    assert sorted(ended) == np.flatnonzero(limit).tolist()
     assert state.top == pool and state.stats.busy >= limit.sum()
+    assert state.stats.preempted > 0 or state.stats.busy == limit.sum()
 
 
 def compiled_chunk(slots, stop_ids=STOP):
@@ -271,15 +278,19 @@ def test_the_store_is_written_in_place():
 
 
 def test_weights_are_cast_and_joined_once_a_call_not_once_a_step():
-    """In bfloat16 the loop's weights are arguments of the compute type."""
+    """In bfloat16 the loop's weights are arguments of the compute type, and it makes no others of them."""
     how = Decoding(MODEL.replace(dtype="bfloat16"), None, NEW, 1.0, 1.0, STOP, None, PAGE, prompt_pages=18)
     args = PARAMS, PROMPT, PROMPT_LEN, PROMPT_OF, UID, LIMIT, KEY
     with jax.numpy_dtype_promotion("standard"):
-        weights, _, state = jax.eval_shape(partial(loop.begin, how=how), *args)
+        weights, rows, state = jax.eval_shape(partial(loop.begin, how=how), *args)
+        text = str(jax.make_jaxpr(partial(loop.decode_chunk, how=how))(weights, rows, state, 0))
     assert {x.dtype for x in jax.tree.leaves(weights) if x.ndim > 2 and x.shape[1] > 8} == {
         jnp.dtype("bfloat16")
     }
     assert state.store.dtype == jnp.bfloat16
+    shapes = {x.shape[i:] for x in jax.tree.leaves(weights) if x.dtype == jnp.bfloat16 for i in (0, 1)}
+    made = re.findall(r":\w+\[([\d,]+)\] = (?:convert_element_type|concatenate)", text)
+    assert made and not {tuple(map(int, dims.split(","))) for dims in made} & shapes
 
 
 def test_generate_is_pure_and_runs_inside_another_jit(alone):
