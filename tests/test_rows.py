@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from rosd_jax.rollout.rows import PAGE, decode_rows, split
+from rosd_jax.rollout.pages import LONGEST_PAGE as PAGE
+from rosd_jax.rollout.rows import decode_rows, split
 from rosd_jax.types import DecodeStats, Rollout
 
 PROMPTS = [[7, 7], [1, 2, 3], [7, 7], [4] * 70, [5], [1, 2, 3], [6] * 3]

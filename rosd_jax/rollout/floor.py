@@ -43,9 +43,13 @@ def measure_floor(model: Qwen3Config, tensor: int) -> Floor:
     """Of a device that holds 1 / tensor of the heads, inner widths and vocabulary."""
     weights = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
     weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read_each_step(weights)))
+    return Floor(weight_bytes / tensor, position_bytes(model) / tensor, copy_bandwidth(COPY_BYTES))
+
+
+def position_bytes(model: Qwen3Config) -> int:
+    """Of the keys and values of one position in all layers."""
     width = 2 * model.num_key_value_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
-    position_bytes = model.num_hidden_layers * width
-    return Floor(weight_bytes / tensor, position_bytes / tensor, copy_bandwidth(COPY_BYTES))
+    return model.num_hidden_layers * width
 
 
 def read_each_step(weights: Weights) -> Weights:

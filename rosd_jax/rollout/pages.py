@@ -26,6 +26,8 @@ from jax import lax
 
 from rosd_jax.types import DecodeStats, Rollout
 
+LONGEST_PAGE = 64  # positions
+
 
 class Rows(NamedTuple):
     """What is known of N sequences before they start."""
@@ -58,8 +60,8 @@ class State(NamedTuple):
 
 
 def page_length(max_new: int) -> int:
-    """Positions a page: 64, fewer where a response would fill little of its last one, but at least 16."""
-    return min(64, max(16, 1 << max(0, max_new.bit_length() - 2)))
+    """Positions a page: 16 or more, fewer than the longest where a response would fill little of its last."""
+    return min(LONGEST_PAGE, max(16, 1 << max(0, max_new.bit_length() - 2)))
 
 
 def most_own(page: int, max_new: int) -> int:

@@ -61,10 +61,8 @@ def fill(
         done, store_XPWE = state
         some = lambda x_N: lax.dynamic_slice_in_dim(x_N, done, at_once)
         tokens = prompt_NP[some(order_N), :width]
-        store_XPWE = decoder.prefill(
-            weights, model, tokens, some(length_N), store_XPWE, some(first_N), axis
-        )  # fmt: skip
-        return done + at_once, store_XPWE
+        given = tokens, some(length_N), store_XPWE, some(first_N)
+        return done + at_once, decoder.prefill(weights, model, *given, axis)
 
     state = jnp.int32(0), store_XPWE
     for width, shorter in zip(widths, [*widths[1:], 0], strict=True):

@@ -12,9 +12,8 @@ import jax
 import numpy as np
 
 from rosd_jax.data.pipeline import pad_rows
+from rosd_jax.rollout.pages import LONGEST_PAGE
 from rosd_jax.types import Params, Rollout
-
-PAGE = 64  # prompts take whole pages, which have no more positions than this
 
 
 def decode_rows(
@@ -58,11 +57,9 @@ def decode_rows(
     return join([decode(part) for part in split(length_N, prompt_of_M, shards, room)])
 
 
-def split(
-    length_N: np.ndarray, prompt_of_M: np.ndarray, shards: int, room: int | None
-) -> list[np.ndarray]:  # fmt: skip
+def split(length_N: np.ndarray, prompt_of_M: np.ndarray, shards: int, room: int | None) -> list[np.ndarray]:
     """The rows in as few equal parts as it takes for each shard's share of a part to fit `room`."""
-    padded_N = -(-length_N // PAGE) * PAGE
+    padded_N = -(-length_N // LONGEST_PAGE) * LONGEST_PAGE  # prompts take whole pages
     held = lambda share: padded_N[np.unique(prompt_of_M[share])].sum()
     fits = lambda part: all(held(share) <= (room or np.inf) for share in np.array_split(part, shards))
     M = len(prompt_of_M)

@@ -25,6 +25,7 @@ from rosd_jax.models.qwen3 import init_params
 from rosd_jax.models.sharding import row_devices
 from rosd_jax.models.weights import save_pretrained, weights_fingerprint
 from rosd_jax.rewards import Grader
+from rosd_jax.rollout.floor import position_bytes
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.train import checkpoint, workdir
 from rosd_jax.train.metrics import Console, MetricsLog
@@ -102,13 +103,12 @@ def plan(config: Config, directory: Path) -> None:
     shapes = jax.eval_shape(lambda: init_params(inputs.model, jax.random.key(0)))
     count = sum(x.size for x in jax.tree.leaves(shapes))
     rows = config.batch.prompts * config.batch.samples
-    model, number = inputs.model, 2 if config.model.dtype == "bfloat16" else 4
-    frozen, cache = count * number, config.rollout.cache_tokens + config.rollout.prompt_tokens
-    cache_bytes = cache * model.num_hidden_layers * 2 * model.num_key_value_heads * model.head_dim * number
+    frozen = count * (2 if config.model.dtype == "bfloat16" else 4)
+    cache = (config.rollout.cache_tokens + config.rollout.prompt_tokens) * position_bytes(inputs.model)
     print(f"{headline(inputs, config, directory, 0)}\n"
           f"parameters        {count / 1e6:,.1f} M; master weights and AdamW {count * 12 / 1e9:.2f} GB, "
           f"frozen tree {frozen / 1e9:.2f} GB, over all devices\n"
-          f"decoding          weights {frozen / 1e9:.2f} GB and up to {cache_bytes / 1e9:.2f} GB of keys and "
+          f"decoding          weights {frozen / 1e9:.2f} GB and up to {cache / 1e9:.2f} GB of keys and "
           f"values on each row device, shared by its tensor devices\n"
           f"a step            {config.batch.prompts} prompts x {config.batch.samples} samples = {rows} "
           f"rollouts of up to {config.rollout.max_new_tokens} tokens\n"

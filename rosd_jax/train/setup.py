@@ -29,7 +29,6 @@ from rosd_jax.rewards import Grader
 from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
 from rosd_jax.rollout.loop import make_generate
-from rosd_jax.rollout.rows import PAGE
 from rosd_jax.text.prompts import ENGLISH
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.train.step import Tools
@@ -122,7 +121,7 @@ def check_lengths(config: Config, model: Qwen3Config) -> None:
         cache_pages(config, section.max_new_tokens)
     for field in ("data.max_prompt_tokens", "reflect.max_prompt_tokens"):
         section, name = field.split(".")
-        if config[section][name] > config.rollout.prompt_tokens // PAGE * PAGE:
+        if config[section][name] > config.rollout.prompt_tokens // pages.LONGEST_PAGE * pages.LONGEST_PAGE:
             raise UserError(
                 f"rollout.prompt_tokens is {config.rollout.prompt_tokens}; a single prompt may have "
                 f"{field} = {config[section][name]}, so raise the one or lower the other"
