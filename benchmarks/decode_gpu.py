@@ -28,6 +28,7 @@ from rosd_jax.kernels.paged_attention import write_and_attend, xla
 from rosd_jax.models.decoder import Weights, decode_step, fuse, local_logits
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.rollout.floor import copy_bandwidth, read_each_step
+from rosd_jax.rollout.loop import GPU_OPTIONS
 
 QWEN3_4B = dict(vocab=151936, hidden=2560, inner=9728, layers=36, heads=32, kv_heads=8, width=128)
 RUN = dict(rows=128, context=2048, page=64, copy_mib=4096, rounds=10, steps=10)
@@ -108,7 +109,9 @@ def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> d
     table_BM = jnp.arange(args.rows * pages, dtype=jnp.int32).reshape(args.rows, pages)
     position_B = jnp.full(args.rows, args.context - 1, jnp.int32)
 
-    @partial(jax.jit, donate_argnums=(1, 2))
+    options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+
+    @partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
     def step(weights, token_B, store):
         hidden_BD, store = decode_step(
             weights, model, token_B, position_B, store, table_BM, None, args.implementation

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import decode_gpu
+from benchmarks import decode_gpu, decode_gpu_ragged
 
 TINY = dict(vocab=64, hidden=32, inner=48, layers=2, heads=4, kv_heads=2, width=16)
 RUN = dict(rows=3, context=20, page=8, copy_mib=1, rounds=2, steps=2)
@@ -33,3 +33,15 @@ def test_knows_these_implementations_only(tmp_path, capsys):
     with pytest.raises(SystemExit):
         decode_gpu.main([f"--out={tmp_path / 'step.json'}", "--implementation=pallas_tpu"])
     assert "invalid choice: 'pallas_tpu'" in capsys.readouterr().err
+
+
+def test_ragged_rows_get_their_lengths_in_a_store_that_is_a_share_of_a_dense_one(tmp_path):
+    out, rows = tmp_path / "ragged.json", dict(rows=8, samples=4, prompt=9, mean=6, most=16, page=8, rounds=1)
+    told = [f"--out={out}", "--contestant=ours", "--share=0.75", *flags(**TINY, **rows)]
+    decode_gpu_ragged.main(told)
+    record = json.loads(out.read_text())
+    position = 2 * (2 * 2 * 16) * 2
+    assert record["dense_bytes"] == 8 * (9 + 16) * position
+    assert record["store_bytes"] == 18 * 8 * position  # whole pages
+    assert record["steps"] >= record["longest"] and 8 <= record["tokens"] <= 8 * 16
+    assert record["seconds"]["median"] > 0 and 0 < record["idle_share"] < 1

@@ -2,16 +2,19 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu import core as mosaic_gpu_core
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.interpreters import mlir
 
 from rosd_jax.kernels.paged_attention import pallas_gpu, write_and_attend, xla
+from rosd_jax.kernels.paged_attention.pallas_gpu import TILE
 
 PAGE, WIDTH, LAYER = 32, 7, 20  # positions a page, pages of a table, pages of a layer
 LONG = WIDTH * PAGE
@@ -22,7 +25,22 @@ if jax.__version_info__ < (0, 11):
     mlir.register_lowering(mosaic_gpu_core.layout_cast_p, lambda ctx, x, **_: [x], platform="cpu")
 
 
-def operands(lengths, heads, kv_heads, dtype, E=64, q_dtype=None, seed=0):
+@pytest.fixture(autouse=True)
+def transposed_operands(monkeypatch):
+    """That interpreter's matrix product does not know transposed operands: here they are transposed late."""
+    product, matmul = gpu_callbacks.wgmma, np.matmul
+
+    def wgmma(*, b_transforms, **given):
+        plain = tuple(t for t in b_transforms if type(t).__name__ != "TransposeTransform")
+        late = lambda a, b, **how: matmul(a, b if len(plain) == len(b_transforms) else b.T, **how)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(np, "matmul", late)
+            return product(b_transforms=plain, **given)
+
+    monkeypatch.setattr(gpu_callbacks, "wgmma", wgmma)
+
+
+def operands(lengths, heads, kv_heads, E=64, page=PAGE, dtype=jnp.bfloat16, seed=0):
     """Rows whose newest token is number `length` - 1, in layer 1 of a store of three; 0: idle.
 
     Every live row owns its last page and shares the others. Entries behind it point past the store.
@@ -30,72 +48,70 @@ def operands(lengths, heads, kv_heads, dtype, E=64, q_dtype=None, seed=0):
     rng = np.random.default_rng(seed)
     B, shared = len(lengths), LAYER - len(lengths)
     position_B = np.array(lengths, np.int32) - 1
-    own_B = position_B // PAGE
+    own_B = position_B // page
     table_BM = rng.integers(0, shared, (B, WIDTH))
     table_BM[np.arange(B), np.maximum(own_B, 0)] = shared + rng.permutation(B)
     table_BM[np.arange(WIDTH) > own_B[:, None]] = 9 * LAYER
     normal = lambda dtype, *shape: jnp.asarray(rng.normal(size=shape), dtype)
-    q_BHE = normal(q_dtype or dtype, B, heads, E)
+    q_BHE = normal(dtype, B, heads, E)
     k_BKE, v_BKE = (normal(dtype, B, kv_heads, E) for _ in "kv")
-    store_XPWE = normal(dtype, 3 * LAYER, PAGE, 2 * kv_heads, E)
+    store_XPWE = normal(dtype, 3 * LAYER, page, 2 * kv_heads, E)
     return q_BHE, k_BKE, v_BKE, store_XPWE, jnp.asarray(table_BM, jnp.int32), jnp.asarray(position_B), LAYER
 
 
-def check(args, split=2 * PAGE, stage=PAGE, **params):
+def check(args, split=2 * LONG, **params):
     """Our kernel against the definition, which gathers every page and so gets a table inside the store."""
     _, _, _, store_XPWE, table_BM, position_B, _ = args
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas_gpu, "SPLIT", split)
-        patch.setattr(pallas_gpu, "STAGE_BYTES", stage * 2 * store_XPWE.shape[3] * store_XPWE.dtype.itemsize)
         run = partial(pallas_gpu.write_and_attend, interpret=InterpretGPUParams(**params))
         got_BHE, got_XPWE = jax.jit(run)(*args)
     inside_BM = jnp.where(table_BM < LAYER, table_BM, 0)
     want_BHE, want_XPWE = xla.reference(*args[:4], inside_BM, *args[5:])
-    tolerance = 1e-5 if got_BHE.dtype == jnp.float32 else 2e-2
     to32 = lambda x: np.asarray(x, np.float32)
-    np.testing.assert_allclose(to32(got_BHE), to32(want_BHE), atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(to32(got_BHE), to32(want_BHE), atol=1e-2, rtol=1e-2)
     np.testing.assert_array_equal(to32(got_XPWE), to32(want_XPWE))
     assert not to32(got_BHE)[np.asarray(position_B) < 0].any()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_call_writes_and_attends_as_the_definition_does(dtype):
-    check(operands(LENGTHS, 4, 2, dtype))
+def test_one_call_writes_and_attends_as_the_definition_does():
+    check(operands(LENGTHS, 4, 2))
 
 
-@pytest.mark.parametrize("split, stage", [(16, 16), (3 * PAGE, 16), (LONG, PAGE)])
-def test_splits_and_stages_of_any_size_give_the_same(split, stage):
-    check(operands([LONG - 5, 0, 17], 2, 1, "float32"), split, stage)
+@pytest.mark.parametrize("split", [TILE, 3 * TILE])
+def test_splits_of_any_size_give_the_same(split):
+    check(operands([LONG - 5, 0, 17, 2 * TILE, 2 * TILE + 1], 2, 1), split)
+
+
+@pytest.mark.parametrize("page", [8, 16, 64, 128])
+def test_pages_of_any_length_give_the_same(page):
+    check(operands([4 * page + 3, 1, page, 0, page + 1], 2, 1, page=page), TILE)
 
 
 @pytest.mark.parametrize("heads, kv_heads, E", [(9, 1, 64), (5, 1, 128), (2, 2, 128), (3, 1, 256)])
-def test_heads_with_more_queries_than_a_block_holds_and_odd_numbers_of_them(heads, kv_heads, E):
-    check(operands([PAGE + 1, 3 * PAGE], heads, kv_heads, "bfloat16", E))
-
-
-@pytest.mark.parametrize("dtype, q_dtype", [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_queries_may_be_of_another_dtype_and_are_not_rounded(dtype, q_dtype):
-    check(operands([5, 2 * PAGE], 2, 1, dtype, q_dtype=q_dtype))
+def test_any_number_of_queries_for_a_head_and_any_width(heads, kv_heads, E):
+    check(operands([PAGE + 1, 3 * PAGE], heads, kv_heads, E))
 
 
 def test_a_call_of_idle_rows_only():
-    check(operands([0, 0], 2, 1, "float32"))
+    check(operands([0, 0], 2, 1))
 
 
 def test_copies_never_meet_what_is_still_being_read():
     from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
 
-    check(operands([0, LONG, 1], 2, 1, "float32"), stage=16, detect_races=True)
+    check(operands([0, LONG, 1], 2, 1), detect_races=True)
     assert not get_races().races_found
 
 
 def test_refuses_what_it_has_no_layout_for():
-    good = operands([3], 2, 1, "float32")
-    narrow = operands([3], 2, 1, "float32", E=32)
-    half = [x.astype(jnp.float16) for x in good[:4]]
-    short = good[3].reshape(-1, 8, *good[3].shape[2:])
-    for args in (narrow, (*half, *good[4:]), (*good[:3], short, *good[4:])):
-        with pytest.raises(ValueError, match="pallas_gpu takes heads 64, 128, 192 or 256 wide"):
+    good = operands([3], 2, 1)
+    narrow = operands([3], 2, 1, E=32)
+    single = [x.astype(jnp.float32) for x in good[:4]]
+    short = good[3].reshape(-1, 4, *good[3].shape[2:])
+    crowd = operands([3], 65, 1)
+    for args in (narrow, (*single, *good[4:]), (single[0], *good[1:]), (*good[:3], short, *good[4:]), crowd):
+        with pytest.raises(ValueError, match="pallas_gpu takes bfloat16, heads 64, 128, 192 or 256 wide"):
             write_and_attend(*args, implementation="pallas_gpu")
 
 
@@ -111,14 +127,31 @@ def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("rows", [32, 256])
-def test_lowers_for_cuda_at_the_shapes_of_qwen3_4b(rows, dtype):
+def test_lowers_for_cuda_at_the_shapes_of_qwen3_4b(rows):
+    dtype = jnp.bfloat16
     store = array(dtype, 36 * 1000, 64, 16, 128)
     kv = array(dtype, rows, 8, 128)
     where = array(jnp.int32, rows, 36), array(jnp.int32, rows), array(jnp.int32)
     attend = partial(write_and_attend, implementation="pallas_gpu")
     assert_in_place(lowered(attend, array(dtype, rows, 32, 128), kv, kv, store, *where))
+
+
+@pytest.mark.parametrize(
+    "dtype, capability, ours",
+    [
+        ("bfloat16", "9.0", True),
+        ("bfloat16", "8.0", False),
+        ("bfloat16", None, False),
+        ("float32", "9.0", False),
+    ],
+)
+def test_is_the_default_on_hopper_gpus_for_bfloat16(dtype, capability, ours, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    given = (array(dtype, 2, 4, 128), *[array(dtype, 2, 2, 128)] * 2, array(dtype, 8, 64, 4, 128))
+    where = array(jnp.int32, 2, 4), array(jnp.int32, 2), array(jnp.int32)
+    attend = lambda *operands: write_and_attend(*operands)  # a function of its own, which is traced anew
+    assert ("mosaic_gpu" in lowered(attend, *given, *where)) == ours
 
 
 def test_a_whole_decoding_step_of_qwen3_4b_lowers_for_cuda():

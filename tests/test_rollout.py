@@ -138,6 +138,12 @@ def test_every_mesh_gives_the_tokens_of_one_device(shape, traces):
     assert all(leaf.sharding.spec[0] == ("data", "fsdp") for leaf in jax.tree.leaves(got))
 
 
+def test_the_options_for_gpu_are_known_to_this_version_of_xla():
+    with pytest.raises(Exception, match="No such compile option"):
+        jax.jit(lambda x: x, compiler_options={"xla_gpu_no_such_option": True})(1)
+    jax.jit(lambda x: x, compiler_options=loop.GPU_OPTIONS)(1)
+
+
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="batch rows are 3.*mesh.data x mesh.fsdp = 4"):
         _generate(make_mesh(2, 2, 2), prompt_of=PROMPT_OF[:3], uid=UID[:3], limit=LIMIT[:3])

@@ -1,6 +1,7 @@
 """The GPU row kernel: its values in the Mosaic GPU interpreter, and its lowering for CUDA."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,15 @@ def test_the_whole_loss_lowers_for_cuda_from_hidden_states_and_from_narrow_logit
     by_logits = jax.jit(jax.grad(partial(topk_jsd_from_logits, **on_gpu), has_aux=True))
     for traced in (whole.trace(*models, weight), by_logits.trace(array(64, 9000), array(64, 9000), weight)):
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("capability, ours", [("9.0", True), ("8.0", False), (None, False)])
+def test_is_the_default_on_hopper_gpus(capability, ours, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    models, weight = (bf16(64, 128), bf16(9000, 128)) * 2, jax.ShapeDtypeStruct((64,), jnp.float32)
+    traced = jax.jit(lambda *args: topk_jsd_loss(*args, chunk=32)[0]).trace(*models, weight)
+    assert ("mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()) == ours
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

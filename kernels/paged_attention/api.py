@@ -59,9 +59,9 @@ def write_and_attend(
       page_base: the store's page to which 0 in the table points: layer x pages of a layer.
       implementation: "xla", whose cost follows the longest live rows; "pallas_tpu", "ragged_tpu"
         and "pallas_gpu", whose cost follows each row; "reference", which gathers every page of the
-        table. None takes "pallas_tpu" where it is compiled for a TPU and E is a multiple of 128, else
-        "xla". "pallas_gpu" has not been run on a GPU and is taken only when it is asked for; it needs
-        E in 64, 128, 192 or 256, P a multiple of 16 and a store of bfloat16 or float32.
+        table. None takes "pallas_tpu" where it is compiled for a TPU and E is a multiple of 128,
+        "pallas_gpu" on a Hopper GPU (H100, H200) where all is bfloat16, E is 64, 128, 192 or 256 and P is
+        8, 16, 32 or a multiple of 64, else "xla".
 
     Returns:
       (out_BHE in q's dtype, the store). Raises ValueError on shapes or dtypes that do not fit.
@@ -70,11 +70,23 @@ def write_and_attend(
     if (implementation or "xla") not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}, not one of {', '.join(_IMPLEMENTATIONS)}")
     operands = (q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
-    if implementation is None and q_BHE.shape[-1] % LANES == 0:
-        return lax.platform_dependent(
-            *operands, tpu=pallas_tpu.write_and_attend, default=xla.write_and_attend
-        )
-    return _IMPLEMENTATIONS[implementation or "xla"](*operands)
+    if implementation:
+        return _IMPLEMENTATIONS[implementation](*operands)
+    kernels = {"tpu": pallas_tpu.write_and_attend} if q_BHE.shape[-1] % LANES == 0 else {}
+    if _on_hopper() and _fits_gpu(q_BHE, store_XPWE):
+        kernels["cuda"] = _pallas_gpu
+    return lax.platform_dependent(*operands, **kernels, default=xla.write_and_attend)
+
+
+def _on_hopper() -> bool:
+    """Whether the default device is an NVIDIA GPU of compute capability 9.0 (H100, H200)."""
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
+def _fits_gpu(q_BHE: jax.Array, store_XPWE: jax.Array) -> bool:
+    from . import pallas_gpu
+
+    return pallas_gpu.fits(q_BHE, store_XPWE)
 
 
 def _check(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B) -> None:

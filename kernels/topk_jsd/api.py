@@ -60,7 +60,7 @@ def topk_jsd_loss(
       chunk: rows of one [chunk, V] block of logits.
       implementation: who turns logits into divergence and gradient: "xla", "pallas_tpu" or
         "pallas_gpu", which fail where they cannot run, or "reference", which holds all logits. None
-        takes pallas_tpu on a TPU and xla elsewhere.
+        takes pallas_tpu on a TPU, pallas_gpu on a Hopper GPU (H100, H200) and xla elsewhere.
       sharding: splits the work over a mesh; None leaves it on one device, or to the compiler, which
         cannot split the pallas implementations.
 

@@ -1,0 +1,154 @@
+"""256 rows of ragged lengths on one GPU: the engine, or transformers with a static cache and torch.compile.
+
+    python -m benchmarks.decode_gpu_ragged --contestant=ours --out=FILE [--share=0.25] [--rows=256] ...
+    python -m benchmarks.decode_gpu_ragged --contestant=transformers --out=FILE [--batch=256] ...
+
+The shapes are Qwen3-4B's, the weights random bfloat16; every `samples` rows have a prompt in common, and
+lengths are lognormal, the same for both. Ours stops at each row's own and gets a page store of `share` of
+the bytes of a dense cache, [rows, prompt + most]; transformers runs batches of `batch` rows, each until its
+longest row, and its static cache is dense. Times are of the whole call, prompts included, after a first one
+that compiles. One contestant a process, since each takes the device's memory for itself.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.timing import summary, versions
+
+QWEN3_4B = dict(vocab=151936, hidden=2560, inner=9728, layers=36, heads=32, kv_heads=8, width=128)
+RUN = dict(rows=256, samples=8, prompt=256, mean=188, most=1024, batch=256, rounds=2, page=64)
+SIGMA = 0.8  # of the lengths' logarithms
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures one contestant and writes one JSON object."""
+    parser = argparse.ArgumentParser(description="Ragged rows on one GPU")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--contestant", choices=("ours", "transformers"), required=True)
+    parser.add_argument("--share", type=float, default=0.25)
+    for name, value in (QWEN3_4B | RUN).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
+    args = parser.parse_args(argv)
+    measure = dict(ours=ours, transformers=transformers)[args.contestant]
+    length_B = lengths(args)
+    record = dict(date=time.strftime("%Y-%m-%d"), contestant=args.contestant, tokens=int(length_B.sum()))
+    record |= dict(longest=int(length_B.max()), sizes={name: getattr(args, name) for name in QWEN3_4B | RUN})
+    record |= measure(args, prompts(args), length_B)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def lengths(args: argparse.Namespace) -> np.ndarray:
+    """Tokens of every row: lognormal, `mean` before they are cut to 1 .. `most`."""
+    mu = np.log(args.mean) - SIGMA**2 / 2
+    drawn = np.random.default_rng(0).lognormal(mu, SIGMA, args.rows)
+    return np.clip(np.round(drawn), 1, args.most).astype(np.int32)
+
+
+def prompts(args: argparse.Namespace) -> np.ndarray:
+    """Ids of the different prompts, [rows / samples, prompt]."""
+    shape = args.rows // args.samples, args.prompt
+    return np.random.default_rng(1).integers(2, args.vocab, shape).astype(np.int32)
+
+
+def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) -> dict[str, Any]:
+    """Seconds of the engine, and what of the memory and of its bandwidth it took."""
+    import jax
+    import jax.numpy as jnp
+
+    from rosd_jax.models.qwen3 import Qwen3Config, init_params
+    from rosd_jax.rollout.floor import measure_floor, position_bytes
+    from rosd_jax.rollout.loop import make_generate
+
+    sizes = (getattr(args, name) for name in QWEN3_4B)
+    model = Qwen3Config(*sizes, tie_word_embeddings=True, dtype="bfloat16")
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    # In bfloat16 at once: neither contestant keeps float32 weights.
+    fill = jax.jit(
+        lambda key, like: 0.02 * jax.random.normal(key, like.shape, jnp.bfloat16), static_argnums=1
+    )
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: fill(jax.random.key(sum(jax.tree_util.keystr(path).encode())), x), shapes
+    )
+    dense = args.rows * (args.prompt + args.most)  # positions
+    pages = int(args.share * dense) // args.page
+    pool = pages - len(prompt_NP) * -(-args.prompt // args.page)
+    generate = make_generate(
+        model, None, max_new=args.most, temperature=1.0, top_p=1.0, stop_ids=(), page=args.page, pool=pool
+    )
+    of_B, uid_B = np.repeat(np.arange(len(prompt_NP)), args.samples), np.arange(args.rows)
+    given = prompt_NP, np.full(len(prompt_NP), args.prompt), of_B, uid_B, length_B
+    given = *(x.astype(np.int32) for x in given), jax.random.key(0)
+    times, rollout = timed(lambda: jax.block_until_ready(generate(params, *given)), args.rounds)
+    np.testing.assert_array_equal(rollout.length_B, length_B)
+    assert np.isfinite(np.asarray(rollout.logp_BR)).all()
+    stats = jax.tree.map(lambda x: float(np.sum(np.asarray(x))), rollout.stats)
+    seconds = float(np.median(times[1:]))
+    return {
+        "device": jax.devices()[0].device_kind, "versions": versions("jax", "jaxlib"),
+        "first_s": times[0], "seconds": summary(times[1:]),
+        "steps": stats.steps, "preempted": stats.preempted, "idle_share": 1 - stats.busy / stats.slots,
+        "share_of_floor": measure_floor(model, 1).seconds(rollout.stats) / seconds,
+        "store_bytes": pages * args.page * position_bytes(model),
+        "dense_bytes": dense * position_bytes(model),
+        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    }  # fmt: skip
+
+
+def transformers(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) -> dict[str, Any]:
+    """Seconds of `generate`, which compiles its decoding step where there is a GPU."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.inner,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
+        head_dim=args.width, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    gpu = torch.cuda.is_available()
+    with torch.device("cuda" if gpu else "cpu"):
+        net = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        ids = torch.tensor(np.repeat(prompt_NP, args.samples, axis=0)).long()
+
+    @torch.inference_mode()
+    def call(most: int = args.most) -> None:
+        for at in range(0, args.rows, args.batch):
+            some, new = ids[at : at + args.batch], min(most, int(length_B[at : at + args.batch].max()))
+            full = lambda text, _, new=new: text.new_full(
+                (len(text),), text.shape[1] >= args.prompt + new, dtype=torch.bool
+            )
+            out = net.generate(
+                some, attention_mask=torch.ones_like(some), pad_token_id=0,
+                do_sample=True, temperature=1.0, top_p=1.0, top_k=0, cache_implementation="static",
+                max_new_tokens=args.most, min_new_tokens=new, stopping_criteria=[full],
+            )  # fmt: skip
+            assert out.shape[1] == args.prompt + new, out.shape
+        if gpu:
+            torch.cuda.synchronize()
+
+    first, _ = timed(lambda: call(16), 0)  # compiles, for the cache of the whole call
+    print(f"the first 16 tokens took {first[0]:.0f} s", flush=True)
+    times, _ = timed(call, args.rounds - 1)
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "versions": versions("torch", "transformers"), "first_s": first[0], "seconds": summary(times),
+        "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
+    }  # fmt: skip
+
+
+def timed(call: Any, rounds: int) -> tuple[list[float], Any]:
+    """Seconds of a first call and of so many more, and what the last one returned."""
+    times, result = [], None
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - start)
+    return times, result
+
+
+if __name__ == "__main__":
+    main()
