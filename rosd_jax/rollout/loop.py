@@ -279,8 +279,7 @@ def _begin_shard(params, prompt_NP, prompt_len_N, key, prompt_of_1B, uid_1B, lim
     pool = most_pool if how.pool is None else min(how.pool, most_pool)
     store = _empty_store(how, weights, pinned + pool)
     store = prompts.fill(weights, how.model, prompt_NP, layout, store, how.axis)
-    # A power of two, so that the loop is compiled for few widths; nothing is read because of it.
-    width = pages.table_width(how.page, 1 << (T - 1).bit_length(), how.max_new)
+    width = pages.table_width(how.page, T, how.max_new)
     state = pages.empty(store, rows, slots, pinned, pool, width)
     return weights, *jax.tree.map(lambda x: x[None], (rows, state))
 
