@@ -42,33 +42,34 @@ def write_and_attend(*operands):
 
 
 def short(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
-    """All rows at once, reading the quarters of the table that the longest row reaches into."""
-    store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
-    M, P = table_BM.shape[1], store_XPWE.shape[1]
-    quarter = -(-M // 4)
-    some = lambda m: lambda: _side_by_side(q_BHE, store_XPWE, table_BM[:, :m] + page_base, position_B)
-    widths = [min(m, M) for m in range(quarter, M + quarter, quarter)]
-    longest = jnp.maximum(jnp.max(position_B), 0)
-    return lax.switch(longest // (quarter * P), [some(m) for m in widths]), store_XPWE
+    """All rows at once, reading the thirds of the table that the longest row reaches into.
 
-
-def _side_by_side(q_BHE, store_XPWE, ids_BM, position_B):
-    """Attention on pages as they lie, keys and values of all heads side by side: F = W E numbers.
-
-    Both products run over all F and all but one head's part of them is for nothing. Yet to pull the heads
-    apart XLA for CPU would copy the pages twice more, which takes longer.
+    Pages are used as they lie, keys and values of all heads side by side (F = W E numbers a position), and
+    all but one head's part of both products is for nothing. Yet to pull the heads apart XLA for CPU
+    would copy the pages twice more, which takes longer.
     """
-    (B, H, E), (_, P, W, _), S = q_BHE.shape, store_XPWE.shape, ids_BM.shape[1] * store_XPWE.shape[1]
-    K = W // 2
-    kv_BSF = _gather(store_XPWE, ids_BM).reshape(B, S, W * E)
+    store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
+    (B, H, E), (_, P, W, _), M = q_BHE.shape, store_XPWE.shape, table_BM.shape[1]
+    K, third = W // 2, -(-M // 3)
     place_HW = jnp.arange(W) == jnp.arange(H)[:, None] // (H // K) * 2  # where the keys of a query lie
     q_BHF = jnp.where(place_HW[:, :, None], _scaled(q_BHE)[:, :, None], 0.0).reshape(B, H, W * E)
-    score_BSH = jnp.einsum("bsf,bhf->bsh", kv_BSF, q_BHF)
-    score_BSH = jnp.where(_seen(position_B, S)[:, 0, 0, :, None], score_BSH, MINUS)
-    weight_BSH = jax.nn.softmax(score_BSH, axis=1)
-    out_BKGKjE = jnp.einsum("bsh,bsf->bhf", weight_BSH, kv_BSF).reshape(B, K, H // K, K, 2, E)
+
+    def some(pages: int) -> tuple[jax.Array, jax.Array]:
+        """The first pages' weighted sums of all F numbers, and the sums of weights."""
+        S = pages * P
+        kv_BSF = _gather(store_XPWE, table_BM[:, :pages] + page_base).reshape(B, S, W * E)
+        score_BSH = jnp.einsum("bsf,bhf->bsh", kv_BSF, q_BHF)
+        score_BSH = jnp.where(_seen(position_B, S)[:, 0, 0, :, None], score_BSH, MINUS)
+        weight_BSH = jnp.exp(score_BSH - jnp.max(score_BSH, axis=1, keepdims=True))
+        return jnp.einsum("bsh,bsf->bhf", weight_BSH, kv_BSF), jnp.sum(weight_BSH, axis=1)
+
+    widths = [min(pages, M) for pages in range(third, M + third, third)]
+    longest = jnp.maximum(jnp.max(position_B), 0)
+    out_BHF, sum_BH = lax.switch(longest // (third * P), [partial(some, pages) for pages in widths])
+    out_BKGKjE = out_BHF.reshape(B, K, H // K, K, 2, E)
     out_BKGE = jnp.stack([out_BKGKjE[:, k, :, k, 1] for k in range(K)], axis=1)
-    return jnp.where(position_B[:, None, None] < 0, 0.0, out_BKGE.reshape(B, H, E)).astype(q_BHE.dtype)
+    out_BHE = out_BKGE.reshape(B, H, E) / sum_BH[..., None]
+    return jnp.where(position_B[:, None, None] < 0, 0.0, out_BHE).astype(q_BHE.dtype), store_XPWE
 
 
 def grouped(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base, *, group: int, block: int):
