@@ -61,7 +61,7 @@ def test_writing_reaches_the_newest_position_of_live_rows_alone():
 
 @pytest.mark.parametrize("longest", [1, 12, 13, 24, 25, 36])
 def test_a_short_table_is_read_as_far_as_the_longest_row(longest):
-    """Nine pages of four, in thirds: what lies behind the third with the longest row is not read."""
+    """Nine pages of four, three to a quarter: what lies behind the one with the longest row is not read."""
     q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base = args = operands([longest, 1, 0])
     read = -(-longest // 12) * 3
     unread = (table_BM[:, read:] + base).reshape(-1)

@@ -42,7 +42,7 @@ def write_and_attend(*operands):
 
 
 def short(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
-    """All rows at once, reading the thirds of the table that the longest row reaches into.
+    """All rows at once, reading the quarters of the table that the longest row reaches into.
 
     Pages are used as they lie, keys and values of all heads side by side (F = W E numbers a position), and
     all but one head's part of both products is for nothing. Yet to pull the heads apart XLA for CPU
@@ -50,7 +50,7 @@ def short(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
     """
     store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
     (B, H, E), (_, P, W, _), M = q_BHE.shape, store_XPWE.shape, table_BM.shape[1]
-    K, third = W // 2, -(-M // 3)
+    K, quarter = W // 2, -(-M // 4)
     place_HW = jnp.arange(W) == jnp.arange(H)[:, None] // (H // K) * 2  # where the keys of a query lie
     q_BHF = jnp.where(place_HW[:, :, None], _scaled(q_BHE)[:, :, None], 0.0).reshape(B, H, W * E)
 
@@ -63,9 +63,9 @@ def short(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
         weight_BSH = jnp.exp(score_BSH - jnp.max(score_BSH, axis=1, keepdims=True))
         return jnp.einsum("bsh,bsf->bhf", weight_BSH, kv_BSF), jnp.sum(weight_BSH, axis=1)
 
-    widths = [min(pages, M) for pages in range(third, M + third, third)]
+    widths = [min(pages, M) for pages in range(quarter, M + quarter, quarter)]
     longest = jnp.maximum(jnp.max(position_B), 0)
-    out_BHF, sum_BH = lax.switch(longest // (third * P), [partial(some, pages) for pages in widths])
+    out_BHF, sum_BH = lax.switch(longest // (quarter * P), [partial(some, pages) for pages in widths])
     out_BKGKjE = out_BHF.reshape(B, K, H // K, K, 2, E)
     out_BKGE = jnp.stack([out_BKGKjE[:, k, :, k, 1] for k in range(K)], axis=1)
     out_BHE = out_BKGE.reshape(B, H, E) / sum_BH[..., None]
