@@ -42,7 +42,7 @@ def by_hand(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
 def test_groups_of_rows_and_trips_of_pages_change_nothing(lengths, group, block):
     args = operands(lengths, seed=group)
     grouped = jax.jit(partial(xla.grouped, group=group, block=block))
-    for attend in (grouped, jax.jit(xla.reference)):
+    for attend in (grouped, jax.jit(xla.short), jax.jit(xla.reference)):
         out_BHE, store_XPWE = attend(*args)
         np.testing.assert_allclose(out_BHE, by_hand(*args), atol=1e-6)
         np.testing.assert_array_equal(store_XPWE, xla.write(*args[1:]))
@@ -57,6 +57,17 @@ def test_writing_reaches_the_newest_position_of_live_rows_alone():
             at = np.asarray(table_BM)[b, (length - 1) // PAGE] + page_base, (length - 1) % PAGE
             want[at] = np.stack([k_BKE[b], v_BKE[b]], axis=1).reshape(2 * K, E)
     np.testing.assert_array_equal(xla.write(*args[1:]), want)
+
+
+@pytest.mark.parametrize("longest", [1, 12, 13, 24, 25, 36])
+def test_a_short_table_is_read_as_far_as_the_longest_row(longest):
+    """Nine pages of four, three to a quarter: what lies behind the one with the longest row is not read."""
+    q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base = args = operands([longest, 1, 0])
+    read = -(-longest // 12) * 3
+    unread = (table_BM[:, read:] + base).reshape(-1)
+    args = q_BHE, k_BKE, v_BKE, store_XPWE.at[unread].set(jnp.nan), table_BM, position_B, base
+    out_BHE = jax.jit(xla.short)(*args)[0]
+    np.testing.assert_allclose(out_BHE, by_hand(*args), atol=1e-6)
 
 
 def test_a_short_table_is_read_at_once_and_a_long_one_in_trips():

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rosd_jax.models.sharding import make_mesh
-from rosd_jax.rollout.sampler import invert_cdf, nucleus, row_keys, row_uniforms, sample
+from rosd_jax.rollout.sampler import invert_cdf, nucleus, row_uniforms, sample
 
 uniforms = jax.vmap(jax.random.uniform)
 jit_sample = jax.jit(
@@ -17,7 +17,7 @@ jit_sample = jax.jit(
     static_argnames=("temperature", "top_p"),
 )
 jit_invert = jax.jit(invert_cdf)
-jit_keys = jax.jit(row_keys)
+jit_uniforms = jax.jit(row_uniforms, static_argnums=2)
 DRAWS, CHUNK = 200_000, 2_000
 BELOW_ONE = float(np.float32(1) - np.float32(2**-24))
 
@@ -33,13 +33,12 @@ def _softmax(logits):
 
 
 def _draw(logits_V, temperature, top_p):
-    def chunk(key_B):
+    def chunk(u_B):
         logits_BV = jnp.broadcast_to(logits_V, (CHUNK, logits_V.size))
-        return sample(logits_BV, uniforms(key_B), temperature=temperature, top_p=top_p)[0]
+        return sample(logits_BV, u_B, temperature=temperature, top_p=top_p)[0]
 
-    uid = jnp.arange(DRAWS)
-    key_B = jit_keys(jax.random.key(3), uid, jnp.zeros_like(uid))
-    return np.asarray(jax.jit(lambda k: jax.lax.map(chunk, k))(key_B.reshape(-1, CHUNK))).ravel()
+    u_BR = jit_uniforms(jax.random.key(3), jnp.arange(DRAWS), 1)
+    return np.asarray(jax.jit(lambda u: jax.lax.map(chunk, u))(u_BR.reshape(-1, CHUNK))).ravel()
 
 
 def _chi_square_z(token, p):
@@ -138,23 +137,16 @@ def test_a_tiny_temperature_is_greedy_and_finite():
     np.testing.assert_array_equal(logp_B, 0.0)
 
 
-def test_row_keys_depend_on_uid_and_position_only():
-    key, uid_B = jax.random.key(9), jnp.array([5, 0, 5, 7])
-    data = lambda *args: jax.random.key_data(jit_keys(key, *args))
-    one = data(uid_B, jnp.array([2, 2, 2, 3]))
-    np.testing.assert_array_equal(one[0], one[2])
-    np.testing.assert_array_equal(one[3], data(jnp.array([7]), jnp.array([3]))[0])
-    want = jax.random.fold_in(jax.random.fold_in(key, 5), 2)
-    np.testing.assert_array_equal(one[0], jax.random.key_data(want))
-    grid = data(jnp.repeat(jnp.arange(50), 50), jnp.tile(jnp.arange(50), 50))
-    assert len(np.unique(grid, axis=0)) == 2500
-
-
-def test_uniforms_are_those_of_the_row_keys():
-    key, uid_B = jax.random.key(9), jnp.array([5, 0, 7])
-    u_BR = jax.jit(row_uniforms, static_argnums=2)(key, uid_B, 4)
-    for r in range(4):
-        np.testing.assert_array_equal(u_BR[:, r], uniforms(jit_keys(key, uid_B, jnp.full(3, r))))
+@pytest.mark.parametrize("seed", [9, 2**31 - 1, -1])
+def test_a_uniform_is_that_of_jax_random_for_uid_and_position_alone(seed):
+    key, uid_B = jax.random.key(seed), jnp.array([5, 0, 2**31 - 1, 5])
+    u_BR = jit_uniforms(key, uid_B, 4)
+    np.testing.assert_array_equal(u_BR[0], u_BR[3])
+    for uid, u_R in zip(uid_B, u_BR, strict=True):
+        keys = [jax.random.fold_in(jax.random.fold_in(key, uid), r) for r in range(4)]
+        np.testing.assert_array_equal(u_R, uniforms(jnp.stack(keys)))
+    grid = np.asarray(jit_uniforms(key, jnp.arange(100), 100))
+    assert len(np.unique(grid)) > 9980 and abs(grid.mean() - 0.5) < 0.01 and 0 <= grid.min() < grid.max() < 1
 
 
 @pytest.mark.parametrize("vocab", [16, 1048])

@@ -1,4 +1,4 @@
-"""Plain XLA: the definition that gathers every page, and blocks of pages with an online softmax."""
+"""Plain XLA: the definition that gathers every page, short tables at once, long ones by an online softmax."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 GROUP, BLOCK = 32, 64  # on CPU: rows of like length that loop together; positions a trip reads
-SHORT = 128  # on CPU: positions of a table that are read at once, which spares two loops to run and compile
+SHORT = 256  # on CPU: positions of a table that all rows read at once, as far as the longest of them
+FEW = 4  # for that: heads of keys and of values, since each query is multiplied by all of them
 WIDE_BLOCK = 512  # elsewhere, where all rows loop together, for the sake of few and large operations
 MINUS = -1e30  # a score that no exponential survives, without the NaN of inf - inf
 
@@ -33,12 +34,44 @@ def write(
 
 
 def write_and_attend(*operands):
-    """`api.write_and_attend`, by platform: groups of a few rows, or all rows at once."""
+    """`api.write_and_attend`, by platform: a short table at once, groups of a few rows, or all rows."""
     q_BHE, _, _, store_XPWE, table_BM, *_ = operands
-    short = table_BM.shape[1] * store_XPWE.shape[1] <= SHORT
-    narrow = reference if short else partial(grouped, group=min(GROUP, len(q_BHE)), block=BLOCK)
+    (_, P, W, _), M = store_XPWE.shape, table_BM.shape[1]
+    is_short = M * P <= SHORT and W <= FEW
+    narrow = short if is_short else partial(grouped, group=min(GROUP, len(q_BHE)), block=BLOCK)
     wide = partial(grouped, group=len(q_BHE), block=WIDE_BLOCK)
     return lax.platform_dependent(*operands, cpu=narrow, default=wide)
+
+
+def short(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
+    """All rows at once, reading the quarters of the table that the longest row reaches into.
+
+    Pages are used as they lie, keys and values of all heads side by side (F = W E numbers a position), and
+    all but one head's part of both products is for nothing. Yet to pull the heads apart XLA for CPU
+    would copy the pages twice more, which takes longer.
+    """
+    store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
+    (B, H, E), (_, P, W, _), M = q_BHE.shape, store_XPWE.shape, table_BM.shape[1]
+    K, quarter = W // 2, -(-M // 4)
+    place_HW = jnp.arange(W) == jnp.arange(H)[:, None] // (H // K) * 2  # where the keys of a query lie
+    q_BHF = jnp.where(place_HW[:, :, None], _scaled(q_BHE)[:, :, None], 0.0).reshape(B, H, W * E)
+
+    def some(pages: int) -> tuple[jax.Array, jax.Array]:
+        """The first pages' weighted sums of all F numbers, and the sums of weights."""
+        S = pages * P
+        kv_BSF = _gather(store_XPWE, table_BM[:, :pages] + page_base).reshape(B, S, W * E)
+        score_BSH = jnp.einsum("bsf,bhf->bsh", kv_BSF, q_BHF)
+        score_BSH = jnp.where(_seen(position_B, S)[:, 0, 0, :, None], score_BSH, MINUS)
+        weight_BSH = jnp.exp(score_BSH - jnp.max(score_BSH, axis=1, keepdims=True))
+        return jnp.einsum("bsh,bsf->bhf", weight_BSH, kv_BSF), jnp.sum(weight_BSH, axis=1)
+
+    widths = [min(pages, M) for pages in range(quarter, M + quarter, quarter)]
+    longest = jnp.maximum(jnp.max(position_B), 0)
+    out_BHF, sum_BH = lax.switch(longest // (quarter * P), [partial(some, pages) for pages in widths])
+    out_BKGKjE = out_BHF.reshape(B, K, H // K, K, 2, E)
+    out_BKGE = jnp.stack([out_BKGKjE[:, k, :, k, 1] for k in range(K)], axis=1)
+    out_BHE = out_BKGE.reshape(B, H, E) / sum_BH[..., None]
+    return jnp.where(position_B[:, None, None] < 0, 0.0, out_BHE).astype(q_BHE.dtype), store_XPWE
 
 
 def grouped(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base, *, group: int, block: int):
@@ -96,7 +129,11 @@ def reference(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
 def _grouped(q_BHE: jax.Array, K: int) -> jax.Array:
     """Queries by key-value head, float32 and scaled: [B, K, H // K, E]."""
     B, H, E = q_BHE.shape
-    return q_BHE.astype(jnp.float32).reshape(B, K, H // K, E) / math.sqrt(E)
+    return _scaled(q_BHE).reshape(B, K, H // K, E)
+
+
+def _scaled(q_BHE: jax.Array) -> jax.Array:
+    return q_BHE.astype(jnp.float32) / math.sqrt(q_BHE.shape[-1])
 
 
 def _gather(store_XPWE: jax.Array, page_Bm: jax.Array) -> jax.Array:

@@ -114,7 +114,15 @@ def generate(
     how = Decoding(
         model, mesh, max_new, temperature, top_p, stop_ids, slots, page, pool, prompt_pages, implementation
     )
-    weights, rows, state = begin(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, how=how)
+    given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key
+    return _in_one(*given, how=how, count=prompt_of_B.shape[0])
+
+
+def _in_one(*given: Any, how: Decoding, count: int) -> Rollout:
+    """`generate` in at most `count` slots a shard, which suffice for all sequences that wait."""
+    weights, rows, state = begin(*given, how=how)
+    if count < state.slots_SC.shape[1]:
+        state = state._replace(slots_SC=_fewer(state.slots_SC, state.queue_N.shape[1], count))
     state, _ = decode_chunk(weights, rows, state, NEVER, how=how)
     return finish(state.out, state.stats)
 
@@ -135,23 +143,22 @@ def make_generate(
 ) -> Callable[..., Rollout]:
     """`generate`, compiled, of (params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key).
 
-    Build it once and keep it: it is traced once for each combination of shapes and of the room that the
-    prompts need (powers of two), and once more for each number of slots. compact: once half of the
-    slots are empty for good, the rest goes on in a batch of the next power of two. Params keep the
-    sharding they come with; the rollout's rows lie along the mesh's "data" and "fsdp" axes.
+    Build it once and keep it: it is traced once for each combination of shapes, of the room that the
+    prompts need (powers of two) and of the number of slots. compact: once half of the slots are empty
+    for good, the rest goes on in a batch of the next power of two. Params keep the sharding they come
+    with; the rollout's rows lie along the mesh's "data" and "fsdp" axes.
     """
     page = page or pages.page_length(max_new)
     how = Decoding(
         model, mesh, max_new, temperature, top_p, stop_ids, slots, page, pool, implementation=implementation
     )
     out = None if mesh is None else row_sharding(mesh)
-    first = jax.jit(begin, static_argnames="how")
     on = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     options = GPU_OPTIONS if on == "gpu" else None
+    whole = jax.jit(_in_one, static_argnames=("how", "count"), out_shardings=out, compiler_options=options)
+    first = jax.jit(begin, static_argnames="how")
     chunk = jax.jit(decode_chunk, static_argnames="how", donate_argnames="state", compiler_options=options)
-    shrink = jax.jit(
-        jax.vmap(pages.compact, in_axes=(0, None, None)), static_argnums=(1, 2), out_shardings=out
-    )
+    shrink = jax.jit(_fewer, static_argnums=(1, 2), out_shardings=out)
     last = jax.jit(finish, out_shardings=out)
 
     def run(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key) -> Rollout:
@@ -159,16 +166,27 @@ def make_generate(
         waiting = int(np.sum(np.reshape(np.asarray(limit_B), (how.shards, -1)) > 0, axis=1).max())
         needed = prompts.room(prompt_len_N, prompt_of_B, limit_B, page, how.shards)
         fixed = replace(how, prompt_pages=needed)
-        weights, rows, state = first(
-            params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, how=fixed
-        )
-        step = lambda state, until: chunk(weights, rows, state, until, how=fixed)
+        given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key
         # A short run ends before a smaller batch has repaid its compilation.
-        looks = how.shards if compact and max_new >= BETWEEN else None
-        state = drain(step, shrink, state, waiting, looks)
+        if not compact or max_new < BETWEEN:
+            slots, _ = _most_slots_and_pages(how, len(prompt_of_B) // how.shards)
+            return whole(*given, how=fixed, count=min(slots, enough(waiting)))
+        weights, rows, state = first(*given, how=fixed)
+        step = lambda state, until: chunk(weights, rows, state, until, how=fixed)
+        state = drain(step, shrink, state, waiting, how.shards)
         return last(state.out, state.stats)
 
     return run
+
+
+def enough(left: int) -> int:
+    """Slots for that many sequences: a power of two, so that few numbers of them are compiled."""
+    return max(FEWEST, 1 << (left - 1).bit_length())
+
+
+def _fewer(slots_DSC: jax.Array, sequences: int, count: int) -> jax.Array:
+    """`pages.compact` of every shard."""
+    return jax.vmap(pages.compact, in_axes=(0, None, None))(slots_DSC, sequences, count)
 
 
 def drain(
@@ -176,21 +194,20 @@ def drain(
     shrink: Callable[[jax.Array, int, int], jax.Array],
     state: State,
     left: int,
-    shards: int | None,
+    shards: int,
 ) -> State:
     """Decodes all that is left, in ever fewer slots.
 
     chunk, shrink: `decode_chunk` of (state, until) and `pages.compact` of every shard. left: the most
     sequences that wait on a shard; there are never more slots than the power of two above it. The host
-    looks at what is left after each chunk, so at most once in BETWEEN steps and once besides; shards
-    None: it never looks.
+    looks at what is left after each chunk, so at most once in BETWEEN steps and once besides.
     """
     looks, sequences = 0, state.queue_N.shape[1]
     while left:
-        count = max(FEWEST, 1 << (left - 1).bit_length())
+        count = enough(left)
         if count < state.slots_SC.shape[1]:
             state = state._replace(slots_SC=shrink(state.slots_SC, sequences, count))
-        if shards is None or state.slots_SC.shape[1] <= FEWEST:
+        if state.slots_SC.shape[1] <= FEWEST:
             return chunk(state, NEVER)[0]
         state, left_D = chunk(state, BETWEEN * (looks if shards == 1 else looks + 1))
         left, looks = int(np.max(left_D)), looks + 1
@@ -279,15 +296,29 @@ def _begin_shard(params, prompt_NP, prompt_len_N, key, prompt_of_1B, uid_1B, lim
     rows = Rows(jnp.stack(given_B, axis=1), u_BR)
     most_prompts = min(N, B) * -(-T // how.page)
     pinned = min(how.prompt_pages or most_prompts, most_prompts)
-    slots = min(B, -(-how.slots // how.shards)) if how.slots else B
-    most_pool = slots * pages.most_own(how.page, how.max_new)
+    slots, most_pool = _most_slots_and_pages(how, B)
     pool = most_pool if how.pool is None else min(how.pool, most_pool)
     store = _empty_store(how, weights, pinned + pool)
     store = prompts.fill(weights, how.model, prompt_NP, layout, store, how.axis)
-    # A power of two, so that the loop is compiled for few widths; nothing is read because of it.
-    width = pages.table_width(how.page, 1 << (T - 1).bit_length(), how.max_new)
+    # Prompts of up to 1024 tokens come in few lengths (`bucket_length`), but the loop is to be compiled for few.
+    longest = T if T <= 1024 else 1 << (T - 1).bit_length()
+    width = pages.table_width(how.page, longest, how.max_new)
     state = pages.empty(store, rows, slots, pinned, pool, width)
+    if _all_seated(how, B):
+        state = pages.seat(state, given_B, how.model.num_hidden_layers)
     return weights, *jax.tree.map(lambda x: x[None], (rows, state))
+
+
+def _most_slots_and_pages(how: Decoding, B: int) -> tuple[int, int]:
+    """Slots of a shard with B rows, and the pages for responses that they may fill."""
+    slots = min(B, -(-how.slots // how.shards)) if how.slots else B
+    return slots, slots * pages.most_own(how.page, how.max_new)
+
+
+def _all_seated(how: Decoding, B: int) -> bool:
+    """Whether a shard's B rows have slots and pages from the first step on."""
+    slots, most_pool = _most_slots_and_pages(how, B)
+    return slots == B and (how.pool is None or how.pool >= most_pool)
 
 
 def _empty_store(how: Decoding, weights: Weights, pages_a_layer: int) -> jax.Array:
@@ -317,7 +348,9 @@ def _decode_shard(weights, rows, state, until, *, how: Decoding):
 
 def _step(weights: Weights, rows: Rows, state: State, *, how: Decoding) -> State:
     """One token for every live slot."""
-    state = pages.reserve(pages.refill(state, rows, how.model.num_hidden_layers))
+    seated = _all_seated(how, len(rows.given_N4))
+    if not seated:
+        state = pages.reserve(pages.refill(state, rows, how.model.num_hidden_layers))
     slots_SC = state.slots_SC
     hidden_SD, store = decode_step(
         weights, how.model, slots_SC[:, LAST], pages.position(state), state.store, slots_SC[:, TABLE:],
@@ -326,7 +359,8 @@ def _step(weights: Weights, rows: Rows, state: State, *, how: Decoding) -> State
     logits_SV, axis = local_logits(weights, how.model, hidden_SD, how.axis)
     u_S = rows.u_NR.at[slots_SC[:, ROW], slots_SC[:, COUNT]].get(mode="clip")
     token_S, logp_S = sample(logits_SV, u_S, temperature=how.temperature, top_p=how.top_p, axis=axis)
-    return pages.record(state._replace(store=store), token_S, logp_S, how.stop_ids)
+    state, ended_S = pages.record(state._replace(store=store), token_S, logp_S, how.stop_ids)
+    return (pages.leave_for_good if seated else pages.leave)(state, ended_S)
 
 
 def _state_specs() -> Any:

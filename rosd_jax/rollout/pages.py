@@ -7,11 +7,14 @@ If the stack runs dry, the youngest sequences go back to the queue and start ane
 depend on uid and position alone, so they come out the same.
 
 Slots change rarely, so each change is one turn of a loop that mostly makes no turn, and a step in which
-nothing happens pays for a few comparisons.
+nothing happens pays for a few comparisons. Where slots and pages suffice for all sequences, `seat` deals
+them out before the first step, and the steps know nothing of queue and stack: less to run and to compile.
 
+    seat(state, given) -> state       every sequence has a slot and all its pages
     refill(state, rows) -> state      free slots take sequences from the queue
     reserve(state) -> state           every live slot owns the page that its next token goes to
-    record(state, token_S, logp_S, stop_ids) -> state    tokens are kept, ended sequences leave
+    record(state, token_S, logp_S, stop_ids) -> state, ended_S    tokens are kept
+    leave(state, ended_S) -> state    ended sequences give slots and pages back
     compact(slots_SC, N, count) -> slots_SC    fewer slots
 """
 
@@ -103,8 +106,7 @@ def empty(store: jax.Array, rows: Rows, slots: int, pinned: int, pool: int, widt
 def indices(mask_N: jax.Array, size: int) -> jax.Array:
     """Where the mask is True, in order (int32); N in the places behind."""
     N = len(mask_N)
-    rank_N = jnp.where(mask_N, jnp.cumsum(mask_N) - 1, size)
-    return jnp.full(size, N, jnp.int32).at[rank_N].set(jnp.arange(N, dtype=jnp.int32), mode="drop")
+    return jnp.sort(jnp.where(mask_N, jnp.arange(N, dtype=jnp.int32), N))[:size]
 
 
 def live(state: State) -> jax.Array:
@@ -115,6 +117,30 @@ def live(state: State) -> jax.Array:
 def position(state: State) -> jax.Array:
     """Where each slot's newest token stands, which is fed next; -1 in an empty slot: int32 [S]."""
     return jnp.where(live(state), state.slots_SC[:, START] - 1 + state.slots_SC[:, COUNT], -1)
+
+
+def seat(state: State, given_S: tuple[jax.Array, ...], layers: int) -> State:
+    """Every sequence sits in a slot of its own, with all the pages that it may come to need.
+
+    Takes what `empty` returns, with as many slots as sequences and `most_own` pages for each. Nobody waits.
+    given_S: the columns of Rows.given_N4.
+    """
+    (S, C), P, R = state.slots_SC.shape, state.store.shape[1], state.out.tokens_BR.shape[1]
+    most, row_S = most_own(P, R), jnp.arange(S, dtype=jnp.int32)
+    first_S, start_S, page_S, limit_S = given_S
+    shared_S, own_S = (start_S - 1) // P, state.free_F[0] + most * row_S
+    ahead_SM = jnp.arange(C - TABLE) - shared_S[:, None]  # of the pages that are shared
+    mine_SM = own_S[:, None] + jnp.minimum(ahead_SM, most - 1)
+    table_SM = jnp.where(ahead_SM < 0, page_S[:, None] + jnp.arange(C - TABLE), mine_SM)
+    row_S = jnp.where(limit_S > 0, row_S, S)
+    head = [row_S, first_S, 0 * row_S, start_S, limit_S, 0 * row_S, shared_S, 0 * row_S + most]
+    return state._replace(
+        store=_copy_pages(state.store, page_S + shared_S, own_S, layers),
+        slots_SC=jnp.concatenate([jnp.stack(head, axis=1), table_SM], axis=1),
+        queue_N=jnp.zeros_like(state.queue_N),
+        tail=state.head,
+        top=state.top - S * most,
+    )
 
 
 def refill(state: State, rows: Rows, layers: int) -> State:
@@ -141,7 +167,7 @@ def _start(state: State, rows: Rows, layers: int) -> State:
     table_M = jnp.where(m < shared, page + m, own)
     head = [row, first, 0, start, limit, state.born, shared, 1]
     return state._replace(
-        store=_copy_page(state.store, page + shared, own, layers),
+        store=_copy_pages(state.store, (page + shared)[None], own[None], layers),
         slots_SC=state.slots_SC.at[s].set(jnp.concatenate([jnp.stack(head), table_M])),
         top=state.top - 1,
         head=state.head + 1,
@@ -149,22 +175,26 @@ def _start(state: State, rows: Rows, layers: int) -> State:
     )
 
 
-def _copy_page(store: jax.Array, source: jax.Array, target: jax.Array, layers: int) -> jax.Array:
-    """Copies a page in every layer: the one that prompt and response share becomes the slot's own."""
+def _copy_pages(store: jax.Array, source_n: jax.Array, target_n: jax.Array, layers: int) -> jax.Array:
+    """Copies pages in every layer: those that prompt and response share become the slots' own."""
     pages = len(store) // layers
 
-    def one(layer: jax.Array, store: jax.Array) -> jax.Array:
-        page = lax.dynamic_slice_in_dim(store, layer * pages + source, 1)
-        return lax.dynamic_update_slice_in_dim(store, page, layer * pages + target, axis=0)
+    def one(i: jax.Array, store: jax.Array) -> jax.Array:
+        base, n = lax.rem(i, layers) * pages, lax.div(i, layers)
+        page = lax.dynamic_slice_in_dim(store, base + source_n[n], 1)
+        return lax.dynamic_update_slice_in_dim(store, page, base + target_n[n], axis=0)
 
-    def all_at_once(store: jax.Array) -> jax.Array:
+    def in_all_layers(n: jax.Array, store: jax.Array) -> jax.Array:
         at_L = jnp.arange(layers) * pages
-        return store.at[at_L + target].set(store[at_L + source], unique_indices=True)
+        return store.at[at_L + target_n[n]].set(store[at_L + source_n[n]], unique_indices=True)
 
     # One slice at a time: with an index array, or slices over all layers, XLA for TPU or CPU copies the
     # store. For GPU it does not, and each slice would be three more kernels to start.
-    in_turn = lambda store: lax.fori_loop(0, layers, one, store)
-    return lax.platform_dependent(store, cuda=all_at_once, default=in_turn)
+    return lax.platform_dependent(
+        store,
+        cuda=lambda store: lax.fori_loop(0, len(source_n), in_all_layers, store),
+        default=lambda store: lax.fori_loop(0, len(source_n) * layers, one, store),
+    )
 
 
 def reserve(state: State) -> State:
@@ -217,8 +247,10 @@ def _vacate(state: State, s: jax.Array) -> State:
     )
 
 
-def record(state: State, token_S: jax.Array, logp_S: jax.Array, stop_ids: tuple[int, ...]) -> State:
-    """Keeps the live slots' tokens; a sequence with a stop token or at its limit leaves its slot."""
+def record(
+    state: State, token_S: jax.Array, logp_S: jax.Array, stop_ids: tuple[int, ...]
+) -> tuple[State, jax.Array]:
+    """Keeps the live slots' tokens; bool [S]: which sequences end, with a stop token or at their limit."""
     live_S, slots_SC, out = live(state), state.slots_SC, state.out
     row_S, at_S, count_S = slots_SC[:, ROW], slots_SC[:, COUNT], slots_SC[:, COUNT] + 1
     stop_S = jnp.any(token_S[:, None] == jnp.array(stop_ids, jnp.int32), axis=1)
@@ -231,14 +263,25 @@ def record(state: State, token_S: jax.Array, logp_S: jax.Array, stop_ids: tuple[
         finished_B=out.finished_B.at[row_S].set(stop_S, mode="drop"),
     )
     state = state._replace(
-        slots_SC=slots_SC.at[:, LAST].set(token_S).at[:, COUNT].set(count_S),
+        slots_SC=slots_SC.at[:, LAST : COUNT + 1].set(jnp.stack([token_S, count_S], axis=1)),
         out=out,
         stats=_count(state, live_S),
-        held=state.held & ~jnp.any(live_S & ended_S),
     )
-    leaves_S = lambda state: live(state) & ended_S
-    leave = lambda state: _vacate(state, jnp.argmax(leaves_S(state)))
-    return lax.while_loop(lambda state: jnp.any(leaves_S(state)), leave, state)
+    return state, live_S & ended_S
+
+
+def leave(state: State, ended_S: jax.Array) -> State:
+    """Empties the slots of ended sequences for others, who may start again."""
+    still_S = lambda state: live(state) & ended_S
+    one = lambda state: _vacate(state, jnp.argmax(still_S(state)))
+    state = state._replace(held=state.held & ~jnp.any(ended_S))
+    return lax.while_loop(lambda state: jnp.any(still_S(state)), one, state)
+
+
+def leave_for_good(state: State, ended_S: jax.Array) -> State:
+    """Empties the slots of ended sequences, in which nobody is seated again."""
+    row_S = jnp.where(ended_S, len(state.queue_N), state.slots_SC[:, ROW])
+    return state._replace(slots_SC=state.slots_SC.at[:, ROW].set(row_S))
 
 
 def _count(state: State, live_S: jax.Array) -> DecodeStats:
