@@ -96,7 +96,7 @@ def invert_cdf(weight_BV: jax.Array, u_B: jax.Array, axis: str | None = None) ->
 
 def _invert(lanes_BNL: jax.Array, block_BN: jax.Array, ends_BN: jax.Array, target_B: jax.Array) -> jax.Array:
     """The id at which the cumulative weight first exceeds the target."""
-    if lanes_BNL.shape[1] == 1:
+    if lanes_BNL.shape[1] == 1:  # a single block needs no search for it
         return _first_over(jnp.cumsum(lanes_BNL[:, 0], axis=-1), lanes_BNL[:, 0], target_B)
     n_B = _first_over(ends_BN, block_BN, target_B)
     lane_BL = jnp.take_along_axis(lanes_BNL, n_B[:, None, None], axis=1)[:, 0]
