@@ -149,6 +149,13 @@ def test_a_uniform_is_that_of_jax_random_for_uid_and_position_alone(seed):
     assert len(np.unique(grid)) > 9980 and abs(grid.mean() - 0.5) < 0.01 and 0 <= grid.min() < grid.max() < 1
 
 
+def test_keys_of_another_kind_give_uniforms_of_their_own():
+    grids = [
+        np.asarray(jit_uniforms(jax.random.key(seed, impl="rbg"), jnp.arange(50), 50)) for seed in (1, 2)
+    ]
+    assert len(np.unique(grids)) > 4990 and abs(np.mean(grids) - 0.5) < 0.02
+
+
 @pytest.mark.parametrize("vocab", [16, 1048])
 def test_a_vocabulary_split_over_devices_gives_the_tokens_of_a_whole_one(vocab):
     """Eight devices; the likeliest ids tie across two of them, and one holds no id that may be drawn."""

@@ -300,7 +300,7 @@ def _begin_shard(params, prompt_NP, prompt_len_N, key, prompt_of_1B, uid_1B, lim
     pool = most_pool if how.pool is None else min(how.pool, most_pool)
     store = _empty_store(how, weights, pinned + pool)
     store = prompts.fill(weights, how.model, prompt_NP, layout, store, how.axis)
-    # Prompts of up to 1024 tokens come in few lengths (`bucket_length`), but the loop is to be compiled for few.
+    # Longer prompts come in many lengths (`bucket_length`), and the loop is to be compiled for few.
     longest = T if T <= 1024 else 1 << (T - 1).bit_length()
     width = pages.table_width(how.page, longest, how.max_new)
     state = pages.empty(store, rows, slots, pinned, pool, width)

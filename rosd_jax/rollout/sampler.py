@@ -51,10 +51,11 @@ def sample(
 def row_uniforms(key: jax.Array, uid_N: jax.Array, R: int) -> jax.Array:
     """float32 [N, R] in [0, 1): the number of row n's token r comes from key, uid_N[n] and r alone.
 
-    It is jax.random's `uniform(fold_in(fold_in(key, uid), r))`, in one fusion that compiles four times as
-    fast on CPU, where JAX makes loops of it.
+    For a key of JAX's default kind it is jax.random's `uniform(fold_in(fold_in(key, uid), r))`, in one fusion
+    that compiles four times as fast on CPU, where JAX makes loops of it.
     """
-    words = jax.random.key_data(key)
+    default = str(jax.random.key_impl(key)) == "threefry2x32"
+    words = jax.random.key_data(key) if default else jax.random.bits(key, (2,))
     words_N1 = _threefry(words[0], words[1], uid_N.astype(jnp.uint32)[:, None])
     words_NR = _threefry(*words_N1, jnp.arange(R, dtype=jnp.uint32))
     high_NR, low_NR = _threefry(*words_NR, jnp.uint32(0))
