@@ -122,19 +122,34 @@ def nucleus(weight_BV: jax.Array, top_p: float, axis: str | None = None) -> jax.
     """Boolean mask of the smallest set {weight >= threshold} that holds `top_p` of the row's weight.
 
     Weights are float32 in [0, 1]. Bisects the threshold's bit pattern, since floats at or above 0 are
-    ordered as their bits are: 30 halvings find the greatest threshold exactly. Ties on it are kept.
+    ordered as their bits are: at most 30 halvings find the greatest threshold exactly, up to the rounding
+    of sums. Ties on it are kept.
     """
-    enough_B = top_p * _total(jnp.sum(weight_BV, axis=-1), axis)
+    total_B = _total(jnp.sum(weight_BV, axis=-1), axis)
 
-    def halve(_, bounds):
-        low_B, high_B = bounds  # the set of `low` is large enough, that of `high` is not
+    def halve(bounds):
+        low_B, high_B, over_B, under_B = bounds  # the set of `low` is large enough, that of `high` is not
         middle_B = low_B + (high_B - low_B) // 2
-        mass_B = jnp.sum(jnp.where(_at_least(weight_BV, middle_B), weight_BV, 0.0), axis=-1)
-        short_B = _total(mass_B, axis) < enough_B
-        return jnp.where(short_B, low_B, middle_B), jnp.where(short_B, middle_B, high_B)
+        mass_B = _total(_sum(jnp.where(_at_least(weight_BV, middle_B), weight_BV, 0.0)), axis)
+        short_B = mass_B < top_p * total_B
+        pick = lambda yes_B, no_B: jnp.where(short_B, yes_B, no_B)
+        return pick(low_B, middle_B), pick(middle_B, high_B), pick(over_B, mass_B), pick(mass_B, under_B)
 
-    low_B = jnp.zeros_like(enough_B, jnp.int32)
-    return _at_least(weight_BV, lax.fori_loop(0, 30, halve, (low_B, low_B + ONE_BITS + 1))[0])
+    def several_between(bounds):
+        """Of what weighs `low` or more, at least two fit into the difference of the sets' masses."""
+        low_B, high_B, over_B, under_B = bounds
+        lightest_B = lax.bitcast_convert_type(low_B, jnp.float32)
+        return jnp.any((high_B - low_B > 1) & (over_B - under_B >= 1.5 * lightest_B))
+
+    low_B = jnp.zeros_like(total_B, jnp.int32)
+    bounds = low_B, low_B + ONE_BITS + 1, total_B, jnp.zeros_like(total_B)
+    return _at_least(weight_BV, lax.while_loop(several_between, halve, bounds)[0])
+
+
+def _sum(x_BV: jax.Array) -> jax.Array:
+    """Over the vocabulary. XLA for CPU adds the terms of a matrix product several at a time, of a sum not."""
+    as_product = lambda x_BV: jnp.matmul(x_BV, jnp.ones(x_BV.shape[1]), precision=lax.Precision.HIGHEST)
+    return lax.platform_dependent(x_BV, cpu=as_product, default=lambda x_BV: jnp.sum(x_BV, axis=-1))
 
 
 def _at_least(weight_BV: jax.Array, bits_B: jax.Array) -> jax.Array:
