@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.decode_peers import Call, Peer, here, seconds
+from benchmarks.decode_peers import Call, Peer, here, lengths, seconds
 from benchmarks.timing import cells, interleaved, summary, table, versions
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.weights import save_pretrained
@@ -43,7 +43,6 @@ from rosd_jax.types import Params, Rollout
 OURS, STATIC, PADDED, SORTING = "ours", "ours, static batches", "ours, prompts padded", "sorting"
 GOALS = {("fixed", "tunix"): 1.5, ("ragged", "tunix"): 4.0, ("ragged", "transformers"): 5.0,
          ("evaluation", STATIC): 1.9, ("top_p", SORTING): 20.0}  # fmt: skip
-SIGMA = 0.8  # of the lengths' logarithms
 TOP_P = 0.95
 
 
@@ -121,12 +120,6 @@ def random_params(model: Qwen3Config) -> Params:
     """Matrices so large that greedy text does not repeat one id."""
     params = init_params(model, jax.random.key(0))
     return jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, params)
-
-
-def lengths(rows: int, mean: float, most: int, seed: int) -> np.ndarray:
-    """int32 in 1..most: lognormal of that mean, cut."""
-    draw = np.random.default_rng(seed).lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA, rows)
-    return np.clip(np.rint(draw), 1, most).astype(np.int32)
 
 
 def prompts(sizes: Sizes, rows: int, length: int | None = None) -> np.ndarray:

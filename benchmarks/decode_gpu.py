@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.decode_gpu_ragged import QWEN3_4B
 from benchmarks.timing import summary, versions
 from rosd_jax.kernels.paged_attention import write_and_attend, xla
-from rosd_jax.models.decoder import Weights, decode_step, fuse, local_logits
+from rosd_jax.models.decoder import decode_step, fuse, local_logits
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.rollout.floor import copy_bandwidth, read_each_step
 from rosd_jax.rollout.loop import GPU_OPTIONS
 
-QWEN3_4B = dict(vocab=151936, hidden=2560, inner=9728, layers=36, heads=32, kv_heads=8, width=128)
 RUN = dict(rows=128, context=2048, page=64, copy_mib=4096, rounds=10, steps=10)
 
 
@@ -84,23 +84,24 @@ def attention_error(args: argparse.Namespace) -> float:
     return max(float(np.max(np.abs(wide(got) - wide(want)))) for got, want in pairs)
 
 
-def random_weights(model: Qwen3Config) -> Weights:
-    """As `fuse` gives them, without float32 parameters ever being there."""
-    shapes = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
+def random_weights(shapes: Any) -> Any:
+    """A tree of bfloat16 arrays, but for norms, which are 1 in their own dtype."""
 
     def fill(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path)
         if "norm" in name:
             return jnp.ones(like.shape, like.dtype)
         key = jax.random.key(sum(name.encode()))
-        return jax.jit(lambda key: jax.random.normal(key, like.shape, like.dtype) * 0.02)(key)
+        return jax.jit(lambda key: jax.random.normal(key, like.shape, jnp.bfloat16) * 0.02)(key)
 
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> dict[str, Any]:
     """Milliseconds a step, and the share of them that reading at the copy's bandwidth would take."""
-    weights = random_weights(model)
+    # As `fuse` gives them, without float32 parameters ever being there.
+    shapes = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
+    weights = random_weights(shapes)
     pages = -(-args.context // args.page)
     shape = model.num_hidden_layers * args.rows * pages, args.page, 2 * model.num_key_value_heads
     shape = *shape, model.head_dim

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.decode_peers import lengths, seconds
 from benchmarks.timing import summary, versions
 
 QWEN3_4B = dict(vocab=151936, hidden=2560, inner=9728, layers=36, heads=32, kv_heads=8, width=128)
 RUN = dict(rows=256, samples=8, prompt=256, mean=188, most=1024, batch=256, rounds=2, page=64)
-SIGMA = 0.8  # of the lengths' logarithms
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,18 +35,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
     args = parser.parse_args(argv)
     measure = dict(ours=ours, transformers=transformers)[args.contestant]
-    length_B = lengths(args)
+    length_B = lengths(args.rows, args.mean, args.most, seed=0)
     record = dict(date=time.strftime("%Y-%m-%d"), contestant=args.contestant, tokens=int(length_B.sum()))
     record |= dict(longest=int(length_B.max()), sizes={name: getattr(args, name) for name in QWEN3_4B | RUN})
     record |= measure(args, prompts(args), length_B)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def lengths(args: argparse.Namespace) -> np.ndarray:
-    """Tokens of every row: lognormal, `mean` before they are cut to 1 .. `most`."""
-    mu = np.log(args.mean) - SIGMA**2 / 2
-    drawn = np.random.default_rng(0).lognormal(mu, SIGMA, args.rows)
-    return np.clip(np.round(drawn), 1, args.most).astype(np.int32)
 
 
 def prompts(args: argparse.Namespace) -> np.ndarray:
@@ -58,22 +51,16 @@ def prompts(args: argparse.Namespace) -> np.ndarray:
 def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) -> dict[str, Any]:
     """Seconds of the engine, and what of the memory and of its bandwidth it took."""
     import jax
-    import jax.numpy as jnp
 
+    from benchmarks.decode_gpu import random_weights
     from rosd_jax.models.qwen3 import Qwen3Config, init_params
     from rosd_jax.rollout.floor import measure_floor, position_bytes
     from rosd_jax.rollout.loop import make_generate
 
     sizes = (getattr(args, name) for name in QWEN3_4B)
     model = Qwen3Config(*sizes, tie_word_embeddings=True, dtype="bfloat16")
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    # In bfloat16 at once: neither contestant keeps float32 weights.
-    fill = jax.jit(
-        lambda key, like: 0.02 * jax.random.normal(key, like.shape, jnp.bfloat16), static_argnums=1
-    )
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, x: fill(jax.random.key(sum(jax.tree_util.keystr(path).encode())), x), shapes
-    )
+    # In bfloat16: neither contestant keeps float32 weights.
+    params = random_weights(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
     dense = args.rows * (args.prompt + args.most)  # positions
     pages = int(args.share * dense) // args.page
     pool = pages - len(prompt_NP) * -(-args.prompt // args.page)
@@ -83,16 +70,17 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
     of_B, uid_B = np.repeat(np.arange(len(prompt_NP)), args.samples), np.arange(args.rows)
     given = prompt_NP, np.full(len(prompt_NP), args.prompt), of_B, uid_B, length_B
     given = *(x.astype(np.int32) for x in given), jax.random.key(0)
-    times, rollout = timed(lambda: jax.block_until_ready(generate(params, *given)), args.rounds)
+    rollouts = []
+    call = lambda: rollouts.append(jax.block_until_ready(generate(params, *given)))
+    times, rollout = [seconds(call) for _ in range(args.rounds + 1)], rollouts[-1]
     np.testing.assert_array_equal(rollout.length_B, length_B)
     assert np.isfinite(np.asarray(rollout.logp_BR)).all()
     stats = jax.tree.map(lambda x: float(np.sum(np.asarray(x))), rollout.stats)
-    seconds = float(np.median(times[1:]))
     return {
         "device": jax.devices()[0].device_kind, "versions": versions("jax", "jaxlib"),
         "first_s": times[0], "seconds": summary(times[1:]),
         "steps": stats.steps, "preempted": stats.preempted, "idle_share": 1 - stats.busy / stats.slots,
-        "share_of_floor": measure_floor(model, 1).seconds(rollout.stats) / seconds,
+        "share_of_floor": measure_floor(model, 1).seconds(rollout.stats) / float(np.median(times[1:])),
         "store_bytes": pages * args.page * position_bytes(model),
         "dense_bytes": dense * position_bytes(model),
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
@@ -130,24 +118,14 @@ def transformers(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.n
         if gpu:
             torch.cuda.synchronize()
 
-    first, _ = timed(lambda: call(16), 0)  # compiles, for the cache of the whole call
-    print(f"the first 16 tokens took {first[0]:.0f} s", flush=True)
-    times, _ = timed(call, args.rounds - 1)
+    first = seconds(lambda: call(16))  # compiles, for the cache of the whole call
+    print(f"the first 16 tokens took {first:.0f} s", flush=True)
+    times = [seconds(call) for _ in range(args.rounds)]
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "versions": versions("torch", "transformers"), "first_s": first[0], "seconds": summary(times),
+        "versions": versions("torch", "transformers"), "first_s": first, "seconds": summary(times),
         "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
     }  # fmt: skip
-
-
-def timed(call: Any, rounds: int) -> tuple[list[float], Any]:
-    """Seconds of a first call and of so many more, and what the last one returned."""
-    times, result = [], None
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
-    return times, result
 
 
 if __name__ == "__main__":
