@@ -13,9 +13,12 @@ turn; one without an interpreter is left out. Greedy tokens of all must agree fi
     prompts     prompts of lognormal lengths and one token each, against all padded to the longest
     top_p       the nucleus of a large vocabulary by bisection, against sorting it
 
-Peers take the batch size that is fastest for them. Times are the whole call's, prompts included;
-contestants take turns, and their first call, which compiles, is reported by itself. Processor seconds
-stand beside them, for runs on a machine that does other things too. DIR gets decode.json and decode.md.
+We run one engine on each of DEVICES CPU devices, as run.py does where rows lie along mesh.data, and once
+more all rows on a single one. The peers share their operations among the cores; tunix lays nothing over
+several CPU devices. They take the batch size that is fastest for them. Times are the whole call's,
+prompts included; contestants take turns, and their first call, which compiles, is reported by itself.
+Processor seconds stand beside them, for runs on a machine that does other things too. DIR gets
+decode.json and decode.md.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,12 +38,16 @@ import numpy as np
 from benchmarks.decode_peers import Call, Peer, here, lengths, seconds
 from benchmarks.timing import cells, interleaved, summary, table, versions
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.models.weights import save_pretrained
 from rosd_jax.rollout.loop import make_generate
 from rosd_jax.rollout.sampler import invert_cdf, sample
+from rosd_jax.train.setup import cores
 from rosd_jax.types import Params, Rollout
 
-OURS, STATIC, PADDED, SORTING = "ours", "ours, static batches", "ours, prompts padded", "sorting"
+OURS, ONE, STATIC = "ours", "ours, one device", "ours, static batches"
+PADDED, SORTING = "ours, prompts padded", "sorting"
+DEVICES = min(4, 1 << cores().bit_length() - 1)  # more would have fewer than eight rows of a batch
 GOALS = {("fixed", "tunix"): 1.5, ("ragged", "tunix"): 4.0, ("ragged", "transformers"): 5.0,
          ("evaluation", STATIC): 1.9, ("top_p", SORTING): 20.0}  # fmt: skip
 TOP_P = 0.95
@@ -65,6 +72,7 @@ class Sizes:
     prompt_mean: float = 400.0
     prompt_most: int = 2048
     top_p: tuple[int, int] = 16, 151936  # rows, vocabulary
+    devices: int = DEVICES
 
 
 SIZES = Sizes()
@@ -130,8 +138,10 @@ def prompts(sizes: Sizes, rows: int, length: int | None = None) -> np.ndarray:
 
 def engine(sizes: Sizes, params: Params, most: int, temperature: float = 1.0, **options: Any):
     """Ours: (prompts, each row's prompt, each row's tokens, prompts' lengths) -> a rollout that is there."""
+    mesh = make_mesh(-1, 1, 1, jax.devices()[: sizes.devices])
+    params = jax.device_put(params, param_shardings(params, mesh))
     generate = make_generate(
-        sizes.model, None, max_new=most, temperature=temperature, top_p=1.0, stop_ids=(), **options
+        sizes.model, mesh, max_new=most, temperature=temperature, top_p=1.0, stop_ids=(), **options
     )
 
     def run(ids: np.ndarray, prompt_of_B: np.ndarray, limit_B: np.ndarray, length_N: Any = None) -> Rollout:
@@ -158,8 +168,9 @@ def check_greedy(sizes: Sizes, params: Params, peers: dict[str, Peer]) -> dict[s
 def fixed(sizes: Sizes, params: Params, peers: dict[str, Peer]) -> Contest:
     """One batch, one length."""
     rows, new = sizes.fixed
-    ids, run = prompts(sizes, rows), engine(sizes, params, new)
-    calls = {OURS: here(run, ids, np.arange(rows), np.full(rows, new, np.int32))}
+    ids, limit_B = prompts(sizes, rows), np.full(rows, new, np.int32)
+    run = lambda sizes: here(engine(sizes, params, new), ids, np.arange(rows), limit_B)
+    calls = {OURS: run(sizes), ONE: run(replace(sizes, devices=1))}
     peers_calls = {name: partial(peer.generate, ids, new, sizes.prompt + new) for name, peer in peers.items()}
     return Contest(calls | peers_calls, rows * new)
 
@@ -168,7 +179,9 @@ def ragged(sizes: Sizes, params: Params, peers: dict[str, Peer], batches: list[i
     """One set of rows, in the peer's best batch."""
     rows, most = sizes.ragged_rows, sizes.ragged_most
     ids, limit_B = prompts(sizes, rows), lengths(rows, sizes.ragged_mean, most, seed=1)
-    calls = {OURS: here(engine(sizes, params, most, slots=sizes.slots), ids, np.arange(rows), limit_B)}
+    ours = partial(engine, params=params, most=most, slots=sizes.slots)
+    run = lambda sizes: here(ours(sizes), ids, np.arange(rows), limit_B)
+    calls = {OURS: run(sizes), ONE: run(replace(sizes, devices=1))}
     notes: dict[str, Any] = {"longest": int(limit_B.max())}
     for name, peer in peers.items():
         batch, notes[name] = peer.best_batch(ids, limit_B, sizes.prompt + most, batches)
@@ -255,4 +268,5 @@ def render(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", DEVICES)
     main()

@@ -20,6 +20,7 @@ def get_config(arg=None):
     c.name = "quickstart"
     c.steps = 25
     c.wording = "gym"
+    c.mesh.update(data=-1, fsdp=1)  # a model so small is whole on every device; a CPU's cores share the rows
     c.model.update(path="models/gym", dtype="float32", remat=False)
     c.data.update(train="gym:chain", max_prompt_tokens=64)
     c.batch.update(prompts=16, samples=8, micro=32)

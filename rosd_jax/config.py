@@ -47,7 +47,8 @@ def default_config() -> Config:
             steps=100,
             wording="english",  # "gym": the prompts in the shipped tiny model's closed vocabulary
             rewards="fixed",  # "release": the released checkers, defects included
-            mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: all remaining devices
+            # -1: all remaining devices. Under data=-1 each core of a CPU is a device, where rows suffice.
+            mesh=dict(data=1, fsdp=-1, tensor=1),
             model=dict(path="", dtype="bfloat16", remat=True),
             data=dict(dir="", train="", max_prompt_tokens=2048),
             batch=dict(prompts=32, samples=8, micro=16),  # micro: rows of one forward-backward pass

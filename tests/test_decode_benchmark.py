@@ -15,7 +15,7 @@ TINY = decode.Sizes(
     Qwen3Config(256, 32, 48, 2, 2, 1, 16, tie_word_embeddings=True),
     prompt=8, fixed=(4, 6), ragged_rows=6, ragged_mean=4, ragged_most=12,
     questions=3, samples=4, slots=4, short_mean=3, short_most=8,
-    prompt_rows=3, prompt_mean=9, prompt_most=24, top_p=(2, 1000),
+    prompt_rows=4, prompt_mean=9, prompt_most=24, top_p=(2, 1000), devices=2,
 )  # fmt: skip
 
 
@@ -47,4 +47,4 @@ def test_every_case_runs_and_reports_ours(tmp_path, quick_compiles):
         assert len(case["results"]["ours"]["s"]) == 1 and case["wanted"] > 0
     assert record["cases"]["fixed"]["wanted"] == 24
     text = (tmp_path / "decode.md").read_text()
-    assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 8
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 10

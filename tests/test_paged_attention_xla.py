@@ -1,4 +1,4 @@
-"""Attention in plain XLA: rows in groups and pages in trips give what the definition gives."""
+"""Attention in plain XLA: rows in pieces and positions in blocks give what the definition gives."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from rosd_jax.kernels.paged_attention import write_and_attend, xla
 PAGE, WIDTH, K, E = 4, 9, 2, 8
 
 
-def operands(lengths, seed=0):
+def operands(lengths, seed=0, K=K):
     """Rows whose newest token is number `length` - 1, in the second layer of two; 0: idle."""
     rng, B = np.random.default_rng(seed), len(lengths)
     pages = B * WIDTH
@@ -26,7 +26,7 @@ def operands(lengths, seed=0):
 def by_hand(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
     """The output in float64, row by row and head by head."""
     q, k, v, store, table, position = map(np.asarray, (q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B))
-    out = np.zeros(q.shape)
+    out, K = np.zeros(q.shape), k.shape[1]
     for b, at in enumerate(position):
         kept = store[table[b] + page_base].reshape(-1, K, 2, E)[: max(at, 0)].astype(np.float64)
         for h in range(q.shape[1] if at >= 0 else 0):
@@ -37,13 +37,15 @@ def by_hand(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
     return out
 
 
-@pytest.mark.parametrize("group, block", [(1, 1), (3, 8), (4, 12), (7, 64)])
 @pytest.mark.parametrize("lengths", [[36, 0, 1, 5, 4, 0, 20], [0, 0, 3], [0, 0], [36, 36, 36, 36, 36]])
-def test_groups_of_rows_and_trips_of_pages_change_nothing(lengths, group, block):
-    args = operands(lengths, seed=group)
-    grouped = jax.jit(partial(xla.grouped, group=group, block=block))
-    for attend in (grouped, jax.jit(xla.short), jax.jit(xla.reference)):
-        out_BHE, store_XPWE = attend(*args)
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_pieces_and_blocks_change_nothing(lengths, heads):
+    args = operands(lengths, seed=heads, K=heads)
+    number = PAGE * 2 * heads * E  # of a page
+    pieces = [partial(xla.in_pieces, cache=n * number) for n in (1, 2, 4, WIDTH, 2 * WIDTH, 9 * WIDTH)]
+    blocks = [partial(xla.together, block=n) for n in (1, 8, 12, 64)]
+    for attend in (*pieces, *blocks, xla.reference, write_and_attend):
+        out_BHE, store_XPWE = jax.jit(attend)(*args)
         np.testing.assert_allclose(out_BHE, by_hand(*args), atol=1e-6)
         np.testing.assert_array_equal(store_XPWE, xla.write(*args[1:]))
 
@@ -60,21 +62,24 @@ def test_writing_reaches_the_newest_position_of_live_rows_alone():
 
 
 @pytest.mark.parametrize("longest", [1, 12, 13, 24, 25, 36])
-def test_a_short_table_is_read_as_far_as_the_longest_row(longest):
+@pytest.mark.parametrize("rows_a_piece", [1, 4])
+def test_a_piece_is_read_as_far_as_its_longest_row(longest, rows_a_piece):
     """Nine pages of four, three to a quarter: what lies behind the one with the longest row is not read."""
-    q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base = args = operands([longest, 1, 0])
-    read = -(-longest // 12) * 3
-    unread = (table_BM[:, read:] + base).reshape(-1)
-    args = q_BHE, k_BKE, v_BKE, store_XPWE.at[unread].set(jnp.nan), table_BM, position_B, base
-    out_BHE = jax.jit(xla.short)(*args)[0]
+    lengths = [longest, 1, 0, 0, 13, 0, 0, 2]
+    q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base = args = operands(lengths)
+    reach = np.max(np.reshape(lengths, (-1, rows_a_piece)), axis=1).repeat(rows_a_piece)
+    unread = np.arange(WIDTH) >= -(-reach[:, None] // 12) * 3
+    store_XPWE = store_XPWE.at[np.asarray(table_BM)[unread] + base].set(jnp.nan)
+    attend = partial(xla.in_pieces, cache=rows_a_piece * WIDTH * PAGE * 2 * K * E)
+    out_BHE = jax.jit(attend)(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base)[0]
     np.testing.assert_allclose(out_BHE, by_hand(*args), atol=1e-6)
 
 
-def test_a_short_table_is_read_at_once_and_a_long_one_in_trips():
-    loops = lambda args: jax.jit(write_and_attend).lower(*args).compile().as_text().count(" while(")
-    short = operands([36, 0, 1])
-    many = -(-(xla.SHORT + 1) // (WIDTH * PAGE))
-    long = (*short[:4], jnp.tile(short[4], (1, many)), *short[5:])
-    assert loops(short) == 0 and loops(long) >= 2
-    for args in (short, long):
-        np.testing.assert_allclose(jax.jit(write_and_attend)(*args)[0], by_hand(*args), atol=1e-6)
+def test_a_long_row_is_read_block_by_block_as_far_as_it_goes():
+    """Two pages a block: of 20 positions two whole blocks and half of the third, of an idle row nothing."""
+    q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base = args = operands([20, 0, 36])
+    unread = np.arange(WIDTH) >= np.array([5, 0, WIDTH])[:, None]
+    store_XPWE = store_XPWE.at[np.asarray(table_BM)[unread] + base].set(jnp.nan)
+    attend = partial(xla.in_pieces, cache=2 * PAGE * 2 * K * E)
+    out_BHE = jax.jit(attend)(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base)[0]
+    np.testing.assert_allclose(out_BHE, by_hand(*args), atol=1e-6)

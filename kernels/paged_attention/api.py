@@ -57,11 +57,11 @@ def write_and_attend(
       position_B: int32, where the new token stands; -1 marks an idle row, which writes nothing and
         gets zeros. Live rows own the page they write: no other row's table leads to it.
       page_base: the store's page to which 0 in the table points: layer x pages of a layer.
-      implementation: "xla", whose cost follows the longest live rows; "pallas_tpu", "ragged_tpu"
-        and "pallas_gpu", whose cost follows each row; "reference", which gathers every page of the
-        table. None takes "pallas_tpu" where it is compiled for a TPU and E is a multiple of 128,
-        "pallas_gpu" on a Hopper GPU (H100, H200) where all is bfloat16, E is 64, 128, 192 or 256 and P is
-        8, 16, 32 or a multiple of 64, else "xla".
+      implementation: "xla", whose cost follows each row on CPU, elsewhere the longest live one;
+        "pallas_tpu", "ragged_tpu" and "pallas_gpu", whose cost follows each row; "reference", which
+        gathers every page of the table. None takes "pallas_tpu" where it is compiled for a TPU and E
+        is a multiple of 128, "pallas_gpu" on a Hopper GPU (H100, H200) where all is bfloat16, E is 64,
+        128, 192 or 256 and P is 8, 16, 32 or a multiple of 64, else "xla".
 
     Returns:
       (out_BHE in q's dtype, the store). Raises ValueError on shapes or dtypes that do not fit.

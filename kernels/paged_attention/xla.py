@@ -1,4 +1,7 @@
-"""Plain XLA: the definition that gathers every page, short tables at once, long ones by an online softmax."""
+"""Plain XLA: the definition, which gathers every page, and an online softmax over blocks of positions.
+
+On CPU a few rows at a time, as far as they go; elsewhere all rows at once, as far as the longest.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-GROUP, BLOCK = 32, 64  # on CPU: rows of like length that loop together; positions a trip reads
-SHORT = 256  # on CPU: positions of a table that all rows read at once, as far as the longest of them
-FEW = 4  # for that: heads of keys and of values, since each query is multiplied by all of them
-WIDE_BLOCK = 512  # elsewhere, where all rows loop together, for the sake of few and large operations
-MINUS = -1e30  # a score that no exponential survives, without the NaN of inf - inf
+CACHE = 2**16  # on CPU: numbers of keys and values that are read at once, so that they stay in a core's cache
+FEW = 4  # on CPU: heads, of keys and of values, up to which every query is multiplied by all of them
+WIDE_BLOCK = 512  # elsewhere, for the sake of few and large operations
+MINUS = -1e30  # below any score, without the NaN of inf - inf
+# Of some positions: weighted values [B, K, G, E], greatest score and sum of weights [B, K, G].
+Softmax = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def write(
@@ -34,106 +38,107 @@ def write(
 
 
 def write_and_attend(*operands):
-    """`api.write_and_attend`, by platform: a short table at once, groups of a few rows, or all rows."""
-    q_BHE, _, _, store_XPWE, table_BM, *_ = operands
-    (_, P, W, _), M = store_XPWE.shape, table_BM.shape[1]
-    is_short = M * P <= SHORT and W <= FEW
-    narrow = short if is_short else partial(grouped, group=min(GROUP, len(q_BHE)), block=BLOCK)
-    wide = partial(grouped, group=len(q_BHE), block=WIDE_BLOCK)
-    return lax.platform_dependent(*operands, cpu=narrow, default=wide)
+    """`api.write_and_attend`, by platform."""
+    return lax.platform_dependent(*operands, cpu=in_pieces, default=together)
 
 
-def short(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
-    """All rows at once, reading the quarters of the table that the longest row reaches into.
+def in_pieces(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base, *, cache: int = CACHE):
+    """A few rows and positions at a time, so that they are multiplied while they lie in the cache.
 
-    Pages are used as they lie, keys and values of all heads side by side (F = W E numbers a position), and
-    all but one head's part of both products is for nothing. Yet to pull the heads apart XLA for CPU
-    would copy the pages twice more, which takes longer.
+    That is whole rows while their tables fit, else a row by blocks of positions. Of the last block, or the
+    only one, those quarters are read that the longest of the rows reaches into; of idle rows nothing.
     """
     store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
-    (B, H, E), (_, P, W, _), M = q_BHE.shape, store_XPWE.shape, table_BM.shape[1]
-    K, quarter = W // 2, -(-M // 4)
-    place_HW = jnp.arange(W) == jnp.arange(H)[:, None] // (H // K) * 2  # where the keys of a query lie
-    q_BHF = jnp.where(place_HW[:, :, None], _scaled(q_BHE)[:, :, None], 0.0).reshape(B, H, W * E)
+    (_, P, W, E), (B, M) = store_XPWE.shape, table_BM.shape
+    pages = min(M, max(1, cache // (P * W * E)))
+    quarter = -(-pages // 4)
+    widths = [min(width, pages) for width in range(quarter, pages + quarter, quarter)]
+    rows = min(B, 1 << max(1, cache // (M * P * W * E)).bit_length() - 1)
 
-    def some(pages: int) -> tuple[jax.Array, jax.Array]:
-        """The first pages' weighted sums of all F numbers, and the sums of weights."""
-        S = pages * P
-        kv_BSF = _gather(store_XPWE, table_BM[:, :pages] + page_base).reshape(B, S, W * E)
-        score_BSH = jnp.einsum("bsf,bhf->bsh", kv_BSF, q_BHF)
-        score_BSH = jnp.where(_seen(position_B, S)[:, 0, 0, :, None], score_BSH, MINUS)
-        weight_BSH = jnp.exp(score_BSH - jnp.max(score_BSH, axis=1, keepdims=True))
-        return jnp.einsum("bsh,bsf->bhf", weight_BSH, kv_BSF), jnp.sum(weight_BSH, axis=1)
+    def pieces(x_B: jax.Array, fill: int = 0) -> jax.Array:
+        x_B = jnp.pad(x_B, ((0, -B % rows), *((0, 0),) * (x_B.ndim - 1)), constant_values=fill)
+        return x_B.reshape(-1, rows, *x_B.shape[1:])
 
-    widths = [min(pages, M) for pages in range(quarter, M + quarter, quarter)]
-    longest = jnp.maximum(jnp.max(position_B), 0)
-    out_BHF, sum_BH = lax.switch(longest // (quarter * P), [partial(some, pages) for pages in widths])
-    out_BKGKjE = out_BHF.reshape(B, K, H // K, K, 2, E)
-    out_BKGE = jnp.stack([out_BKGKjE[:, k, :, k, 1] for k in range(K)], axis=1)
-    out_BHE = out_BKGE.reshape(B, H, E) / sum_BH[..., None]
-    return jnp.where(position_B[:, None, None] < 0, 0.0, out_BHE).astype(q_BHE.dtype), store_XPWE
+    position_TR = pieces(position_B, -1)
+    longest_T = jnp.max(position_TR, axis=1)
+    before_T = lax.div(longest_T, pages * P)  # blocks that are read whole
+    last_T = lax.div(longest_T - before_T * pages * P + quarter * P, quarter * P)  # quarters of the last one
+    ids_BM = jnp.pad(table_BM + page_base, ((0, 0), (0, -M % pages)))
+    q_BKGE = _grouped(q_BHE, W // 2) if W > FEW else _spread(q_BHE, W)
+    attend = lambda piece: _attend(store_XPWE, widths, *piece)
+    out_TRKGE = lax.map(attend, (pieces(q_BKGE), pieces(ids_BM), position_TR, before_T, last_T))
+    out_BKGE = out_TRKGE.reshape(-1, *q_BKGE.shape[1:])[:B]
+    out_BHE = out_BKGE.reshape(q_BHE.shape) if W > FEW else _own_values(out_BKGE, W)
+    return out_BHE.astype(q_BHE.dtype), store_XPWE
 
 
-def grouped(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base, *, group: int, block: int):
-    """Longest rows first, so many in a group, which makes as many trips as its first row needs.
+def _attend(store_XPWE, widths, q_BKGE, ids_BM, position_B, before, last) -> jax.Array:
+    """Of one piece: `before` blocks of widths[-1] pages, then one of widths[last - 1], or of none for 0."""
+    P, W, _ = store_XPWE.shape[1:]
 
-    A trip reads `block` positions of each row, but at least a page.
-    """
+    def some(first: jax.Array, width: int) -> Softmax:
+        kv_BSKjE = _gather(store_XPWE, lax.dynamic_slice_in_dim(ids_BM, first, width, axis=1))
+        k_BSKE, v_BSKE = _keys_and_values(kv_BSKjE, apart=W > FEW)
+        # XLA for CPU would fold the turn into the product, which then takes four times as long.
+        score_BKSG = lax.optimization_barrier(jnp.einsum("bske,bkge->bksg", k_BSKE, q_BKGE))
+        return _softmax(score_BKSG.swapaxes(2, 3), v_BSKE, _seen(position_B - first * P, width * P))
+
+    block = widths[-1]
+    ends = [partial(some, before * block, width) for width in widths]
+    state = lax.switch(last, [lambda: _nothing(q_BKGE), *ends])
+    if ids_BM.shape[1] > block:
+        state = lax.fori_loop(0, before, lambda i, state: _merged(state, some(i * block, block)), state)
+    return _normalised(state)
+
+
+def together(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base, *, block: int = WIDE_BLOCK):
+    """All rows at once, `block` positions at a time, but at least a page."""
     store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
-    (B, K, _), pages = k_BKE.shape, max(1, block // store_XPWE.shape[1])
+    P, q_BKGE = store_XPWE.shape[1], _grouped(q_BHE, k_BKE.shape[1])
+    pages = max(1, block // P)
     ids_BM = jnp.pad(table_BM + page_base, ((0, 0), (0, -table_BM.shape[1] % pages)))
-    position_R = jnp.pad(position_B, (0, -B % group), constant_values=-1)
-    order_R = jnp.argsort(-position_R)
-    row_R = jnp.minimum(order_R, B - 1)
-    position_R, q_RKGE, ids_RM = position_R[order_R], _grouped(q_BHE, K)[row_R], ids_BM[row_R]
 
-    def attend(g, out_RKGE):
-        mine = lambda x_R: lax.dynamic_slice_in_dim(x_R, g * group, group)
-        out_BKGE = _attend(mine(q_RKGE), store_XPWE, mine(ids_RM), mine(position_R), pages)
-        return lax.dynamic_update_slice_in_dim(out_RKGE, out_BKGE, g * group, axis=0)
-
-    groups = (jnp.sum(position_B >= 0) + group - 1) // group
-    out_RKGE = lax.fori_loop(0, groups, attend, jnp.zeros_like(q_RKGE))
-    out_BKGE = jnp.zeros_like(out_RKGE).at[order_R].set(out_RKGE)[:B]
-    return out_BKGE.reshape(q_BHE.shape).astype(q_BHE.dtype), store_XPWE
-
-
-def _attend(q_BKGE, store_XPWE, ids_BM, position_B, pages: int) -> jax.Array:
-    """An online softmax over `pages` pages a trip, 0 for an idle row; the first row is the longest."""
-    (B, K, G, _), P = q_BKGE.shape, store_XPWE.shape[1]
-    block = pages * P
-
-    def trip(i, state):
+    def trip(i, state: Softmax) -> Softmax:
         kv_BSKjE = _gather(store_XPWE, lax.dynamic_slice_in_dim(ids_BM, i * pages, pages, axis=1))
-        return _accumulate(state, q_BKGE, kv_BSKjE, _seen(position_B - i * block, block))
+        k_BSKE, v_BSKE = _keys_and_values(kv_BSKjE)
+        seen_B11S = _seen(position_B - i * pages * P, pages * P)
+        return _merged(state, _softmax(_scores(q_BKGE, k_BSKE), v_BSKE, seen_B11S))
 
-    zero_BKG = jnp.zeros((B, K, G), jnp.float32)
-    state = jnp.zeros_like(q_BKGE), zero_BKG + MINUS, zero_BKG
-    out_BKGE, _, sum_BKG = lax.fori_loop(0, (position_B[0] + block) // block, trip, state)
-    out_BKGE = out_BKGE / jnp.where(sum_BKG > 0, sum_BKG, 1.0)[..., None]
-    return jnp.where(position_B[:, None, None, None] < 0, 0.0, out_BKGE)
+    trips = lax.div(jnp.max(position_B) + pages * P, pages * P)
+    out_BKGE = _normalised(lax.fori_loop(0, trips, trip, _nothing(q_BKGE)))
+    return out_BKGE.reshape(q_BHE.shape).astype(q_BHE.dtype), store_XPWE
 
 
 def reference(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
     """`api.write_and_attend` by its definition, on all positions that the table can hold."""
     store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
-    q_BKGE = _grouped(q_BHE, k_BKE.shape[1])
-    kv_BSKjE = _gather(store_XPWE, table_BM + page_base)
-    score_BKGS = _scores(q_BKGE, kv_BSKjE)
-    seen_B11S = _seen(position_B, kv_BSKjE.shape[1])
+    k_BSKE, v_BSKE = _keys_and_values(_gather(store_XPWE, table_BM + page_base))
+    score_BKGS = _scores(_grouped(q_BHE, k_BKE.shape[1]), k_BSKE)
+    seen_B11S = _seen(position_B, k_BSKE.shape[1])
     weight_BKGS = jax.nn.softmax(jnp.where(seen_B11S, score_BKGS, -jnp.inf), axis=-1, where=seen_B11S)
-    out_BKGE = _weighted(weight_BKGS, kv_BSKjE)
+    out_BKGE = _weighted(weight_BKGS, v_BSKE)
     return out_BKGE.reshape(q_BHE.shape).astype(q_BHE.dtype), store_XPWE
 
 
 def _grouped(q_BHE: jax.Array, K: int) -> jax.Array:
     """Queries by key-value head, float32 and scaled: [B, K, H // K, E]."""
     B, H, E = q_BHE.shape
-    return _scaled(q_BHE).reshape(B, K, H // K, E)
+    return (q_BHE.astype(jnp.float32) / math.sqrt(E)).reshape(B, K, H // K, E)
 
 
-def _scaled(q_BHE: jax.Array) -> jax.Array:
-    return q_BHE.astype(jnp.float32) / math.sqrt(q_BHE.shape[-1])
+def _spread(q_BHE: jax.Array, W: int) -> jax.Array:
+    """Queries for all heads side by side: each where its own keys lie, 0 elsewhere: [B, 1, H, W E]."""
+    (B, H, E), K = q_BHE.shape, W // 2
+    place_HW = jnp.arange(W) == jnp.arange(H)[:, None] // (H // K) * 2
+    q_BHE = _grouped(q_BHE, K).reshape(B, H, E)
+    return jnp.where(place_HW[:, :, None], q_BHE[:, :, None], 0.0).reshape(B, 1, H, W * E)
+
+
+def _own_values(out_B1HF: jax.Array, W: int) -> jax.Array:
+    """Of the weighted keys and values of all heads each query's own values: [B, H, E]."""
+    (B, _, H, F), K = out_B1HF.shape, W // 2
+    out_BKGKjE = out_B1HF.reshape(B, K, H // K, K, 2, F // W)
+    return jnp.stack([out_BKGKjE[:, k, :, k, 1] for k in range(K)], axis=1).reshape(B, H, F // W)
 
 
 def _gather(store_XPWE: jax.Array, page_Bm: jax.Array) -> jax.Array:
@@ -147,30 +152,48 @@ def _gather(store_XPWE: jax.Array, page_Bm: jax.Array) -> jax.Array:
     return rows.reshape(B, m * P, W // 2, 2, E).astype(jnp.float32)
 
 
-def _scores(q_BKGE: jax.Array, kv_BSKjE: jax.Array) -> jax.Array:
-    return jnp.einsum("bkge,bske->bkgs", q_BKGE, kv_BSKjE[:, :, :, 0])
+def _keys_and_values(kv_BSKjE: jax.Array, apart: bool = True) -> tuple[jax.Array, jax.Array]:
+    """Both by head; or, as they lie, all of both for a single head, where a copy would cost more."""
+    if apart:
+        return kv_BSKjE[:, :, :, 0], kv_BSKjE[:, :, :, 1]
+    kv_BS1F = kv_BSKjE.reshape(*kv_BSKjE.shape[:2], 1, -1)
+    return kv_BS1F, kv_BS1F
 
 
-def _weighted(weight_BKGS: jax.Array, kv_BSKjE: jax.Array) -> jax.Array:
-    return jnp.einsum("bkgs,bske->bkge", weight_BKGS, kv_BSKjE[:, :, :, 1])
+def _scores(q_BKGE: jax.Array, k_BSKE: jax.Array) -> jax.Array:
+    return jnp.einsum("bkge,bske->bkgs", q_BKGE, k_BSKE)
+
+
+def _weighted(weight_BKGS: jax.Array, v_BSKE: jax.Array) -> jax.Array:
+    return jnp.einsum("bkgs,bske->bkge", weight_BKGS, v_BSKE)
 
 
 def _seen(position_B: jax.Array, S: int) -> jax.Array:
     return (jnp.arange(S) <= position_B[:, None])[:, None, None, :]
 
 
-def _accumulate(state, q_BKGE, kv_BSKjE, seen_B11S):
-    """One step of the online softmax: (weighted values, greatest score, sum of weights).
+def _softmax(score_BKGS: jax.Array, v_BSKE: jax.Array, seen_B11S: jax.Array) -> Softmax:
+    score_BKGS = jnp.where(seen_B11S, score_BKGS, -jnp.inf)
+    top_BKG = jnp.maximum(jnp.max(score_BKGS, axis=-1), MINUS)
+    weight_BKGS = jnp.exp(score_BKGS - top_BKG[..., None])
+    return _weighted(weight_BKGS, v_BSKE), top_BKG, jnp.sum(weight_BKGS, axis=-1)
 
-    An idle row sums up nonsense, since its greatest score is MINUS; nobody reads it.
-    """
-    out_BKGE, top_BKG, sum_BKG = state
-    score_BKGS = jnp.where(seen_B11S, _scores(q_BKGE, kv_BSKjE), MINUS)
-    new_BKG = jnp.maximum(top_BKG, jnp.max(score_BKGS, axis=-1))
-    weight_BKGS = jnp.exp(score_BKGS - new_BKG[..., None])
-    shrink_BKG = jnp.exp(top_BKG - new_BKG)
-    return (
-        out_BKGE * shrink_BKG[..., None] + _weighted(weight_BKGS, kv_BSKjE),
-        new_BKG,
-        sum_BKG * shrink_BKG + jnp.sum(weight_BKGS, axis=-1),
-    )
+
+def _nothing(q_BKGE: jax.Array) -> Softmax:
+    """Of no position."""
+    zero_BKG = jnp.zeros(q_BKGE.shape[:3])
+    return jnp.zeros_like(q_BKGE), zero_BKG + MINUS, zero_BKG
+
+
+def _merged(one: Softmax, other: Softmax) -> Softmax:
+    """Of the positions of both."""
+    top_BKG = jnp.maximum(one[1], other[1])
+    a_BKG, b_BKG = jnp.exp(one[1] - top_BKG), jnp.exp(other[1] - top_BKG)
+    out_BKGE = one[0] * a_BKG[..., None] + other[0] * b_BKG[..., None]
+    return out_BKGE, top_BKG, one[2] * a_BKG + other[2] * b_BKG
+
+
+def _normalised(state: Softmax) -> jax.Array:
+    """The weighted mean of the values; 0 where there is none."""
+    out_BKGE, _, sum_BKG = state
+    return out_BKGE / jnp.where(sum_BKG > 0, sum_BKG, 1.0)[..., None]

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,8 @@ from rosd_jax.train.step import Tools
 from rosd_jax.train.update import init_state, make_optimizer, make_update
 from rosd_jax.types import Params, TrainState
 
+LEAST_ROWS = 8  # that are worth a CPU device of their own
+HOST_DEVICES = "xla_force_host_platform_device_count"
 WORDINGS = {"english": ENGLISH, "gym": gym.WORDING}
 
 
@@ -137,6 +142,7 @@ def build(
     """
     if config.model.dtype == "float32":  # else an accelerator rounds float32 operands to 10 bits or fewer
         jax.config.update("jax_default_matmul_precision", "highest")
+    deal_cores(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model, path = inputs.model, Path(config.model.path)
     validate_mesh_for(model, mesh)
@@ -188,14 +194,40 @@ def cache_pages(config: Config, max_new: int) -> int:
     return pool
 
 
-def check_rows(config: Config, devices: int) -> None:
-    """Raises UserError where a batch's rows cannot be laid evenly over the row devices."""
-    rows = {
+def deal_cores(config: Config) -> None:
+    """Where the mesh lays rows along all devices, makes several of JAX's CPU, one to a core.
+
+    XLA for CPU attends to one row after another in one thread, and each device has its own. Their number is
+    a power of two that divides every batch and leaves each LEAST_ROWS rows of batch.micro. It stays what it
+    is once JAX has started, or where the user chose it; other kinds of devices are none of its business.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if config.mesh.data != -1 or "JAX_NUM_CPU_DEVICES" in os.environ or HOST_DEVICES in flags:
+        return
+    divisor = math.gcd(*batches(config).values())
+    most = min(cores(), config.batch.micro // LEAST_ROWS)
+    devices = min(divisor & -divisor, 1 << max(1, most).bit_length() - 1)
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def batches(config: Config) -> dict[str, int]:
+    """Rows of each batch that is laid over the row devices, by field."""
+    return {
         "batch.prompts x batch.samples": config.batch.prompts * config.batch.samples,
         "batch.micro": config.batch.micro,
         "eval.batch": config.eval.batch,
     }
-    for field, n in rows.items():
+
+
+def check_rows(config: Config, devices: int) -> None:
+    """Raises UserError where a batch's rows cannot be laid evenly over the row devices."""
+    for field, n in batches(config).items():
         if n % devices:
             raise UserError(
                 f"{field} is {n}; it must be a multiple of mesh.data x mesh.fsdp = {devices}, so "
