@@ -50,13 +50,13 @@ def placed(mesh, x, spec):
 
 @cache
 def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
-    """The prefill and the loop, ready to be compiled, and the bytes of the store on one chip."""
+    """All of it, and the loop alone, ready to be compiled, and the bytes of the store on one chip."""
     os.environ.update(COMPILE_ONLY)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(*shape, devices)
     page = page_length(NEW)
     how = loop.Decoding(
-        MODEL, mesh, NEW, 1.0, 1.0, STOP, ROWS, page, None, PROMPTS * PROMPT // page, implementation
+        MODEL, mesh, NEW, 1.0, 1.0, STOP, ROWS, page, None, PROMPTS * PROMPT // page, implementation, True
     )  # fmt: skip
     put = partial(placed, mesh)
     ints = lambda *shape: put(jax.ShapeDtypeStruct(shape, jnp.int32), P())
@@ -64,8 +64,9 @@ def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     params = jax.tree.map(lambda x, s: put(x, s.spec), params, param_shardings(params, mesh))
     key = put(jax.eval_shape(lambda: jax.random.key(0)), P())
     args = params, ints(PROMPTS, PROMPT), ints(PROMPTS), *[ints(ROWS)] * 3, key
+    whole = jax.jit(partial(loop._generate, how=how, count=ROWS // how.shards))
     begin = jax.jit(partial(loop.begin, how=how))
-    chunk = jax.jit(partial(loop.decode_chunk, how=how), donate_argnums=2)
+    decode = jax.jit(partial(loop.decode, how=how), donate_argnums=2)
     specs = decoder_specs(MODEL, mesh), P(loop.ROWS), loop._state_specs()
     handed_on = jax.tree.map(
         lambda spec, tree: jax.tree.map(lambda x: put(x, spec), tree),
@@ -73,7 +74,7 @@ def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     )  # fmt: skip
     store = handed_on[2].store
     size = math.prod(store.shape) * store.dtype.itemsize // CHIPS
-    return begin.lower(*args), chunk.lower(*handed_on, ints()), size
+    return whole.lower(*args), decode.lower(*handed_on), size
 
 
 def moved(text, size):
@@ -90,9 +91,9 @@ def moved(text, size):
     "topology, implementation", [("v5p:2x2x1", None), ("v6e:2x2", None), ("v6e:2x2", "ragged_tpu")]
 )
 def test_the_loop_writes_the_store_in_place(topology, implementation):
-    _, chunk, size = lowered(topology, implementation)
-    chunk = chunk.compile()
-    memory, text = chunk.memory_analysis(), chunk.as_text()
+    _, decode, size = lowered(topology, implementation)
+    decode = decode.compile()
+    memory, text = decode.memory_analysis(), decode.as_text()
     assert ("paged_write_and_attend" if implementation is None else "ragged_paged_attention") in text
     assert moved(text, size) == []
     assert size <= memory.alias_size_in_bytes < 1.001 * size
@@ -101,10 +102,10 @@ def test_the_loop_writes_the_store_in_place(topology, implementation):
 
 def test_engines_side_by_side_write_their_stores_in_place():
     """Two shards of rows, whose loops end when each is done, over two chips each."""
-    _, chunk, size = lowered("v5p:2x2x1", None, (1, 2, 2))
-    chunk = chunk.compile()
-    memory = chunk.memory_analysis()
-    assert moved(chunk.as_text(), size) == []
+    _, decode, size = lowered("v5p:2x2x1", None, (1, 2, 2))
+    decode = decode.compile()
+    memory = decode.memory_analysis()
+    assert moved(decode.as_text(), size) == []
     assert size <= memory.alias_size_in_bytes < 1.001 * size
     assert memory.temp_size_in_bytes < 0.1 * size  # half of the vocabulary's logits, not a quarter
 
@@ -133,9 +134,10 @@ def test_the_kernels_compile_whatever_precision_the_caller_asks_for(
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_the_prompts_are_filled_into_one_store(topology):
-    """Bytes alone: a prefill's compiled text cannot be printed."""
-    begin, _, size = lowered(topology)
-    memory = begin.compile().memory_analysis()
-    assert memory.output_size_in_bytes < size + (4 << 30)  # and a quarter of 15.3 GiB of weights
-    assert memory.temp_size_in_bytes < 0.2 * size
+def test_a_whole_rollout_holds_one_store(topology):
+    """Bytes alone: the compiled text cannot be printed."""
+    whole, _, size = lowered(topology)
+    memory = whole.compile().memory_analysis()
+    weights = 4 << 30  # a quarter of 15.3 GiB, cast and joined
+    assert memory.output_size_in_bytes < 4 << 20
+    assert memory.temp_size_in_bytes < weights + 1.2 * size

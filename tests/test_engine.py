@@ -143,32 +143,37 @@ def test_devices_do_not_change_tokens(alone, shape, slots):
         assert_same(generate(mesh, params=params, slots=slots, **options), want)
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
-def test_compaction_changes_nothing_and_the_host_looks_seldom(alone, monkeypatch, shape):
-    chunks, drain = [], loop.drain
-
-    def spy(chunk, *args):
-        counted = lambda state, until: chunks.append(state.slots_SC.shape[1]) or chunk(state, until)
-        return drain(counted, *args)
-
-    monkeypatch.setattr(loop, "drain", spy)
+@pytest.mark.parametrize("shape, rows, long", [(None, N, 4), ((2, 2, 2), N // 4, 2)])
+def test_compaction_changes_nothing_but_the_slots(monkeypatch, shape, rows, long):
+    """Every sixth row goes on after the third step: four of 24, or one on each of four shards."""
     monkeypatch.setattr(loop, "FEWEST", 2)
-    monkeypatch.setattr(loop, "BETWEEN", 4)
-    mesh = shape and make_mesh(*shape)
-    got = generate(mesh, limit=np.where(np.arange(N) % 6, 3, NEW).astype(np.int32))
-    assert chunks == sorted(chunks, reverse=True) and chunks[-1] <= 4 < chunks[0]
-    assert all(slots & (slots - 1) == 0 for slots in chunks if slots < chunks[0])
-    assert len(chunks) <= got.stats.steps.max() / 4 + 2
-    chunks.clear()
-    whole = generate(mesh, limit=np.where(np.arange(N) % 6, 3, NEW).astype(np.int32), compact=False)
+    monkeypatch.setattr(loop, "LONG", NEW)
+    mesh, limit = shape and make_mesh(*shape), np.where(np.arange(N) % 6, 3, NEW).astype(np.int32)
+    options = dict(limit=limit, stop_ids=())
+    got, whole = generate(mesh, **options), generate(mesh, **options, compact=False)
     assert_same(got, whole)
-    assert not chunks and (got.stats.slots < whole.stats.slots).all()
+    assert (whole.stats.slots == rows * NEW).all()
+    assert (got.stats.slots == rows * 3 + long * (NEW - 3)).all()
+
+
+def test_compaction_waits_for_the_queue_and_for_whom_pages_put_back(alone, monkeypatch):
+    """Eight slots for 24 rows, and fewer pages than the eight come to need."""
+    monkeypatch.setattr(loop, "FEWEST", 1)
+    monkeypatch.setattr(loop, "LONG", NEW)
+    got = generate(slots=8, pool=pages.most_own(PAGE, NEW) + 1)
+    assert_same(got, alone)
+    assert got.stats.preempted.sum() > 0 and got.stats.slots < 8 * got.stats.steps
+
+
+def test_numbers_of_slots_halve():
+    assert [loop._counts(n) for n in (64, 24, 9, 8, 3)] == [[32, 16, 8], [16, 8], [8], [], []]
+    assert [loop.enough(n) for n in (0, 1, 8, 9, 16, 17)] == [8, 8, 8, 16, 16, 32]
 
 
 def test_a_short_run_takes_slots_for_those_that_wait(alone, monkeypatch):
     """Of 24 rows the first 10, 5 and 3 are asked for."""
     counts, compact = [], pages.compact
-    spy = lambda slots_SC, N, count: counts.append(count) or compact(slots_SC, N, count)
+    spy = lambda slots_SC, sequences, count: counts.append(count) or compact(slots_SC, sequences, count)
     monkeypatch.setattr(pages, "compact", spy)
     fn = make_generate(MODEL, None, **OPTIONS)
     for asked in (10, 5, 3):
@@ -177,7 +182,6 @@ def test_a_short_run_takes_slots_for_those_that_wait(alone, monkeypatch):
         assert got.stats.slots == loop.enough(asked) * got.stats.steps
         np.testing.assert_array_equal(got.tokens_BR, np.where(limit[:, None] > 0, alone.tokens_BR, 0))
     assert counts == [16, 8]
-    assert [loop.enough(n) for n in (0, 1, 8, 9, 16, 17)] == [8, 8, 8, 16, 16, 32]
 
 
 def teacher_forced(rollout):
@@ -294,22 +298,23 @@ def test_seated_sequences_have_all_their_pages_and_no_page_is_two_peoples():
             assert store[layer + table[shared], 0, 0, 0] == layer + first[s] + shared
 
 
-def compiled_chunk(slots, stop_ids=STOP, max_new=2000):
+def compiled_loop(slots, stop_ids=STOP, max_new=2000):
     options = {name: OPTIONS[name] for name in ("temperature", "top_p", "page")} | {"max_new": max_new}
-    how = Decoding(MODEL, None, stop_ids=stop_ids, slots=slots, prompt_pages=18, **options)
+    how = Decoding(MODEL, None, stop_ids=stop_ids, slots=slots, prompt_pages=18, compact=True, **options)
     args = PARAMS, PROMPT, PROMPT_LEN, PROMPT_OF, UID, LIMIT, KEY
     state = jax.eval_shape(partial(loop.begin, how=how), *args)
-    chunk = jax.jit(partial(loop.decode_chunk, how=how), donate_argnums=2)
-    return state[2], chunk.lower(*state, 0).compile()
+    decode = jax.jit(partial(loop.decode, how=how), donate_argnums=2)
+    return state[2], decode.lower(*state).compile()
 
 
 @pytest.mark.parametrize(
     "slots, max_new, share",
     [(8, 2000, 0.15), (None, 2000, 0.15), (8, 200, 0.75), (None, 200, 0.75)],  # short: all of a layer is read
 )
+@pytest.mark.filterwarnings("ignore:Some donated buffers")  # the slots, of which fewer come back
 def test_the_store_is_written_in_place(slots, max_new, share):
     jax.config.update("jax_disable_most_optimizations", False)
-    state, compiled = compiled_chunk(slots, max_new=max_new)
+    state, compiled = compiled_loop(slots, max_new=max_new)
     jax.config.update("jax_disable_most_optimizations", True)
     X, page, W, E = state.store.shape[1:]
     big = [m for m in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())
@@ -326,7 +331,7 @@ def test_weights_are_cast_and_joined_once_a_call_not_once_a_step():
     args = PARAMS, PROMPT, PROMPT_LEN, PROMPT_OF, UID, LIMIT, KEY
     with jax.numpy_dtype_promotion("standard"):
         weights, rows, state = jax.eval_shape(partial(loop.begin, how=how), *args)
-        text = str(jax.make_jaxpr(partial(loop.decode_chunk, how=how))(weights, rows, state, 0))
+        text = str(jax.make_jaxpr(partial(loop.decode, how=how))(weights, rows, state))
     assert {x.dtype for x in jax.tree.leaves(weights) if x.ndim > 2 and x.shape[1] > 8} == {
         jnp.dtype("bfloat16")
     }

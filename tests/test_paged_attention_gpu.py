@@ -171,14 +171,14 @@ def test_a_whole_decoding_step_of_qwen3_4b_lowers_for_cuda():
 def test_the_engines_loop_over_eight_gpus_lowers_for_cuda():
     from rosd_jax.models.qwen3 import Qwen3Config, init_params
     from rosd_jax.models.sharding import make_mesh
-    from rosd_jax.rollout.loop import Decoding, begin, decode_chunk
+    from rosd_jax.rollout.loop import Decoding, begin, decode
 
     model = Qwen3Config(512, 256, 512, 2, 8, 4, 64, tie_word_embeddings=True, dtype="bfloat16")
     how = Decoding(model, make_mesh(2, 2, 2), 64, 1.0, 1.0, (1,), None, 64, implementation="pallas_gpu")
     start = lambda key, *given: begin(init_params(model, key), *given, key, how=how)
     ints = (array(jnp.int32, *shape) for shape in ((4, 32), (4,), (8,), (8,), (8,)))
     given = jax.eval_shape(start, jax.random.key(0), *ints)
-    traced = jax.jit(partial(decode_chunk, until=9, how=how)).trace(*given)
+    traced = jax.jit(partial(decode, how=how)).trace(*given)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -9,9 +9,9 @@ sums may round a bfloat16 logit to its other side, and a token with it.
 Each shard of the rows is an engine of its own, with its queue, pages and slots, under `jax.shard_map`;
 along the "tensor" axis its devices split heads, inner widths and the vocabulary.
 
-    generate(params, prompt_NP, ..., key, *, model, ...)   -> Rollout, in one loop; pure
-    make_generate(model, mesh, ...)                        -> the same, compiled, with fewer slots at the end
-    begin, decode_chunk, finish                            the three parts that both are made of
+    generate(params, prompt_NP, ..., key, *, model, ...)   -> Rollout; pure
+    make_generate(model, mesh, ...)                        -> the same, compiled
+    begin, decode, finish                                  the three parts that both are made of
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ from rosd_jax.types import DecodeStats, Params, Rollout
 
 ROWS = ("data", "fsdp")  # the mesh axes that rows lie along
 FEWEST = 8  # slots below which compaction gains nothing
-BETWEEN = 256  # steps for each look that the host takes
-NEVER = np.iinfo(np.int32).max
+LONG = 256  # tokens from which a smaller batch repays its compilation
 # XLA for GPU copies a layer's weights out of their stack before it multiplies by them, three bytes moved for
 # one, unless it may start the product at their place, which it can for cuBLAS's products alone.
 GPU_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_triton_gemm": False}
@@ -62,6 +61,7 @@ class Decoding:
     pool: int | None = None
     prompt_pages: int | None = None
     implementation: Implementation | None = None
+    compact: bool = False
 
     @property
     def shards(self) -> int:
@@ -94,6 +94,7 @@ def generate(
     pool: int | None = None,
     prompt_pages: int | None = None,
     implementation: Implementation | None = None,
+    compact: bool = False,
 ) -> Rollout:
     """Samples one response a row; row b answers prompt `prompt_of_B[b]`, R = max_new >= 1.
 
@@ -105,25 +106,27 @@ def generate(
     slots: rows that decode together, over all shards; None: all. page: positions a page; None:
     `pages.page_length`. pool: pages of a shard for responses; None: enough for its slots at full length.
     With fewer, sequences may be put back and start anew. prompt_pages: of a shard for its different
-    prompts, as `prompts.room` counts them; None: enough for any.
+    prompts, as `prompts.room` counts them; None: enough for any. compact: once half of a shard's slots are
+    empty for good, the rest goes on in the next power of two; each number of slots is compiled.
 
     With a mesh, whose "tensor" axis must divide the key-value heads, rows lie along "data" and
     "fsdp". Raises UserError where B does not, ValueError where a sequence would not fit the pool.
     """
-    page = page or pages.page_length(max_new)
     how = Decoding(
-        model, mesh, max_new, temperature, top_p, stop_ids, slots, page, pool, prompt_pages, implementation
-    )
+        model, mesh, max_new, temperature, top_p, stop_ids, slots, page or pages.page_length(max_new), pool,
+        prompt_pages, implementation, compact,
+    )  # fmt: skip
     given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key
-    return _in_one(*given, how=how, count=prompt_of_B.shape[0])
+    return _generate(*given, how=how, count=prompt_of_B.shape[0])
 
 
-def _in_one(*given: Any, how: Decoding, count: int) -> Rollout:
+def _generate(*given: Any, how: Decoding, count: int) -> Rollout:
     """`generate` in at most `count` slots a shard, which suffice for all sequences that wait."""
     weights, rows, state = begin(*given, how=how)
     if count < state.slots_SC.shape[1]:
-        state = state._replace(slots_SC=_fewer(state.slots_SC, state.queue_N.shape[1], count))
-    state, _ = decode_chunk(weights, rows, state, NEVER, how=how)
+        fewer = partial(pages.compact, sequences=state.queue_N.shape[1], count=count)
+        state = state._replace(slots_SC=jax.vmap(fewer)(state.slots_SC))
+    state = decode(weights, rows, state, how=how)
     return finish(state.out, state.stats)
 
 
@@ -144,37 +147,29 @@ def make_generate(
     """`generate`, compiled, of (params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key).
 
     Build it once and keep it: it is traced once for each combination of shapes, of the room that the
-    prompts need (powers of two) and of the number of slots. compact: once half of the slots are empty
-    for good, the rest goes on in a batch of the next power of two. Params keep the sharding they come
-    with; the rollout's rows lie along the mesh's "data" and "fsdp" axes.
+    prompts need (powers of two) and of the number of slots that suffice for the rows with a limit above 0.
+    compact: as there, but for runs shorter than LONG. Params keep the sharding they come with; the
+    rollout's rows lie along the mesh's "data" and "fsdp" axes.
     """
     page = page or pages.page_length(max_new)
     how = Decoding(
-        model, mesh, max_new, temperature, top_p, stop_ids, slots, page, pool, implementation=implementation
-    )
+        model, mesh, max_new, temperature, top_p, stop_ids, slots, page, pool,
+        implementation=implementation, compact=compact and max_new >= LONG,
+    )  # fmt: skip
     out = None if mesh is None else row_sharding(mesh)
     on = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     options = GPU_OPTIONS if on == "gpu" else None
-    whole = jax.jit(_in_one, static_argnames=("how", "count"), out_shardings=out, compiler_options=options)
-    first = jax.jit(begin, static_argnames="how")
-    chunk = jax.jit(decode_chunk, static_argnames="how", donate_argnames="state", compiler_options=options)
-    shrink = jax.jit(_fewer, static_argnums=(1, 2), out_shardings=out)
-    last = jax.jit(finish, out_shardings=out)
+    compiled = jax.jit(
+        _generate, static_argnames=("how", "count"), out_shardings=out, compiler_options=options
+    )
 
     def run(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key) -> Rollout:
         _check_rows(len(prompt_of_B), how)
         waiting = int(np.sum(np.reshape(np.asarray(limit_B), (how.shards, -1)) > 0, axis=1).max())
         needed = prompts.room(prompt_len_N, prompt_of_B, limit_B, page, how.shards)
-        fixed = replace(how, prompt_pages=needed)
+        most, _ = _most_slots_and_pages(how, len(prompt_of_B) // how.shards)
         given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key
-        # A short run ends before a smaller batch has repaid its compilation.
-        if not compact or max_new < BETWEEN:
-            slots, _ = _most_slots_and_pages(how, len(prompt_of_B) // how.shards)
-            return whole(*given, how=fixed, count=min(slots, enough(waiting)))
-        weights, rows, state = first(*given, how=fixed)
-        step = lambda state, until: chunk(weights, rows, state, until, how=fixed)
-        state = drain(step, shrink, state, waiting, how.shards)
-        return last(state.out, state.stats)
+        return compiled(*given, how=replace(how, prompt_pages=needed), count=min(most, enough(waiting)))
 
     return run
 
@@ -182,36 +177,6 @@ def make_generate(
 def enough(left: int) -> int:
     """Slots for that many sequences: a power of two, so that few numbers of them are compiled."""
     return max(FEWEST, 1 << (left - 1).bit_length())
-
-
-def _fewer(slots_DSC: jax.Array, sequences: int, count: int) -> jax.Array:
-    """`pages.compact` of every shard."""
-    return jax.vmap(pages.compact, in_axes=(0, None, None))(slots_DSC, sequences, count)
-
-
-def drain(
-    chunk: Callable[[State, int], tuple[State, jax.Array]],
-    shrink: Callable[[jax.Array, int, int], jax.Array],
-    state: State,
-    left: int,
-    shards: int,
-) -> State:
-    """Decodes all that is left, in ever fewer slots.
-
-    chunk, shrink: `decode_chunk` of (state, until) and `pages.compact` of every shard. left: the most
-    sequences that wait on a shard; there are never more slots than the power of two above it. The host
-    looks at what is left after each chunk, so at most once in BETWEEN steps and once besides.
-    """
-    looks, sequences = 0, state.queue_N.shape[1]
-    while left:
-        count = enough(left)
-        if count < state.slots_SC.shape[1]:
-            state = state._replace(slots_SC=shrink(state.slots_SC, sequences, count))
-        if state.slots_SC.shape[1] <= FEWEST:
-            return chunk(state, NEVER)[0]
-        state, left_D = chunk(state, BETWEEN * (looks if shards == 1 else looks + 1))
-        left, looks = int(np.max(left_D)), looks + 1
-    return state
 
 
 def begin(
@@ -225,7 +190,7 @@ def begin(
     *,
     how: Decoding,
 ) -> tuple[Weights, Rows, State]:
-    """Weights as decoding wants them, and every shard's prompts in its store: what `decode_chunk` takes.
+    """Weights as decoding wants them, and every shard's prompts in its store: what `decode` takes.
 
     Leaves of rows and state have a leading axis of shards.
     """
@@ -244,28 +209,13 @@ def begin(
     return run(params, prompt_NP, prompt_len_N, key, *by_shard)
 
 
-def decode_chunk(
-    weights: Weights,
-    rows: Rows,
-    state: State,
-    until: jax.Array | int,
-    *,
-    how: Decoding,
-) -> tuple[State, jax.Array]:
-    """Decodes until nothing is left, or until a smaller batch pays; donate the state.
-
-    until: the step (int32, counted from the start) before which a chunk does not end with work left.
-    From there on a single shard stops when no more sequences are left, waiting ones counted, than half of
-    its slots; several stop at once, whatever they hold, since none knows of the others. Returns the
-    state, and for each shard the sequences left.
-    """
+def decode(weights: Weights, rows: Rows, state: State, *, how: Decoding) -> State:
+    """Decodes until nothing is left, each shard by itself; under jit, donate the state."""
     run = partial(_decode_shard, how=how)
     if how.mesh is not None:
         specs = decoder_specs(how.model, how.mesh), P(ROWS), _state_specs()
-        run = jax.shard_map(
-            run, mesh=how.mesh, in_specs=(*specs, P()), out_specs=(_state_specs(), P(ROWS)), check_vma=False
-        )
-    return run(weights, rows, state, jnp.asarray(until, jnp.int32))
+        run = jax.shard_map(run, mesh=how.mesh, in_specs=specs, out_specs=_state_specs(), check_vma=False)
+    return run(weights, rows, state)
 
 
 def finish(out: Rollout, stats: DecodeStats) -> Rollout:
@@ -329,21 +279,26 @@ def _empty_store(how: Decoding, weights: Weights, pages_a_layer: int) -> jax.Arr
     return jnp.zeros(shape, model.dtype)
 
 
-def _decode_shard(weights, rows, state, until, *, how: Decoding):
-    """`decode_chunk` on one shard."""
+def _decode_shard(weights, rows, state, *, how: Decoding):
+    """`decode` on one shard, in ever fewer slots."""
     rows, state = jax.tree.map(lambda x: x[0], (rows, state))
+    counts = _counts(len(state.slots_SC)) if how.compact else []
+    for fewer in (*counts, 0):
+        more = lambda state, fewer=fewer: _left(state) > fewer
+        state = lax.while_loop(more, partial(_step, weights, rows, how=how), state)
+        if fewer:
+            state = state._replace(slots_SC=pages.compact(state.slots_SC, len(state.queue_N), fewer))
+    return jax.tree.map(lambda x: x[None], state)
 
-    def left(state: State) -> jax.Array:
-        return state.tail - state.head + jnp.sum(pages.live(state), dtype=jnp.int32)
 
-    def more(state: State) -> jax.Array:
-        due = state.stats.steps >= until
-        if how.shards == 1:
-            due &= left(state) * 2 <= len(state.slots_SC)
-        return (left(state) > 0) & ~due
+def _counts(slots: int) -> list[int]:
+    """The powers of two below, down to FEWEST."""
+    return [] if slots <= FEWEST else [enough(-(-slots // 2)), *_counts(enough(-(-slots // 2)))]
 
-    state = lax.while_loop(more, partial(_step, weights, rows, how=how), state)
-    return jax.tree.map(lambda x: x[None], state), left(state)[None]
+
+def _left(state: State) -> jax.Array:
+    """Sequences that wait or sit in a slot."""
+    return state.tail - state.head + jnp.sum(pages.live(state), dtype=jnp.int32)
 
 
 def _step(weights: Weights, rows: Rows, state: State, *, how: Decoding) -> State:
