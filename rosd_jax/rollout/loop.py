@@ -148,7 +148,7 @@ def make_generate(
 
     Build it once and keep it: it is traced once for each combination of shapes, of the room that the
     prompts need (powers of two) and of the number of slots that suffice for the rows with a limit above 0.
-    compact: as there, but for runs shorter than LONG. Params keep the sharding they come with; the
+    compact: as there, except in runs shorter than LONG. Params keep the sharding they come with; the
     rollout's rows lie along the mesh's "data" and "fsdp" axes.
     """
     page = page or pages.page_length(max_new)
@@ -292,8 +292,11 @@ def _decode_shard(weights, rows, state, *, how: Decoding):
 
 
 def _counts(slots: int) -> list[int]:
-    """The powers of two below, down to FEWEST."""
-    return [] if slots <= FEWEST else [enough(-(-slots // 2)), *_counts(enough(-(-slots // 2)))]
+    """What they shrink to: the powers of two below, down to FEWEST."""
+    if slots <= FEWEST:
+        return []
+    fewer = enough(-(-slots // 2))
+    return [fewer, *_counts(fewer)]
 
 
 def _left(state: State) -> jax.Array:
