@@ -42,12 +42,12 @@ from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.models.weights import save_pretrained
 from rosd_jax.rollout.loop import make_generate
 from rosd_jax.rollout.sampler import invert_cdf, sample
-from rosd_jax.train.setup import cores
+from rosd_jax.train.setup import cpu_devices
 from rosd_jax.types import Params, Rollout
 
 OURS, ONE, STATIC = "ours", "ours, one device", "ours, static batches"
 PADDED, SORTING = "ours, prompts padded", "sorting"
-DEVICES = min(4, 1 << cores().bit_length() - 1)  # more would have fewer than eight rows of a batch
+DEVICES = cpu_devices(32, 16)  # the fewest rows of a batch below, and what divides all
 GOALS = {("fixed", "tunix"): 1.5, ("ragged", "tunix"): 4.0, ("ragged", "transformers"): 5.0,
          ("evaluation", STATIC): 1.9, ("top_p", SORTING): 20.0}  # fmt: skip
 TOP_P = 0.95
@@ -179,8 +179,7 @@ def ragged(sizes: Sizes, params: Params, peers: dict[str, Peer], batches: list[i
     """One set of rows, in the peer's best batch."""
     rows, most = sizes.ragged_rows, sizes.ragged_most
     ids, limit_B = prompts(sizes, rows), lengths(rows, sizes.ragged_mean, most, seed=1)
-    ours = partial(engine, params=params, most=most, slots=sizes.slots)
-    run = lambda sizes: here(ours(sizes), ids, np.arange(rows), limit_B)
+    run = lambda sizes: here(engine(sizes, params, most, slots=sizes.slots), ids, np.arange(rows), limit_B)
     calls = {OURS: run(sizes), ONE: run(replace(sizes, devices=1))}
     notes: dict[str, Any] = {"longest": int(limit_B.max())}
     for name, peer in peers.items():
@@ -195,7 +194,7 @@ def evaluation(sizes: Sizes, params: Params) -> Contest:
     ids, prompt_of_B = prompts(sizes, sizes.questions), np.arange(rows) // sizes.samples
     limit_B = lengths(rows, sizes.short_mean, sizes.short_most, seed=2)
     refilled = engine(sizes, params, sizes.short_most, slots=slots)
-    static = engine(sizes, params, sizes.short_most, compact=False)
+    static = engine(sizes, params, sizes.short_most)
 
     def in_batches():
         for at in range(0, rows, slots):

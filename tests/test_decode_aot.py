@@ -56,7 +56,8 @@ def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     mesh = make_mesh(*shape, devices)
     page = page_length(NEW)
     how = loop.Decoding(
-        MODEL, mesh, NEW, 1.0, 1.0, STOP, ROWS, page, None, PROMPTS * PROMPT // page, implementation, True
+        MODEL, mesh, NEW, 1.0, 1.0, STOP, ROWS, page, None, PROMPTS * PROMPT // page, implementation,
+        compact=True,
     )  # fmt: skip
     put = partial(placed, mesh)
     ints = lambda *shape: put(jax.ShapeDtypeStruct(shape, jnp.int32), P())
@@ -64,8 +65,8 @@ def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     params = jax.tree.map(lambda x, s: put(x, s.spec), params, param_shardings(params, mesh))
     key = put(jax.eval_shape(lambda: jax.random.key(0)), P())
     args = params, ints(PROMPTS, PROMPT), ints(PROMPTS), *[ints(ROWS)] * 3, key
-    whole = jax.jit(partial(loop._generate, how=how, count=ROWS // how.shards))
-    begin = jax.jit(partial(loop.begin, how=how))
+    whole = jax.jit(partial(loop._generate, how=how))
+    begin = partial(loop.begin, how=how)
     decode = jax.jit(partial(loop.decode, how=how), donate_argnums=2)
     specs = decoder_specs(MODEL, mesh), P(loop.ROWS), loop._state_specs()
     handed_on = jax.tree.map(

@@ -61,7 +61,8 @@ class Decoding:
     pool: int | None = None
     prompt_pages: int | None = None
     implementation: Implementation | None = None
-    compact: bool = False
+    enough: int | None = None  # slots of a shard that suffice for all that wait; None: not known
+    compact: bool = False  # `make_generate` explains it
 
     @property
     def shards(self) -> int:
@@ -94,7 +95,6 @@ def generate(
     pool: int | None = None,
     prompt_pages: int | None = None,
     implementation: Implementation | None = None,
-    compact: bool = False,
 ) -> Rollout:
     """Samples one response a row; row b answers prompt `prompt_of_B[b]`, R = max_new >= 1.
 
@@ -106,26 +106,20 @@ def generate(
     slots: rows that decode together, over all shards; None: all. page: positions a page; None:
     `pages.page_length`. pool: pages of a shard for responses; None: enough for its slots at full length.
     With fewer, sequences may be put back and start anew. prompt_pages: of a shard for its different
-    prompts, as `prompts.room` counts them; None: enough for any. compact: once half of a shard's slots are
-    empty for good, the rest goes on in the next power of two; each number of slots is compiled.
+    prompts, as `prompts.room` counts them; None: enough for any.
 
     With a mesh, whose "tensor" axis must divide the key-value heads, rows lie along "data" and
     "fsdp". Raises UserError where B does not, ValueError where a sequence would not fit the pool.
     """
     how = Decoding(
         model, mesh, max_new, temperature, top_p, stop_ids, slots, page or pages.page_length(max_new), pool,
-        prompt_pages, implementation, compact,
+        prompt_pages, implementation,
     )  # fmt: skip
-    given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key
-    return _generate(*given, how=how, count=prompt_of_B.shape[0])
+    return _generate(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, how=how)
 
 
-def _generate(*given: Any, how: Decoding, count: int) -> Rollout:
-    """`generate` in at most `count` slots a shard, which suffice for all sequences that wait."""
+def _generate(*given: Any, how: Decoding) -> Rollout:
     weights, rows, state = begin(*given, how=how)
-    if count < state.slots_SC.shape[1]:
-        fewer = partial(pages.compact, sequences=state.queue_N.shape[1], count=count)
-        state = state._replace(slots_SC=jax.vmap(fewer)(state.slots_SC))
     state = decode(weights, rows, state, how=how)
     return finish(state.out, state.stats)
 
@@ -148,8 +142,9 @@ def make_generate(
 
     Build it once and keep it: it is traced once for each combination of shapes, of the room that the
     prompts need (powers of two) and of the number of slots that suffice for the rows with a limit above 0.
-    compact: as there, except in runs shorter than LONG. Params keep the sharding they come with; the
-    rollout's rows lie along the mesh's "data" and "fsdp" axes.
+    compact: once half of a shard's slots are empty for good, the rest goes on in the next power of two;
+    each number of slots is compiled, so runs shorter than LONG do without. Params keep the sharding they
+    come with; the rollout's rows lie along the mesh's "data" and "fsdp" axes.
     """
     page = page or pages.page_length(max_new)
     how = Decoding(
@@ -159,9 +154,7 @@ def make_generate(
     out = None if mesh is None else row_sharding(mesh)
     on = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     options = GPU_OPTIONS if on == "gpu" else None
-    compiled = jax.jit(
-        _generate, static_argnames=("how", "count"), out_shardings=out, compiler_options=options
-    )
+    compiled = jax.jit(_generate, static_argnames="how", out_shardings=out, compiler_options=options)
 
     def run(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key) -> Rollout:
         _check_rows(len(prompt_of_B), how)
@@ -169,7 +162,7 @@ def make_generate(
         needed = prompts.room(prompt_len_N, prompt_of_B, limit_B, page, how.shards)
         most, _ = _most_slots_and_pages(how, len(prompt_of_B) // how.shards)
         given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key
-        return compiled(*given, how=replace(how, prompt_pages=needed), count=min(most, enough(waiting)))
+        return compiled(*given, how=replace(how, prompt_pages=needed, enough=min(most, enough(waiting))))
 
     return run
 
@@ -282,12 +275,13 @@ def _empty_store(how: Decoding, weights: Weights, pages_a_layer: int) -> jax.Arr
 def _decode_shard(weights, rows, state, *, how: Decoding):
     """`decode` on one shard, in ever fewer slots."""
     rows, state = jax.tree.map(lambda x: x[0], (rows, state))
-    counts = _counts(len(state.slots_SC)) if how.compact else []
-    for fewer in (*counts, 0):
+    first = how.enough or len(state.slots_SC)
+    counts = [first, *(_counts(first) if how.compact else [])]
+    for count, fewer in zip(counts, [*counts[1:], 0], strict=True):
+        if count < len(state.slots_SC):
+            state = state._replace(slots_SC=pages.compact(state.slots_SC, len(state.queue_N), count))
         more = lambda state, fewer=fewer: _left(state) > fewer
         state = lax.while_loop(more, partial(_step, weights, rows, how=how), state)
-        if fewer:
-            state = state._replace(slots_SC=pages.compact(state.slots_SC, len(state.queue_N), fewer))
     return jax.tree.map(lambda x: x[None], state)
 
 

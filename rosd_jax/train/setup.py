@@ -197,18 +197,25 @@ def cache_pages(config: Config, max_new: int) -> int:
 def deal_cores(config: Config) -> None:
     """Where the mesh lays rows along all devices, makes several of JAX's CPU, one to a core.
 
-    XLA for CPU attends to one row after another in one thread, and each device has its own. Their number is
-    a power of two that divides every batch and leaves each LEAST_ROWS rows of batch.micro. It stays what it
-    is once JAX has started, or where the user chose it; other kinds of devices are none of its business.
+    Their number stays what it is once JAX has started, or where the user chose it; other kinds of devices
+    are none of its business.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if config.mesh.data != -1 or "JAX_NUM_CPU_DEVICES" in os.environ or HOST_DEVICES in flags:
         return
-    divisor = math.gcd(*batches(config).values())
-    most = min(cores(), config.batch.micro // LEAST_ROWS)
-    devices = min(divisor & -divisor, 1 << max(1, most).bit_length() - 1)
+    devices = cpu_devices(config.batch.micro, math.gcd(*batches(config).values()))
     with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", devices)
+
+
+def cpu_devices(rows: int, divisor: int) -> int:
+    """A power of two, at most a device for each core, that leaves each LEAST_ROWS of the rows.
+
+    It divides `divisor`, a divisor of all batches. XLA for CPU attends to one row after another in one
+    thread, and each device has its own.
+    """
+    most = max(1, min(cores(), rows // LEAST_ROWS))
+    return min(divisor & -divisor, 1 << most.bit_length() - 1)
 
 
 def cores() -> int:
