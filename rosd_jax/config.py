@@ -1,23 +1,25 @@
 """Every field of an experiment with its default, and the rules between fields.
 
-A file in configs/ starts from `default_config()` (the paper's preset), states what differs, and returns
-it; `release(config)` turns the method's fields to what the released code does. `validate` runs before
-any device is touched.
+A file in configs/ starts from `default_config()` (the `paper` preset), states what differs, and returns
+it; `use_preset(config, name)` sets every field of the method to another column of `METHOD`. `validate`
+runs before any device is touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+T = TypeVar("T")
 Config: TypeAlias = Any  # an ml_collections.ConfigDict, whose fields no type checker can see
 
 CHOICES = {
     "reflect.weights": ("frozen", "student"),
     "reflect.overlong": ("skip", "cut"),
+    "reflect.solution": ("shortest", "first"),
     "lesson.region": ("span", "suffix", "full"),
     "lesson.quote_missing": ("skip", "full"),
     "lesson.locate": ("offsets", "reencode"),
@@ -32,57 +34,100 @@ CHOICES = {
     "rollout.attention": (None, "xla", "ragged_tpu", "pallas_tpu", "pallas_gpu"),
 }
 
+PRESETS = ("paper", "span", "official")
+
+# The method, field by field: one column a preset, in the order of PRESETS. Sources of the columns:
+#
+# paper     arXiv 2605.28014v1 as two independent reading notes give it (the PDF was not at hand while
+#           this was written): where the loss lies and what it is, equations 7 to 9; settings, table 4;
+#           reflecting, appendix B. Where they are silent, the released code's value if it is sound.
+# span      v1's abstract to the letter, "the first erroneous span" ("paper" but for the two lines marked *)
+# official  the released PyTorch code (ZiqiZhao1/ROSD) as it runs; docs/differences.md has its defects
+METHOD: dict[str, tuple[Any, Any, Any]] = {
+    # Rollouts (table 4). rewards: the paper names its checkers only; "release" are the released ones.
+    "data.max_prompt_tokens": (2048, 2048, 2048),
+    "batch.prompts": (32, 32, 32),
+    "batch.samples": (8, 8, 8),
+    "rollout.temperature": (1.0, 1.0, 1.0),
+    "rollout.top_p": (1.0, 1.0, 1.0),
+    "rollout.max_new_tokens": (8192, 8192, 8192),
+    "thinking.student": (False, False, False),
+    "thinking.reflector": (False, False, False),
+    "thinking.teacher": (False, False, False),
+    "rewards": ("fixed", "fixed", "release"),
+    # The reflector (appendix B): the frozen initial model, greedy; it is shown the shortest correct
+    # rollout of the group. overlong, uniform_groups: the paper is silent.
+    "reflect.weights": ("frozen", "frozen", "student"),
+    "reflect.temperature": (0.0, 0.0, 1.0),
+    "reflect.max_prompt_tokens": (8192, 8192, 2048),
+    "reflect.max_new_tokens": (4096, 4096, 8192),
+    "reflect.overlong": ("skip", "skip", "cut"),
+    "reflect.solution": ("shortest", "shortest", "first"),
+    "reflect.correct": (True, True, True),
+    "reflect.uniform_groups": (False, False, True),
+    # Where the loss lies (equations 7 to 9): k = Locate(quote, response), the mask is 1 for t >= k; no
+    # match: k = 0; correct rollouts: all tokens.
+    "lesson.region": ("suffix", "span", "suffix"),  # *
+    "lesson.quote_missing": ("full", "skip", "full"),  # *
+    "lesson.locate": ("offsets", "offsets", "reencode"),
+    # What the teacher sees (equations 7 to 9): the problem and the idea. The paper is silent on a rollout
+    # without an idea.
+    "lesson.teacher_context": ("idea", "idea", "idea_or_solution"),
+    "lesson.gold_in_idea": ("keep", "keep", "keep"),
+    "lesson.max_teacher_tokens": (10240, 10240, 10240),
+    # The divergence (equations 7 to 9, table 4): JSD, alpha .5, over the student's top 100 and a tail bucket.
+    "loss.topk": (100, 100, 100),
+    "loss.alpha": (0.5, 0.5, 0.5),
+    "loss.tail": ("bucket", "bucket", "bucket"),
+    "loss.ratio_cap": (2.0, 2.0, 2.0),
+    # The optimizer (table 4): AdamW at 1e-5 after 10 steps of warm-up.
+    "optimizer.lr": (1e-5, 1e-5, 1e-5),
+    "optimizer.warmup_steps": (10, 10, 10),
+    "optimizer.warmup_from_zero": (False, False, True),
+    "optimizer.b1": (0.9, 0.9, 0.9),
+    "optimizer.b2": (0.999, 0.999, 0.999),
+    "optimizer.eps": (1e-8, 1e-8, 1e-8),
+    "optimizer.weight_decay": (0.01, 0.01, 0.01),
+    "optimizer.clip_norm": (1.0, 1.0, 1.0),
+    "optimizer.empty_batch": ("skip", "skip", "step"),
+}
+
 
 class UserError(ValueError):
     """A mistake the user can mend: one sentence naming field, value, rule and remedy."""
 
 
 def default_config() -> Config:
-    """The paper's main run (arXiv 2605.28014, section 4), with the fields its text leaves open."""
-    return ConfigDict(
+    """The paper's main run: the `paper` preset, and the fields that are not of the method."""
+    config = ConfigDict(
         dict(
             name="",
             method="rosd",
             seed=0,
             steps=100,
             wording="english",  # "gym": the prompts in the shipped tiny model's closed vocabulary
-            rewards="fixed",  # "release": the released checkers, defects included
             # -1: all remaining devices. Under data=-1 each core of a CPU is a device, where rows suffice.
             mesh=dict(data=1, fsdp=-1, tensor=1),
             model=dict(path="", dtype="bfloat16", remat=True),
-            data=dict(dir="", train="", max_prompt_tokens=2048),
-            batch=dict(prompts=32, samples=8, micro=16),  # micro: rows of one forward-backward pass
-            thinking=dict(student=False, reflector=False, teacher=False),
+            data=dict(dir="", train=""),
+            batch=dict(micro=16),  # rows of one forward-backward pass
+            thinking=dict(),
             # slots: rollouts (and reflections) decoded together, those that end make room; null: all
             # cache_tokens: response tokens with room in the cache of each row device, in evaluation too;
             # where they run out, the youngest responses wait and start anew
             rollout=dict(
-                temperature=1.0,
-                top_p=1.0,
-                max_new_tokens=8192,
                 slots=placeholder(int),
                 cache_tokens=2**16,  # a quarter of 32 rollouts of 8192
                 prompt_tokens=2**16,  # of different prompts with room there besides; more take turns
                 attention=placeholder(str),  # a decoding step's; null: by platform
             ),
-            reflect=dict(
-                weights="frozen",
-                temperature=0.0,
-                max_prompt_tokens=8192,
-                max_new_tokens=4096,
-                overlong="skip",
-                correct=True,  # correct rollouts of mixed groups are reflected and distilled in full
-                uniform_groups=False,  # True: also spend reflections on all-correct or all-wrong groups
-            ),
-            lesson=dict(
-                region="span", quote_missing="skip", locate="offsets",
-                teacher_context="idea", gold_in_idea="keep", max_teacher_tokens=10240,
-            ),
-            loss=dict(topk=100, alpha=0.5, tail="bucket", ratio_cap=2.0, chunk=1024),
-            optimizer=dict(
-                lr=1e-5, warmup_steps=10, warmup_from_zero=False, b1=0.9, b2=0.999, eps=1e-8,
-                weight_decay=0.01, clip_norm=1.0, empty_batch="skip",
-            ),
+            reflect=dict(),
+            lesson=dict(),
+            loss=dict(chunk=1024),
+            optimizer=dict(),
+            # Sets whose mean avg@k chooses the best step, on a split that is neither trained on nor
+            # reported; "": no step is chosen. Scored before, every so many steps (0: never) and at the end.
+            validation=dict(sets="", every=10),
             eval=dict(
                 sets="",  # names, separated by commas
                 samples=16,
@@ -96,20 +141,17 @@ def default_config() -> Config:
             checkpoint=dict(every=10, keep=2),
         ),
         convert_dict=True,
-    )  # fmt: skip
+    )
+    return use_preset(config, "paper")
 
 
-def release(config: Config) -> Config:
-    """Turns the method's fields to what the released code does, where it departs from the paper."""
-    config.rewards = "release"
-    config.reflect.update(
-        weights="student", temperature=1.0, max_prompt_tokens=2048, max_new_tokens=8192,
-        overlong="cut", uniform_groups=True,
-    )  # fmt: skip
-    config.lesson.update(
-        region="suffix", quote_missing="full", locate="reencode", teacher_context="idea_or_solution",
-    )  # fmt: skip
-    config.optimizer.update(warmup_from_zero=True, empty_batch="step")
+def use_preset(config: Config, name: str) -> Config:
+    """Sets every field of the method to the column of METHOD that bears the name, and returns the config."""
+    column = PRESETS.index(name)
+    for field, values in METHOD.items():
+        *above, last = field.split(".")
+        section = _get(config, ".".join(above)) if above else config
+        section[last] = values[column]
     return config
 
 
@@ -121,6 +163,14 @@ def parse_variant(arg: str | None, known: Iterable[str]) -> tuple[str, ...]:
         if name not in known:
             raise UserError(f"config variant is {name!r}; it must be one of {', '.join(known)}")
     return names
+
+
+def choose_one(variants: Sequence[str], choices: Iterable[str], default: T) -> str | T:
+    """The one of `choices` among the variants. Raises UserError where there are several."""
+    named = [name for name in variants if name in tuple(choices)]
+    if len(named) > 1:
+        raise UserError(f"config variant names {' and '.join(named)}; name one of them")
+    return named[0] if named else default
 
 
 def validate(config: Config) -> None:
@@ -138,7 +188,7 @@ def validate(config: Config) -> None:
         _require(config, field, _get(config, field) >= 1, "be at least 1")
     slots = config.rollout.slots
     _require(config, "rollout.slots", slots is None or slots >= 1, "be at least 1, or null for all rows")
-    for field in ("eval.limit", "eval.every", "optimizer.warmup_steps", "seed"):
+    for field in ("eval.limit", "eval.every", "validation.every", "optimizer.warmup_steps", "seed"):
         _require(config, field, _get(config, field) >= 0, "be 0 or more")
     _validate_ranges(config)
     _validate_batch(config)

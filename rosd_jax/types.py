@@ -100,7 +100,7 @@ class Reflection:
     token_span: Span | None = None  # the same in response tokens
     ambiguous: bool = False  # the quote stands in the text more than once
     solution: str | None = None  # the correct sibling that was shown, if any
-    note: str = ""  # why the rollout left the loss: "" | "overlong" | "no_idea" | "quote_missing" | ...
+    note: str = ""  # why the rollout left the loss, a key of distill/reflect.py: NOTES; "": it did not
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rosd_jax.config import default_config, release
+from rosd_jax.config import default_config, use_preset
 from rosd_jax.distill.reflect import choose, read_reflection
 from rosd_jax.text.spans import find_exact, locate_quote, parse_reflection
 from support import golden_dir
@@ -69,8 +69,9 @@ def test_group_logic():
         names = sorted(set(case["uids"]))
         correct = config["reflection_include_for_correct"] and config["distill_correct_rollouts"]
         plans = choose(
-            rewards, np.array([names.index(uid) for uid in case["uids"]]), correct=correct,
-            uniform_groups=True, threshold=config["success_reward_threshold"],
+            rewards, np.array([names.index(uid) for uid in case["uids"]]), np.ones(len(rewards)),
+            solution="first", correct=correct, uniform_groups=True,
+            threshold=config["success_reward_threshold"],
         )  # fmt: skip
         assert [plan.solution for plan in plans] == case["solution_index"], case
         if any(config[name] != value for name, value in EXPRESSED.items()):
@@ -83,7 +84,7 @@ def test_group_logic():
 
 
 def check_rows(case: dict, plans: list) -> None:
-    lesson = release(default_config()).lesson
+    lesson = use_preset(default_config(), "official").lesson
     assert [plan.kind == "wrong" for plan in plans] == case["reflect_wrong"], case
     assert [plan.kind == "right" for plan in plans] == case["reflect_correct"], case
     for row, plan in enumerate(plans):

@@ -124,7 +124,7 @@ def test_splits_are_disjoint_and_always_the_same(family):
 
 def test_unknown_names_are_refused_with_the_known_ones():
     for family, split in (("chains", "train"), ("chain", "dev")):
-        with pytest.raises(UserError, match="the gym has chain, long, words with train and test"):
+        with pytest.raises(UserError, match="the gym has chain, long, words with train, validation, test"):
             gym.load(family, split)
 
 

@@ -104,15 +104,24 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
 
 
 def test_step_line_reads_well_and_shows_what_is_missing():
-    assert format_step(7, 100, NUMBERS) == (
-        "step   7/100  reward 0.453  reflected  62%  quotes found  91%  active tokens  3.2%  "
+    counts = {"taught": 46, "out_all_right": 40, "out_quote_missing": 2, "out_no_idea": 0}
+    assert format_step(7, 100, NUMBERS | counts | {"quote_exact": 0.875}) == (
+        "step   7/100  reward 0.453  taught 46/88  quotes found  91% exact 88%  active tokens  3.2%  "
         "loss 0.01235   1,234 tokens/s"
     )
     empty = format_step(7, 100, {"loss": float("nan"), "reward": None})
     assert empty.split() == (
-        "step 7/100 reward - reflected - quotes found - active tokens - loss - - tokens/s".split()
+        "step 7/100 reward - taught - quotes found - active tokens - loss - - tokens/s".split()
     )
-    assert len(empty) == len(format_step(7, 100, NUMBERS))
+
+
+def test_what_was_not_taught_is_said_with_the_reason():
+    stream = io.StringIO()
+    numbers = NUMBERS | {"taught": 46, "out_all_right": 40, "out_quote_missing": 2, "out_no_idea": 0}
+    Console(100, stream=stream).line(7, numbers)
+    assert stream.getvalue().splitlines()[1] == "  not taught: 40 group all right, 2 quote not found"
+    Console(100, stream=stream).line(8, NUMBERS | {"taught": 88})
+    assert len(stream.getvalue().splitlines()) == 3, "nothing is said where all were taught"
 
 
 def test_bar_tells_pace_and_stage():

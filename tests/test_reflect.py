@@ -1,9 +1,11 @@
 """From graded rollouts to reflector prompts, and from its answers to a weight per token."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from rosd_jax.config import default_config, release
+from rosd_jax.config import default_config, use_preset
 from rosd_jax.distill import reflect, teacher
 from rosd_jax.distill.reflect import choose
 from rosd_jax.types import Graded, Problem, Prompts, Reflected, Rollout
@@ -49,8 +51,12 @@ def graded_rows(texts: list[str], rewards: list[float], samples: int = 2) -> Gra
     return Graded(prompts, rollout, tuple(texts), np.array(rewards, np.float32))
 
 
+def span_config():
+    return use_preset(default_config(), "span")
+
+
 def read(texts, rewards, raws, lesson=None, config=None) -> tuple[Reflected, np.ndarray]:
-    config = config or default_config()
+    config = config or span_config()
     graded = graded_rows(texts, rewards)
     plans = reflect.plan_rollouts(graded, config.reflect)
     lesson = lesson or config.lesson
@@ -60,7 +66,7 @@ def read(texts, rewards, raws, lesson=None, config=None) -> tuple[Reflected, np.
 
 
 def changed(**fields):
-    lesson = default_config().lesson
+    lesson = span_config().lesson
     lesson.update(fields)
     return lesson
 
@@ -70,9 +76,9 @@ def answer(quote: str, idea: str = "think") -> str:
 
 
 def test_only_mixed_groups_are_reflected():
-    plans = choose(np.array([0, 1, 1, 1, 0, 0.0]), np.array([0, 0, 1, 1, 2, 2]))
+    plans = choose(np.array([0, 1, 1, 1, 0, 0.0]), np.array([0, 0, 1, 1, 2, 2]), np.ones(6), solution="first")
     assert [plan.kind for plan in plans] == [WRONG, RIGHT, None, None, None, None]
-    assert [plan.note for plan in plans] == ["", "", *["uniform_group"] * 4]
+    assert [plan.note for plan in plans] == ["", "", *["all_right"] * 2, *["all_wrong"] * 2]
     assert [plan.solution for plan in plans] == [1, None, 3, 2, None, None]
 
 
@@ -86,7 +92,7 @@ def test_uniform_groups_are_reflected_on_request_but_stay_out_of_the_loss():
 
 
 def test_correct_rollouts_may_be_left_out():
-    plans = choose(np.array([0, 1.0]), np.array([0, 0]), correct=False)
+    plans = choose(np.array([0, 1.0]), np.array([0, 0]), np.ones(2), solution="first", correct=False)
     assert [(plan.kind, plan.note) for plan in plans] == [(WRONG, ""), (None, "correct_left_out")]
 
 
@@ -174,7 +180,7 @@ def test_teacher_prompt_is_never_cut():
     assert [r.note for r in kept.reflections] == ["teacher_overlong", ""]
     weight_BR = teacher.region_weights(kept, lesson, before_BR.shape[1])
     assert weight_BR[0].sum() == 0 and weight_BR[1].sum() == 8
-    assert teacher.count(kept, weight_BR)["teacher_overlong"] == 1
+    assert teacher.count(kept, weight_BR)["out_teacher_overlong"] == 1
 
 
 def test_gold_in_the_idea_is_counted_and_stripped_on_request():
@@ -193,15 +199,45 @@ def test_counts():
     texts = ["so 5 and 5", "4", "no", "4", "a", "b"]
     raws = [answer("5"), answer(""), answer("absent"), "untagged", None, None]
     reflected, weight_BR = read(texts, [0, 1, 0, 1, 0, 0], raws)
-    assert teacher.count(reflected, weight_BR) == {
-        "reflected": 4, "quotes_asked": 2, "quotes_found": 1, "ambiguous": 1, "quote_missing": 1,
-        "no_idea": 1, "gold_repeated": 0, "overlong": 0, "teacher_overlong": 0,
+    counts = teacher.count(reflected, weight_BR)
+    out = {name: number for name, number in counts.items() if name.startswith("out_") and number}
+    assert out == {"out_quote_missing": 1, "out_no_idea": 1, "out_all_wrong": 2}
+    assert counts["taught"] + sum(out.values()) == len(texts)
+    named = {name: number for name, number in counts.items() if not name.startswith("out_")}
+    assert named == {
+        "reflected": 4,
+        "quotes_asked": 2,
+        "quotes_found": 1,
+        "ambiguous": 1,
+        "ideas_missing": 1,
+        "gold_repeated": 0,
+        "taught": 2,
         "active_tokens": 1 + 2,
-    }  # fmt: skip
+    }
+
+
+def test_every_reason_for_leaving_the_loss_has_a_count_and_words():
+    reflected, weight_BR = read(["a", "b"], [0, 1], [answer("a"), answer("")])
+    for note in reflect.NOTES:
+        rows = tuple(replace(row, note=note) for row in reflected.reflections)
+        counts = teacher.count(replace(reflected, reflections=rows), weight_BR)
+        assert counts[f"out_{note}"] == 2 and counts["taught"] == 0
+        assert reflect.NOTES[note]
+
+
+def test_the_reflector_is_shown_the_shortest_correct_sibling_or_the_first():
+    texts = ["it is 5", "well, so it is 4", "it is 4", "is it 4"]
+    graded = graded_rows(texts, [0, 1, 1, 1], samples=4)
+    config = default_config().reflect
+    assert [plan.solution for plan in reflect.plan_rollouts(graded, config)] == [2, 2, 3, 2]
+    wrong = reflect.reflector_messages(graded, 0, reflect.plan_rollouts(graded, config)[0])
+    assert "\nit is 4\n" in wrong[-1]["content"] and "well" not in wrong[-1]["content"]
+    config.solution = "first"
+    assert [plan.solution for plan in reflect.plan_rollouts(graded, config)] == [1, 2, 1, 1]
 
 
 def test_release_preset_points_with_the_encoded_prefix_at_the_first_exact_place():
-    lesson = release(default_config()).lesson
+    lesson = use_preset(default_config(), "official").lesson
     reflected, weight_BR = read(["so 12 or 1 x", "4"], [0, 1], [answer("1"), answer("")], lesson)
     assert reflected.reflections[0].char_span == (3, 4) and reflected.reflections[0].ambiguous
     np.testing.assert_array_equal(np.flatnonzero(weight_BR[0]), range(3, 13))

@@ -343,7 +343,7 @@ FLAG_MISTAKES = {
     "unknown flag": ([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
     "no flag": ([QUICKSTART, "train"], "'train' is no flag"),
     "unknown mode": ([QUICKSTART, "--mode=dance"], "<train|eval|plan>"),
-    "unknown variant": ([f"{QUICKSTART},turbo"], "'turbo'; it must be one of debug, release"),
+    "unknown variant": ([f"{QUICKSTART},turbo"], "'turbo'; it must be one of paper, span, official, debug"),
     "unknown field": ([QUICKSTART, "--config.loss.alhpa=1"], "the config has no field 'alhpa'"),
     "wrong type": ([QUICKSTART, "--config.steps=many"], "--config.steps=many"),
     "no whole number": ([QUICKSTART, "--config.steps=1.5"], "--config.steps=1.5"),

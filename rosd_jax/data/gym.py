@@ -38,8 +38,9 @@ OPERANDS = range(2, 6)
 LETTERS = "abcdefgh"
 WORDS = {"+": "plus", "-": "minus", "*": "times"}
 SLIP_RATE = {"+": 0.09, "-": 0.13, "*": 0.17}
+HELD_OUT = {0: "test", 10: "validation"}  # by a hash of the text modulo 20
 STEPS = {"chain": (4, 4), "long": (6, 7), "words": (4, 4)}  # fewest and most steps of each family
-SIZES = {"train": 2048, "test": 256}
+SIZES = {"train": 2048, "validation": 128, "test": 256}
 
 WORDING = Wording(
     reflect_wrong_system="",
@@ -85,8 +86,8 @@ def sample_chain(rng: np.random.Generator, family: str, split: str) -> Chain:
 
 
 def split_of(chain: Chain) -> str:
-    """One problem in ten is held out from every training text."""
-    return "test" if zlib.crc32(chain.text.encode()) % 10 == 0 else "train"
+    """One problem in ten is held out from every training text, half of these for validation."""
+    return HELD_OUT.get(zlib.crc32(chain.text.encode()) % 20, "train")
 
 
 def slip(rng: np.random.Generator, value: int, op: str, operand: int) -> int:
@@ -189,7 +190,7 @@ def load(family: str, split: str) -> list[Problem]:
     """The problems of a family's split, the same in every run. Raises UserError for an unknown name."""
     if family not in STEPS or split not in SIZES:
         raise UserError(
-            f"data set is gym:{family}/{split}; the gym has {', '.join(STEPS)} with {' and '.join(SIZES)}"
+            f"data set is gym:{family}/{split}; the gym has {', '.join(STEPS)} with {', '.join(SIZES)}"
         )
     rng = np.random.default_rng(zlib.crc32(f"{family}/{split}".encode()))
     chains: dict[str, Chain] = {}

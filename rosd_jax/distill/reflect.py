@@ -16,6 +16,18 @@ from rosd_jax.types import Graded, Message, Reflected, Reflection, Span
 
 SUCCESS = 0.5  # a reward of at least this much is a correct rollout
 
+# Why a rollout is out of the loss: the `note` of its reflection, and what a person reads.
+NOTES = {
+    "all_right": "group all right",
+    "all_wrong": "group all wrong",
+    "correct_left_out": "right, not taught",
+    "overlong": "reflection prompt too long",
+    "no_solution": "no correct sibling to show",
+    "no_idea": "no idea found",
+    "quote_missing": "quote not found",
+    "teacher_overlong": "teacher prompt too long",
+}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,16 +41,19 @@ class Plan:
 def choose(
     rewards_B: np.ndarray,
     group_B: np.ndarray,
+    length_B: np.ndarray,
     *,
+    solution: Literal["shortest", "first"],
     correct: bool = True,
     uniform_groups: bool = False,
     threshold: float = SUCCESS,
 ) -> list[Plan]:
     """One plan a row (release: solution picking, skip flags and the zero-deviation mask).
 
-    group_B: rows with equal entries are siblings; rows are in sample order. The solution of a row
-    is the first correct sibling other than itself. Only groups with correct and wrong rows are
-    reflected. uniform_groups: all-correct groups too, as the release does, although a group whose
+    group_B: rows with equal entries are siblings; rows are in sample order. length_B: tokens of the
+    responses. The solution of a row is a correct sibling other than itself: the shortest (paper), the
+    earlier of equally short ones, or the first (released code). Only groups with correct and wrong rows
+    are reflected. uniform_groups: all-correct groups too, as the release does, although a group whose
     rewards are all equal never enters the loss. correct: whether correct rows are reflected.
     """
     rows: dict[int, list[int]] = {}
@@ -48,13 +63,19 @@ def choose(
     for siblings in rows.values():
         rewards = [float(rewards_B[row]) for row in siblings]
         solved = [row for row, reward in zip(siblings, rewards, strict=True) if reward >= threshold]
+        if solution == "shortest":
+            solved.sort(key=lambda row: int(length_B[row]))
         mixed = 0 < len(solved) < len(siblings)
         asked = mixed or (uniform_groups and bool(solved))
         equal = len(siblings) > 1 and len(set(rewards)) == 1
+        uniform = "all_right" if solved else "all_wrong"
         for row in siblings:
-            solution = next((other for other in solved if other != row), None)
-            plans[row] = _plan(row in solved, solution, asked and (row not in solved or correct),
-                               "uniform_group" if equal or not asked else "")  # fmt: skip
+            plans[row] = _plan(
+                right=row in solved,
+                solution=next((other for other in solved if other != row), None),
+                asked=asked and (row not in solved or correct),
+                note=uniform if equal or not asked else "",
+            )
     return plans
 
 
@@ -70,6 +91,8 @@ def plan_rollouts(graded: Graded, reflect: Config) -> list[Plan]:
     return choose(
         graded.rewards_B,
         np.arange(len(graded.texts)) // samples,
+        np.asarray(graded.rollout.length_B),
+        solution=reflect.solution,
         correct=bool(reflect.correct),
         uniform_groups=bool(reflect.uniform_groups),
     )

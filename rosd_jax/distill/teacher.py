@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from typing import cast
 
 import numpy as np
 
 from rosd_jax.config import Config
-from rosd_jax.distill.reflect import SUCCESS
+from rosd_jax.distill.reflect import NOTES, SUCCESS
 from rosd_jax.text.prompts import ENGLISH, Wording, idea_text, solution_text
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Message, Problem, Reflected, Reflection
@@ -83,23 +84,25 @@ def region_weights(reflected: Reflected, lesson: Config, R: int) -> np.ndarray:
 
 
 def count(reflected: Reflected, weight_BR: np.ndarray) -> dict[str, int]:
-    """Numbers of the reflection stage over the B rows, to be logged and summed."""
+    """Numbers of the reflection stage over the B rows, to be logged and summed.
+
+    Every row is in the loss (`taught`) or out of it for one reason, so `taught` and the `out_*` add up to B.
+    """
     rows = reflected.reflections
     answered = [row for row, reflection in enumerate(rows) if reflection.raw is not None]
     wrong = [row for row in answered if reflected.graded.rewards_B[row] < SUCCESS]
     found = [row for row in wrong if rows[row].char_span]
     ideas = [(rows[row].idea, _problem(reflected, row).answer) for row in answered]
-    noted = lambda note: sum(reflection.note == note for reflection in rows)
+    notes = Counter(reflection.note for reflection in rows)
     return {
         "reflected": len(answered),
         "quotes_asked": len(wrong),
         "quotes_found": len(found),
         "ambiguous": sum(rows[row].ambiguous for row in found),
-        "quote_missing": len(wrong) - len(found),
-        "no_idea": sum(idea is None for idea, _ in ideas),
+        "ideas_missing": sum(idea is None for idea, _ in ideas),
         "gold_repeated": sum(idea is not None and repeats_gold(idea, gold) for idea, gold in ideas),
-        "overlong": noted("overlong"),
-        "teacher_overlong": noted("teacher_overlong"),
+        "taught": notes[""],
+        **{f"out_{note}": notes[note] for note in NOTES},
         "active_tokens": int(weight_BR.sum()),
     }
 

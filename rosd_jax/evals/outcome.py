@@ -73,6 +73,12 @@ def number(row: Row, field: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
+def mean(rows: Sequence[Row], field: str) -> float:
+    """The mean over the rows where the field is a finite number; NaN where there is none."""
+    found = [value for row in rows if math.isfinite(value := number(row, field))]
+    return sum(found) / len(found) if found else math.nan
+
+
 def _parse(where: str, line: str) -> Row:
     try:
         row = json.loads(line)

@@ -15,8 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rosd_jax.config import UserError
-from rosd_jax.evals.outcome import Outcome, Row, compare, number, read_metrics
+from rosd_jax.distill.reflect import NOTES
+from rosd_jax.evals.health import findings
+from rosd_jax.evals.outcome import Outcome, Row, compare, mean, number, read_metrics
 
+OUT = {f"out_{note}": note for note in NOTES}  # counts of rollouts out of the loss, by reason
 Z = 1.96  # standard errors on either side of a 95% interval
 LETTER = "always the most frequent letter"
 REWARD, LOSS, BEFORE, AFTER = "tab:blue", "tab:orange", "tab:gray", "tab:blue"
@@ -42,7 +45,7 @@ def write_report(workdir: str | Path, train_set: str) -> str:
     rows = read_metrics(workdir / "metrics.jsonl")
     outcomes = compare(rows, workdir, train_set)
     train = [row for row in rows if row["split"] == "train"]
-    lines = [*_training_lines(train), "", *_table_lines(outcomes, train_set)]
+    lines = [*_training_lines(train), *_findings_lines(train), "", *_table_lines(outcomes, train_set)]
     try:
         _draw(workdir / "report.png", train, outcomes)
         (workdir / "report.md").write_text(_markdown(workdir, lines, rows), encoding="utf-8")
@@ -60,14 +63,22 @@ def _training_lines(train: Sequence[Row]) -> list[str]:
     ends = min(5, (len(train) + 1) // 2)
     lines = [f"Training: {len(train)} steps, mean of the first and of the last {ends}"]
     for field, show in (("reward", ".3f"), ("loss", ".3g")):
-        first, last = (_mean(rows, field) for rows in (train[:ends], train[-ends:]))
+        first, last = (mean(rows, field) for rows in (train[:ends], train[-ends:]))
         lines.append(f"  {field:<8}{_show(first, show)} -> {_show(last, show)}")
     return lines
 
 
-def _mean(rows: Sequence[Row], field: str) -> float:
-    found = [value for row in rows if math.isfinite(value := number(row, field))]
-    return sum(found) / len(found) if found else math.nan
+def _findings_lines(train: Sequence[Row]) -> list[str]:
+    """What became of the rollouts, and what went wrong."""
+    totals = {field: sum(row.get(field) or 0 for row in train) for field in ("taught", *OUT)}
+    rows = sum(totals.values())
+    lines = []
+    if rows:
+        out = [f"{totals[field] / rows:.0%} {NOTES[note]}" for field, note in OUT.items() if totals[field]]
+        lines.append(
+            f"  rollouts {rows}: {totals['taught'] / rows:.0%} taught; {', '.join(out) or 'none left out'}"
+        )
+    return lines + [f"Warning: {sentence}" for sentence in findings(train).values()]
 
 
 def _table_lines(outcomes: Sequence[Outcome], train_set: str) -> list[str]:

@@ -79,6 +79,12 @@ class Tokenizer:
         """Ids in use; rows of the embedding beyond them are padding and never sampled."""
         return len(self.inner)
 
+    def unknown_share(self, ids: Iterable[Sequence[int]]) -> float:
+        """The share of tokens that stand for text outside the vocabulary; 0 where nothing can be outside."""
+        unknown = self.inner.unk_token_id
+        tokens = [token for row in ids for token in row]
+        return tokens.count(unknown) / len(tokens) if tokens else 0.0
+
     def render(self, messages: Iterable[Message], thinking: bool) -> str:
         """The chat template's text, up to where the assistant begins to write."""
         try:

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from rosd_jax.config import UserError
+from rosd_jax.distill.reflect import NOTES
 from rosd_jax.train.workdir import write_atomic
 
 RESERVED = ("step", "split")
@@ -84,9 +85,12 @@ class Console:
         self._draw()
 
     def line(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """One line for step `step` of the run, with what `format_step` picks from the numbers."""
+        """What `format_step` picks from the numbers of step `step`, and why rollouts were not taught."""
         self.step = step
         self.say(format_step(step, self.total, numbers))
+        left_out = format_left_out(numbers)
+        if left_out:
+            self.say(f"  {left_out}")
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -109,16 +113,30 @@ class Console:
 
 def format_step(step: int, total: int, numbers: Mapping[str, Any]) -> str:
     """The line of a step; a number that is missing, NaN or infinite shows as `-`."""
-    show = lambda name, form: _show(numbers.get(name), form)
-    return "  ".join((
-        f"step {step:>{len(str(total))}}/{total}",
-        f"reward {show('reward', '.3f'):>5}",
-        f"reflected {show('reflected', '.0%'):>4}",
-        f"quotes found {show('quote_found', '.0%'):>4}",
-        f"active tokens {show('active_tokens_share', '.1%'):>5}",
-        f"loss {show('loss', '.5f'):>7}",
-        f"{show('tokens_per_second_rollout', ',.0f'):>6} tokens/s",
-    ))  # fmt: skip
+    taught, rows = numbers.get("taught"), sum(left_out(numbers).values())
+    exact = f" exact {_show(numbers['quote_exact'], '.0%')}" if "quote_exact" in numbers else ""
+    return "  ".join(
+        (
+            f"step {step:>{len(str(total))}}/{total}",
+            f"reward {_show(numbers.get('reward'), '.3f'):>5}",
+            "taught -" if taught is None else f"taught {taught}/{taught + rows}",
+            f"quotes found {_show(numbers.get('quote_found'), '.0%'):>4}{exact}",
+            f"active tokens {_show(numbers.get('active_tokens_share'), '.1%'):>5}",
+            f"loss {_show(numbers.get('loss'), '.5f'):>7}",
+            f"{_show(numbers.get('tokens_per_second_rollout'), ',.0f'):>6} tokens/s",
+        )
+    )
+
+
+def left_out(numbers: Mapping[str, Any]) -> dict[str, int]:
+    """Rollouts that were out of the loss, by reason."""
+    return {note: int(numbers.get(f"out_{note}") or 0) for note in NOTES}
+
+
+def format_left_out(numbers: Mapping[str, Any]) -> str:
+    """`not taught: 40 group all right, 24 group all wrong`; empty where every rollout was taught."""
+    counts = [f"{count} {NOTES[note]}" for note, count in left_out(numbers).items() if count]
+    return f"not taught: {', '.join(counts)}" if counts else ""
 
 
 def format_bar(step: int, start: int, total: int, elapsed: float, stage: str) -> str:

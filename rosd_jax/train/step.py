@@ -81,6 +81,7 @@ def train_step(
         state, metrics = tools.update(state, frozen_params, lesson)
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
     numbers = {**describe(graded), **describe_reflections(reflected, weight_BR), **metrics}
+    numbers["unknown_tokens"] = tools.tokenizer.unknown_share(prompt_ids(prompts))
     numbers |= describe_decoding(rollout, tools.floor, clock.spent["rollout"], "rollout")
     numbers |= describe_decoding(reflected.answers, tools.floor, clock.spent["reflect"], "reflect")
     return state, {**numbers, **clock.seconds()}, reflected, weight_BR
@@ -90,11 +91,10 @@ def sample_rollouts(tools: Tools, params: Params, prompts: Prompts, step: int) -
     """G rollouts a prompt, on the host. The uid of a rollout is its number in the whole run."""
     config, (N, P) = tools.config, prompts.tokens_NP.shape
     G = config.batch.samples
-    ids = [prompts.tokens_NP[n, : prompts.length_N[n]].tolist() for n in range(N)]
     return decode_rows(
         tools.sample,
         params,
-        [prompt for prompt in ids for _ in range(G)],
+        [prompt for prompt in prompt_ids(prompts) for _ in range(G)],
         np.arange(step * N * G, (step + 1) * N * G),
         np.full(N * G, config.rollout.max_new_tokens),
         jax.random.fold_in(tools.key, 0),
@@ -104,6 +104,12 @@ def sample_rollouts(tools: Tools, params: Params, prompts: Prompts, step: int) -
         prompts=N,
         room=config.rollout.prompt_tokens,
     )
+
+
+def prompt_ids(prompts: Prompts) -> list[list[int]]:
+    """The ids of each prompt, without padding."""
+    rows = zip(prompts.tokens_NP, prompts.length_N, strict=True)
+    return [tokens_P[:length].tolist() for tokens_P, length in rows]
 
 
 def grade(tools: Tools, prompts: Prompts, rollout: Rollout) -> Graded:

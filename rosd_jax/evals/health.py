@@ -1,0 +1,106 @@
+"""Signs that a run does not learn, in words: said when they appear, and again in the report.
+
+Each finding is a function of the train lines of metrics.jsonl alone, so that a resumed run and a report
+made later say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rosd_jax.evals.outcome import Row, mean, number
+
+WINDOW = 5  # steps over which a mean is taken, and after which missing updates are reported
+UNKNOWN = 0.05  # share of unknown tokens in the prompts that no tokenizer made for the text reaches
+TRUNCATED = 0.5
+DEAD = 0.2  # share of all steps
+COLLAPSE = 0.5  # the mean reward fell below this share of its best
+LEAST_FALL = 0.1  # and by at least this much
+
+# What to try where most rollouts were out of the loss for one reason.
+ADVICE = {
+    "all_right": "the model solves nearly every problem: choose harder ones",
+    "all_wrong": "the model solves nearly none: choose easier problems, a stronger model or more "
+    "batch.samples, and look at rollouts/ for answers that the checker cannot read",
+    "correct_left_out": "set reflect.correct=True to teach right rollouts too",
+    "overlong": "raise reflect.max_prompt_tokens",
+    "no_solution": "raise batch.samples",
+    "no_idea": "the reflector writes no explanation: raise reflect.max_new_tokens, or look at rollouts/",
+    "quote_missing": "the reflector's quotes are not in the responses: set lesson.quote_missing=full, or "
+    "use a stronger model",
+    "teacher_overlong": "raise lesson.max_teacher_tokens",
+}
+
+
+def findings(train: Sequence[Row]) -> dict[str, str]:
+    """What is wrong with a run, by kind: a sentence with numbers and what to try. {} where nothing is."""
+    found = {
+        "no_update": _no_update(train),
+        "unknown_tokens": _unknown_tokens(train),
+        "truncated": _truncated(train),
+        "collapse": _collapse(train),
+    }
+    return {kind: sentence for kind, sentence in found.items() if sentence}
+
+
+def new_findings(train: Sequence[Row]) -> list[str]:
+    """The sentences that the last row brought; none before step WINDOW, when all may still be chance."""
+    if len(train) < WINDOW:
+        return []
+    before = findings(train[:-1]) if len(train) > WINDOW else {}
+    return [sentence for kind, sentence in findings(train).items() if kind not in before]
+
+
+def _no_update(train: Sequence[Row]) -> str:
+    """The last WINDOW steps learned nothing, or a fifth of all steps did."""
+    dead = [row for row in train if not _learned(row)]
+    least = min(WINDOW, len(train))
+    lately = bool(train) and not any(map(_learned, train[-WINDOW:]))
+    if not dead or len(dead) < least or not (lately or len(dead) >= DEAD * len(train)):
+        return ""
+    said = f"{len(dead)} of {len(train)} steps (the last: step {dead[-1]['step']}) did not change the weights"
+    if sum(number(row, "skipped_nonfinite") for row in dead) > len(dead) / 2:
+        return f"{said}: their gradients were not finite; lower optimizer.lr"
+    reasons = {note: sum(row.get(f"out_{note}") or 0 for row in dead) for note in ADVICE}
+    reason = max(reasons, key=lambda note: reasons[note])
+    return f"{said}: no token was in the loss; {ADVICE[reason]}"
+
+
+def _learned(row: Row) -> bool:
+    return number(row, "active_tokens") > 0 and number(row, "skipped_nonfinite") == 0
+
+
+def _unknown_tokens(train: Sequence[Row]) -> str:
+    share = mean(train[-WINDOW:], "unknown_tokens")
+    return unknown_sentence(share) if share > UNKNOWN else ""
+
+
+def unknown_sentence(share: float) -> str:
+    """What is said of prompts of which this share of tokens is unknown."""
+    return (
+        f"{share:.0%} of the prompts' tokens are unknown to the tokenizer, so the model cannot read them; "
+        "choose a model whose tokenizer covers this text"
+    )
+
+
+def _truncated(train: Sequence[Row]) -> str:
+    share = mean(train[-WINDOW:], "truncated")
+    if len(train) < WINDOW or not share > TRUNCATED:
+        return ""
+    return f"{share:.0%} of the responses were cut at the limit; raise rollout.max_new_tokens"
+
+
+def _collapse(train: Sequence[Row]) -> str:
+    """The mean reward of the last steps far below that of the best ones."""
+    if len(train) < 2 * WINDOW:
+        return ""
+    means = [mean(train[i : i + WINDOW], "reward") for i in range(len(train) - WINDOW + 1)]
+    best = max(range(len(means)), key=lambda i: means[i])
+    high, low = means[best], means[-1]
+    if not (low < COLLAPSE * high and high - low >= LEAST_FALL):
+        return ""
+    first, last = train[best]["step"], train[best + WINDOW - 1]["step"]
+    return (
+        f"the reward fell from {high:.2f} (steps {first} to {last}) to {low:.2f}; lower optimizer.lr, or let "
+        "validation.sets choose the best step"
+    )
