@@ -53,9 +53,9 @@ def new_findings(train: Sequence[Row]) -> list[str]:
 
 def _no_update(train: Sequence[Row]) -> str:
     """The last WINDOW steps learned nothing, or a fifth of all steps did."""
-    dead = [row for row in train if not _learned(row)]
+    dead = [row for row in train if _dead(row)]
     least = min(WINDOW, len(train))
-    lately = bool(train) and not any(map(_learned, train[-WINDOW:]))
+    lately = bool(train) and all(map(_dead, train[-WINDOW:]))
     if not dead or len(dead) < least or not (lately or len(dead) >= DEAD * len(train)):
         return ""
     said = f"{len(dead)} of {len(train)} steps (the last: step {dead[-1]['step']}) did not change the weights"
@@ -66,8 +66,8 @@ def _no_update(train: Sequence[Row]) -> str:
     return f"{said}: no token was in the loss; {ADVICE[reason]}"
 
 
-def _learned(row: Row) -> bool:
-    return number(row, "active_tokens") > 0 and number(row, "skipped_nonfinite") == 0
+def _dead(row: Row) -> bool:
+    return number(row, "active_tokens") == 0 or number(row, "skipped_nonfinite") > 0
 
 
 def _unknown_tokens(train: Sequence[Row]) -> str:

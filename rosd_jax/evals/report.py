@@ -7,6 +7,7 @@ interval is 1.96 standard errors to either side.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from rosd_jax.distill.reflect import NOTES
 from rosd_jax.evals.health import findings
 from rosd_jax.evals.outcome import Outcome, Row, compare, mean, number, read_metrics
 
-OUT = {f"out_{note}": note for note in NOTES}  # counts of rollouts out of the loss, by reason
 Z = 1.96  # standard errors on either side of a 95% interval
 LETTER = "always the most frequent letter"
 REWARD, LOSS, BEFORE, AFTER = "tab:blue", "tab:orange", "tab:gray", "tab:blue"
@@ -70,15 +70,16 @@ def _training_lines(train: Sequence[Row]) -> list[str]:
 
 def _findings_lines(train: Sequence[Row]) -> list[str]:
     """What became of the rollouts, and what went wrong."""
-    totals = {field: sum(row.get(field) or 0 for row in train) for field in ("taught", *OUT)}
-    rows = sum(totals.values())
-    lines = []
+    taught = sum(row.get("taught") or 0 for row in train)
+    left_out = {words: sum(row.get(f"out_{note}") or 0 for row in train) for note, words in NOTES.items()}
+    rows = taught + sum(left_out.values())
+    said = []
     if rows:
-        out = [f"{totals[field] / rows:.0%} {NOTES[note]}" for field, note in OUT.items() if totals[field]]
-        lines.append(
-            f"  rollouts {rows}: {totals['taught'] / rows:.0%} taught; {', '.join(out) or 'none left out'}"
-        )
-    return lines + [f"Warning: {sentence}" for sentence in findings(train).values()]
+        shares = [f"{taught / rows:.0%} taught"]
+        shares += [f"{count / rows:.0%} {words}" for words, count in left_out.items() if count]
+        said.append(f"  rollouts {rows}: {', '.join(shares)}")
+    said += [f"Warning: {sentence}" for sentence in findings(train).values()]
+    return [line for text in said for line in textwrap.wrap(text, 80, subsequent_indent="    ")]
 
 
 def _table_lines(outcomes: Sequence[Outcome], train_set: str) -> list[str]:
