@@ -7,7 +7,7 @@ import pytest
 
 from rosd_jax.config import UserError
 from rosd_jax.evals.evaluate import write_generations
-from rosd_jax.evals.outcome import compare, read_metrics
+from rosd_jax.evals.outcome import best_step, compare, read_metrics
 from rosd_jax.evals.report import write_report
 
 NAN = float("nan")
@@ -168,3 +168,29 @@ def test_what_became_of_the_rollouts_and_what_went_wrong_is_said(tmp_path):
     said = " ".join(text.split())
     assert "Warning: 6 of 6 steps (the last: step 6) did not change the weights" in said
     assert max(map(len, text.split("\n"))) <= 80
+
+
+def validated(step, avg):
+    return {**scored(step, "a", avg), "split": "validation/a"}
+
+
+def test_the_step_that_validation_chose_is_shown_next_to_the_last(tmp_path):
+    rows = [validated(step, avg) for step, avg in ((0, 0.5), (5, 0.7), (10, 0.7), (15, 0.6))]
+    assert best_step(rows) == 5, "of equals the earliest"
+    rows += [scored(0, "a", 0.4), scored(15, "a", 0.45), scored(5, "a", 0.6)]
+    metrics(tmp_path, rows)
+    text = write_report(tmp_path, "a")
+    assert "50.0 at step 0 (before), 70.0 at step 5 (best), 60.0 at step 15 (last)" in text
+    best, last = text.split("Evaluation: ")[1:]
+    assert "step 0 -> step 5" in best and "40.0    60.0  +20.0" in line_of(best, "a ")
+    assert "step 0 -> step 15" in last and "40.0    45.0  +5.0" in line_of(last, "a ")
+    assert "| 5 | `a` (validation) | 8 | 50 | 0.7 |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("best", [0, 15])
+def test_one_table_where_the_best_step_is_the_first_or_the_last(tmp_path, best):
+    rows = [validated(0, 0.5), validated(15, 0.7 if best else 0.3), scored(0, "a", 0.4), scored(15, "a", 0.3)]
+    metrics(tmp_path, rows)
+    text = write_report(tmp_path, "a")
+    assert text.count("Evaluation: ") == 1
+    assert f"at step {best} ({'best, last' if best else 'before, best'})" in text

@@ -50,8 +50,26 @@ def read_metrics(path: Path) -> list[Row]:
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
-def compare(rows: Sequence[Row], workdir: Path, train_set: str) -> list[Outcome]:
-    """One outcome a set: in-domain first, then in the order of their first appearance."""
+def validation_scores(rows: Sequence[Row]) -> dict[int, float]:
+    """The mean avg@k over the validation sets, by step."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["split"].startswith("validation/"):
+            found.setdefault(row["step"], []).append(row)
+    return {step: mean(scored, "avg") for step, scored in found.items()}
+
+
+def best_step(rows: Sequence[Row]) -> int | None:
+    """The step with the highest validation score, the earliest of equals; None without validation."""
+    scores = {step: score for step, score in validation_scores(rows).items() if math.isfinite(score)}
+    return max(scores, key=lambda step: (scores[step], -step)) if scores else None
+
+
+def compare(rows: Sequence[Row], workdir: Path, train_set: str, until: int | None = None) -> list[Outcome]:
+    """One outcome a set: in-domain first, then in the order of their first appearance.
+
+    The earliest evaluation of each set is compared with that of step `until`, or else with the latest.
+    """
     by_set: dict[str, list[Row]] = {}
     for row in rows:
         if row["split"].startswith("eval/"):
@@ -59,6 +77,8 @@ def compare(rows: Sequence[Row], workdir: Path, train_set: str) -> list[Outcome]
     outcomes = []
     for name, found in by_set.items():
         before, after = found[0], found[-1] if len(found) > 1 else None
+        if until is not None:
+            after = next((row for row in found[1:] if row["step"] == until), None)
         se = _paired_se(workdir, name, before, after) if after else None
         paired = se is not None
         if se is None:

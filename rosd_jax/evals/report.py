@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -18,11 +18,21 @@ from matplotlib.ticker import MaxNLocator
 from rosd_jax.config import UserError
 from rosd_jax.distill.reflect import NOTES
 from rosd_jax.evals.health import findings
-from rosd_jax.evals.outcome import Outcome, Row, compare, mean, number, read_metrics
+from rosd_jax.evals.outcome import (
+    Outcome,
+    Row,
+    best_step,
+    compare,
+    mean,
+    number,
+    read_metrics,
+    validation_scores,
+)
 
 Z = 1.96  # standard errors on either side of a 95% interval
 LETTER = "always the most frequent letter"
-REWARD, LOSS, BEFORE, AFTER = "tab:blue", "tab:orange", "tab:gray", "tab:blue"
+REWARD, LOSS = "tab:blue", "tab:orange"
+BEFORE, BEST, AFTER = "tab:gray", "tab:green", "tab:blue"
 LABEL = 18  # characters of a set's name that fit the table
 MADE = {
     "metrics.jsonl": "every number, one object a line",
@@ -37,17 +47,22 @@ MADE = {
 def write_report(workdir: str | Path, train_set: str) -> str:
     """Writes report.md and report.png into workdir; returns the lines to print, in ASCII.
 
-    Evaluations of one set at its earliest and its latest step are compared. Rows that a resumed run
+    Evaluations of one set at its earliest and its latest step are compared, and where validation chose a
+    step before the latest, at its earliest and that step. Rows that a resumed run
     wrote again replace the older ones. Raises UserError for a line of metrics.jsonl that is no row,
     and where the report cannot be written.
     """
     workdir = Path(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
     outcomes = compare(rows, workdir, train_set)
+    at_best = _at_best(rows, workdir, train_set, outcomes)
     train = [row for row in rows if row["split"] == "train"]
-    lines = [*_training_lines(train), *_findings_lines(train), "", *_table_lines(outcomes, train_set)]
+    lines = [*_training_lines(train), *_findings_lines(train), *_validation_lines(rows), ""]
+    if at_best:
+        lines += [*_table_lines(at_best, train_set), ""]
+    lines += _table_lines(outcomes, train_set)
     try:
-        _draw(workdir / "report.png", train, outcomes)
+        _draw(workdir / "report.png", train, outcomes, at_best)
         (workdir / "report.md").write_text(_markdown(workdir, lines, rows), encoding="utf-8")
     except OSError as error:
         raise UserError(
@@ -80,6 +95,28 @@ def _findings_lines(train: Sequence[Row]) -> list[str]:
         said.append(f"  rollouts {rows}: {', '.join(shares)}")
     said += [f"Warning: {sentence}" for sentence in findings(train).values()]
     return [line for text in said for line in textwrap.wrap(text, 80, subsequent_indent="    ")]
+
+
+def _at_best(
+    rows: Sequence[Row], workdir: Path, train_set: str, outcomes: Sequence[Outcome]
+) -> list[Outcome]:
+    """The outcomes at the step that validation chose; none where that is the first or the last."""
+    best = best_step(rows)
+    if best is None or any(outcome.after and outcome.after["step"] == best for outcome in outcomes):
+        return []
+    return [outcome for outcome in compare(rows, workdir, train_set, until=best) if outcome.after]
+
+
+def _validation_lines(rows: Sequence[Row]) -> list[str]:
+    """Which step validation chose, and its score before, there and at the end."""
+    scores, best = validation_scores(rows), best_step(rows)
+    if best is None:
+        return []
+    names: dict[int, list[str]] = {}
+    for step, name in ((min(scores), "before"), (best, "best"), (max(scores), "last")):
+        names.setdefault(step, []).append(name)
+    said = [f"{_percent(scores[step])} at step {step} ({', '.join(names[step])})" for step in names]
+    return [f"Validation: avg@k in %, {', '.join(said)}"]
 
 
 def _table_lines(outcomes: Sequence[Outcome], train_set: str) -> list[str]:
@@ -177,10 +214,12 @@ def _markdown(workdir: Path, lines: Sequence[str], rows: Sequence[Row]) -> str:
     fields = ("k", "n", "avg", "avg_se", "pass", "maj", "distinct", "length", "truncated")
     table = [f"| step | set | {' | '.join(fields)} |", "|--:|:--|" + "--:|" * len(fields)]
     for row in rows:
-        if row["split"].startswith("eval/"):
-            name = row["split"].removeprefix("eval/").replace("|", "\\|")
+        kind, _, name = row["split"].partition("/")
+        if kind in ("eval", "validation"):
+            name = name.replace("|", "\\|")
             cells = " | ".join(_show(number(row, field), ".4g") for field in fields)
-            table.append(f"| {row['step']} | `{name}` | {cells} |")
+            label = f"`{name}`" if kind == "eval" else f"`{name}` (validation)"
+            table.append(f"| {row['step']} | {label} | {cells} |")
     about = "A change is taken item by item; an interval is 1.96 standard errors to either side."
     parts = [
         f"# {workdir.resolve().name}",
@@ -195,13 +234,13 @@ def _markdown(workdir: Path, lines: Sequence[str], rows: Sequence[Row]) -> str:
     return "\n".join([*parts, "", "## Every evaluation", "", *table, ""])
 
 
-def _draw(path: Path, train: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
+def _draw(path: Path, train: Sequence[Row], outcomes: Sequence[Outcome], at_best: Sequence[Outcome]) -> None:
     """Left: reward and loss by step. Right: avg@k of each set with 95% intervals."""
     height = max(4.0, 1.6 + 0.45 * len(outcomes))
     figure = Figure(figsize=(11, height), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_training(left, train)
-    _draw_sets(right, outcomes)
+    _draw_sets(right, outcomes, {outcome.name: outcome.after for outcome in at_best})
     figure.savefig(path)
 
 
@@ -216,10 +255,15 @@ def _draw_training(axes: Axes, train: Sequence[Row]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_sets(axes: Axes, outcomes: Sequence[Outcome]) -> None:
+def _draw_sets(axes: Axes, outcomes: Sequence[Outcome], best: Mapping[str, Row | None]) -> None:
     """One line a set, the first at the top; a cross marks the most frequent letter's accuracy."""
     for y, outcome in enumerate(outcomes):
-        for row, colour, dy in ((outcome.before, BEFORE, -0.12), (outcome.after, AFTER, 0.12)):
+        shown = (
+            (outcome.before, BEFORE, -0.2),
+            (best.get(outcome.name), BEST, 0.0),
+            (outcome.after, AFTER, 0.2),
+        )
+        for row, colour, dy in shown:
             avg, half = (100 * number(row or {}, field) for field in ("avg", "avg_se"))
             bar = Z * half if math.isfinite(half) else 0.0
             axes.errorbar(avg, y + dy, xerr=bar, color=colour, marker="o", capsize=3)
@@ -232,4 +276,5 @@ def _draw_sets(axes: Axes, outcomes: Sequence[Outcome]) -> None:
     axes.set_yticks(range(len(outcomes)), names, parse_math=False)
     axes.set_ylim(max(len(outcomes), 1) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set(title="evaluation: before (grey), after (blue)", xlabel=scale)
+    chosen = "best (green), " if best else ""
+    axes.set(title=f"evaluation: before (grey), {chosen}after (blue)", xlabel=scale)
