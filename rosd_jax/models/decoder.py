@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rosd_jax.kernels.flash_attention import causal_attention
 from rosd_jax.kernels.paged_attention import Implementation, write_and_attend
-from rosd_jax.models.qwen3 import Qwen3Config, angles, attend, head_VD, turn
+from rosd_jax.models.qwen3 import Qwen3Config, angles, head_VD, turn
 from rosd_jax.types import Params
 
-QUERIES = 256  # longer prompts must come in multiples of it
 Weights = dict[str, Any]
 # (queries [..., H, E], keys and values [..., K, E], store, layer) -> (heads' outputs, store)
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
@@ -108,27 +108,11 @@ def prefill(
         kv = jnp.stack([k_NTKE, v_NTKE], axis=3).reshape(N, T, W, E)
         # By rows: updated by pages, XLA for TPU keeps a second store.
         flat = store_XPWE.reshape(X * P, W, E).at[at_NT + layer * pages * P].set(kv, mode="drop")
-        return _causal(q_NTHE, k_NTKE, v_NTKE), flat.reshape(X, P, W, E)
+        return causal_attention(q_NTHE, k_NTKE, v_NTKE), flat.reshape(X, P, W, E)
 
     x_NTD = _embed(weights, config, tokens_NP, axis)
     position_NT = jnp.broadcast_to(jnp.arange(T), (N, T))
     return _layers(weights, config, x_NTD, position_NT, store_XPWE, fill, axis)[1]
-
-
-def _causal(q_NTHE: jax.Array, k_NTKE: jax.Array, v_NTKE: jax.Array) -> jax.Array:
-    """Causal attention, QUERIES at a time where there are more: no T x T scores."""
-    T = q_NTHE.shape[1]
-    if T <= QUERIES:
-        return attend(q_NTHE, k_NTKE, v_NTKE, is_causal=True)
-    assert T % QUERIES == 0, T
-
-    def some(start):
-        q_NQHE = lax.dynamic_slice_in_dim(q_NTHE, start, QUERIES, axis=1)
-        seen_QT = jnp.arange(T) <= start + jnp.arange(QUERIES)[:, None]
-        return attend(q_NQHE, k_NTKE, v_NTKE, mask=seen_QT[None, None])
-
-    out_SNQHE = lax.map(some, jnp.arange(0, T, QUERIES))
-    return jnp.moveaxis(out_SNQHE, 0, 1).reshape(q_NTHE.shape)
 
 
 def local_logits(

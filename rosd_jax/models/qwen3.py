@@ -21,8 +21,12 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from rosd_jax.kernels.flash_attention import causal_attention
 from rosd_jax.types import Params
+
+ROWS = ("data", "fsdp")  # the mesh axes along which rows lie
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,20 @@ class Attention(nn.Module):
         v = heads(c.num_key_value_heads, "v_proj")
         q = rotate(RMSNorm(c.rms_norm_eps, name="q_norm")(q), position_BT, c.rope_theta)
         k = rotate(RMSNorm(c.rms_norm_eps, name="k_norm")(k), position_BT, c.rope_theta)
-        out = attend(q, k, v, is_causal=True).reshape(B, T, c.num_attention_heads * c.head_dim)
+        out = attend(q, k, v).reshape(B, T, c.num_attention_heads * c.head_dim)
         return dense(c.hidden_size, "o_proj", c.attention_bias)(out)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, **options) -> jax.Array:
-    """Softmax attention with float32 scores, also where the caller forbids implicit promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(q, k, v, **options)
+def attend(q_BTHE: jax.Array, k_BTKE: jax.Array, v_BTKE: jax.Array) -> jax.Array:
+    """Causal attention; under a mesh in context each device attends to its own rows and heads.
+
+    XLA cannot split a kernel of ours or of JAX's by itself: it would gather all rows on every device.
+    """
+    if not _rows_fit_mesh(q_BTHE.shape[0]):
+        return causal_attention(q_BTHE, k_BTKE, v_BTKE)
+    spec = PartitionSpec(ROWS, None, "tensor")
+    local = jax.shard_map(causal_attention, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+    return local(q_BTHE, k_BTKE, v_BTKE)
 
 
 def pin_rows(x: jax.Array) -> jax.Array:
@@ -114,11 +124,15 @@ def pin_rows(x: jax.Array) -> jax.Array:
 
     Left alone, XLA splits the embedding's output along D, and every device then holds all rows.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if not _rows_fit_mesh(x.shape[0]):
         return x
-    spec = jax.sharding.PartitionSpec(("data", "fsdp"))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+
+
+def _rows_fit_mesh(rows: int) -> bool:
+    """Whether there is a mesh in context whose row devices divide the rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
 
 
 class Block(nn.Module):

@@ -97,6 +97,8 @@ def accumulate(
         group = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[i], row_sharding(mesh)), groups)
         objective = lambda p: micro_loss(p, frozen_params, group, denominator, config, model, split)
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        # Without the barrier XLA for TPU moves the gradients' all-reduce out of the loop, and fails on it.
+        grads = jax.lax.optimization_barrier(grads)
         return jax.tree.map(jnp.add, carry, (grads, sums))
 
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), groups)

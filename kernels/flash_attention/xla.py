@@ -1,0 +1,57 @@
+"""Blocks of queries in plain XLA, for any platform and type.
+
+Scores of one block exist at a time, [B, H, QUERIES, keys]; the backward pass computes them again. Queries
+are cut into SPANS, each of which reads keys only as far as its own end, so that of the T x T products that
+a causal mask leaves half of, (1 + 1 / SPANS) / 2 are made.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+QUERIES = 256  # of one block
+SPANS = 4
+
+
+def attend(q_BTHE: jax.Array, k_BTKE: jax.Array, v_BTKE: jax.Array) -> jax.Array:
+    """`api.causal_attention`; scores and sums are float32, or float64 of float64 operands."""
+    T = q_BTHE.shape[1]
+    if T <= QUERIES:
+        return _block(q_BTHE, k_BTKE, v_BTKE, 0)
+    step = QUERIES * -(-T // (QUERIES * SPANS))  # queries of a span
+    outs = []
+    for start in range(0, T, step):
+        stop = min(start + step, T)
+        outs.append(_span(q_BTHE[:, start:stop], k_BTKE[:, :stop], v_BTKE[:, :stop], start))
+    return jnp.concatenate(outs, axis=1)
+
+
+def _span(q_BQHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, start: int) -> jax.Array:
+    """Queries from position `start` on, a block at a time."""
+    B, Q, H, E = q_BQHE.shape
+    blocks = -(-Q // QUERIES)
+    q_BQHE = jnp.pad(q_BQHE, ((0, 0), (0, blocks * QUERIES - Q), (0, 0), (0, 0)))
+
+    @jax.checkpoint
+    def block(first):
+        q = lax.dynamic_slice_in_dim(q_BQHE, first, QUERIES, axis=1)
+        return _block(q, k_BSKE, v_BSKE, start + first)
+
+    out_NBQHE = lax.map(block, jnp.arange(0, blocks * QUERIES, QUERIES))
+    return jnp.moveaxis(out_NBQHE, 0, 1).reshape(B, -1, H, E)[:, :Q]
+
+
+def _block(q_BQHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, start: jax.Array | int) -> jax.Array:
+    """Queries at positions from `start` on against the keys at positions from 0 on."""
+    (B, Q, H, E), (_, S, K, _) = q_BQHE.shape, k_BSKE.shape
+    wide = jnp.promote_types(q_BQHE.dtype, jnp.float32)
+    q_BQKGE = q_BQHE.reshape(B, Q, K, H // K, E)
+    scores = jnp.einsum("bqkge,bske->bkgqs", q_BQKGE, k_BSKE, preferred_element_type=wide) / math.sqrt(E)
+    seen_QS = jnp.arange(S) <= start + jnp.arange(Q)[:, None]
+    weights = jax.nn.softmax(jnp.where(seen_QS, scores, -jnp.inf), axis=-1).astype(v_BSKE.dtype)
+    out_BQKGE = jnp.einsum("bkgqs,bske->bqkge", weights, v_BSKE, preferred_element_type=wide)
+    return out_BQKGE.reshape(q_BQHE.shape).astype(q_BQHE.dtype)
