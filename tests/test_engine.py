@@ -102,7 +102,7 @@ def test_the_page_length_does_not_change_tokens(alone, page):
 
 def test_passes_of_several_widths_change_nothing(alone, monkeypatch):
     """Six prompts of 1 to 9 tokens, in passes that hold 9 or 10: three of one prompt, one, one of two."""
-    monkeypatch.setattr(decoder, "QUERIES", 2)
+    monkeypatch.setattr(prompts, "NARROWEST", 2)
     monkeypatch.setattr(prompts, "PASS_TOKENS", 9)
     widths, prefill = set(), decoder.prefill
     spy = lambda *args: widths.add(args[2].shape) or prefill(*args)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .reference import working_dtype
+
 QUERIES = 256  # of one block
 SPANS = 4
 
@@ -48,7 +50,7 @@ def _span(q_BQHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, start: int) -
 def _block(q_BQHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, start: jax.Array | int) -> jax.Array:
     """Queries at positions from `start` on against the keys at positions from 0 on."""
     (B, Q, H, E), (_, S, K, _) = q_BQHE.shape, k_BSKE.shape
-    wide = jnp.promote_types(q_BQHE.dtype, jnp.float32)
+    wide = working_dtype(q_BQHE)
     q_BQKGE = q_BQHE.reshape(B, Q, K, H // K, E)
     scores = jnp.einsum("bqkge,bske->bkgqs", q_BQKGE, k_BSKE, preferred_element_type=wide) / math.sqrt(E)
     seen_QS = jnp.arange(S) <= start + jnp.arange(Q)[:, None]

@@ -24,6 +24,7 @@ from rosd_jax.models.decoder import Weights
 from rosd_jax.models.qwen3 import Qwen3Config
 
 PASS_TOKENS = 2048  # of one pass, unless a single prompt has more: bounds its activations
+NARROWEST = 256  # tokens a prompt of a pass, unless all prompts are shorter
 LEAST_TOKENS = 8192  # room is made for so many at least, so that fewer shapes are compiled
 
 
@@ -74,14 +75,10 @@ def fill(
 
 
 def pass_widths(T: int) -> list[int]:
-    """Widths of the passes over prompts of up to T tokens: halved down to `decoder.QUERIES`.
-
-    All are multiples of it, but for a T that is less: attention then goes by as many queries at a time.
-    """
-    unit = decoder.QUERIES
-    if T <= unit:
+    """Widths of the passes over prompts of up to T tokens: halved down to NARROWEST, and multiples of it."""
+    if T <= NARROWEST:
         return [T]
-    whole = -(-T // unit) * unit
+    whole = -(-T // NARROWEST) * NARROWEST
     return [whole, *(w for w in pass_widths(-(-whole // 2)) if w < whole)]
 
 
