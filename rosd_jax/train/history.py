@@ -10,13 +10,14 @@ first checkpoint, and what it made after its newest one. A history whose checkpo
     require_same_origins(kept, now, config)           raises where weights, tokenizer or problems changed
     require_same_evals(workdir, inputs, start)        raises where an evaluation set changed
     export_to_evaluate(workdir, config)               -> True where export/ is all that is left of the model
-    origins(config, inputs)                           -> what a run is made from, as checksums
+    origins(config, inputs)                           -> what a run is made from, for a checkpoint's meta
     conditions(config, inputs, name)                  -> what an evaluation is made under
     unevaluated(workdir, config, inputs, step)        -> the sets without an evaluation of that step
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,11 @@ def require_steps(workdir: Path, config: Config, start: int) -> None:
 
 
 def origins(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """Checksums of what a run is made from and its config does not say; JSON, for a checkpoint's meta."""
+    """What a run is made from and its config does not say; JSON, for a checkpoint's meta."""
+    model = dataclasses.asdict(inputs.model)
     return {
         "weights": weights_fingerprint(config.model.path),
+        "model": {name: value for name, value in model.items() if name not in ("dtype", "remat")},
         "tokenizer": inputs.tokenizer.fingerprint(),
         "train": inputs.found[f"{config.data.train}/train"],
     }
@@ -117,12 +120,15 @@ def origins(config: Config, inputs: Inputs) -> dict[str, Any]:
 def require_same_origins(kept: dict[str, Any], now: dict[str, Any], config: Config) -> None:
     """Raises UserError naming all of `now` that is not what the checkpoint's meta `kept` has.
 
-    The frozen tree is read from model.path again, and other weights would be another teacher. An entry
-    that a checkpoint of an older version lacks is not compared.
+    The frozen tree is read from model.path again, and other weights would be another teacher.
     """
     path = f"model.path ({config.model.path!r})"
-    words = {"weights": f"the weights of {path}", "tokenizer": f"the tokenizer or chat template of {path}"}
-    changed = [name for name in now if kept.get(name, now[name]) != now[name]]
+    words = {
+        "weights": f"the weights of {path}",
+        "model": f"config.json of {path}",
+        "tokenizer": f"the tokenizer, chat template or stop tokens of {path}",
+    }
+    changed = [name for name in now if _differs(kept.get(name), now[name])]
     if "train" in changed:
         then, rows = kept["train"]["rows"], now["train"]["rows"]
         words["train"] = f"the training problems of {config.data.train} ({then} rows then, {rows} now)"
@@ -131,6 +137,13 @@ def require_same_origins(kept: dict[str, Any], now: dict[str, Any], config: Conf
             f"{' and '.join(words[name] for name in changed)} changed since this run began; bring the old "
             "ones back or use another --workdir"
         )
+
+
+def _differs(kept: Any, now: Any) -> bool:
+    """What a checkpoint of an older version does not say is not compared."""
+    if isinstance(kept, dict):
+        return any(kept[name] != value for name, value in now.items() if name in kept)
+    return kept is not None and kept != now
 
 
 def conditions(config: Config, inputs: Inputs, name: str) -> dict[str, float]:

@@ -79,7 +79,7 @@ def resume(directory: Path, config: Config, inputs: Inputs, start: int, console:
     workdir.drop_rollouts_after(directory, start)
     console.say(headline(inputs, config, directory, start))
     if last > start:
-        console.say(f"steps {start + 1} to {last} have no checkpoint: their lines and rollouts are dropped")
+        console.say(f"steps after {start}, up to {last}, have no checkpoint and are dropped")
     return log
 
 
@@ -101,7 +101,9 @@ def evaluate_only(config: Config, directory: Path) -> None:
             state, at = fresh(), history.exported_step(directory) or 0
         else:
             manager = checkpoint.open_manager(directory, config.checkpoint.keep)
-            state, at = begin(config, manager, like, fresh, {"tokenizer": inputs.tokenizer.fingerprint()})
+            origins = history.origins(config, inputs)
+            asked = {name: origins[name] for name in ("model", "tokenizer")}  # what an evaluation depends on
+            state, at = begin(config, manager, like, fresh, asked)
         console = Console(config.steps, at)
         what = f"the checkpoint of step {at}" if at else f"the model of {config.model.path} as it came"
         if exported:

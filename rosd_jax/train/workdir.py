@@ -186,12 +186,12 @@ def _has_begun(workdir: Path) -> bool:
 
 
 def _remove_unused(workdir: Path) -> None:
-    with contextlib.suppress(OSError):  # somebody else's file: it stays, and so does the directory
-        for path in list(workdir.iterdir()):
-            if path.is_dir():
-                path.rmdir()
-        for name in (CONFIG, CONFIG + TEMPORARY, LOCK):
-            (workdir / name).unlink(missing_ok=True)
+    """Removes a workdir in which no run has begun, unless somebody else's file is there."""
+    names = {path.name for path in workdir.iterdir()}
+    if names <= {CONFIG, LOCK, *WRITTEN}:
+        for name in names:
+            path = workdir / name
+            path.rmdir() if path.is_dir() else path.unlink()
         workdir.rmdir()
 
 
