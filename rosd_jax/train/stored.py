@@ -17,10 +17,13 @@ def get_config(path: str) -> Config:
     Raises UserError for a file without a config, and for a field that is unknown or of another type.
     """
     config = default_config()
+    known = dict(flat(config.to_dict()))
     for field, value in flat(read_config(Path(path))):
         try:
+            if field not in known or (value is None and known[field] is not None):
+                raise KeyError(field)
             config.update_from_flattened_dict({field: value})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} sets {field} to {value!r}, which this version does not take; pass --config with "
                 "the experiment's file, or use another --workdir"

@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -189,10 +190,7 @@ def _remove_unused(workdir: Path) -> None:
     """Removes a workdir in which no run has begun, unless somebody else's file is there."""
     names = {path.name for path in workdir.iterdir()}
     if names <= {CONFIG, LOCK, *WRITTEN}:
-        for name in names:
-            path = workdir / name
-            path.rmdir() if path.is_dir() else path.unlink()
-        workdir.rmdir()
+        shutil.rmtree(workdir)
 
 
 def _lock(workdir: Path) -> None:
