@@ -3,7 +3,8 @@
     python run.py --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan]
                   [--config.FIELD=VALUE ...]
 
-The same command on the same DIR goes on where the run stopped. A mistake in config, model or data ends
+The same command on the same DIR goes on where the run stopped, and without --config by the config that DIR
+holds. A mistake in config, model or data ends
 with one sentence and exit status 2; Ctrl-C ends with status 130 and loses nothing that was written.
 """
 
@@ -27,6 +28,11 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. conf
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do")
 
+STORED = Path(__file__).resolve().parent / "rosd_jax" / "train" / "stored.py"
+MISSING = (
+    "--config is missing; pass a file, such as --config=configs/quickstart.py, or the --workdir of an "
+    "earlier run"
+)
 NO_CONFIG = (
     "--config does not name a Python file with a get_config that returns a ConfigDict; pass one, such as "
     "--config=configs/quickstart.py"
@@ -60,17 +66,29 @@ def read_flags(argv: list[str]) -> ConfigDict:
     """The config that the command line asks for. Raises UserError for whatever does not parse."""
     app.define_help_flags()
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(with_stored_config(argv))
         config = _CONFIG.value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; flags are written --name=value")
     if config is None:
-        raise UserError("--config is missing; pass a file, such as --config=configs/quickstart.py")
+        raise UserError(MISSING)
     if not isinstance(config, ConfigDict):  # ml_collections' stand-in for a file that did not load
         raise UserError(NO_CONFIG)
     return config
+
+
+def with_stored_config(argv: list[str]) -> list[str]:
+    """argv, and --config with what the --workdir holds where it holds a run and no --config is given."""
+    given = flags.FlagValues()
+    for name in ("config", "workdir"):
+        flags.DEFINE_string(name, None, "", flag_values=given)
+    given(argv, known_only=True)
+    path = Path(given["workdir"].value or "", "config.json")
+    if given["config"].value is not None or given["workdir"].value is None or not path.is_file():
+        return argv
+    return [argv[0], f"--config={STORED}:{path}", *argv[1:]]
 
 
 def explain(error: BaseException) -> str:
@@ -81,6 +99,8 @@ def explain(error: BaseException) -> str:
     ours = [e for e in chain if isinstance(e, UserError)]
     if ours:
         return str(ours[-1])
+    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
+        return MISSING  # the config's fields are flags once there is a config
     if isinstance(chain[-1], KeyError):
         return f"the config has no field {chain[-1].args[0]!r}; rosd_jax/config.py lists the fields"
     if isinstance(error, AttributeError | OSError):

@@ -55,7 +55,7 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "thinking.reflector": (False, False, False),
     "thinking.teacher": (False, False, False),
     "rewards": ("fixed", "fixed", "release"),
-    # The reflector (appendix B): the frozen initial model, greedy; it is shown the shortest correct
+    # The reflector (appendix B): the frozen initial model, greedy. It is shown the shortest correct
     # rollout of the group. overlong, uniform_groups: the paper is silent.
     "reflect.weights": ("frozen", "frozen", "student"),
     "reflect.temperature": (0.0, 0.0, 1.0),

@@ -54,13 +54,24 @@ def test_round_trip_is_exact_and_nothing_saved_is_none(tmp_path):
     assert checkpoint.restore_latest(manager, like_of(make_state(0))) is None
     config = default_config()
     for step in (3, 4, 7):
-        checkpoint.save(manager, make_state(step), step, checkpoint.run_meta(config, "c0ffee"))
+        checkpoint.save(manager, make_state(step), step, checkpoint.run_meta(config, {"weights": "c0ffee"}))
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 7]
 
     again = checkpoint.open_manager(tmp_path, keep=2)
     state, meta = checkpoint.restore_latest(again, like_of(make_state(0)))
     assert_equal(state, make_state(7))
     assert meta["step"] == 7 and meta["seed"] == config.seed and meta["jax"] == jax.__version__
+    assert meta["weights"] == "c0ffee"
+
+
+def test_whether_anything_was_saved_is_told_without_touching_the_directory(tmp_path):
+    assert not checkpoint.any_saved(tmp_path) and list(tmp_path.iterdir()) == []
+    manager = checkpoint.open_manager(tmp_path, keep=1)
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "checkpoints" / "2.bad").mkdir()
+    assert not checkpoint.any_saved(tmp_path)
+    checkpoint.save(manager, make_state(4), 4, {})
+    assert checkpoint.any_saved(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])

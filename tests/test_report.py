@@ -106,6 +106,42 @@ def test_a_resumed_run_counts_each_step_once(tmp_path):
     assert "Training: 3 steps" in write_report(tmp_path, "a")
 
 
+UNDER = dict(n=50, temperature=0.6, top_p=0.95, max_new_tokens=64, problems_crc32=7)
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("n", 40, "items 50 -> 40"),
+        ("temperature", 1.0, "temperature 0.6 -> 1"),
+        ("top_p", 1.0, "top_p 0.95 -> 1"),
+        ("max_new_tokens", 128, "max_new_tokens 64 -> 128"),
+        ("problems_crc32", 8, "other problems or golds"),
+    ],
+)
+def test_no_change_is_shown_between_evaluations_under_different_conditions(tmp_path, field, value, words):
+    generations(tmp_path, 0, "a", np.zeros((5, 2)))
+    generations(tmp_path, 9, "a", np.ones((5, 2)))  # the same items, so they could be paired
+    metrics(tmp_path, [scored(0, "a", 0.3, **UNDER), scored(9, "a", 0.5, **UNDER | {field: value})])
+    text = write_report(tmp_path, "a")
+    assert "30.0    50.0  not comparable" in line_of(text, "a ") and "+20" not in text
+    assert f"not comparable: {words}\n" in text
+    assert "before: interval [26.1, 33.9]" in text and "after: interval [46.1, 53.9]" in text
+    assert max(map(len, text.split("\n"))) <= 80
+
+
+def test_more_samples_an_item_leave_the_change_and_are_told(tmp_path):
+    metrics(tmp_path, [scored(0, "a", 0.3, **UNDER), scored(9, "a", 0.5, **UNDER | {"k": 16})])
+    text = write_report(tmp_path, "a")
+    assert "+20.0 [" in line_of(text, "a ") and "k 8 -> 16: pass@k is not comparable" in text
+
+
+def test_lines_of_an_older_version_are_compared_as_before(tmp_path):
+    metrics(tmp_path, [scored(0, "a", 0.3), scored(9, "a", 0.5, **UNDER)])
+    text = write_report(tmp_path, "a")
+    assert "+20.0 [" in line_of(text, "a ") and "comparable" not in text
+
+
 def test_only_a_before_line(tmp_path):
     metrics(tmp_path, [scored(0, "a", 0.445)])
     text = write_report(tmp_path, "a")

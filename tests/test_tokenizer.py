@@ -251,6 +251,33 @@ def test_saved_tokenizer_loads_as_it_was(make, tmp_path):
     assert again.stop_ids == make().stop_ids and again.pad_id == make().pad_id
 
 
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_a_copy_has_the_same_fingerprint(make, tmp_path):
+    make().save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint() == make().fingerprint()
+
+
+@pytest.mark.parametrize("what", ["template", "token", "stop", "merges", "split"])
+def test_the_fingerprint_tells_what_changes_prompts_or_ends_from_what_was(what, tmp_path):
+    tokenizer = byte_level()
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    if what == "template":
+        template = tmp_path / "chat_template.jinja"
+        template.write_text(template.read_text().replace("assistant\n", "assistant \n"))
+    if what == "token":
+        fields["added_tokens"][-1]["content"] = "</thunk>"
+    if what == "stop":
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0]}')
+    if what == "merges":
+        fields["model"]["merges"] = []
+    if what == "split":
+        fields["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(fields))
+    assert load_tokenizer(tmp_path).fingerprint() != tokenizer.fingerprint()
+
+
 def test_template_may_lie_beside_the_tokenizer_or_inside_its_config(tmp_path):
     for name in ("file", "config"):
         byte_level().save(tmp_path / name)

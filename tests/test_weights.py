@@ -281,8 +281,9 @@ WRONG_TENSORS = [
 @pytest.mark.parametrize("change,sentence", WRONG_TENSORS)
 def test_a_wrong_tensor_is_named_with_its_file(change, sentence, saved):
     saved.tensors(change)
-    with pytest.raises(UserError, match=sentence):
-        weights.load_params(saved.path, CONFIG)
+    for read in (weights.check_weights, weights.load_params):
+        with pytest.raises(UserError, match=sentence):
+            read(saved.path, CONFIG)
 
 
 def test_more_layers_or_biases_than_the_config_asks_for_are_refused(saved):
@@ -304,8 +305,14 @@ def test_no_weights_and_broken_files_are_named(saved):
     with pytest.raises(UserError, match="model.safetensors is no safetensors file.*fetch it again"):
         weights.load_params(saved.path, CONFIG)
     file.unlink()
-    with pytest.raises(UserError, match="holds no model.safetensors; pass --config.model.path"):
-        weights.load_params(saved.path, CONFIG)
+    for read in (weights.check_weights, weights.load_params):
+        with pytest.raises(UserError, match="holds no model.safetensors; pass --config.model.path"):
+            read(saved.path, CONFIG)
+
+
+def test_checking_weights_passes_what_loads_and_reads_no_tensor(saved, monkeypatch):
+    monkeypatch.setattr(weights, "_read_leaf", None)
+    weights.check_weights(saved.path, CONFIG)
 
 
 @pytest.mark.parametrize("name", ["model-00009-of-00009.safetensors", "../model.safetensors"])

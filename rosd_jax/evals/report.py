@@ -143,6 +143,8 @@ def _table_row(outcome: Outcome) -> str:
     if after:
         passed += f" -> {_percent(number(after, 'pass'))}"
     change = _change(outcome) if after else "-"
+    if outcome.differences:
+        change = "not comparable"
     k = _show(number(before, "k"), ".0f")
     return (
         f"  {_label(outcome.name):<{LABEL}}{k:>3}  {old:>6}  {new if after else '-':>6}"
@@ -165,7 +167,11 @@ def _notes(outcome: Outcome, span: str) -> list[str]:
     notes = []
     if _steps(outcome) != span:
         notes.append(f"here {_steps(outcome)}")
-    if outcome.after is None or not math.isfinite(outcome.change_se):
+    notes += [f"not comparable: {difference}" for difference in outcome.differences]
+    old, new = number(outcome.before, "k"), number(outcome.after or {}, "k")
+    if math.isfinite(old + new) and old != new:
+        notes.append(f"k {old:g} -> {new:g}: pass@k is not comparable")
+    if outcome.after is None or outcome.differences or not math.isfinite(outcome.change_se):
         rows = {"before": outcome.before, "after": outcome.after}
         notes += [f"{when}: interval {_interval(row)}" for when, row in rows.items() if row]
     elif not outcome.paired:

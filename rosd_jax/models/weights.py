@@ -5,6 +5,7 @@ saving both walk it. At most one stacked leaf (all layers of one matrix) is on t
 plus, when saving, the file being filled.
 
     read_config(path, num_tokens=, dtype=, remat=)        -> Qwen3Config
+    check_weights(path, config)                           raises for what load_params would refuse
     load_params(path, config, shardings)                  -> params (float32)
     save_pretrained(path, params, config, source=, dtype=)
 """
@@ -148,22 +149,22 @@ def _rope_theta(fields: dict[str, Any], file: Path) -> float:
 # --- loading --------------------------------------------------------------------------------------
 
 
+def check_weights(path: str | Path, config: Qwen3Config) -> None:
+    """Raises UserError for what `load_params` would refuse; reads the files' headers alone."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    with ExitStack() as stack:
+        _open_tensors(stack, Path(path), config, shapes)
+
+
 def load_params(path: str | Path, config: Qwen3Config, shardings: Any = None) -> Params:
     """A float32 tree of `init_params`' structure; `shardings`, a tree like it, places the leaves.
 
     Stored bfloat16, float16 and float32 are read. Every name and shape is checked before any tensor
     is read. Raises UserError for a missing, extra or mis-shaped tensor, and for pickled weights.
     """
-    folder = Path(path)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     with ExitStack() as stack:
-        tensors = {}
-        for file in _weight_files(folder):
-            handle = stack.enter_context(_open(file))
-            tensors |= dict.fromkeys(handle.keys(), (handle, file))
-        if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
-        _check_tensors(tensors, shapes, folder)
+        tensors = _open_tensors(stack, Path(path), config, shapes)
 
         def leaf(key_path, shape, sharding=None):
             host = _read_leaf(tensors, _path(key_path), shape.shape)
@@ -213,6 +214,18 @@ def _weight_files(folder: Path) -> list[Path]:
             "code, so convert them to safetensors"
         )
     raise UserError(f"model.path is {str(folder)!r}, which holds no {SINGLE}; {PASS}")
+
+
+def _open_tensors(stack: ExitStack, folder: Path, config: Qwen3Config, shapes: Params) -> dict:
+    """Tensor name -> (open file, its path), checked against `shapes`; `stack` closes the files."""
+    tensors = {}
+    for file in _weight_files(folder):
+        handle = stack.enter_context(_open(file))
+        tensors |= dict.fromkeys(handle.keys(), (handle, file))
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    _check_tensors(tensors, shapes, folder)
+    return tensors
 
 
 def _open(file: Path):

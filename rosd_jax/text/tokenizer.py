@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from transformers import AutoTokenizer  # noqa: E402
 from rosd_jax.config import UserError  # noqa: E402
 from rosd_jax.types import Message  # noqa: E402
 
+# Words, numbers, marks, white space and other scripts, to see how a tokenizer splits them.
+PROBE = "The 3 foxes' 1,024 naps:\n\n\tx_1 = -(a + b)^2 / 7.5e-3  # na\u00efve \u4e2d\u6587 \U0001f600"
 CONTEXT = 4  # tokens of left context when a decoder is asked for the text of one token
 
 
@@ -140,6 +143,15 @@ class Tokenizer:
         ends[np.array(kept, np.int64) + 1] = _text_ends(self.decode, [ids[k] for k in kept])
         ends = np.maximum.accumulate(ends)
         return np.stack([ends[:-1], ends[1:]], axis=1)
+
+    def fingerprint(self) -> str:
+        """Eight hex digits of the vocabulary, the chat template, the stop ids and how a text is split.
+
+        They are taken from the loaded tokenizer, so a copy of the same one elsewhere has the same.
+        """
+        vocabulary = sorted(self.inner.get_vocab().items())
+        parts = [vocabulary, self.inner.chat_template, self.stop_ids, self.encode(PROBE)]
+        return f"{zlib.crc32(json.dumps(parts, sort_keys=True).encode()):08x}"
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer and its chat template as a Hugging Face directory."""

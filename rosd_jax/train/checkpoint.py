@@ -11,7 +11,8 @@ items lies checksums.json, since Orbax restores an array with a flipped byte wit
     save(manager, state, step, meta)             on disk when it returns
     restore_latest(manager, like)                -> (state, meta), or None where nothing was saved
     check_space(directory, needed_bytes, what)
-    run_meta(config, weights)                    -> what `save` takes as meta
+    any_saved(workdir)                           -> whether there is one; touches nothing
+    run_meta(config, origins)                    -> what `save` takes as meta
     state_bytes(tree)
 """
 
@@ -119,12 +120,17 @@ def check_space(directory: Path, needed_bytes: int, what: str) -> None:
         raise _no_space(directory, needed_bytes, what)
 
 
-def run_meta(config: Config, weights: str) -> dict[str, Any]:
-    """What a checkpoint says of its run; `weights` is the fingerprint of those it began with."""
+def any_saved(workdir: Path) -> bool:
+    """Whether workdir/checkpoints holds a whole one, good or damaged."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
+def run_meta(config: Config, origins: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run; `origins` (history.py) tells what it was made from."""
     return {
         "config": fingerprint(config),
         "seed": config.seed,
-        "weights": weights,
+        **origins,
         "rosd_jax": rosd_jax.__version__,
         "jax": jax.__version__,
     }

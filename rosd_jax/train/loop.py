@@ -2,7 +2,7 @@
 
 What a step writes, in this order, is what resuming relies on: rollouts/step_N.jsonl, the train line,
 the evaluation lines (if due), the checkpoint (if due). A line later than the newest checkpoint is
-dropped when the run is resumed, and written again.
+dropped when the run is resumed, and written again; no other one is. history.py says when a run may resume.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from rosd_jax.evals.evaluate import evaluate_set, write_generations
 from rosd_jax.evals.report import write_report
 from rosd_jax.models.qwen3 import init_params
 from rosd_jax.models.sharding import row_devices
-from rosd_jax.models.weights import save_pretrained, weights_fingerprint
+from rosd_jax.models.weights import check_weights, save_pretrained
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.floor import position_bytes
 from rosd_jax.rollout.rows import decode_rows
-from rosd_jax.train import checkpoint, workdir
+from rosd_jax.train import checkpoint, history, workdir
 from rosd_jax.train.metrics import Console, MetricsLog
 from rosd_jax.train.setup import Inputs, build, read_inputs
 from rosd_jax.train.step import Tools, train_step
@@ -37,75 +37,100 @@ from rosd_jax.types import Params, Reflected, TrainState
 def train(config: Config, directory: Path) -> None:
     """Trains for config.steps steps in `directory`, or goes on where a run there stopped."""
     inputs = read_inputs(config)
-    workdir.prepare(directory, config)
-    with Grader(config.rewards) as grader:
+    check_weights(config.model.path, inputs.model)
+    origins = history.origins(config, inputs)
+    with workdir.claim(directory, config), Grader(config.rewards) as grader:
+        history.require_checkpoint(directory, config)
         tools, frozen_params, like, fresh = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory, config.checkpoint.keep)
         check_disk(directory, manager, like, config)
-        state, start = begin(config, manager, like, fresh)
-        meta = checkpoint.run_meta(config, weights_fingerprint(config.model.path))
-        log = MetricsLog.resume(directory / "metrics.jsonl", keeps(config, start))
-        workdir.drop_rollouts_after(directory, start)
+        state, start = begin(config, manager, like, fresh, origins)
         console = Console(config.steps, start)
-        console.say(headline(inputs, config, directory, start))
+        log = resume(directory, config, inputs, start, console)
+        meta = checkpoint.run_meta(config, origins)
         with jax.set_mesh(tools.mesh):  # the model lays its activations along it
-            if start == 0:
-                evaluate(tools, inputs, state.params, 0, directory, log, console)
+            if start in (0, config.steps):
+                todo = history.unevaluated(directory, config, inputs, start) if start else inputs.evals
+                evaluate(tools, inputs, todo, state.params, start, directory, log, console)
             for step in range(start, config.steps):
                 state = one_step(tools, inputs, state, frozen_params, step, directory, log, console)
                 if is_due(step + 1, config.eval.every, config.steps):
-                    evaluate(tools, inputs, state.params, step + 1, directory, log, console)
+                    evaluate(tools, inputs, inputs.evals, state.params, step + 1, directory, log, console)
                 if is_due(step + 1, config.checkpoint.every, config.steps):
                     console.stage("checkpoint")
                     checkpoint.save(manager, state, step + 1, meta)
-        export(config, inputs, state.params, directory)
+        export(config, inputs, state.params, directory, config.steps)
         manager.close()
         console.close()
     print(write_report(directory, config.data.train))
 
 
-def evaluate_only(config: Config, directory: Path) -> None:
-    """Evaluates the newest checkpoint in `directory`, or the model as it came where there is none.
+def resume(directory: Path, config: Config, inputs: Inputs, start: int, console: Console) -> MetricsLog:
+    """The log of a run that goes on after step `start`; what later steps left without a checkpoint goes.
 
-    Lines of an earlier evaluation of that step give way to the new ones.
+    Raises UserError, and changes nothing, where the run cannot go on as config asks.
     """
+    history.require_steps(directory, config, start)
+    if start:  # else all is made again
+        history.require_same_evals(directory, inputs, start)
+    last = history.last_step(directory)
+    workdir.record(directory, config)
+    log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: step <= start)
+    workdir.drop_rollouts_after(directory, start)
+    console.say(headline(inputs, config, directory, start))
+    if last > start:
+        console.say(f"steps after {start}, up to {last}, have no checkpoint and are dropped")
+    return log
+
+
+def evaluate_only(config: Config, directory: Path) -> None:
+    """Evaluates the newest checkpoint in `directory`, or the model as it came where nothing was trained.
+
+    Where the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier
+    evaluation of that step give way to the new ones; all else stays.
+    """
+    exported = history.export_to_evaluate(directory, config)
+    if exported:
+        config = config.copy_and_resolve_references()
+        config.model.path = str(directory / "export")
     inputs = read_inputs(config)
-    workdir.prepare(directory, config)
-    with Grader(config.rewards) as grader:
+    check_weights(config.model.path, inputs.model)
+    with workdir.claim(directory, config), Grader(config.rewards) as grader:
         tools, _, like, fresh = build(config, inputs, grader)
-        manager = checkpoint.open_manager(directory, config.checkpoint.keep)
-        state, at = begin(config, manager, like, fresh)
+        if exported:
+            state, at = fresh(), history.exported_step(directory) or 0
+        else:
+            manager = checkpoint.open_manager(directory, config.checkpoint.keep)
+            origins = history.origins(config, inputs)
+            asked = {name: origins[name] for name in ("model", "tokenizer")}  # what an evaluation depends on
+            state, at = begin(config, manager, like, fresh, asked)
         console = Console(config.steps, at)
-        stays = lambda step, split: step < at or (step == at and split == "train")
-        log = MetricsLog.resume(directory / "metrics.jsonl", stays)
+        what = f"the checkpoint of step {at}" if at else f"the model of {config.model.path} as it came"
+        if exported:
+            what = f"{config.model.path}, the model of step {at}, since the checkpoints are gone"
+        console.say(f"{config.name}: evaluates {what}, in {directory}")
+        log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: True)
         with jax.set_mesh(tools.mesh):
-            evaluate(tools, inputs, state.params, at, directory, log, console)
+            evaluate(tools, inputs, inputs.evals, state.params, at, directory, log, console)
         console.close()
     print(write_report(directory, config.data.train))
-
-
-def keeps(config: Config, start: int) -> Callable[[int, str], bool]:
-    """Which lines of metrics.jsonl a run that resumes after step `start` keeps.
-
-    An evaluation made only because an earlier run ended there is dropped when this one goes further.
-    """
-
-    def keep(step: int, split: str) -> bool:
-        due = step == 0 or is_due(step, config.eval.every, config.steps)
-        return start > 0 and step <= start and (split == "train" or due)
-
-    return keep
 
 
 def plan(config: Config, directory: Path) -> None:
     """Prints what a run would do and hold in memory; writes nothing and touches no device."""
     inputs = read_inputs(config)
+    try:
+        check_weights(config.model.path, inputs.model)
+        weights = "can be loaded"
+    except UserError as error:
+        weights = f"cannot be loaded: {error}"
     shapes = jax.eval_shape(lambda: init_params(inputs.model, jax.random.key(0)))
     count = sum(x.size for x in jax.tree.leaves(shapes))
     rows = config.batch.prompts * config.batch.samples
     frozen = count * (2 if config.model.dtype == "bfloat16" else 4)
     cache = (config.rollout.cache_tokens + config.rollout.prompt_tokens) * position_bytes(inputs.model)
     print(f"{headline(inputs, config, directory, 0)}\n"
+          f"weights           {weights}\n"
           f"parameters        {count / 1e6:,.1f} M; master weights and AdamW {count * 12 / 1e9:.2f} GB, "
           f"frozen tree {frozen / 1e9:.2f} GB, over all devices\n"
           f"decoding          weights {frozen / 1e9:.2f} GB and up to {cache / 1e9:.2f} GB of keys and "
@@ -181,15 +206,17 @@ def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
 def evaluate(
     tools: Tools,
     inputs: Inputs,
+    names: Iterable[str],
     params: Params,
     step: int,
     directory: Path,
     log: MetricsLog,
     console: Console,
 ) -> None:
-    """Every set by itself: one line in the metrics, and the raw generations in a file."""
+    """Every set named by itself: one line in the metrics, and the raw generations in a file."""
     c = tools.config.eval
-    for name, encoded in inputs.evals.items():
+    for name in names:
+        encoded = inputs.evals[name]
         console.stage(f"eval {name}")
         key = jax.random.fold_in(jax.random.fold_in(tools.key, 2), step)
         key = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -212,7 +239,7 @@ def evaluate(
             rows=c.batch,
         )
         write_generations(directory, step, name, generations)
-        log.write(step, f"eval/{name}", numbers)
+        log.replace(step, f"eval/{name}", numbers | history.conditions(tools.config, inputs, name))
         console.say(
             f"eval {name}: avg@{c.samples} {numbers['avg']:.3f} +- {1.96 * numbers['avg_se']:.3f}"
             f"  pass {numbers['pass']:.3f}  maj {numbers['maj']:.3f}"
@@ -225,27 +252,17 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 
 def begin(
-    config: Config, manager: Any, like: TrainState, fresh: Callable[[], TrainState]
+    config: Config, manager: Any, like: TrainState, fresh: Callable[[], TrainState], origins: dict[str, Any]
 ) -> tuple[TrainState, int]:
     """The newest checkpoint's state and step, or the first state and 0.
 
-    Raises UserError when the checkpoint is past config.steps, or was trained from other weights: the
-    frozen tree is read from model.path again, and would be another teacher.
+    Raises UserError when the checkpoint was made from anything else than `origins`.
     """
     restored = checkpoint.restore_latest(manager, like)
     if restored is None:
         return fresh(), 0
     state, kept = restored
-    if kept["step"] > config.steps:
-        raise UserError(
-            f"steps is {config.steps}; this run has made {kept['step']} already, so ask for at least that "
-            "or use another --workdir"
-        )
-    if kept["weights"] != weights_fingerprint(config.model.path):
-        raise UserError(
-            f"model.path is {config.model.path!r}, whose weights changed since this run began; bring the "
-            "old ones back or use another --workdir"
-        )
+    history.require_same_origins(kept, origins, config)
     return state, int(kept["step"])
 
 
@@ -260,11 +277,12 @@ def check_disk(directory: Path, manager: Any, like: TrainState, config: Config) 
     checkpoint.check_space(directory, needed, f"{more} checkpoints and the exported model")
 
 
-def export(config: Config, inputs: Inputs, params: Params, directory: Path) -> None:
-    """The trained model as a Hugging Face directory."""
+def export(config: Config, inputs: Inputs, params: Params, directory: Path, step: int) -> None:
+    """The trained model as a Hugging Face directory, with a note of the steps it was trained for."""
     path = directory / "export"
     save_pretrained(path, params, inputs.model, source=Path(config.model.path), dtype=config.model.dtype)
     inputs.tokenizer.save(path)
     generation = Path(config.model.path) / "generation_config.json"
     if generation.exists():  # it names stop ids that the tokenizer does not
         shutil.copyfile(generation, path / generation.name)
+    workdir.write_atomic(path / history.EXPORTED, [f"{step}\n"])

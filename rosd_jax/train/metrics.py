@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl for programs, one line a step and a progress bar for people.
 
     MetricsLog(path).write(step, split, numbers)
+    MetricsLog(path).replace(step, split, numbers)      an earlier line of that step and split goes
     MetricsLog.resume(path, keep)             the log with the lines (step, split) that `keep` keeps
     Console(total_steps).stage(name) / .line(step, numbers) / .say(text) / .close()
 
@@ -45,15 +46,17 @@ class MetricsLog:
         NaN and infinity, which JSON lacks, become null. Raises ValueError for a reserved key and
         TypeError for a value that is no number.
         """
-        taken = [name for name in RESERVED if name in numbers]
-        if taken:
-            raise ValueError(f"metric names {taken} are reserved")
-        values = {name: _plain(name, value) for name, value in numbers.items()}
-        line = json.dumps({"step": int(step), "split": split, **values}, allow_nan=False)
+        line = _line(step, split, numbers)
         with open(self.path, "a", encoding="ascii", newline="\n") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def replace(self, step: int, split: str, numbers: Mapping[str, Any]) -> None:
+        """As `write`, and earlier lines of that step and split go; the file changes as a whole."""
+        line = _line(step, split, numbers)
+        kept = _kept_lines(self.path, lambda *place: place != (step, split))
+        write_atomic(self.path, [text + "\n" for text in (*kept, line)])
 
     @classmethod
     def resume(cls, path: Path, keep: Callable[[int, str], bool]) -> MetricsLog:
@@ -63,9 +66,7 @@ class MetricsLog:
         last.
         """
         if path.exists():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            kept = _kept_lines(path, text.removesuffix("\n").split("\n"), keep)
-            write_atomic(path, [line + "\n" for line in kept])
+            write_atomic(path, [line + "\n" for line in _kept_lines(path, keep)])
         return cls(path)
 
 
@@ -147,7 +148,18 @@ def format_bar(step: int, start: int, total: int, elapsed: float, stage: str) ->
     return f"[{bar}] {step}/{total}  elapsed {_clock(elapsed)}  left {_clock(left)}  {stage}"
 
 
-def _kept_lines(path: Path, lines: list[str], keep: Callable[[int, str], bool]) -> list[str]:
+def _line(step: int, split: str, numbers: Mapping[str, Any]) -> str:
+    taken = [name for name in RESERVED if name in numbers]
+    if taken:
+        raise ValueError(f"metric names {taken} are reserved")
+    values = {name: _plain(name, value) for name, value in numbers.items()}
+    return json.dumps({"step": int(step), "split": split, **values}, allow_nan=False)
+
+
+def _kept_lines(path: Path, keep: Callable[[int, str], bool]) -> list[str]:
+    """Those lines that `keep(step, split)` is true of; none where there is no file."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.removesuffix("\n").split("\n")
     kept = []
     for number, line in enumerate(lines, start=1):
         place = _place_of(line)

@@ -18,7 +18,7 @@ from absl import logging
 from rosd_jax.config import Config, UserError
 from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
-from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems
+from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import (
     make_mesh,
@@ -51,7 +51,8 @@ class Inputs:
     tokenizer: Tokenizer
     train: Encoded
     evals: dict[str, Encoded]
-    overlong: dict[str, list[str]]  # set -> uids of the prompts that do not fit
+    overlong: dict[str, list[str]]  # set/split -> uids of the prompts that do not fit
+    found: dict[str, dict[str, int]]  # set/split -> "rows" and "crc32" of the problems as they were read
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -67,9 +68,11 @@ def read_inputs(config: Config) -> Inputs:
     )
     check_lengths(config, model)
     overlong: dict[str, list[str]] = {}
+    found: dict[str, dict[str, int]] = {}
 
     def encode(name: str, split: str, limit: int) -> Encoded:
         problems = load_problems(name, split, config.data.dir)
+        found[f"{name}/{split}"] = {"rows": len(problems), "crc32": problems_crc32(problems)}
         chat_ids = lambda messages: tokenizer.chat_ids(messages, thinking=config.thinking.student)
         kept, dropped = encode_problems(problems, chat_ids, config.data.max_prompt_tokens)
         if dropped:
@@ -84,7 +87,7 @@ def read_inputs(config: Config) -> Inputs:
             "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
             name, len(uids), ", ".join(uids),
         )  # fmt: skip
-    return Inputs(model, tokenizer, train, evals, overlong)
+    return Inputs(model, tokenizer, train, evals, overlong, found)
 
 
 def model_path(config: Config) -> Path:
