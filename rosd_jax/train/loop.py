@@ -2,7 +2,8 @@
 
 What a step writes, in this order, is what resuming relies on: rollouts/step_N.jsonl, the train line,
 the evaluation lines (if due), the checkpoint (if due). A line later than the newest checkpoint is
-dropped when the run is resumed, and written again.
+dropped when the run is resumed, and written again. A run that a signal stops between two calls saves the
+last step whose lines are all written.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rosd_jax.models.weights import save_pretrained, weights_fingerprint
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.floor import position_bytes
 from rosd_jax.rollout.rows import decode_rows
-from rosd_jax.train import checkpoint, workdir
+from rosd_jax.train import checkpoint, stopping, workdir
 from rosd_jax.train.metrics import Console, MetricsLog
 from rosd_jax.train.setup import Inputs, build, read_inputs
 from rosd_jax.train.step import Tools, train_step
@@ -48,20 +49,25 @@ def train(config: Config, directory: Path) -> None:
         workdir.drop_rollouts_after(directory, start)
         console = Console(config.steps, start)
         console.say(headline(inputs, config, directory, start))
-        with jax.set_mesh(tools.mesh):  # the model lays its activations along it
+        with jax.set_mesh(tools.mesh), stopping.deferred(directory):  # the model lays activations along it
             if start == 0:
                 evaluate(tools, inputs, state.params, 0, directory, log, console)
             for step in range(start, config.steps):
-                state = one_step(tools, inputs, state, frozen_params, step, directory, log, console)
+                try:
+                    state = one_step(tools, inputs, state, frozen_params, step, directory, log, console)
+                except stopping.Stopped:  # before its update
+                    save_unsaved(manager, state, step, meta)
+                    raise
                 if is_due(step + 1, config.eval.every, config.steps):
                     evaluate(tools, inputs, state.params, step + 1, directory, log, console)
                 if is_due(step + 1, config.checkpoint.every, config.steps):
                     console.stage("checkpoint")
                     checkpoint.save(manager, state, step + 1, meta)
-        export(config, inputs, state.params, directory)
-        manager.close()
-        console.close()
-    print(write_report(directory, config.data.train))
+            stopping.check()
+            export(config, inputs, state.params, directory)
+            manager.close()
+            console.close()
+            print(write_report(directory, config.data.train))
 
 
 def evaluate_only(config: Config, directory: Path) -> None:
@@ -78,10 +84,10 @@ def evaluate_only(config: Config, directory: Path) -> None:
         console = Console(config.steps, at)
         stays = lambda step, split: step < at or (step == at and split == "train")
         log = MetricsLog.resume(directory / "metrics.jsonl", stays)
-        with jax.set_mesh(tools.mesh):
+        with jax.set_mesh(tools.mesh), stopping.deferred(directory):
             evaluate(tools, inputs, state.params, at, directory, log, console)
-        console.close()
-    print(write_report(directory, config.data.train))
+            console.close()
+            print(write_report(directory, config.data.train))
 
 
 def keeps(config: Config, start: int) -> Callable[[int, str], bool]:
@@ -190,16 +196,19 @@ def evaluate(
     """Every set by itself: one line in the metrics, and the raw generations in a file."""
     c = tools.config.eval
     for name, encoded in inputs.evals.items():
+        stopping.check()
         console.stage(f"eval {name}")
         key = jax.random.fold_in(jax.random.fold_in(tools.key, 2), step)
         key = jax.random.fold_in(key, zlib.crc32(name.encode()))
 
         def sample(ids, uid_B, limit_B, key=key, encoded=encoded):
-            return decode_rows(
+            rollout = decode_rows(
                 tools.evaluate, params, ids, uid_B, limit_B, key,
                 rows=len(ids), shards=row_devices(tools.mesh), prompts=len(encoded),
                 longest=tools.config.data.max_prompt_tokens, room=tools.config.rollout.prompt_tokens,
             )  # fmt: skip
+            stopping.check()  # before the grading
+            return rollout
 
         numbers, generations = evaluate_set(
             name,
@@ -217,6 +226,13 @@ def evaluate(
             f"eval {name}: avg@{c.samples} {numbers['avg']:.3f} +- {1.96 * numbers['avg_se']:.3f}"
             f"  pass {numbers['pass']:.3f}  maj {numbers['maj']:.3f}"
         )
+
+
+def save_unsaved(manager: Any, state: TrainState, step: int, meta: dict[str, Any]) -> None:
+    """Saves the state after step `step` before the run ends, unless no step was made or it is saved."""
+    if step and manager.latest_step() != step:
+        stopping.tell(f"saving step {step}")
+        checkpoint.save(manager, state, step, meta)
 
 
 def is_due(step: int, every: int, last: int) -> bool:

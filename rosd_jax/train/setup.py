@@ -35,6 +35,7 @@ from rosd_jax.rollout.loop import make_generate
 from rosd_jax.text.prompts import ENGLISH
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.train.step import Tools
+from rosd_jax.train.stopping import polled
 from rosd_jax.train.update import init_state, make_optimizer, make_update
 from rosd_jax.types import Params, TrainState
 
@@ -160,11 +161,11 @@ def build(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, shardings
     )
     first = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
-    generate = lambda section, top_p, slots: make_generate(
+    generate = lambda section, top_p, slots: polled(make_generate(
         model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
         stop_ids=inputs.tokenizer.stop_ids, slots=slots,
         pool=cache_pages(config, section.max_new_tokens), implementation=config.rollout.attention,
-    )  # fmt: skip
+    ))  # fmt: skip
     tools = Tools(
         config=config,
         model=model,
