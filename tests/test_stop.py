@@ -202,17 +202,16 @@ def test_a_run_whose_output_nobody_reads_saves_its_step_and_ends(finished, model
 
 # --- the grader's workers ------------------------------------------------------------------------------
 
-GRADES_AND_DIES = """
-import os
-from rosd_jax.rewards import Grader
-from rosd_jax.types import Problem
-grader = Grader()
+IDLE = """
+grader = Grader(timeout_s=1)
 problem = Problem("set/0", "set", "math", ({"role": "user", "content": "?"},), "5")
 grader.grade_all(["\\\\boxed{5.0}"], [problem])
 (worker,) = [worker for worker in grader._pool._idle.queue if worker]
-print(worker.process.pid, flush=True)
-os._exit(130)
 """
+STARTING = "worker = math._Worker(5.0)\n"
+BUSY = f"{IDLE}worker.pipe.send(('9^{{9^{{9^{{9}}}}}}', '5', 'fixed'))\n"
+BEGINS = "import os\nfrom rosd_jax.rewards import Grader, math\nfrom rosd_jax.types import Problem\n"
+DIES = "print(worker.process.pid, flush=True)\nos._exit(130)\n"
 
 
 def exists(pid):
@@ -224,8 +223,10 @@ def exists(pid):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
-def test_a_run_that_ends_at_once_leaves_no_worker():
-    dead = subprocess.run([sys.executable, "-c", GRADES_AND_DIES], capture_output=True, text=True, cwd=ROOT)
+@pytest.mark.parametrize("works", [IDLE, STARTING, BUSY], ids=["idle", "starting", "busy"])
+def test_a_run_that_ends_at_once_leaves_no_worker(works):
+    command = [sys.executable, "-c", BEGINS + works + DIES]
+    dead = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)  # until the worker, too, ends
     assert (dead.returncode, dead.stderr) == (130, "")
     wait_until(lambda: not exists(int(dead.stdout)), 5)
 
