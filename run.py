@@ -13,16 +13,16 @@ any more, as in `python run.py ... | head`.
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
-import sys
-from pathlib import Path
-
 from rosd_jax.train import stopping
 
 if __name__ == "__main__":
-    stopping.watch()  # before the slow imports
+    stopping.watch()  # before all slower imports
+
+import errno  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's start-up chatter
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
