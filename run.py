@@ -4,16 +4,26 @@
                   [--config.FIELD=VALUE ...]
 
 The same command on the same DIR goes on where the run stopped, and without --config by the config that DIR
-holds. A mistake in config, model or data ends
-with one sentence and exit status 2; Ctrl-C ends with status 130 and loses nothing that was written.
+holds.
+
+Exit status 0: done. 2: a mistake in config, model or data, named in one sentence. 128 + N: stopped by
+signal N, so 130 by Ctrl-C and 143 by SIGTERM; the first lets the call under way return and saves the last
+whole step, a second one ends the run at once, and neither loses what is written. 141: nobody reads stdout
+any more, as in `python run.py ... | head`.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
-from pathlib import Path
+from rosd_jax.train import stopping
+
+if __name__ == "__main__":
+    stopping.watch()  # before all slower imports
+
+import errno  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's start-up chatter
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -43,9 +53,13 @@ def main(argv: list[str]) -> int:
     """Returns the exit status."""
     logging.set_verbosity(logging.WARNING)
     try:
-        config = read_flags(argv)
-        validate(config)
-        run(config)
+        obey(argv)
+    except stopping.Stopped as stopped:
+        stopping.tell(str(stopped))
+        return stopped.status
+    except BrokenPipeError:
+        stopping.reader_left()
+        return 128 + signal.SIGPIPE
     except UserError as error:
         return fail(str(error))
     except OSError as error:
@@ -56,10 +70,17 @@ def main(argv: list[str]) -> int:
             raise
         return fail(f"the disk of {error.filename or 'the workdir'} is full; free some space and "
                     "run the same command to resume")  # fmt: skip
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command with the same --workdir resumes", file=sys.stderr)
-        return 130
     return 0
+
+
+def obey(argv: list[str]) -> None:
+    """Does what the command line asks for. Raises BrokenPipeError where nobody reads what it prints."""
+    try:
+        config = read_flags(argv)
+        validate(config)
+        run(config)
+    finally:  # --help ends by SystemExit
+        sys.stdout.flush()
 
 
 def read_flags(argv: list[str]) -> ConfigDict:
@@ -68,6 +89,8 @@ def read_flags(argv: list[str]) -> ConfigDict:
     try:
         rest = flags.FLAGS(with_stored_config(argv))
         config = _CONFIG.value
+    except BrokenPipeError:  # of --help, and an OSError
+        raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(explain(error)) from error
     if len(rest) > 1:

@@ -227,7 +227,7 @@ def test_a_run_that_was_cut_off_twice_equals_one_that_was_not(finished, model, c
     run.wait_for(directory, 3)  # behind a checkpoint
     run.signal(signal.SIGINT)
     status, printed = run.end()
-    assert status == 130 and printed.strip().count("\n") == 0 and "resumes" in printed
+    assert status == 130 and printed.endswith("resumes\n")
     assert not (directory / "export").exists()
 
     assert "resumes after step" in finish(command, tmp_path, **cache)

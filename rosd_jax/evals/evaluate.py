@@ -112,12 +112,14 @@ def evaluate_set(
     return _numbers(problems, generations, samples), generations
 
 
-def write_generations(workdir: str | Path, step: int, set_name: str, rows: Iterable[dict[str, Any]]) -> Path:
+def write_generations(
+    workdir: str | Path, step: int, set_name: str, rows: Iterable[dict[str, Any]], split: str = "eval"
+) -> Path:
     """Writes one ASCII JSON object a line to `generations_path`; the file appears whole or not.
 
     Raises UserError when it cannot be written.
     """
-    path = generations_path(workdir, step, set_name)
+    path = generations_path(workdir, step, set_name, split)
     aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,12 +135,15 @@ def write_generations(workdir: str | Path, step: int, set_name: str, rows: Itera
     return path
 
 
-def generations_path(workdir: str | Path, step: int, set_name: str) -> Path:
-    """evals/step_N/<set>.jsonl; different sets have different files, whatever their names hold."""
+def generations_path(workdir: str | Path, step: int, set_name: str, split: str = "eval") -> Path:
+    """evals/step_N/<set>.jsonl (or validations/...).
+
+    Different sets have different files, whatever their names hold.
+    """
     safe = quote(os.fsencode(set_name), safe="")
     if len(safe) > 150:  # file names end at 255 bytes
         safe = f"{safe[:100]}%{hashlib.sha256(os.fsencode(set_name)).hexdigest()[:24]}"
-    return Path(workdir, "evals", f"step_{step}", f"{safe}.jsonl")
+    return Path(workdir, f"{split}s", f"step_{step}", f"{safe}.jsonl")
 
 
 def _majority(predictions: Sequence[str]) -> int:

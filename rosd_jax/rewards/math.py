@@ -89,14 +89,17 @@ def serve(descriptor: int, timeout_s: float) -> None:
     The limit on a question is CPU time, so that a busy machine does not change a reward, kept by the
     kernel's timer with its default action, the end of the process:
     it also stops C code that never returns to the interpreter, and workers that lost their parent.
+    What asks the run to stop is the parent's to obey: a worker that ended at once would score the answer in
+    hand 0.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):  # a manager may signal every process of a run
+        signal.signal(number, signal.SIG_IGN)
     import math_verify  # noqa: F401
 
     logging.disable(logging.CRITICAL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(descriptor)
-    pipe.send(True)
     try:
+        pipe.send(True)
         while True:
             _answer_one(pipe, timeout_s)
     except (EOFError, OSError):  # the parent closed the pipe, or is gone
@@ -126,6 +129,7 @@ class _Worker:
             [sys.executable, "-P", "-c", code],
             pass_fds=[theirs.fileno()],
             env={**os.environ, "PYTHONPATH": path},
+            process_group=0,  # a terminal's Ctrl-C goes to the whole group of the run
         )
         theirs.close()
 

@@ -11,8 +11,8 @@ first checkpoint, and what it made after its newest one. A history whose checkpo
     require_same_evals(workdir, inputs, start)        raises where an evaluation set changed
     export_to_evaluate(workdir, config)               -> True where export/ is all that is left of the model
     origins(config, inputs)                           -> what a run is made from, for a checkpoint's meta
-    conditions(config, inputs, name)                  -> what an evaluation is made under
-    unevaluated(workdir, config, inputs, step)        -> the sets without an evaluation of that step
+    conditions(config, inputs, split, name)           -> what an evaluation is made under
+    unevaluated(workdir, config, inputs, split, step) -> the sets without an evaluation of that step
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rosd_jax.config import Config, UserError
 from rosd_jax.evals.outcome import PROBLEMS, Row, read_metrics
 from rosd_jax.models.weights import weights_fingerprint
 from rosd_jax.train import checkpoint
-from rosd_jax.train.setup import Inputs
+from rosd_jax.train.setup import FILES, Inputs, Split
 from rosd_jax.train.workdir import rollout_steps
 
 EXPORTED = "trained_steps.txt"  # in export/
@@ -146,25 +146,25 @@ def _differs(kept: Any, now: Any) -> bool:
     return kept is not None and kept != now
 
 
-def conditions(config: Config, inputs: Inputs, name: str) -> dict[str, float]:
+def conditions(config: Config, inputs: Inputs, split: Split, name: str) -> dict[str, float]:
     """What the evaluation of one set is made under, as metrics: equal ones can be compared."""
     return {
         "k": config.eval.samples,
-        "n": len(inputs.evals[name]),
+        "n": len(inputs.sets(split)[name]),
         "temperature": config.eval.temperature,
         "top_p": config.eval.top_p,
         "max_new_tokens": config.eval.max_new_tokens,
-        PROBLEMS: inputs.found[f"{name}/test"]["crc32"],
+        PROBLEMS: inputs.found[f"{name}/{FILES[split]}"]["crc32"],
     }
 
 
-def unevaluated(workdir: Path, config: Config, inputs: Inputs, step: int) -> list[str]:
+def unevaluated(workdir: Path, config: Config, inputs: Inputs, split: Split, step: int) -> list[str]:
     """The sets that have no line of `step` made under the present conditions."""
     rows = {row["split"]: row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] == step}
     return [
         name
-        for name in inputs.evals
-        if not _agrees(rows.get(f"eval/{name}"), conditions(config, inputs, name))
+        for name in inputs.sets(split)
+        if not _agrees(rows.get(f"{split}/{name}"), conditions(config, inputs, split, name))
     ]
 
 
@@ -179,13 +179,13 @@ def require_same_evals(workdir: Path, inputs: Inputs, start: int) -> None:
     The scores could not be compared, which is what a run's report does.
     """
     for row in read_metrics(workdir / "metrics.jsonl"):
-        name = row["split"].removeprefix("eval/")
-        if row["step"] > start or row["split"] == name or name not in inputs.evals:
+        split, _, name = row["split"].partition("/")
+        if row["step"] > start or split not in FILES or name not in inputs.sets(split):
             continue
-        now = inputs.found[f"{name}/test"]["crc32"]
+        now = inputs.found[f"{name}/{FILES[split]}"]["crc32"]
         if row.get(PROBLEMS, now) != now:
             raise UserError(
-                f"problems or golds of {name} in eval.sets changed since this run was evaluated on it at "
+                f"problems or golds of {name} in {split}.sets changed since this run was evaluated on it at "
                 f"step {row['step']}; bring the old ones back, give the new ones another name, or use "
                 "another --workdir"
             )

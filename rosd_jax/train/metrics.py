@@ -25,11 +25,12 @@ import numpy as np
 
 from rosd_jax.config import UserError
 from rosd_jax.distill.reflect import NOTES
+from rosd_jax.train import stopping
+from rosd_jax.train.stopping import ERASE
 from rosd_jax.train.workdir import write_atomic
 
 RESERVED = ("step", "split")
 BAR_WIDTH = 20
-ERASE = "\r\x1b[K"  # to the start of the terminal's line, and clear it
 
 
 class MetricsLog:
@@ -71,7 +72,10 @@ class MetricsLog:
 
 
 class Console:
-    """Progress for a person: on a terminal a bar with the lines above it, elsewhere plain lines."""
+    """Progress for a person: on a terminal a bar with the lines above it, elsewhere plain lines.
+
+    Where nobody reads the stream any more, the run is asked to stop.
+    """
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
         self.total, self.start, self.step = total_steps, start_step, start_step
@@ -95,13 +99,13 @@ class Console:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        print(f"{ERASE}{text}" if self.live else text, file=self.stream, flush=True)
+        self._print(f"{ERASE}{text}\n" if self.live else f"{text}\n")
         self._draw()
 
     def close(self) -> None:
         """Takes the bar away."""
         if self.live:
-            print(ERASE, end="", file=self.stream, flush=True)
+            self._print(ERASE)
 
     def _draw(self) -> None:
         if not self.live:
@@ -109,7 +113,13 @@ class Console:
         elapsed = time.monotonic() - self.began
         bar = format_bar(self.step, self.start, self.total, elapsed, self.stage_name)
         width = shutil.get_terminal_size().columns - 1  # a full line would wrap
-        print(ERASE + bar[:width], end="", file=self.stream, flush=True)
+        self._print(ERASE + bar[:width])
+
+    def _print(self, text: str) -> None:
+        try:
+            print(text, end="", file=self.stream, flush=True)
+        except BrokenPipeError:
+            stopping.reader_left()
 
 
 def format_step(step: int, total: int, numbers: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 from absl import logging
@@ -19,6 +20,7 @@ from rosd_jax.config import Config, UserError
 from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
+from rosd_jax.evals import health
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import (
     make_mesh,
@@ -35,9 +37,12 @@ from rosd_jax.rollout.loop import make_generate
 from rosd_jax.text.prompts import ENGLISH
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.train.step import Tools
+from rosd_jax.train.stopping import polled
 from rosd_jax.train.update import init_state, make_optimizer, make_update
 from rosd_jax.types import Params, TrainState
 
+Split = Literal["eval", "validation"]  # of what is scored, as lines of metrics.jsonl begin
+FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that is read for it
 LEAST_ROWS = 8  # that are worth a CPU device of their own
 HOST_DEVICES = "xla_force_host_platform_device_count"
 WORDINGS = {"english": ENGLISH, "gym": gym.WORDING}
@@ -50,9 +55,14 @@ class Inputs:
     model: Qwen3Config
     tokenizer: Tokenizer
     train: Encoded
-    evals: dict[str, Encoded]
+    evals: dict[str, Encoded]  # eval.sets, which reports are about
+    validation: dict[str, Encoded]  # validation.sets, which choose the best step
     overlong: dict[str, list[str]]  # set/split -> uids of the prompts that do not fit
     found: dict[str, dict[str, int]]  # set/split -> "rows" and "crc32" of the problems as they were read
+
+    def sets(self, split: Split) -> dict[str, Encoded]:
+        """The sets that lines of this split are about."""
+        return self.evals if split == "eval" else self.validation
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -81,13 +91,22 @@ def read_inputs(config: Config) -> Inputs:
 
     train = encode(config.data.train, "train", 0)
     batch_at(train, 0, config.seed, config.batch.prompts)  # raises where there are too few
-    evals = {name: encode(name, "test", config.eval.limit) for name in eval_sets(config)}
+    evals = {name: encode(name, FILES["eval"], config.eval.limit) for name in listed(config.eval.sets)}
+    validation = {name: encode(name, FILES["validation"], 0) for name in listed(config.validation.sets)}
+    check_known(tokenizer, train, config.data.train)
     for name, uids in overlong.items():
         logging.warning(
             "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
             name, len(uids), ", ".join(uids),
         )  # fmt: skip
-    return Inputs(model, tokenizer, train, evals, overlong, found)
+    return Inputs(model, tokenizer, train, evals, validation, overlong, found)
+
+
+def check_known(tokenizer: Tokenizer, train: Encoded, name: str) -> None:
+    """Warns where the tokenizer does not know much of the training prompts' text."""
+    share = tokenizer.unknown_share(ids for _, ids in train)
+    if share > health.UNKNOWN:
+        logging.warning("%s: %s", name, health.unknown_sentence(share))
 
 
 def model_path(config: Config) -> Path:
@@ -106,9 +125,9 @@ def model_path(config: Config) -> Path:
     return path
 
 
-def eval_sets(config: Config) -> tuple[str, ...]:
-    """The names in eval.sets."""
-    return tuple(name.strip() for name in config.eval.sets.split(",") if name.strip())
+def listed(sets: str) -> tuple[str, ...]:
+    """The names in a field such as eval.sets."""
+    return tuple(name.strip() for name in sets.split(",") if name.strip())
 
 
 def check_lengths(config: Config, model: Qwen3Config) -> None:
@@ -163,11 +182,11 @@ def build(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, shardings
     )
     first = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
-    generate = lambda section, top_p, slots: make_generate(
+    generate = lambda section, top_p, slots: polled(make_generate(
         model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
         stop_ids=inputs.tokenizer.stop_ids, slots=slots,
         pool=cache_pages(config, section.max_new_tokens), implementation=config.rollout.attention,
-    )  # fmt: skip
+    ))  # fmt: skip
     tools = Tools(
         config=config,
         model=model,

@@ -31,6 +31,7 @@ from rosd_jax.rollout.floor import Floor
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.text.prompts import Wording
 from rosd_jax.text.tokenizer import Tokenizer
+from rosd_jax.train import stopping
 from rosd_jax.types import Graded, Lesson, Params, Prompts, Reflected, Rollout, TrainState
 
 Numbers = dict[str, float]
@@ -64,7 +65,8 @@ def train_step(
 ) -> tuple[TrainState, Numbers, Reflected, np.ndarray]:
     """The next state, the step's numbers, its reflected rollouts and their weights [B, R].
 
-    `stage` is told the name of each stage as it begins.
+    `stage` is told the name of each stage as it begins. Raises Stopped where a signal has asked the run to
+    stop; `state` is still whole then.
     """
     clock = Clock(stage)
     with clock("rollout"):
@@ -228,13 +230,14 @@ def describe_reflections(reflected: Reflected, weight_BR: np.ndarray) -> Numbers
 
 
 class Clock:
-    """Seconds spent in each stage."""
+    """Seconds spent in each stage. A run may be stopped before a stage, and never after the last one."""
 
     def __init__(self, stage: Callable[[str], None]):
         self._stage, self.spent = stage, {}
 
     @contextmanager
     def __call__(self, name: str) -> Any:
+        stopping.check()
         self._stage(name)
         began = time.perf_counter()
         yield
