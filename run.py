@@ -132,10 +132,10 @@ def explain(error: BaseException) -> str:
 
 
 def run(config) -> None:
-    from rosd_jax.train import loop, workdir  # after the flags, so that --help is quick
+    from rosd_jax.train import loop, plan, workdir  # after the flags, so that --help is quick
 
     directory = Path(_WORKDIR.value or workdir.default_workdir(config.name))
-    {"train": loop.train, "eval": loop.evaluate_only, "plan": loop.plan}[_MODE.value](config, directory)
+    {"train": loop.train, "eval": loop.evaluate_only, "plan": plan.plan}[_MODE.value](config, directory)
 
 
 def fail(sentence: str) -> int:

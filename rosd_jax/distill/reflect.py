@@ -20,7 +20,7 @@ SUCCESS = 0.5  # a reward of at least this much is a correct rollout
 NOTES = {
     "all_right": "group all right",
     "all_wrong": "group all wrong",
-    "correct_left_out": "right, not taught",
+    "correct_left_out": "right (reflect.correct is off)",
     "overlong": "reflection prompt too long",
     "no_solution": "no correct sibling to show",
     "no_idea": "no idea found",

@@ -37,9 +37,11 @@ LABEL = 18  # characters of a set's name that fit the table
 MADE = {
     "metrics.jsonl": "every number, one object a line",
     "evals": "each evaluation's raw generations",
+    "validations": "those of the sets that chose the best step",
     "rollouts": "each step's responses, rewards and reflections",
     "checkpoints": "what a resumed run starts from",
     "export": "the trained model as a Hugging Face directory",
+    "export_best": "the model of the step that validation chose, likewise",
     "config.json": "the run's every setting",
 }
 
