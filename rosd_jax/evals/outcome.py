@@ -50,8 +50,8 @@ def read_metrics(path: Path) -> list[Row]:
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
-def compare(rows: Sequence[Row], workdir: Path, train_set: str) -> list[Outcome]:
-    """One outcome a set: in-domain first, then in the order of their first appearance."""
+def compare(rows: Sequence[Row], workdir: Path, trained_on: Sequence[str]) -> list[Outcome]:
+    """One outcome a set: in-domain (`trained_on`) first, then in the order of their first appearance."""
     by_set: dict[str, list[Row]] = {}
     for row in rows:
         if row["split"].startswith("eval/"):
@@ -63,7 +63,7 @@ def compare(rows: Sequence[Row], workdir: Path, train_set: str) -> list[Outcome]
         paired = se is not None
         if se is None:
             se = math.hypot(number(before, "avg_se"), number(after or {}, "avg_se"))
-        outcomes.append(Outcome(name, name == train_set, before, after, se, paired))
+        outcomes.append(Outcome(name, name in trained_on, before, after, se, paired))
     return sorted(outcomes, key=lambda outcome: not outcome.in_domain)
 
 

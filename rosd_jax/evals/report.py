@@ -31,18 +31,19 @@ MADE = {
 }
 
 
-def write_report(workdir: str | Path, train_set: str) -> str:
+def write_report(workdir: str | Path, trained_on: Sequence[str]) -> str:
     """Writes report.md and report.png into workdir; returns the lines to print, in ASCII.
 
-    Evaluations of one set at its earliest and its latest step are compared. Rows that a resumed run
-    wrote again replace the older ones. Raises UserError for a line of metrics.jsonl that is no row,
-    and where the report cannot be written.
+    trained_on holds the names of the set that training drew from, first the one to show. Evaluations of
+    one set at its earliest and its latest step are compared. Rows that a resumed run wrote again replace
+    the older ones. Raises UserError for a line of metrics.jsonl that is no row, and where the report
+    cannot be written.
     """
     workdir = Path(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
-    outcomes = compare(rows, workdir, train_set)
+    outcomes = compare(rows, workdir, trained_on)
     train = [row for row in rows if row["split"] == "train"]
-    lines = [*_training_lines(train), "", *_table_lines(outcomes, train_set)]
+    lines = [*_training_lines(train), "", *_table_lines(outcomes, trained_on[0])]
     try:
         _draw(workdir / "report.png", train, outcomes)
         (workdir / "report.md").write_text(_markdown(workdir, lines, rows), encoding="utf-8")

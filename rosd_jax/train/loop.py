@@ -11,6 +11,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rosd_jax.rollout.floor import position_bytes
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.train import checkpoint, workdir
 from rosd_jax.train.metrics import Console, MetricsLog
-from rosd_jax.train.setup import Inputs, build, read_inputs
+from rosd_jax.train.setup import Inputs, build, read_inputs, trained_on
 from rosd_jax.train.step import Tools, train_step
 from rosd_jax.types import Params, Reflected, TrainState
 
@@ -61,7 +62,7 @@ def train(config: Config, directory: Path) -> None:
         export(config, inputs, state.params, directory)
         manager.close()
         console.close()
-    print(write_report(directory, config.data.train))
+    print(write_report(directory, trained_on(config)))
 
 
 def evaluate_only(config: Config, directory: Path) -> None:
@@ -81,7 +82,7 @@ def evaluate_only(config: Config, directory: Path) -> None:
         with jax.set_mesh(tools.mesh):
             evaluate(tools, inputs, state.params, at, directory, log, console)
         console.close()
-    print(write_report(directory, config.data.train))
+    print(write_report(directory, trained_on(config)))
 
 
 def keeps(config: Config, start: int) -> Callable[[int, str], bool]:
@@ -121,7 +122,8 @@ def plan(config: Config, directory: Path) -> None:
 def headline(inputs: Inputs, config: Config, directory: Path, start: int) -> str:
     """What runs, where, and from which step."""
     begun = f"resumes after step {start}" if start else f"{config.steps} steps"
-    return f"{config.name}: {len(inputs.train)} problems of {config.data.train}, {begun}, in {directory}"
+    name = trained_on(config)[0]
+    return f"{config.name}: {len(inputs.train)} problems of {name}, {begun}, in {directory}"
 
 
 def one_step(
@@ -206,7 +208,7 @@ def evaluate(
             [problem for problem, _ in encoded],
             [ids for _, ids in encoded],
             sample,
-            tools.grader.grade_all,
+            partial(tools.grader.grade_all, thinking_open=tools.thinking_open),
             tools.tokenizer.decode,
             samples=c.samples,
             rows=c.batch,

@@ -19,6 +19,7 @@ from rosd_jax.config import Config, UserError
 from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems
+from rosd_jax.data.rows import same_data, set_name
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import (
     make_mesh,
@@ -73,12 +74,13 @@ def read_inputs(config: Config) -> Inputs:
         chat_ids = lambda messages: tokenizer.chat_ids(messages, thinking=config.thinking.student)
         kept, dropped = encode_problems(problems, chat_ids, config.data.max_prompt_tokens)
         if dropped:
-            overlong[f"{name}/{split}"] = dropped
+            overlong[f"{set_name(name)}/{split}"] = dropped
         return kept[:limit] if limit else kept
 
     train = encode(config.data.train, "train", 0)
     batch_at(train, 0, config.seed, config.batch.prompts)  # raises where there are too few
-    evals = {name: encode(name, "test", config.eval.limit) for name in eval_sets(config)}
+    check_names(config)
+    evals = {set_name(name): encode(name, "test", config.eval.limit) for name in eval_sets(config)}
     for name, uids in overlong.items():
         logging.warning(
             "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
@@ -106,6 +108,26 @@ def model_path(config: Config) -> Path:
 def eval_sets(config: Config) -> tuple[str, ...]:
     """The names in eval.sets."""
     return tuple(name.strip() for name in config.eval.sets.split(",") if name.strip())
+
+
+def check_names(config: Config) -> None:
+    """Raises UserError where two different sets of one's own have the same name."""
+    asked: dict[str, str] = {}
+    for name in (config.data.train, *eval_sets(config)):
+        other = asked.setdefault(set_name(name), name)
+        if not same_data(name, other, config.data.dir):
+            raise UserError(
+                f"data.train and eval.sets name two sets {set_name(name)!r}, {other!r} and {name!r}; a name "
+                "must stand for one set, so give each its own, or put them as train.jsonl and test.jsonl "
+                "into one folder"
+            )
+
+
+def trained_on(config: Config) -> tuple[str, ...]:
+    """What the set that training draws from is called: in data.train, then in eval.sets."""
+    train = config.data.train
+    same = [name for name in eval_sets(config) if same_data(name, train, config.data.dir)]
+    return tuple(dict.fromkeys(set_name(name) for name in (train, *same)))
 
 
 def check_lengths(config: Config, model: Qwen3Config) -> None:
@@ -169,6 +191,7 @@ def build(
         config=config,
         model=model,
         tokenizer=inputs.tokenizer,
+        thinking_open=inputs.tokenizer.opens_thinking(config.thinking.student),
         wording=WORDINGS[config.wording],
         mesh=mesh,
         grader=grader,
