@@ -17,6 +17,7 @@ from absl import flags
 
 import tiny
 from rosd_jax.config import default_config
+from rosd_jax.data import gym
 from rosd_jax.models.weights import load_params, read_config
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train import workdir
@@ -509,6 +510,40 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_resumes_it(finished, model, 
         assert_same_run(directory, finished[0])
 
 
+@pytest.mark.slow
+def test_an_answer_in_thinking_that_the_template_opens_earns_nothing(finished, model, cache, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"chat_template": settings["chat_template"] + "<think>\n"}))
+    finish(arguments(tmp_path / "model", tmp_path / "run", steps=1), tmp_path, **cache)
+    for file in ("rollouts/step_1.jsonl", "evals/step_0/gym%3Achain.jsonl"):
+        assert any(row["reward"] for row in read_lines(finished[0] / file))
+        rows = read_lines(tmp_path / "run" / file)
+        assert any("<answer>" in row["response"] for row in rows)
+        assert not any("</think>" in row["response"] or row["reward"] for row in rows)
+
+
+@pytest.mark.slow
+def test_a_set_with_a_name_is_called_by_it_and_judged_by_its_files(model, cache, tmp_path):
+    problems = gym.load("chain", "train")
+    lines = [json.dumps({"prompt": p.question, "answer": p.answer}) for p in problems[:8]]
+    for file in ("own/train.jsonl", "own/test.jsonl", "else.jsonl"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("\n".join(lines) + "\n")
+    sets = f"sums=jsonl:{tmp_path}/own/test.jsonl,other=jsonl:{tmp_path}/else.jsonl"
+    fields = dict(data__train=f"mine=jsonl:{tmp_path}/own", eval__sets=sets, steps=1)
+    printed = finish(arguments(model, tmp_path / "run", **fields), tmp_path, **cache)
+    assert "8 problems of mine" in printed and str(tmp_path / "own") not in printed
+    table = (tmp_path / "run" / "report.md").read_text()
+    inside, outside = table.partition("out of domain (not mine)")[::2]
+    assert "\nin domain\n  sums " in inside and outside.startswith("\n  other ")
+    assert sorted(p.name for p in (tmp_path / "run/evals/step_1").iterdir()) == ["other.jsonl", "sums.jsonl"]
+    assert {row["split"] for row in read_lines(tmp_path / "run/metrics.jsonl")} == {
+        "train", "eval/sums", "eval/other",
+    }  # fmt: skip
+
+
 # --- mistakes ----------------------------------------------------------------------------------------
 
 
@@ -574,6 +609,11 @@ FIELD_MISTAKES = {
     "unknown set": (dict(data__train="gym:maze"), "the gym has chain, long, words"),
     "unknown source": (dict(eval__sets="biologie"), "'biologie' is no known set"),
     "no such file": (dict(data__train="jsonl:none.jsonl"), "'jsonl:none.jsonl' names no file"),
+    "a known name": (dict(data__train="gsm8k=jsonl:x"), "names a set 'gsm8k'; a name must"),
+    "one name for two sets": (
+        dict(eval__sets="a=jsonl:models/x.jsonl,a=jsonl:models/y.jsonl"),
+        "name two sets 'a', 'a=jsonl:models/x.jsonl' and 'a=jsonl:models/y.jsonl'",
+    ),
     "no data dir": (dict(data__train="biology"), "data.dir is ''"),
     "long prompts": (dict(data__max_prompt_tokens=4), "none of 2048 prompts fits"),
     "too few problems": (dict(batch__prompts=4096), "batch.prompts is 4096; it must be at most 2048"),

@@ -1,6 +1,7 @@
 """Chat ids hold no control token that a message brought; offsets are those of the sampled ids."""
 
 import codecs
+import copy
 import functools
 import json
 import time
@@ -198,6 +199,35 @@ def test_long_responses_are_linear():
     start = time.perf_counter()
     assert len(byte_level().offsets(ids)) == 100_000
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("ending", "opens"),
+    [
+        ("", False),
+        ("<think>\n", True),
+        ("<think>", True),
+        ("<think>\n\n</think>\n\n", False),
+        ("{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}", True),
+        ("<think>a</think><think>", True),
+    ],
+)
+def test_a_template_that_leaves_thinking_open_is_known(ending, opens):
+    tokenizer = wrap(Backend(models.WordLevel({"?": 0}, unk_token="?")))
+    tokenizer.inner.chat_template = (
+        "Think in <think> tags.{% for m in messages %}{{ m.content }}{% endfor %}" + ending
+    )
+    assert tokenizer.opens_thinking(True) is opens
+    assert tokenizer.opens_thinking(False) is (opens and "else" not in ending)
+
+
+def test_which_qwen3_templates_leave_thinking_open():
+    hybrid = qwen3()
+    assert not hybrid.opens_thinking(True) and not hybrid.opens_thinking(False)
+    settings = json.loads(data_dir("qwen3_tokenizer", "tokenizer_config.qwen3-4b-2507.json").read_text())
+    thinking = Tokenizer(copy.deepcopy(hybrid.inner), hybrid.stop_ids)
+    thinking.inner.chat_template = settings["chat_template"]
+    assert thinking.opens_thinking(True)
 
 
 @pytest.mark.parametrize("thinking", [True, False])

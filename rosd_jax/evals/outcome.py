@@ -75,8 +75,10 @@ def best_step(rows: Sequence[Row]) -> int | None:
     return max(scores, key=lambda step: (scores[step], -step)) if scores else None
 
 
-def compare(rows: Sequence[Row], workdir: Path, train_set: str, until: int | None = None) -> list[Outcome]:
-    """One outcome a set: in-domain first, then in the order of their first appearance.
+def compare(
+    rows: Sequence[Row], workdir: Path, trained_on: Sequence[str], until: int | None = None
+) -> list[Outcome]:
+    """One outcome a set: in-domain (`trained_on`) first, then in the order of their first appearance.
 
     The earliest evaluation of each set is compared with that of step `until`, or else with the latest.
     """
@@ -94,7 +96,7 @@ def compare(rows: Sequence[Row], workdir: Path, train_set: str, until: int | Non
         paired = se is not None
         if se is None:
             se = math.hypot(number(before, "avg_se"), number(after or {}, "avg_se"))
-        outcomes.append(Outcome(name, name == train_set, before, after, se, paired, differences))
+        outcomes.append(Outcome(name, name in trained_on, before, after, se, paired, differences))
     return sorted(outcomes, key=lambda outcome: not outcome.in_domain)
 
 

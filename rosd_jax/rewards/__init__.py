@@ -49,8 +49,13 @@ class Grader:
         """Comparisons so far that ended with their worker, and so scored 0."""
         return self._pool.timeouts
 
-    def grade_all(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
+    def grade_all(
+        self, responses: Sequence[str], problems: Sequence[Problem], *, thinking_open: bool = False
+    ) -> list[Grade]:
         """Grades response i against problem i.
+
+        thinking_open: the prompts ended inside `<think>`, so the responses begin there, and one without
+        `</think>` has no answer. Release mode does not look at it.
 
         Raises UserError naming the problem for an unknown kind or an answer that its checker cannot
         read, and ValueError when the lengths differ.
@@ -62,23 +67,25 @@ class Grader:
                     f"kind of problem {problem.uid} is {problem.kind!r}; it must be one of "
                     f"{', '.join(_KINDS)}, so mend the row"
                 )
-        compared = iter(self._grade_math([pair for pair in pairs if pair[1].kind == "math"]))
+        compared = iter(self._grade_math([pair for pair in pairs if pair[1].kind == "math"], thinking_open))
         return [
-            next(compared) if problem.kind == "math" else self._grade_text(response, problem)
+            next(compared) if problem.kind == "math" else self._grade_text(response, problem, thinking_open)
             for response, problem in pairs
         ]
 
-    def _grade_text(self, response: str, problem: Problem) -> Grade:
+    def _grade_text(self, response: str, problem: Problem, thinking_open: bool) -> Grade:
         if problem.kind == "gym":
-            return mcq.grade_gym(response, problem.answer)
+            return mcq.grade_gym(response, problem.answer, thinking_open=thinking_open)
         checker = mcq if problem.kind == "mcq" else tooluse
         try:
-            return checker.grade(response, problem.answer, mode=self.mode)
+            return checker.grade(response, problem.answer, mode=self.mode, thinking_open=thinking_open)
         except UserError as error:
             raise UserError(f"problem {problem.uid}: {error}") from error
 
-    def _grade_math(self, pairs: Sequence[tuple[str, Problem]]) -> list[Grade]:
-        predictions = [math.predict(response, mode=self.mode) for response, _ in pairs]
+    def _grade_math(self, pairs: Sequence[tuple[str, Problem]], thinking_open: bool) -> list[Grade]:
+        predictions = [
+            math.predict(response, mode=self.mode, thinking_open=thinking_open) for response, _ in pairs
+        ]
         answers = [problem.answer for _, problem in pairs]
         found = zip(predictions, answers, strict=True)
         # Samples of one prompt often agree: each different pair is compared once.

@@ -1,4 +1,4 @@
-"""What a checker says of one response, and the cut that every checker makes first."""
+"""What a checker says of one response."""
 
 from __future__ import annotations
 
@@ -20,20 +20,3 @@ class Grade:
     score: float  # 0 or 1
     prediction: str
     well_formed: bool
-
-
-def strip_thinking(text: str) -> str:
-    """The text outside `<think>...</think>`.
-
-    A `</think>` that nothing opened (the prompt opened it) also takes all text before it, and a
-    `<think>` that never closes takes all text after it: what stands there is no answer.
-    """
-    *closed, rest = text.split("</think>")
-    kept: list[str] = []
-    for piece in closed:
-        before, opened, _ = piece.partition("<think>")
-        if opened:
-            kept.append(before)
-        else:
-            kept.clear()
-    return "".join(kept) + rest.partition("<think>")[0]

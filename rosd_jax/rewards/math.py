@@ -26,7 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from rosd_jax.rewards.grade import Mode, strip_thinking
+from rosd_jax.rewards.grade import Mode
+from rosd_jax.text.thinking import outside_thinking
 
 Question = tuple[str, str, Mode]  # prediction, gold answer, mode
 
@@ -37,11 +38,14 @@ _MAX_ANSWER = 1000  # characters; nothing longer is an answer, and parsing it ma
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
-def predict(response: str, *, mode: Mode) -> str:
-    """The content of the last box of a response, "" where there is none."""
+def predict(response: str, *, mode: Mode, thinking_open: bool = False) -> str:
+    """The content of the last box of a response, "" where there is none.
+
+    thinking_open: the prompt ended inside `<think>`; release mode does not look at it.
+    """
     if mode == "release":
         return _last_box_release(response[-_RELEASE_WINDOW:])
-    return _last_box(strip_thinking(response)).strip()
+    return _last_box(outside_thinking(response, opened=thinking_open)).strip()
 
 
 def _last_box(text: str) -> str:

@@ -25,6 +25,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import AutoTokenizer  # noqa: E402
 
 from rosd_jax.config import UserError  # noqa: E402
+from rosd_jax.text.thinking import CLOSE, OPEN  # noqa: E402
 from rosd_jax.types import Message  # noqa: E402
 
 # Words, numbers, marks, white space and other scripts, to see how a tokenizer splits them.
@@ -96,6 +97,13 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the model's chat template fails on a prompt ({error}); mend it") from error
+
+    def opens_thinking(self, thinking: bool) -> bool:
+        """Whether the template opens a `<think>` for the assistant and leaves it open."""
+        probe = "probe"
+        begun = self.render([{"role": "user", "content": probe}], thinking).rpartition(probe)[2]
+        _, opened, inside = begun.rpartition(OPEN)
+        return bool(opened) and CLOSE not in inside
 
     def chat_ids(self, messages: Iterable[Message], *, thinking: bool) -> list[int]:
         """Ids of `render`, with control tokens from the template only.

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rosd_jax.config import Config, UserError
+from rosd_jax.data.rows import set_name
 from rosd_jax.evals.outcome import PROBLEMS, Row, read_metrics
 from rosd_jax.models.weights import weights_fingerprint
 from rosd_jax.train import checkpoint
@@ -113,7 +114,7 @@ def origins(config: Config, inputs: Inputs) -> dict[str, Any]:
         "weights": weights_fingerprint(config.model.path),
         "model": {name: value for name, value in model.items() if name not in ("dtype", "remat")},
         "tokenizer": inputs.tokenizer.fingerprint(),
-        "train": inputs.found[f"{config.data.train}/train"],
+        "train": inputs.found[f"{set_name(config.data.train)}/train"],
     }
 
 

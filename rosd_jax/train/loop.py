@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.train import checkpoint, history, stopping, workdir
 from rosd_jax.train.metrics import Console, MetricsLog
 from rosd_jax.train.plan import headline
-from rosd_jax.train.setup import Inputs, Split, build, read_inputs
+from rosd_jax.train.setup import Inputs, Split, build, read_inputs, trained_on
 from rosd_jax.train.step import Tools, train_step
 from rosd_jax.types import Params, Reflected, TrainState
 
@@ -77,7 +78,7 @@ def train(config: Config, directory: Path) -> None:
             export_best(run, like)
             manager.close()
             console.close()
-            print(write_report(directory, config.data.train))
+            print(write_report(directory, trained_on(config)))
 
 
 def resume(directory: Path, config: Config, inputs: Inputs, start: int, console: Console) -> MetricsLog:
@@ -195,7 +196,7 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
             [problem for problem, _ in encoded],
             [ids for _, ids in encoded],
             sample,
-            run.tools.grader.grade_all,
+            partial(run.tools.grader.grade_all, thinking_open=run.tools.thinking_open),
             run.tools.tokenizer.decode,
             samples=c.samples,
             rows=c.batch,
@@ -278,7 +279,7 @@ def evaluate_only(config: Config, directory: Path) -> None:
         with jax.set_mesh(tools.mesh), stopping.deferred(directory):
             score(run, "eval", inputs.evals, state.params, at)
             console.close()
-            print(write_report(directory, config.data.train))
+            print(write_report(directory, trained_on(config)))
 
 
 def begin(

@@ -10,7 +10,7 @@ from rosd_jax.config import Config, UserError
 from rosd_jax.models.qwen3 import init_params
 from rosd_jax.models.weights import check_weights
 from rosd_jax.rollout.floor import position_bytes
-from rosd_jax.train.setup import Inputs, read_inputs
+from rosd_jax.train.setup import Inputs, read_inputs, trained_on
 
 
 def plan(config: Config, directory: Path) -> None:
@@ -43,4 +43,5 @@ def plan(config: Config, directory: Path) -> None:
 def headline(inputs: Inputs, config: Config, directory: Path, start: int) -> str:
     """What runs, where, and from which step."""
     begun = f"resumes after step {start}" if start else f"{config.steps} steps"
-    return f"{config.name}: {len(inputs.train)} problems of {config.data.train}, {begun}, in {directory}"
+    name = trained_on(config)[0]
+    return f"{config.name}: {len(inputs.train)} problems of {name}, {begun}, in {directory}"

@@ -20,6 +20,7 @@ from rosd_jax.config import Config, UserError
 from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
+from rosd_jax.data.rows import same_data, set_name
 from rosd_jax.evals import health
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import (
@@ -82,17 +83,22 @@ def read_inputs(config: Config) -> Inputs:
 
     def encode(name: str, split: str, limit: int) -> Encoded:
         problems = load_problems(name, split, config.data.dir)
-        found[f"{name}/{split}"] = {"rows": len(problems), "crc32": problems_crc32(problems)}
+        found[f"{set_name(name)}/{split}"] = {"rows": len(problems), "crc32": problems_crc32(problems)}
         chat_ids = lambda messages: tokenizer.chat_ids(messages, thinking=config.thinking.student)
         kept, dropped = encode_problems(problems, chat_ids, config.data.max_prompt_tokens)
         if dropped:
-            overlong[f"{name}/{split}"] = dropped
+            overlong[f"{set_name(name)}/{split}"] = dropped
         return kept[:limit] if limit else kept
 
     train = encode(config.data.train, "train", 0)
     batch_at(train, 0, config.seed, config.batch.prompts)  # raises where there are too few
-    evals = {name: encode(name, FILES["eval"], config.eval.limit) for name in listed(config.eval.sets)}
-    validation = {name: encode(name, FILES["validation"], 0) for name in listed(config.validation.sets)}
+    check_names(config)
+    evals = {
+        set_name(name): encode(name, FILES["eval"], config.eval.limit) for name in listed(config.eval.sets)
+    }
+    validation = {
+        set_name(name): encode(name, FILES["validation"], 0) for name in listed(config.validation.sets)
+    }
     check_known(tokenizer, train, config.data.train)
     for name, uids in overlong.items():
         logging.warning(
@@ -128,6 +134,26 @@ def model_path(config: Config) -> Path:
 def listed(sets: str) -> tuple[str, ...]:
     """The names in a field such as eval.sets."""
     return tuple(name.strip() for name in sets.split(",") if name.strip())
+
+
+def check_names(config: Config) -> None:
+    """Raises UserError where two different sets of one's own have the same name."""
+    asked: dict[str, str] = {}
+    for name in (config.data.train, *listed(config.eval.sets), *listed(config.validation.sets)):
+        other = asked.setdefault(set_name(name), name)
+        if not same_data(name, other, config.data.dir):
+            raise UserError(
+                f"data.train, eval.sets and validation.sets name two sets {set_name(name)!r}, {other!r} and "
+                f"{name!r}; a name must stand for one set, so give each its own, or put them as "
+                "train.jsonl, validation.jsonl and test.jsonl into one folder"
+            )
+
+
+def trained_on(config: Config) -> tuple[str, ...]:
+    """What the set that training draws from is called: in data.train, then in eval.sets."""
+    train = config.data.train
+    same = [name for name in listed(config.eval.sets) if same_data(name, train, config.data.dir)]
+    return tuple(dict.fromkeys(set_name(name) for name in (train, *same)))
 
 
 def check_lengths(config: Config, model: Qwen3Config) -> None:
@@ -191,6 +217,7 @@ def build(
         config=config,
         model=model,
         tokenizer=inputs.tokenizer,
+        thinking_open=inputs.tokenizer.opens_thinking(config.thinking.student),
         wording=WORDINGS[config.wording],
         mesh=mesh,
         grader=grader,

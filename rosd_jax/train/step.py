@@ -44,6 +44,7 @@ class Tools:
     config: Config
     model: Qwen3Config
     tokenizer: Tokenizer
+    thinking_open: bool  # the student's prompts end inside <think>
     wording: Wording
     mesh: Mesh
     grader: Grader
@@ -119,7 +120,7 @@ def grade(tools: Tools, prompts: Prompts, rollout: Rollout) -> Graded:
     texts = decode(tools.tokenizer, rollout)
     G = len(texts) // len(prompts.problems)
     problems = [problem for problem in prompts.problems for _ in range(G)]
-    grades = tools.grader.grade_all(texts, problems)
+    grades = tools.grader.grade_all(texts, problems, thinking_open=tools.thinking_open)
     return Graded(prompts, rollout, tuple(texts), np.array([g.score for g in grades], np.float32))
 
 
