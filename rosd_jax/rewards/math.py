@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
+from rosd_jax.rewards.box import last_box
 from rosd_jax.rewards.grade import Mode, strip_thinking
 
 Question = tuple[str, str, Mode]  # prediction, gold answer, mode
@@ -34,28 +34,13 @@ _START_S = 120.0  # for a worker to import math-verify on a busy machine
 _GRACE_S = 60.0  # beyond the worker's own limit (CPU time), before the parent kills it
 _RELEASE_WINDOW = 100  # characters
 _MAX_ANSWER = 1000  # characters; nothing longer is an answer, and parsing it may take minutes
-_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def predict(response: str, *, mode: Mode) -> str:
     """The content of the last box of a response, "" where there is none."""
     if mode == "release":
         return _last_box_release(response[-_RELEASE_WINDOW:])
-    return _last_box(strip_thinking(response)).strip()
-
-
-def _last_box(text: str) -> str:
-    """Of the boxes whose braces balance, the one that opens last; escaped braces do not count."""
-    opened: list[tuple[bool, int]] = []  # (is a box, where its content starts)
-    last = (-1, -1)
-    for mark in _BRACE.finditer(text):
-        if mark[0].endswith("{") and mark[0] != r"\{":
-            opened.append((mark[0] != "{", mark.end()))
-        elif mark[0] == "}" and opened:
-            is_box, start = opened.pop()
-            if is_box and start > last[0]:
-                last = (start, mark.start())
-    return text[slice(*last)] if last[0] >= 0 else ""
+    return last_box(strip_thinking(response))
 
 
 def _last_box_release(text: str) -> str:
@@ -69,16 +54,18 @@ def _last_box_release(text: str) -> str:
 
 
 def agree(prediction: str, answer: str, mode: Mode) -> bool:
-    """Whether math-verify finds two answers equal; an overlong prediction equals nothing.
+    """Whether two answers are equal; an overlong prediction equals nothing.
 
     May never return: call it in a worker only.
     """
-    from math_verify import parse, verify
-
     if len(prediction) > _MAX_ANSWER:
         return False
     if mode == "fixed":
-        prediction, answer = f"\\boxed{{{prediction}}}", f"\\boxed{{{answer}}}"
+        from rosd_jax.rewards.equal import equal
+
+        return equal(prediction, answer)
+    from math_verify import parse, verify
+
     gold = parse(answer, parsing_timeout=0)
     return verify(gold, parse(prediction, parsing_timeout=0), timeout_seconds=0)
 

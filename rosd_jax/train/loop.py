@@ -208,6 +208,7 @@ def evaluate(
             sample,
             tools.grader.grade_all,
             tools.tokenizer.decode,
+            votes=tools.grader.votes,
             samples=c.samples,
             rows=c.batch,
         )
