@@ -21,14 +21,15 @@ from dataclasses import replace
 from fractions import Fraction
 
 from rosd_jax.rewards import words
+from rosd_jax.rewards.box import last_box
 from rosd_jax.rewards.cursor import Node, number
 from rosd_jax.rewards.expression import ANGLED, read_expression
 from rosd_jax.rewards.latex import Token, Unreadable, tokenize
 
 _MAX_DEPTH = 20
 _PREFIX = re.compile(
-    r"""(?:\#{2,}|(?:so|thus|hence|therefore)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*
-    (?:answer|ans|result|solution)(?:\s+is|\s*[:=])\s*:?)\s*""",
+    r"""(?:\#{2,}|答案(?:是|为)?\s*[:：]?|(?:so|thus|hence|therefore)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*
+    (?:answer|ans|result|solution)(?:\s+is|\s*[:=：.])\s*:?)\s*""",
     re.IGNORECASE | re.VERBOSE,
 )
 _DOLLAR = re.compile(r"(?<!\\)\$")
@@ -55,8 +56,9 @@ def read_answer(text: str) -> Node:
 
 def read_tokens(text: str) -> list[Token]:
     """The tokens of an answer without what only wraps it: emphasis, dollars, `The answer is`, a full stop."""
-    text = text.strip()
-    for mark in ("**", "__", "`"):
+    boxes = text.count(r"\boxed") + text.count(r"\fbox")
+    text = (last_box(text) if boxes == 1 else text).strip() or text
+    for mark in ("**", "__", "*", "`"):
         if text.startswith(mark) and text.endswith(mark) and len(text) > 2 * len(mark):
             text = text[len(mark) : -len(mark)].strip()
     text = text.replace("**", "") if text.count("**") == 2 else text
@@ -64,15 +66,20 @@ def read_tokens(text: str) -> list[Token]:
         text = _DOLLAR.sub(" ", text).strip()
     if prefix := _PREFIX.match(text):
         text = text[prefix.end() :]
-    return tokenize(text)
+    tokens = tokenize(text)
+    said = next((i for i, token in enumerate(tokens) if token.kind != "text"), 0)
+    introduced = said and _PREFIX.fullmatch(" ".join(token.text for token in tokens[:said]))
+    return tokens[said:] if introduced else tokens
 
 
 def canonical(text: str) -> str:
     """The tokens as text, for answers that are not read: equal text is an equal answer."""
-    return " ".join(
-        words.word_key(token.text) if token.kind in ("text", "let") else token.text
-        for token in _trimmed(read_tokens(text))
-    )
+    out: list[str] = []
+    for token in _trimmed(read_tokens(text)):
+        out.append(words.word_key(token.text) if token.kind in ("text", "let") else token.text)
+        if len(out) > 2 and out[-3] == "{" and out[-1] == "}":
+            out[-3:] = out[-2:-1]  # braces around one token
+    return " ".join(out)
 
 
 def _trimmed(tokens: Sequence[Token]) -> list[Token]:

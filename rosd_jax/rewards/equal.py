@@ -18,7 +18,9 @@ from rosd_jax.rewards.value import proportional, same_value
 
 _MAX_ITEMS = 100
 _TURNED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
-_SCALAR = frozenset("num sym const add mul div neg pow fact call apply abs floor ceil binom angle".split())
+_SCALAR = frozenset(
+    "num sym const add mul div neg pow fact call apply abs floor ceil conj binom angle".split()
+)
 
 
 def equal(a: str, b: str) -> bool:

@@ -259,6 +259,8 @@ class _Reader(Cursor):
             return Node("binom", (self.argument(split=True), self.argument(split=True)))
         if text in _FUNCTIONS:
             return self.function(text)
+        if text == r"\overline" and self.peek() == "{" and self.kind(1) == "num":
+            return Node("conj", (self.group(),))
         if text in _ACCENTS:
             return Node("sym", text=text + self.accented())
         if text in (r"\pi", r"\infty"):

@@ -42,7 +42,8 @@ _TOKEN = re.compile(
 # A command whose backslash was escaped once too often, and no row that starts with these letters.
 _DOUBLED = re.compile(
     r"""\\(?:[dtc]?frac|sqrt|text|mathrm|mathbf|textbf|left|right|pi|theta|alpha|beta|infty|cdot|times|pm|circ
-    |begin|end|boxed|fbox|log|ln|sin|cos|tan|cup|cap|leq?|geq?|in|overline|quad|binom|mathbb)(?![A-Za-z])""",
+    |begin|end|boxed|fbox|log|ln|sin|cos|tan|cup|cap|leq?|geq?|in|overline|quad|binom|mathbb)(?![A-Za-z])
+    |\\[{}%$,;!]""",
     re.VERBOSE,
 )
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -275,8 +276,9 @@ def _degrees(tokens: list[Token]) -> list[Token]:
     return out
 
 
-_OPEN = frozenset(["(", "[", "{", r"\{", r"\langle"])
-_CLOSE = frozenset([")", "]", "}", r"\}", r"\rangle"])
+# Between these a bare comma separates values, whatever the digits around it; braces are not seen.
+_OPEN = frozenset(["(", "[", r"\{", r"\langle"])
+_CLOSE = frozenset([")", "]", r"\}", r"\rangle"])
 
 
 def _join_numbers(tokens: list[Token]) -> list[Token]:

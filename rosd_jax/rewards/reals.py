@@ -49,9 +49,8 @@ def same_reals(a: Reals | None, b: Reals | None) -> bool:
 
 def _near(a: Any, b: Any) -> bool:
     with mpmath.workdps(200):
-        return a == b or bool(
-            mpmath.isfinite(a) and abs(a - b) <= mpmath.mpf(10) ** -100 * max(abs(a), abs(b))
-        )
+        finite = mpmath.isfinite(a) and mpmath.isfinite(b)
+        return a == b or bool(finite and abs(a - b) <= mpmath.mpf(10) ** -100 * max(abs(a), abs(b)))
 
 
 def _reals(node: Node) -> Reals:

@@ -355,6 +355,7 @@ _NUMERIC: dict[str, Callable[..., Any]] = {
     "div": _divided,
     "neg": lambda a: -a,
     "abs": abs,
+    "conj": mpmath.conj,
     "pow": _power,
     "fact": _factorial,
     "binom": _binomial,

@@ -9,8 +9,8 @@ from rosd_jax.rewards.latex import Token, Unreadable
 
 _NAMES = """m meter metre|cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre
 nm nanometer nanometre|um micrometer micrometre micron|in inch inche|ft foot feet|yd yard|mi mile
-g gram gramme|kg kilogram kilogramme kilo|mg milligram|lb pound lbs|oz ounce|t ton tonne
-s sec second|ms millisecond|min minute|h hr hour|day|week|month|yr year|l L liter litre
+g gram gramme|kg kilogram kilogramme kilo|mg milligram|lb lbs pound|oz ounce|t ton tonne
+s sec secs second|ms millisecond|min mins minute|h hr hrs hour|day|week|month|yr yrs year|l L liter litre
 ml mL milliliter millilitre
 gal gallon|pt pint|qt quart|N newton|J joule|kJ kilojoule|W watt|kW kilowatt|MW megawatt|V volt|A amp ampere
 C coulomb|Pa pascal|kPa kilopascal|Hz hertz|kHz kilohertz|MHz megahertz|K kelvin|mol mole
@@ -28,7 +28,7 @@ _CURRENCY_UNITS = frozenset([*CURRENCIES.values(), "yuan"])
 # Letters side by side are a product, except such a run straight after a number: nobody multiplies k and g.
 _TYPED_UNITS = frozenset(
     """cm mm km kg ft yd lb lbs oz hr hrs sec min deg rad gal kW MW kJ Hz kHz MHz kPa USD EUR GBP Rs mph kmph
-    kph""".split()
+    kph cup day ton cal men""".split()
 ) | {name for name in _UNITS if len(name) > 3}
 
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
@@ -154,9 +154,10 @@ def _unit_name(word: str) -> str:
         raise Unreadable(f"{word} after a number")
     if lower in _FILLERS or lower in _GENERIC:
         return ""
-    singular = lower.removesuffix("s") if len(lower) > 3 else lower
-    folded = _UNITS.get(singular) if len(word) > 2 else None
-    return CURRENCIES.get(word) or _UNITS.get(word) or folded or singular
+    if len(word) <= 3:  # the case of an abbreviation counts: Mg, mg
+        return CURRENCIES.get(word) or _UNITS.get(word) or word
+    singular = lower.removesuffix("s")
+    return _UNITS.get(word) or _UNITS.get(singular) or singular
 
 
 def is_known_unit(name: str) -> bool:
