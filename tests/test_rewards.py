@@ -238,7 +238,7 @@ def test_math_verify_reads_every_gold_answer(grader):
 
 
 def test_a_comparison_without_end_costs_only_itself():
-    answers = ["9^{9^{9^{9}}}", "7\ud800", "\x00", '__import__("os")', "6", "5.0"]
+    answers = ["$9^{9^{9^{9}}}$", "7\ud800", "\x00", '__import__("os")', "6", "5.0"]
     responses = [f"\\boxed{{{answer}}}" for answer in answers]
     with Grader("release", timeout_s=3) as grader:  # math-verify has no limit of its own here
         grades = grader.grade_all(responses, [_problem("math", "5")] * len(responses))

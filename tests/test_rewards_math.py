@@ -121,6 +121,7 @@ EQUAL = {
     """,
     "notation of numbers": r"""
         2.5e-7 | 2.5\times10^{-7}
+        2.5 x 10^-7 | 2.5e-7
         2.5E-7 | 0.00000025
         6.1e23 | 6.1\cdot 10^{23}
         1e-05 | 0.00001
@@ -140,7 +141,7 @@ EQUAL = {
         \begin{gathered}a=3\\b=4\end{gathered} | b=4, a=3
         a=3\\b=4 | a=3,b=4
         \left\{\begin{array}{l}a=3\\b=4\end{array}\right. | a=3,b=4
-        \begin{cases}x & x>0\\0 & x\le0\end{cases} | \begin{cases}x,&\text{if } x>0\\0,&\text{if } x\leq0\end{cases}
+        \begin{cases}x & x>0\\0 & x<0\end{cases} | \begin{cases}x,&\text{if }x>0\\0,&\text{if }x<0\end{cases}
     """,
     "without braces": r"""
         \frac\pi3 | \frac{\pi}{3}
@@ -237,6 +238,8 @@ EQUAL = {
         \sin^{-1}\frac12 | \frac{\pi}{6}
         \frac{dy}{dx} | \frac{dy}{dx}
         \int_0^1 f(x)\,dx | \int_{0}^{1} f(x) dx
+        P(1+r)^n | (1+r)^n P
+        \frac{d}{d+1} | d/(d+1)
         GMm/r^2 | \frac{GmM}{r^2}
         10^{1000000} | 10^{1000000}
     """,
@@ -405,6 +408,7 @@ DIFFERENT = {
         \frac{dM}{dt} | \frac{M}{t}
         I(0) | 0
         f(2) | f(3)
+        f(x+y) | f(x)+f(y)
         y' | y
         \bar{x} | x
         \log 3 | \ln 3

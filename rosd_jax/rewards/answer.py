@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
 
 from rosd_jax.rewards import words
@@ -371,8 +370,3 @@ def _based(tokens: list[Token]) -> Node | None:
     if not any(c.isdigit() for c in numeral) and (base != 16 or len(numeral) < 2):
         return None  # a variable with an index
     return Node("base", text=sign + digits, value=Fraction(base))
-
-
-def without_unit(node: Node) -> Node:
-    """A quantity's number; any other node as it is."""
-    return node.parts[0] if node.kind == "quantity" else replace(node)

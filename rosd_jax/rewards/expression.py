@@ -33,7 +33,7 @@ _UNREAD = frozenset(
     \partial \nabla \circ \RR \ZZ \NN \QQ \CC \emptyset \\ \& \} \] \) \rangle \rfloor \rceil \over \choose
     \underbrace \overbrace \substack \stackrel \left \right \ref \cite \item \therefore \because""".split()
 )
-_APPLIED = frozenset("f g h F G H P Q \\phi \\psi \\Phi \\Psi \\Gamma \\zeta \\delta u y".split())
+_APPLIED = frozenset("f g F G \\phi \\psi \\Phi \\Psi \\Gamma \\zeta \\delta u".split())
 _CLOSERS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 
 
@@ -296,6 +296,8 @@ class _Reader(Cursor):
         if not all(group and (group[0].text[0] == "d" or group[0].text == r"\partial") for group in groups):
             return None
         if groups[1][0].text == "d" and len(groups[1]) == 1:
+            return None
+        if any(token.text in ("+", "-", "*", "/") for token in groups[1]):
             return None
         upper, lower = ("".join(token.text for token in group) for group in groups)
         self.at = stop + 1

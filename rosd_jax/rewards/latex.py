@@ -167,7 +167,7 @@ def _word(spelling: str) -> str:
 
 def tokenize(text: str) -> list[Token]:
     """The tokens of an answer, thousands joined. Raises Unreadable where a text group has no end."""
-    return _join_numbers(_degrees(_tokens(spelled_in_ascii(text), depth=0, upright=False)))
+    return _join_numbers(_typed_signs(_tokens(spelled_in_ascii(text), depth=0, upright=False)))
 
 
 def _tokens(text: str, depth: int, upright: bool) -> list[Token]:
@@ -257,8 +257,8 @@ def _null_delimiter(text: str, position: int) -> int:
     return position
 
 
-def _degrees(tokens: list[Token]) -> list[Token]:
-    r"""One sign for a degree, raised or not: `^\circ`, `^{\circ}`, `^°`, `^{\circ C}`."""
+def _typed_signs(tokens: list[Token]) -> list[Token]:
+    r"""One sign for a degree, `^\circ`, `^{\circ}`, `^°`, `^{\circ C}`; and `3 x 10`, a product."""
     out: list[Token] = []
     position = 0
     while position < len(tokens):
@@ -271,6 +271,11 @@ def _degrees(tokens: list[Token]) -> list[Token]:
             out.append(Token("sign", "°"))
             out += tokens[position + 2 : position - 1 + texts.index("}")]
             position += texts.index("}")
+        elif (
+            texts[0] in ("x", "X")
+            and [t.kind for t in (*out[-1:], *tokens[position : position + 1])] == ["num"] * 2
+        ):
+            out.append(Token("sign", "*"))
         else:
             out.append(tokens[position - 1])
     return out

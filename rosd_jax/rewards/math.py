@@ -1,13 +1,12 @@
-r"""The mathematics checker: the boxed answer against the gold one, by math-verify in workers.
+r"""The mathematics checker: the boxed answer against the gold one, compared in workers.
 
-Reading the box is a pure function of the text. Comparing two answers is not so tame: math-verify
-runs a parser and a computer algebra system on what a model wrote, may need a millisecond or (for
-9^{9^{9^{9}}}) a lifetime, and guards itself with an alarm that works on a main thread only. So the
-comparison runs in worker processes, started as fresh interpreters: no fork beside JAX, no import of
+Reading the box is a pure function of the text. Comparing two answers is not so tame: it computes what
+a model wrote, and math-verify, which `release` needs, may take a lifetime (for 9^{9^{9^{9}}}) and guards
+itself with an alarm that works on a main thread only. So the comparison runs in worker processes, started as fresh interpreters: no fork beside JAX, no import of
 the caller's main module; and this module imports neither JAX nor (in the parent) math-verify.
 
-`fixed` takes the last `\boxed{...}` or `\fbox{...}` of the whole response, outside the thinking,
-and compares both answers as LaTeX. `release` is the released checker: only the last 100 characters
+`fixed` takes the last box of the whole response (box.py), outside the thinking, and compares both
+answers as mathematics (equal.py; docs/grading.md has the rules). `release` is the released checker: only the last 100 characters
 are searched, and the answers are compared as bare strings, which leaves most LaTeX unread.
 """
 
