@@ -352,12 +352,15 @@ def _begins_unit(tokens: list[Token], index: int) -> bool:
 
 def _based(tokens: list[Token]) -> Node | None:
     """Digits in a stated base: `52_8`, `52_{\\text{eight}}`, `52 (base 8)`; None for anything else."""
-    texts = [token.text for token in tokens if token.text not in ("{", "}", "(", ")")]
+    if tokens[0].text == "(" and (end := _match(tokens, 0)) > 0:
+        tokens = tokens[1:end] + tokens[end + 1 :]
+    texts = [token.text for token in tokens]
     lower = [text.lower() for text in texts]
     cut = texts.index("_") if "_" in texts else lower.index("base") if "base" in lower else -1
+    cut -= cut > 1 and texts[cut - 1] == "("
     if cut < 1:
         return None
-    stated = [text for text in lower[cut + 1 :] if text != "base"]
+    stated = [text for text in lower[cut:] if text not in ("_", "base", "{", "}", "(", ")")]
     written = [text for text in texts[:cut] if text.lower() != "in"]
     if len(stated) != 1 or not (stated[0] in _BASES or (stated[0].isdigit() and len(stated[0]) <= 2)):
         return None
