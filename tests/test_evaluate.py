@@ -127,6 +127,17 @@ def test_numbers_of_a_set():
     assert numbers["truncated"] == pytest.approx(2 / 15)
 
 
+def test_answers_that_are_equal_vote_together():
+    problems = [problem(0, "A"), problem(1, "B")]
+    merged = lambda predictions, _: ["B" if p == "C" else p for p in predictions]
+    numbers, generations = evaluate_set(
+        "s", problems, [[1], [2]], fake_sample([]), fake_grades, lambda ids: str(ids[0]),
+        votes=merged, samples=3, rows=2,
+    )  # fmt: skip
+    assert [(g["prediction"], g["vote"]) for g in generations[:3]] == [("A", "A"), ("B", "B"), ("C", "B")]
+    assert (numbers["maj"], numbers["distinct"]) == (0.5, 2)
+
+
 def test_only_multiple_choice_has_a_most_frequent_letter():
     problems = [problem(0), problem(1, kind="math")]
     numbers, _ = evaluate_set(

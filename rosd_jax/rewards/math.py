@@ -2,12 +2,14 @@ r"""The mathematics checker: the boxed answer against the gold one, compared in 
 
 Reading the box is a pure function of the text. Comparing two answers is not so tame: it computes what
 a model wrote, and math-verify, which `release` needs, may take a lifetime (for 9^{9^{9^{9}}}) and guards
-itself with an alarm that works on a main thread only. So the comparison runs in worker processes, started as fresh interpreters: no fork beside JAX, no import of
-the caller's main module; and this module imports neither JAX nor (in the parent) math-verify.
+itself with an alarm that works on a main thread only. So the comparison runs in worker processes, started
+as fresh interpreters: no fork beside JAX, no import of the caller's main module; and this module imports
+neither JAX nor (in the parent) math-verify.
 
 `fixed` takes the last box of the whole response (box.py), outside the thinking, and compares both
-answers as mathematics (equal.py; docs/grading.md has the rules). `release` is the released checker: only the last 100 characters
-are searched, and the answers are compared as bare strings, which leaves most LaTeX unread.
+answers as mathematics (equal.py; docs/grading.md has the rules). `release` is the released checker: only
+the last 100 characters are searched, and the answers are compared as bare strings, which leaves most
+LaTeX unread.
 """
 
 from __future__ import annotations
