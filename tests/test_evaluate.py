@@ -128,14 +128,15 @@ def test_numbers_of_a_set():
 
 
 def test_answers_that_are_equal_vote_together():
-    problems = [problem(0, "A"), problem(1, "B")]
     merged = lambda predictions, _: ["B" if p == "C" else p for p in predictions]
-    numbers, generations = evaluate_set(
-        "s", problems, [[1], [2]], fake_sample([]), fake_grades, lambda ids: str(ids[0]),
-        votes=merged, samples=3, rows=2,
-    )  # fmt: skip
-    assert [(g["prediction"], g["vote"]) for g in generations[:3]] == [("A", "A"), ("B", "B"), ("C", "B")]
-    assert (numbers["maj"], numbers["distinct"]) == (0.5, 2)
+    for votes, maj, distinct in ((plain_votes, 0, 3), (merged, 1, 2)):
+        numbers, generations = evaluate_set(
+            "s", [problem(0, "B")], [[1]], fake_sample([]), fake_grades, lambda ids: str(ids[0]),
+            votes=votes, samples=3, rows=2,
+        )  # fmt: skip
+        assert (numbers["maj"], numbers["distinct"]) == (maj, distinct)
+        assert [g["prediction"] for g in generations] == ["A", "B", "C"]
+    assert [g["vote"] for g in generations] == ["A", "B", "B"]
 
 
 def test_only_multiple_choice_has_a_most_frequent_letter():
