@@ -220,12 +220,12 @@ def test_math_verify_reads_every_gold_answer(grader):
     _check_gold_against_itself(grader, _math500())
 
 
-def test_hostile_answers_cost_only_themselves():
-    answers = ["9^{9^{9^{9}}}", "5\ud800", "\x00", '__import__("os")', "6", "05", "5.0"]
+def test_a_comparison_without_end_costs_only_itself():
+    answers = ["$9^{9^{9^{9}}}$", "7\ud800", "\x00", '__import__("os")', "6", "5.0"]
     responses = [f"\\boxed{{{answer}}}" for answer in answers]
-    with Grader(timeout_s=2) as grader:
+    with Grader("release", timeout_s=3) as grader:  # math-verify has no limit of its own here
         grades = grader.grade_all(responses, [_problem("math", "5")] * len(responses))
-        assert [grade.score for grade in grades] == [0, 0, 0, 0, 0, 1, 1]
+        assert [grade.score for grade in grades] == [0, 0, 0, 0, 0, 1]
         assert grader.timeouts == 1
         assert _score(grader, "math", "\\boxed{5.00}", "5") == 1
         assert grader.timeouts == 1

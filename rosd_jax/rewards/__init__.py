@@ -96,3 +96,28 @@ class Grader:
             Grade(float(bool(p) and (p == a or (p, a) in right)), p, bool(p))
             for p, a in zip(predictions, answers, strict=True)
         ]
+
+    def votes(self, predictions: Sequence[str], problems: Sequence[Problem]) -> list[str]:
+        """The answer that each prediction votes for: the first of its problem's that equals it.
+
+        Only predictions of a mathematics problem can be equal and differ as text, and only `fixed` says
+        so. Each is compared with one of every answer found so far. Raises ValueError when the lengths differ.
+        """
+        waiting: dict[str, dict[str, None]] = {}  # the different predictions of each problem, in order
+        for prediction, problem in zip(predictions, problems, strict=True):
+            if prediction and problem.kind == "math" and self.mode == "fixed":
+                waiting.setdefault(problem.uid, {})[prediction] = None
+        voted: dict[tuple[str, str], str] = {}
+        while waiting:
+            asked: list[math.Question] = [
+                (other, first, self.mode) for first, *others in waiting.values() for other in others
+            ]
+            agreed = iter(self._pool.answer_all(asked))
+            apart: dict[str, dict[str, None]] = {}
+            for uid, (first, *others) in waiting.items():
+                equal = [other for other in others if next(agreed)]
+                voted |= {(uid, prediction): first for prediction in (first, *equal)}
+                if len(equal) < len(others):
+                    apart[uid] = {other: None for other in others if other not in equal}
+            waiting = apart
+        return [voted.get((problem.uid, p), p) for p, problem in zip(predictions, problems, strict=True)]

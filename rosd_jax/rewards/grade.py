@@ -12,9 +12,9 @@ Mode = Literal["fixed", "release"]
 class Grade:
     """The verdict on one response.
 
-    `prediction` is the answer that was read from the text ("" where none was); equal predictions
-    are equal answers for a majority vote. `well_formed` is true when the response kept the format
-    that was asked for, whatever its score.
+    `prediction` is the answer that was read from the text ("" where none was). Equal predictions are
+    equal answers; mathematics has other equal answers, which `Grader.votes` finds. `well_formed` is true
+    when the response kept the format that was asked for, whatever its score.
     """
 
     score: float  # 0 or 1

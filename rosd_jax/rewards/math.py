@@ -1,14 +1,15 @@
-r"""The mathematics checker: the boxed answer against the gold one, by math-verify in workers.
+r"""The mathematics checker: the boxed answer against the gold one, compared in workers.
 
-Reading the box is a pure function of the text. Comparing two answers is not so tame: math-verify
-runs a parser and a computer algebra system on what a model wrote, may need a millisecond or (for
-9^{9^{9^{9}}}) a lifetime, and guards itself with an alarm that works on a main thread only. So the
-comparison runs in worker processes, started as fresh interpreters: no fork beside JAX, no import of
-the caller's main module; and this module imports neither JAX nor (in the parent) math-verify.
+Reading the box is a pure function of the text. Comparing two answers is not so tame: it computes what
+a model wrote, and math-verify, which `release` needs, may take a lifetime (for 9^{9^{9^{9}}}) and guards
+itself with an alarm that works on a main thread only. So the comparison runs in worker processes, started
+as fresh interpreters: no fork beside JAX, no import of the caller's main module; and this module imports
+neither JAX nor (in the parent) math-verify.
 
-`fixed` takes the last `\boxed{...}` or `\fbox{...}` of the whole response, outside the thinking,
-and compares both answers as LaTeX. `release` is the released checker: only the last 100 characters
-are searched, and the answers are compared as bare strings, which leaves most LaTeX unread.
+`fixed` takes the last box of the whole response (box.py), outside the thinking, and compares both
+answers as mathematics (equal.py; docs/grading.md has the rules). `release` is the released checker: only
+the last 100 characters are searched, and the answers are compared as bare strings, which leaves most
+LaTeX unread.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
+from rosd_jax.rewards.box import last_box
 from rosd_jax.rewards.grade import Mode
 from rosd_jax.text.thinking import outside_thinking
 
@@ -35,7 +36,6 @@ _START_S = 120.0  # for a worker to import math-verify on a busy machine
 _GRACE_S = 60.0  # beyond the worker's own limit (CPU time), before the parent kills it
 _RELEASE_WINDOW = 100  # characters
 _MAX_ANSWER = 1000  # characters; nothing longer is an answer, and parsing it may take minutes
-_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def predict(response: str, *, mode: Mode, thinking_open: bool = False) -> str:
@@ -45,21 +45,7 @@ def predict(response: str, *, mode: Mode, thinking_open: bool = False) -> str:
     """
     if mode == "release":
         return _last_box_release(response[-_RELEASE_WINDOW:])
-    return _last_box(outside_thinking(response, opened=thinking_open)).strip()
-
-
-def _last_box(text: str) -> str:
-    """Of the boxes whose braces balance, the one that opens last; escaped braces do not count."""
-    opened: list[tuple[bool, int]] = []  # (is a box, where its content starts)
-    last = (-1, -1)
-    for mark in _BRACE.finditer(text):
-        if mark[0].endswith("{") and mark[0] != r"\{":
-            opened.append((mark[0] != "{", mark.end()))
-        elif mark[0] == "}" and opened:
-            is_box, start = opened.pop()
-            if is_box and start > last[0]:
-                last = (start, mark.start())
-    return text[slice(*last)] if last[0] >= 0 else ""
+    return last_box(outside_thinking(response, opened=thinking_open))
 
 
 def _last_box_release(text: str) -> str:
@@ -73,16 +59,18 @@ def _last_box_release(text: str) -> str:
 
 
 def agree(prediction: str, answer: str, mode: Mode) -> bool:
-    """Whether math-verify finds two answers equal; an overlong prediction equals nothing.
+    """Whether two answers are equal; an overlong prediction equals nothing.
 
     May never return: call it in a worker only.
     """
-    from math_verify import parse, verify
-
     if len(prediction) > _MAX_ANSWER:
         return False
     if mode == "fixed":
-        prediction, answer = f"\\boxed{{{prediction}}}", f"\\boxed{{{answer}}}"
+        from rosd_jax.rewards.equal import equal
+
+        return equal(prediction, answer)
+    from math_verify import parse, verify
+
     gold = parse(answer, parsing_timeout=0)
     return verify(gold, parse(prediction, parsing_timeout=0), timeout_seconds=0)
 

@@ -198,6 +198,7 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
             sample,
             partial(run.tools.grader.grade_all, thinking_open=run.tools.thinking_open),
             run.tools.tokenizer.decode,
+            votes=run.tools.grader.votes,
             samples=c.samples,
             rows=c.batch,
         )
