@@ -7,6 +7,7 @@ any device is touched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
@@ -23,12 +24,10 @@ CHOICES = {
     "lesson.locate": ("offsets", "reencode"),
     "lesson.teacher_context": ("idea", "idea_or_solution", "solution"),
     "lesson.gold_in_idea": ("keep", "strip"),
-    "rewards": ("fixed", "release"),
     "loss.tail": ("bucket", "renorm"),
     "optimizer.empty_batch": ("skip", "step"),
     "model.dtype": ("float32", "bfloat16"),
     "method": ("rosd",),
-    "wording": ("english", "gym"),
     "rollout.attention": (None, "xla", "ragged_tpu", "pallas_tpu", "pallas_gpu"),
 }
 
@@ -45,8 +44,9 @@ def default_config() -> Config:
             method="rosd",
             seed=0,
             steps=100,
-            wording="english",  # "gym": the prompts in the shipped tiny model's closed vocabulary
-            rewards="fixed",  # "release": the released checkers, defects included
+            wording="english",  # "gym": in the shipped tiny model's closed vocabulary; or a file, PATH.toml
+            rewards="fixed",  # "release": the released checkers, defects included; or MODULE:FUNCTION
+            reward_timeout=5.0,  # CPU seconds to grade a response; over it the response scores 0
             # -1: all remaining devices. Under data=-1 each core of a CPU is a device, where rows suffice.
             mesh=dict(data=1, fsdp=-1, tensor=1),
             model=dict(path="", dtype="bfloat16", remat=True),
@@ -60,6 +60,7 @@ def default_config() -> Config:
                 temperature=1.0,
                 top_p=1.0,
                 max_new_tokens=8192,
+                stop=(),  # texts that end a response as a stop token does, in evaluation too
                 slots=placeholder(int),
                 cache_tokens=2**16,  # a quarter of 32 rollouts of 8192
                 prompt_tokens=2**16,  # of different prompts with room there besides; more take turns
@@ -140,8 +141,22 @@ def validate(config: Config) -> None:
     _require(config, "rollout.slots", slots is None or slots >= 1, "be at least 1, or null for all rows")
     for field in ("eval.limit", "eval.every", "optimizer.warmup_steps", "seed"):
         _require(config, field, _get(config, field) >= 0, "be 0 or more")
+    _validate_own(config)
     _validate_ranges(config)
     _validate_batch(config)
+
+
+def _validate_own(config: Config) -> None:
+    """What a user may bring: a reward function, a wording, stop strings."""
+    rewards, wording, stop = config.rewards, config.wording, config.rollout.stop
+    named = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", rewards)
+    _require(config, "rewards", rewards in ("fixed", "release") or named is not None,
+             "be fixed, release or MODULE:FUNCTION, a function of your own")  # fmt: skip
+    _require(config, "wording", wording in ("english", "gym") or wording.endswith(".toml"),
+             "be english, gym or the path of a .toml file of your own")  # fmt: skip
+    _require(config, "rollout.stop", all(isinstance(text, str) and text for text in stop),
+             "hold strings that are not empty")  # fmt: skip
+    _require(config, "reward_timeout", 0 < config.reward_timeout < float("inf"), "be above 0 and finite")
 
 
 def _validate_ranges(config: Config) -> None:

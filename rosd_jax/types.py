@@ -30,9 +30,10 @@ class Problem:
 
     uid: str  # "<set>/<row number>", stable across runs
     dataset: str  # the set it came from: "physics", "tooluse", "aime24", ...
-    kind: str  # which checker grades it: "mcq" | "math" | "tooluse" | "gym"
+    kind: str  # which checker grades it: "mcq" | "math" | "tooluse" | "gym" | "own" (the user's function)
     messages: tuple[Message, ...]  # the task's own system and user text, in chat form
-    answer: str  # the gold answer, never empty
+    answer: str  # the gold answer, empty only for the kind "own"
+    extra: str = ""  # the row's other fields, a JSON object, for a reward function of the user's
 
     @property
     def question(self) -> str:

@@ -38,7 +38,7 @@ def train(config: Config, directory: Path) -> None:
     """Trains for config.steps steps in `directory`, or goes on where a run there stopped."""
     inputs = read_inputs(config)
     workdir.prepare(directory, config)
-    with Grader(config.rewards) as grader:
+    with Grader(config.rewards, config.reward_timeout) as grader:
         tools, frozen_params, like, fresh = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory, config.checkpoint.keep)
         check_disk(directory, manager, like, config)
@@ -71,7 +71,7 @@ def evaluate_only(config: Config, directory: Path) -> None:
     """
     inputs = read_inputs(config)
     workdir.prepare(directory, config)
-    with Grader(config.rewards) as grader:
+    with Grader(config.rewards, config.reward_timeout) as grader:
         tools, _, like, fresh = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory, config.checkpoint.keep)
         state, at = begin(config, manager, like, fresh)

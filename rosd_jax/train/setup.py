@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import jax
 from absl import logging
@@ -28,15 +29,16 @@ from rosd_jax.models.sharding import (
     validate_mesh_for,
 )
 from rosd_jax.models.weights import load_params, read_config
-from rosd_jax.rewards import Grader
+from rosd_jax.rewards import Grader, Mode
 from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
 from rosd_jax.rollout.loop import make_generate
-from rosd_jax.text.prompts import ENGLISH
+from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
+from rosd_jax.text.wording import read_wording
 from rosd_jax.train.step import Tools
 from rosd_jax.train.update import init_state, make_optimizer, make_update
-from rosd_jax.types import Params, TrainState
+from rosd_jax.types import Params, Problem, TrainState
 
 LEAST_ROWS = 8  # that are worth a CPU device of their own
 HOST_DEVICES = "xla_force_host_platform_device_count"
@@ -49,6 +51,7 @@ class Inputs:
 
     model: Qwen3Config
     tokenizer: Tokenizer
+    wording: Wording
     train: Encoded
     evals: dict[str, Encoded]
     overlong: dict[str, list[str]]  # set -> uids of the prompts that do not fit
@@ -66,10 +69,14 @@ def read_inputs(config: Config) -> Inputs:
         remat=config.model.remat,
     )
     check_lengths(config, model)
+    wording = WORDINGS.get(config.wording) or read_wording(config.wording)
+    with Grader(config.rewards, config.reward_timeout) as grader:
+        grader.start()  # raises where an own reward function cannot be used
     overlong: dict[str, list[str]] = {}
 
     def encode(name: str, split: str, limit: int) -> Encoded:
         problems = load_problems(name, split, config.data.dir)
+        check_kinds(config, problems)
         chat_ids = lambda messages: tokenizer.chat_ids(messages, thinking=config.thinking.student)
         kept, dropped = encode_problems(problems, chat_ids, config.data.max_prompt_tokens)
         if dropped:
@@ -84,7 +91,7 @@ def read_inputs(config: Config) -> Inputs:
             "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
             name, len(uids), ", ".join(uids),
         )  # fmt: skip
-    return Inputs(model, tokenizer, train, evals, overlong)
+    return Inputs(model, tokenizer, wording, train, evals, overlong)
 
 
 def model_path(config: Config) -> Path:
@@ -106,6 +113,16 @@ def model_path(config: Config) -> Path:
 def eval_sets(config: Config) -> tuple[str, ...]:
     """The names in eval.sets."""
     return tuple(name.strip() for name in config.eval.sets.split(",") if name.strip())
+
+
+def check_kinds(config: Config, problems: Sequence[Problem]) -> None:
+    """Raises UserError for the first problem that no built-in checker grades, where they are to grade."""
+    own = next((problem.uid for problem in problems if problem.kind == "own"), None)
+    if own and config.rewards in get_args(Mode):
+        raise UserError(
+            f"rewards is {config.rewards!r}, and the kind of problem {own} is 'own'; give rewards the "
+            "MODULE:FUNCTION that grades it, or change the kind"
+        )
 
 
 def check_lengths(config: Config, model: Qwen3Config) -> None:
@@ -169,7 +186,7 @@ def build(
         config=config,
         model=model,
         tokenizer=inputs.tokenizer,
-        wording=WORDINGS[config.wording],
+        wording=inputs.wording,
         mesh=mesh,
         grader=grader,
         key=jax.random.key(config.seed),
