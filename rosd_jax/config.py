@@ -57,9 +57,7 @@ def default_config() -> Config:
             # cache_tokens: response tokens with room in the cache of each row device, in evaluation too;
             # where they run out, the youngest responses wait and start anew
             rollout=dict(
-                temperature=1.0,
-                top_p=1.0,
-                max_new_tokens=8192,
+                temperature=1.0, top_p=1.0, max_new_tokens=8192,
                 stop=(),  # texts that end a response as a stop token does, in evaluation too
                 slots=placeholder(int),
                 cache_tokens=2**16,  # a quarter of 32 rollouts of 8192
@@ -154,9 +152,13 @@ def _validate_own(config: Config) -> None:
              "be fixed, release or MODULE:FUNCTION, a function of your own")  # fmt: skip
     _require(config, "wording", wording in ("english", "gym") or wording.endswith(".toml"),
              "be english, gym or the path of a .toml file of your own")  # fmt: skip
-    _require(config, "rollout.stop", all(isinstance(text, str) and text for text in stop),
-             "hold strings that are not empty")  # fmt: skip
+    _require(config, "rollout.stop", all(map(_is_text, stop)), "hold strings of text that are not empty")
     _require(config, "reward_timeout", 0 < config.reward_timeout < float("inf"), "be above 0 and finite")
+
+
+def _is_text(value: Any) -> bool:
+    """Not empty, and nothing in it that UTF-8 cannot hold."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value != ""
 
 
 def _validate_ranges(config: Config) -> None:

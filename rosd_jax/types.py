@@ -76,7 +76,7 @@ class Rollout:
     tokens_BR: jax.Array  # int32; beyond length: 0
     length_B: jax.Array  # int32, the stop token counted
     logp_BR: jax.Array  # float32, log-prob of each token at the sampling temperature; 0 beyond length
-    finished_B: jax.Array  # bool: ended on a stop token (False: cut at the limit)
+    finished_B: jax.Array  # bool: ended on a stop token or string (False: cut at the limit)
     stats: DecodeStats | None = None
 
 

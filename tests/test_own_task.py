@@ -182,17 +182,16 @@ def test_a_batch_of_another_length_and_a_bad_entry_are_named(rewards):
         grade(rewards("one_bad"), "a", "b", "c")
 
 
-def test_a_score_that_rounding_put_past_1_is_1(rewards):
-    assert [g.score for g in grade(rewards("by_response"), "0.1 + 0.2 + 0.7 + 1e-16", "1 + 3e-16", "-1e-9")] == [
-        1, 1, 0
-    ]  # fmt: skip
+def test_a_score_that_rounding_put_past_the_ends_is_at_the_end(rewards):
+    grades = grade(rewards("by_response"), "1 + 3e-16", "-1e-9")
+    assert [g.score for g in grades] == [1, 0]
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("absent:f", "there is no module 'absent' in the current directory"),
-        ("own_rewards.part:f", "there is no module 'own_rewards.part'|it is not a package"),
+        ("own_rewards.part:f", "there is no module 'own_rewards.part' in"),
         ("own_rewards:absent", "has no function 'absent'"),
         ("own_rewards:value", "has no function 'value'"),
         ("own_rewards:two", r"it must take three arguments, \(prompt, response, row\)"),
@@ -336,8 +335,8 @@ def test_files_that_are_no_wording_are_named(tmp_path):
         ("rewards", "my.py:f:g", "be fixed, release or MODULE:FUNCTION"),
         ("rewards", "dir/my:f", "be fixed, release or MODULE:FUNCTION"),
         ("wording", "klingon", "be english, gym or the path of a .toml file"),
-        ("rollout.stop", ("a", ""), "hold strings that are not empty"),
-        ("rollout.stop", (7,), "hold strings that are not empty"),
+        ("rollout.stop", ("a", ""), "hold strings of text that are not empty"),
+        ("rollout.stop", (7,), "hold strings of text that are not empty"),
         ("reward_timeout", 0.0, "be above 0 and finite"),
     ],
 )

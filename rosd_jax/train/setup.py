@@ -33,6 +33,7 @@ from rosd_jax.rewards import Grader, Mode
 from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
 from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.stops import Stops, make_stops
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.text.wording import read_wording
@@ -52,6 +53,7 @@ class Inputs:
     model: Qwen3Config
     tokenizer: Tokenizer
     wording: Wording
+    stops: Stops | None
     train: Encoded
     evals: dict[str, Encoded]
     overlong: dict[str, list[str]]  # set -> uids of the prompts that do not fit
@@ -70,6 +72,8 @@ def read_inputs(config: Config) -> Inputs:
     )
     check_lengths(config, model)
     wording = WORDINGS.get(config.wording) or read_wording(config.wording)
+    stop = config.rollout.stop
+    stops = make_stops(stop, tokenizer.pieces(stop)) if stop else None
     with Grader(config.rewards, config.reward_timeout) as grader:
         grader.start()  # raises where an own reward function cannot be used
     overlong: dict[str, list[str]] = {}
@@ -91,7 +95,7 @@ def read_inputs(config: Config) -> Inputs:
             "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
             name, len(uids), ", ".join(uids),
         )  # fmt: skip
-    return Inputs(model, tokenizer, wording, train, evals, overlong)
+    return Inputs(model, tokenizer, wording, stops, train, evals, overlong)
 
 
 def model_path(config: Config) -> Path:
@@ -177,9 +181,9 @@ def build(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, shardings
     )
     first = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
-    generate = lambda section, top_p, slots: make_generate(
+    generate = lambda section, top_p, slots, stops: make_generate(
         model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
-        stop_ids=inputs.tokenizer.stop_ids, slots=slots,
+        stop_ids=inputs.tokenizer.stop_ids, slots=slots, stops=stops,
         pool=cache_pages(config, section.max_new_tokens), implementation=config.rollout.attention,
     )  # fmt: skip
     tools = Tools(
@@ -191,9 +195,9 @@ def build(
         grader=grader,
         key=jax.random.key(config.seed),
         floor=measure_floor(model, mesh.shape["tensor"]),
-        sample=generate(config.rollout, config.rollout.top_p, config.rollout.slots),
-        reflect=generate(config.reflect, 1.0, config.rollout.slots),
-        evaluate=generate(config.eval, config.eval.top_p, config.eval.batch),
+        sample=generate(config.rollout, config.rollout.top_p, config.rollout.slots, inputs.stops),
+        reflect=generate(config.reflect, 1.0, config.rollout.slots, None),
+        evaluate=generate(config.eval, config.eval.top_p, config.eval.batch, inputs.stops),
         update=make_update(config, model, optimizer, mesh, shardings),
     )
     return tools, frozen_params, like, lambda: first(load())
