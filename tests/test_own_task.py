@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from rosd_jax.config import UserError, default_config, validate
-from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
 from rosd_jax.distill.teacher import repeats_gold
 from rosd_jax.rewards import Grade, Grader, check, workers
 from rosd_jax.text import prompts
 from rosd_jax.text.wording import read_wording
 from rosd_jax.types import Problem
+from support import ROOT
 
 REWARDS = """
 import os, sys, time
@@ -347,4 +352,80 @@ def test_fields_of_ones_own_are_checked_before_any_file(field, value, words):
         validate(config)
 
 
-assert gym
+# ---- the example of docs/own_task.md
+
+DOC = ROOT / "docs" / "own_task.md"
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """Its files in a folder of their own, and what runs its commands there by their number."""
+    folder = tmp_path_factory.mktemp("own")
+    files = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", DOC.read_text(), re.DOTALL | re.MULTILINE))
+    assert set(files) == {"make_data.py", "reward.py", "wording.toml", "config.py"}
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    (commands,) = re.findall(r"```sh\n(.*?)```", DOC.read_text(), re.DOTALL)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {
+        "ROSD": str(ROOT),
+        "PATH": path,
+        "XLA_FLAGS": "",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+
+    def run(*numbers, then=""):
+        chosen = "\n".join(commands.splitlines()[n] for n in numbers) + then
+        done = subprocess.run(["sh", "-ec", chosen], cwd=folder, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    return folder, run
+
+
+def test_the_example_is_checked_before_any_device_is_touched(example):
+    folder, run = example
+    status, printed, errors = run(0, 1)
+    assert (status, errors) == (0, "") and "chains: 64 problems of jsonl:chains.jsonl, 2 steps" in printed
+    assert not (folder / "run").exists() and not (folder / "runs").exists()
+    for flags, words in (
+        ("rewards=fixed", "rewards is 'fixed', and the kind of problem jsonl:chains.jsonl/train/0 is 'own'"),
+        ("wording=absent.toml", "wording is 'absent.toml', which cannot be read"),
+    ):
+        status, printed, errors = run(1, then=f" --config.{flags}")
+        assert status == 2 and printed == "" and errors.count("\n") == 1 and words in errors
+
+
+def test_the_example_of_the_checkers_runs(capsys):
+    (code,) = re.findall(r"```python\n(from rosd_jax.rewards import check.*?)```", DOC.read_text(), re.DOTALL)
+    exec(compile(code, str(DOC), "exec"), {})
+    assert capsys.readouterr().out == "1.0\n"
+
+
+@pytest.mark.slow
+def test_the_example_trains_with_its_own_reward_wording_and_stop_string(example):
+    folder, run = example
+    status, _, errors = run(0, 2)
+    assert (status, errors) == (0, "")
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["split"] == "train"]
+    assert len(train) == 2 and len(lines) == 4
+    assert all(line["grader_timeouts"] == 0 and line["truncated"] < 0.2 for line in train)
+    assert any(line["quote_found"] > 0.5 and line["active_tokens"] > 0 for line in train)
+    text = (folder / "run" / "rollouts" / "step_1.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert {row["reward"] for row in rows} == {0.0, 1.0} and {row["answer"] for row in rows} == {""}
+    ended = [row["response"] for row in rows if "</answer>" in row["response"]]
+    assert len(ended) > 0.8 * len(rows) and all(text.endswith("</answer>") for text in ended)
+    # What the model itself ends with is not sampled: the stop string is the last token.
+    assert len({row["token_ids"][-1] for row in rows if row["response"] in ended}) == 1
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_ends_the_run_with_its_traceback_and_one_sentence(example):
+    folder, run = example
+    (folder / "failing.py").write_text("def f(prompt, response, row):\n    return row['absent']\n")
+    status, _, errors = run(0, 2, then="2 --config.rewards=failing:f")
+    assert status == 2 and "Traceback" in errors
+    said = errors.splitlines()[-1]
+    assert said.startswith("error: rewards is 'failing:f'; on problem jsonl:chains.jsonl/train/")
+    assert "it raised KeyError: 'absent' (" in said and "failing.py line 2)" in said

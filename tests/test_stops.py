@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.decoders import Metaspace
 
 from rosd_jax.config import UserError
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
@@ -77,6 +78,14 @@ def generate(mesh=None, stops=STOPS, params=PARAMS, **options):
     return jax.tree.map(np.asarray, rollout)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """What is asserted of values holds of any program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def free():
     return generate(stops=())
@@ -136,10 +145,8 @@ def test_stop_strings_are_found_in_qwen3s_tokens():
         assert found == end(stops, pieces, ids)
 
 
-def test_a_tokenizer_whose_tokens_depend_on_each_other_is_refused(monkeypatch):
+def test_a_tokenizer_whose_tokens_depend_on_each_other_is_refused():
     tokenizer = load_tokenizer(ROOT / "models" / "gym")
-    from tokenizers.decoders import Metaspace
-
     tokenizer.inner.backend_tokenizer.decoder = Metaspace()
     with pytest.raises(UserError, match="rollout.stop needs a tokenizer whose decoder .* is Metaspace"):
         tokenizer.pieces()
