@@ -216,6 +216,20 @@ def test_a_function_that_cannot_be_used_is_one_sentence_at_the_start(rewards, tm
     assert str(caught.value).startswith(f"rewards is {name!r}; ") and "\n" not in str(caught.value)
 
 
+def test_signals_to_all_processes_change_no_reward_and_children_obey_them(rewards, tmp_path):
+    """The worker outlives what asks the run to stop, and a process that a function starts does not."""
+    (tmp_path / "signals.py").write_text(
+        "import os, signal, subprocess\n"
+        "def f(prompt, response, row):\n"
+        "    for number in (signal.SIGINT, signal.SIGTERM): os.kill(os.getpid(), number)\n"
+        "    child = subprocess.Popen(['sleep', '60'])\n"
+        "    child.terminate()\n"
+        "    return child.wait(10) == -signal.SIGTERM\n"
+    )
+    grader = rewards("signals:f")
+    assert [g.score for g in grade(grader, "a", "b")] == [1, 1] and grader.timeouts == 0
+
+
 # ---- rows
 
 

@@ -192,7 +192,7 @@ def _any_answer(row: Row) -> str:
     try:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except RecursionError:
-        raise _wrong(row, "answer", "is nested too deeply") from None
+        raise _wrong(row, "answer", "must not be nested so deeply") from None
     return _text(Row(row.where, {"answer": text}), "answer", "")
 
 
@@ -216,7 +216,7 @@ def _own_row(row: Row) -> Example:
     try:
         return {**example, "extra": json.dumps(extra) if extra else ""}
     except RecursionError:
-        raise UserError(f"{row.where} is nested too deeply; flatten or drop the row") from None
+        raise UserError(f"{row.where} nests its fields too deeply; flatten or drop the row") from None
 
 
 def _math_row(row: Row) -> Example:

@@ -47,16 +47,19 @@ def serve(descriptor: int, module: str, given: Sequence[str]) -> None:
     The limit on a question is CPU time, so that a busy machine does not change a reward, kept by the
     kernel's timer with its default action, the end of the process:
     it also stops C code that never returns to the interpreter, and workers that lost their parent.
+    What asks the run to stop is the parent's to obey: a worker that ended at once would score the answer in
+    hand 0.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a manager may signal every process of a run
+        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by what a reward function starts
     pipe = Connection(descriptor)
     try:
         answer = importlib.import_module(module).answerer(*given)
     except UserError as error:
         pipe.send(error)
         return
-    pipe.send(getattr(answer, "greeting", None))
     try:
+        pipe.send(getattr(answer, "greeting", None))
         while True:
             _answer_one(pipe, answer)
     except (EOFError, OSError):  # the parent closed the pipe, or is gone
@@ -86,6 +89,7 @@ class _Worker:
             [sys.executable, "-P", "-c", code],
             pass_fds=[theirs.fileno()],
             env={**os.environ, "PYTHONPATH": path},
+            process_group=0,  # a terminal's Ctrl-C goes to the whole group of the run
         )
         theirs.close()
 
