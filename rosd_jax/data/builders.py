@@ -60,6 +60,7 @@ def _problem(example: rows.Example) -> Problem:
         kind=example["kind"],
         messages=messages,
         answer=example["answer"],
+        extra=example["extra"],
     )
 
 

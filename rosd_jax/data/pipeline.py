@@ -30,7 +30,7 @@ def problems_crc32(problems: Sequence[Problem]) -> int:
     """A checksum of what the problems ask, of their golds and checkers, and of their order."""
     check = 0
     for problem in problems:
-        line = json.dumps([problem.kind, problem.messages, problem.answer], sort_keys=True)
+        line = json.dumps([problem.kind, problem.messages, problem.answer, problem.extra], sort_keys=True)
         check = zlib.crc32(line.encode(), check)
     return check
 

@@ -3,12 +3,14 @@
 Every file holds one JSON object a line, whatever its suffix. Science and tool-use files carry the
 fields of the released splits, of which `prompt`, `answer`, `system` and `kind` are read. A set of
 one's own is `jsonl:PATH`, with fields `prompt` and `answer`, and optionally `system` and `kind`
-("math" unless given, or "mcq" or "tooluse"). Its prompt is sent as it stands, so a "math" prompt
+("math" unless given, or "mcq", "tooluse" or "own"). Its prompt is sent as it stands, so a "math" prompt
 should itself ask for a final \\boxed{} answer. A file is one split, whichever is asked for; a folder
 holds train.jsonl, validation.jsonl and test.jsonl, or some of them. `NAME=jsonl:PATH` names the set in
 metrics, files and report.
 
-A gold answer that no response could match is refused with the row.
+Only a reward function of one's own grades the kind "own", whose answer may be anything, or absent; such a
+function is handed all other fields of a row too. For the other kinds a gold answer that no response could
+match is refused with the row.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from typing import Any
 from rosd_jax.config import UserError
 from rosd_jax.rewards import tooluse
 
-FIELDS = ("uid", "dataset", "kind", "system", "user", "answer")
+FIELDS = ("uid", "dataset", "kind", "system", "user", "answer", "extra")
+READ = ("prompt", "system", "kind", "answer")  # what we take from a row of one's own
 MATH_REQUEST = "Reason step by step, then state the final answer inside \\boxed{}."
 
 # Of a folder of one's own.
@@ -73,7 +76,7 @@ def read_examples(name: str, split: str, path: Path) -> list[Example]:
     """
     read_row, called = source(name).read_row, set_name(name)
     return [
-        {"uid": f"{called}/{split}/{i}", "dataset": called, **read_row(row)}
+        {"uid": f"{called}/{split}/{i}", "dataset": called, "extra": "", **read_row(row)}
         for i, row in enumerate(_read_rows(path))
     ]
 
@@ -84,7 +87,7 @@ def source(name: str) -> Source:
     if path is None:
         return SOURCES[name]
     files = OWN_SPLITS if path.is_dir() else {"train": path.name}
-    return Source(files, functools.partial(_chat_row, kind="math"))
+    return Source(files, _own_row)
 
 
 def set_name(name: str) -> str:
@@ -298,7 +301,19 @@ def _letter_answer(row: Row) -> str:
     return letter[1].upper()
 
 
-GOLD = {"mcq": _letter_answer, "math": _math_answer, "tooluse": _tool_answer}
+def _any_answer(row: Row) -> str:
+    """Text, any other value as JSON text, or "" where there is none."""
+    value = row.fields.get("answer")
+    if value is None:
+        return ""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise _wrong(row, "answer", "must not be nested so deeply") from None
+    return _text(Row(row.where, {"answer": text}), "answer", "")
+
+
+GOLD = {"mcq": _letter_answer, "math": _math_answer, "tooluse": _tool_answer, "own": _any_answer}
 
 
 def _chat_row(row: Row, kind: str) -> Example:
@@ -308,6 +323,17 @@ def _chat_row(row: Row, kind: str) -> Example:
         raise _wrong(row, "kind", f"must be one of {', '.join(GOLD)}")
     system, user = _text(row, "system", ""), _text(row, "prompt")
     return {"kind": kind, "system": system, "user": user, "answer": GOLD[kind](row)}
+
+
+def _own_row(row: Row) -> Example:
+    """A row of a user's own file; `extra` keeps, as a JSON object, what a reward function may want to see."""
+    example = _chat_row(row, kind="math")
+    whole = example["kind"] == "own" and not isinstance(row.fields.get("answer", ""), str)
+    extra = {k: v for k, v in row.fields.items() if k not in READ or (k == "answer" and whole)}
+    try:
+        return {**example, "extra": json.dumps(extra) if extra else ""}
+    except RecursionError:
+        raise UserError(f"{row.where} nests its fields too deeply; flatten or drop the row") from None
 
 
 def _math_row(row: Row) -> Example:

@@ -103,7 +103,7 @@ def reflector_messages(
 ) -> list[Message]:
     """What the reflector is asked about a row; the task's own system prompt is not part of it."""
     problem = graded.prompts.problems[row * len(graded.prompts.problems) // len(graded.texts)]
-    gold = problem.answer if show_gold else None
+    gold = (problem.answer or None) if show_gold else None
     attempt = graded.texts[row]
     if plan.kind == "right":
         return prompts.right_messages(problem.question, attempt, gold, wording)

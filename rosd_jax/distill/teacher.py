@@ -108,8 +108,8 @@ def count(reflected: Reflected, weight_BR: np.ndarray) -> dict[str, int]:
 
 
 def repeats_gold(idea: str, gold: str) -> bool:
-    """Whether the gold answer stands in the idea, as a word or number of its own."""
-    return _gold(gold).search(idea) is not None
+    """Whether the gold answer, if there is one, stands in the idea, as a word or number of its own."""
+    return bool(gold) and _gold(gold).search(idea) is not None
 
 
 def strip_gold(idea: str, gold: str) -> str:

@@ -1,53 +1,64 @@
 """Grades responses: one checker a kind of problem, each in a `fixed` and a `release` mode.
 
 `release` gives the released code's verdicts, defects included; `fixed` mends them (each module says
-which). This package imports no JAX, so that the workers of the mathematics checker load quickly.
+which). A user's own function may take their place (custom.py). This package imports no JAX, so that
+worker processes load quickly.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from rosd_jax.config import UserError
-from rosd_jax.rewards import math, mcq, tooluse
+from rosd_jax.rewards import custom, math, mcq, tooluse
 from rosd_jax.rewards.grade import Grade, Mode
+from rosd_jax.rewards.workers import Pool
 
 if TYPE_CHECKING:
     from rosd_jax.types import Problem
 
-__all__ = ["Grade", "Grader", "Mode"]
+__all__ = ["Grade", "Grader", "Mode", "check"]
 
 _KINDS = ("mcq", "math", "tooluse", "gym")
 _MAX_WORKERS = 8
 
 
 class Grader:
-    """Grades batches of responses, and owns the processes that compare mathematics.
+    """Grades batches of responses, and owns the processes that compare mathematics or run an own function.
 
-    A context manager: workers start with the first pair of answers that needs comparing and end on
-    exit. `timeout_s` bounds one comparison; over it, the worker is ended and replaced and the
-    response scores 0. `timeouts` counts these, and workers that died of an answer. Raises UserError
-    for an unknown mode.
+    A context manager: workers start when first needed and end on exit. mode: "fixed", "release" or
+    "MODULE:FUNCTION". `timeout_s` bounds one comparison, or one response in an own function; over it, the
+    worker is ended and replaced and the response scores 0. `timeouts` counts these, and workers that died
+    of an answer. Raises UserError for an unknown mode.
     """
 
-    def __init__(self, mode: Mode = "fixed", timeout_s: float = 5.0):
-        if mode not in get_args(Mode):
+    def __init__(self, mode: str = "fixed", timeout_s: float = 5.0):
+        if ":" not in mode and mode not in get_args(Mode):
             raise UserError(f"rewards is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
-        self.mode: Mode = mode
-        self._pool = math.Pool(timeout_s, min(_MAX_WORKERS, os.cpu_count() or 1))
+        workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+        self._own = custom.OwnReward(mode, timeout_s, workers) if ":" in mode else None
+        self.mode: Mode = cast(Mode, mode)
+        self._pool = Pool(timeout_s, workers, math.__name__, [mode])
 
     def __enter__(self) -> Grader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.close()
+        if self._own:
+            self._own.close()
+
+    def start(self) -> None:
+        """Imports an own function now, so that its mistakes show before the first response does."""
+        if self._own:
+            self._own.start()
 
     @property
     def timeouts(self) -> int:
-        """Comparisons so far that ended with their worker, and so scored 0."""
-        return self._pool.timeouts
+        """Responses so far that ended with their worker, and so scored 0."""
+        return (self._own or self._pool).timeouts
 
     def grade_all(
         self, responses: Sequence[str], problems: Sequence[Problem], *, thinking_open: bool = False
@@ -60,6 +71,8 @@ class Grader:
         Raises UserError naming the problem for an unknown kind or an answer that its checker cannot
         read, and ValueError when the lengths differ.
         """
+        if self._own:
+            return self._own.grade_all(responses, problems)
         pairs = list(zip(responses, problems, strict=True))
         for _, problem in pairs:
             if problem.kind not in _KINDS:
@@ -74,11 +87,8 @@ class Grader:
         ]
 
     def _grade_text(self, response: str, problem: Problem, thinking_open: bool) -> Grade:
-        if problem.kind == "gym":
-            return mcq.grade_gym(response, problem.answer, thinking_open=thinking_open)
-        checker = mcq if problem.kind == "mcq" else tooluse
         try:
-            return checker.grade(response, problem.answer, mode=self.mode, thinking_open=thinking_open)
+            return check(response, problem.answer, problem.kind, self.mode, thinking_open=thinking_open)
         except UserError as error:
             raise UserError(f"problem {problem.uid}: {error}") from error
 
@@ -121,3 +131,24 @@ class Grader:
                     apart[uid] = {other: None for other in others if other not in equal}
             waiting = apart
         return [voted.get((problem.uid, p), p) for p, problem in zip(predictions, problems, strict=True)]
+
+
+def check(
+    response: str, answer: str, kind: str, mode: Mode = "fixed", *, thinking_open: bool = False
+) -> Grade:
+    """The verdict of one built-in checker, for use in a reward function of one's own.
+
+    thinking_open: the prompt ended inside `<think>`, as `Grader.grade_all` is told.
+    Mathematics is compared in this process, whose time limit bounds it. Raises UserError for an unknown
+    kind or an answer that its checker cannot read.
+    """
+    if kind not in _KINDS:
+        raise UserError(f"kind is {kind!r}; it must be one of {', '.join(_KINDS)}, so mend the row")
+    if kind == "gym":
+        return mcq.grade_gym(response, answer, thinking_open=thinking_open)
+    if kind == "math":
+        found = math.predict(response, mode=mode, thinking_open=thinking_open)
+        right = bool(found) and (found == answer or math.answerer(mode)((found, answer, mode)))
+        return Grade(float(right), found, bool(found))
+    checker = mcq if kind == "mcq" else tooluse
+    return checker.grade(response, answer, mode=mode, thinking_open=thinking_open)

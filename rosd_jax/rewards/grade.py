@@ -17,6 +17,6 @@ class Grade:
     when the response kept the format that was asked for, whatever its score.
     """
 
-    score: float  # 0 or 1
+    score: float  # 0 or 1; from a function of the user's, in [0, 1]
     prediction: str
     well_formed: bool

@@ -1,6 +1,7 @@
 """What the reflector and the teacher are told, and how hostile text is kept inside its bounds.
 
-A wording is a value: a model with a small vocabulary of its own brings its own wording.
+A wording is a value: a model with a small vocabulary of its own brings its own wording, and so may a user
+(wording.py).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from tokenizers.decoders import ByteLevel
+from tokenizers.decoders import ByteLevel, Fuse
 
 # Its advice to install PyTorch is of no use here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -160,6 +160,22 @@ class Tokenizer:
         vocabulary = sorted(self.inner.get_vocab().items())
         parts = [vocabulary, self.inner.chat_template, self.stop_ids, self.encode(PROBE)]
         return f"{zlib.crc32(json.dumps(parts, sort_keys=True).encode()):08x}"
+
+    def pieces(self, shown: Sequence[str] = ()) -> list[bytes]:
+        """The bytes that each id adds to the text of `decode`: none for control tokens, but those `shown`.
+
+        Raises UserError where they depend on the tokens around, as those of SentencePiece do.
+        """
+        decoder = self.inner.backend_tokenizer.decoder
+        if not isinstance(decoder, ByteLevel | Fuse):
+            raise UserError(
+                "rollout.stop needs a tokenizer whose decoder is ByteLevel or Fuse, and that of model.path "
+                f"is {type(decoder).__name__}; leave rollout.stop empty"
+            )
+        of = _token_bytes if isinstance(decoder, ByteLevel) else str.encode
+        hidden = {i for string, i in self._control().items() if string not in shown}
+        names = map(self.inner.backend_tokenizer.id_to_token, range(self.num_tokens))
+        return [b"" if i in hidden else of(name or "") for i, name in enumerate(names)]
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer and its chat template as a Hugging Face directory."""

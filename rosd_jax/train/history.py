@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def origins(config: Config, inputs: Inputs) -> dict[str, Any]:
         "weights": weights_fingerprint(config.model.path),
         "model": {name: value for name, value in model.items() if name not in ("dtype", "remat")},
         "tokenizer": inputs.tokenizer.fingerprint(),
+        "wording": f"{zlib.crc32(repr(inputs.wording).encode()):08x}",
         "train": inputs.found[f"{set_name(config.data.train)}/train"],
     }
 
@@ -127,6 +129,7 @@ def require_same_origins(kept: dict[str, Any], now: dict[str, Any], config: Conf
     words = {
         "weights": f"the weights of {path}",
         "model": f"config.json of {path}",
+        "wording": f"the texts of wording ({config.wording!r})",
         "tokenizer": f"the tokenizer, chat template or stop tokens of {path}",
     }
     changed = [name for name in now if _differs(kept.get(name), now[name])]

@@ -61,7 +61,7 @@ def train(config: Config, directory: Path) -> None:
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
     origins = history.origins(config, inputs)
-    with workdir.claim(directory, config), Grader(config.rewards) as grader:
+    with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         history.require_checkpoint(directory, config)
         tools, frozen_params, like, fresh = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory)
@@ -261,7 +261,7 @@ def evaluate_only(config: Config, directory: Path) -> None:
         config.model.path = str(directory / "export")
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
-    with workdir.claim(directory, config), Grader(config.rewards) as grader:
+    with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         tools, _, like, fresh = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory)
         if exported:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 from absl import logging
@@ -31,16 +31,18 @@ from rosd_jax.models.sharding import (
     validate_mesh_for,
 )
 from rosd_jax.models.weights import load_params, read_config
-from rosd_jax.rewards import Grader
+from rosd_jax.rewards import Grader, Mode
 from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
 from rosd_jax.rollout.loop import make_generate
-from rosd_jax.text.prompts import ENGLISH
+from rosd_jax.rollout.stops import Stops, make_stops
+from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
+from rosd_jax.text.wording import read_wording
 from rosd_jax.train.step import Tools
 from rosd_jax.train.stopping import polled
 from rosd_jax.train.update import init_state, make_optimizer, make_update
-from rosd_jax.types import Params, TrainState
+from rosd_jax.types import Params, Problem, TrainState
 
 Split = Literal["eval", "validation"]  # of what is scored, as lines of metrics.jsonl begin
 FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that is read for it
@@ -55,6 +57,8 @@ class Inputs:
 
     model: Qwen3Config
     tokenizer: Tokenizer
+    wording: Wording
+    stops: Stops | None
     train: Encoded
     evals: dict[str, Encoded]  # eval.sets, which reports are about
     validation: dict[str, Encoded]  # validation.sets, which choose the best step
@@ -78,12 +82,18 @@ def read_inputs(config: Config) -> Inputs:
         remat=config.model.remat,
     )
     check_lengths(config, model)
+    wording = WORDINGS.get(config.wording) or read_wording(config.wording)
+    stop = config.rollout.stop
+    stops = make_stops(stop, tokenizer.pieces(stop)) if stop else None
+    with Grader(config.rewards, config.reward_timeout) as grader:
+        grader.start()  # raises where an own reward function cannot be used
     overlong: dict[str, list[str]] = {}
     found: dict[str, dict[str, int]] = {}
 
     def encode(name: str, split: str, limit: int) -> Encoded:
         problems = load_problems(name, split, config.data.dir)
         found[f"{set_name(name)}/{split}"] = {"rows": len(problems), "crc32": problems_crc32(problems)}
+        check_kinds(config, problems)
         chat_ids = lambda messages: tokenizer.chat_ids(messages, thinking=config.thinking.student)
         kept, dropped = encode_problems(problems, chat_ids, config.data.max_prompt_tokens)
         if dropped:
@@ -105,7 +115,7 @@ def read_inputs(config: Config) -> Inputs:
             "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
             name, len(uids), ", ".join(uids),
         )  # fmt: skip
-    return Inputs(model, tokenizer, train, evals, validation, overlong, found)
+    return Inputs(model, tokenizer, wording, stops, train, evals, validation, overlong, found)
 
 
 def check_known(tokenizer: Tokenizer, train: Encoded, name: str) -> None:
@@ -154,6 +164,16 @@ def trained_on(config: Config) -> tuple[str, ...]:
     train = config.data.train
     same = [name for name in listed(config.eval.sets) if same_data(name, train, config.data.dir)]
     return tuple(dict.fromkeys(set_name(name) for name in (train, *same)))
+
+
+def check_kinds(config: Config, problems: Sequence[Problem]) -> None:
+    """Raises UserError for the first problem that no built-in checker grades, where they are to grade."""
+    own = next((problem.uid for problem in problems if problem.kind == "own"), None)
+    if own and config.rewards in get_args(Mode):
+        raise UserError(
+            f"rewards is {config.rewards!r}, and the kind of problem {own} is 'own'; give rewards the "
+            "MODULE:FUNCTION that grades it, or change the kind"
+        )
 
 
 def check_lengths(config: Config, model: Qwen3Config) -> None:
@@ -208,9 +228,9 @@ def build(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, shardings
     )
     first = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
-    generate = lambda section, top_p, slots: polled(make_generate(
+    generate = lambda section, top_p, slots, stops: polled(make_generate(
         model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
-        stop_ids=inputs.tokenizer.stop_ids, slots=slots,
+        stop_ids=inputs.tokenizer.stop_ids, slots=slots, stops=stops,
         pool=cache_pages(config, section.max_new_tokens), implementation=config.rollout.attention,
     ))  # fmt: skip
     tools = Tools(
@@ -218,14 +238,14 @@ def build(
         model=model,
         tokenizer=inputs.tokenizer,
         thinking_open=inputs.tokenizer.opens_thinking(config.thinking.student),
-        wording=WORDINGS[config.wording],
+        wording=inputs.wording,
         mesh=mesh,
         grader=grader,
         key=jax.random.key(config.seed),
         floor=measure_floor(model, mesh.shape["tensor"]),
-        sample=generate(config.rollout, config.rollout.top_p, config.rollout.slots),
-        reflect=generate(config.reflect, 1.0, config.rollout.slots),
-        evaluate=generate(config.eval, config.eval.top_p, config.eval.batch),
+        sample=generate(config.rollout, config.rollout.top_p, config.rollout.slots, inputs.stops),
+        reflect=generate(config.reflect, 1.0, config.rollout.slots, None),
+        evaluate=generate(config.eval, config.eval.top_p, config.eval.batch, inputs.stops),
         update=make_update(config, model, optimizer, mesh, shardings),
     )
     return tools, frozen_params, like, lambda: first(load())
