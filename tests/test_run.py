@@ -19,6 +19,7 @@ import tiny
 from rosd_jax.config import default_config
 from rosd_jax.data import gym
 from rosd_jax.models.weights import load_params, read_config
+from rosd_jax.rewards import mcq
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train import workdir
 from support import ROOT
@@ -511,17 +512,19 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_resumes_it(finished, model, 
 
 
 @pytest.mark.slow
-def test_an_answer_in_thinking_that_the_template_opens_earns_nothing(finished, model, cache, tmp_path):
+def test_an_answer_in_thinking_that_the_template_opens_earns_nothing(model, cache, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
     settings = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | {"chat_template": settings["chat_template"] + "<think>\n"}))
-    finish(arguments(tmp_path / "model", tmp_path / "run", steps=1), tmp_path, **cache)
-    for file in ("rollouts/step_1.jsonl", "evals/step_0/gym%3Achain.jsonl"):
-        assert any(row["reward"] for row in read_lines(finished[0] / file))
-        rows = read_lines(tmp_path / "run" / file)
-        assert any("<answer>" in row["response"] for row in rows)
-        assert not any("</think>" in row["response"] or row["reward"] for row in rows)
+    path.write_text(json.dumps(settings | {"chat_template": settings["chat_template"] + "{{ '<think>\n' }}"}))
+    fields = dict(steps=4, eval__sets="gym:chain", eval__samples=16)
+    finish(arguments(tmp_path / "model", tmp_path / "run", **fields), tmp_path, **cache)
+    problems = [*gym.load("chain", "train"), *gym.load("chain", "test")]
+    gold = {problem.uid: problem.answer for problem in problems}
+    for folder in ("rollouts", "evals"):
+        rows = [row for path in (tmp_path / "run" / folder).rglob("*.jsonl") for row in read_lines(path)]
+        drafts = [mcq.grade_gym(row["response"], gold[row["uid"]]).score for row in rows]
+        assert any(drafts) and not any(row["reward"] for row in rows)
 
 
 @pytest.mark.slow

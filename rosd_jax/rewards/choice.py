@@ -17,17 +17,19 @@ _LEAD = frozenset(
     "final correct right best true likely probable most appropriate accurate chosen only "
     "answer answers ans choice option letter alternative solution pick selection "
     "is be would should must will it its it's to for "
-    "choose select go going with think believe say conclude i'd i'll i'm "
+    "choose select go going with think believe say conclude selected picked "
     "la le el il die der das lautet ist est es "
     "réponse respuesta antwort risposta resposta opción opção opzione "
-    "bonne richtige richtig correcta correcte correta ответ вариант правильный".split()
+    "bonne richtige richtig correcta correcte corretta correta ответ вариант правильный".split()
 )
-_I_CHOOSE = re.compile(r"I\s+(?:choose|select|pick|think|believe|say|go|would|will|conclude|am)\b")
-_LEAD_CHARACTERS = "答案正确確的是为為选選项項择擇应應该該最终終故因此所以我정답은는"
+_I_CHOOSE = re.compile(
+    r"I(?:['’](?:d|ll|m))?\s+(?:choose|select|pick|think|believe|say|go|would|will|conclude|am|going)\b"
+)
+_LEAD_CHARACTERS = "答案正确確的是为為选選项項择擇应應该該最终終故因此所以我정답은는èé•→"
 _OPENING = re.compile(rf"[\s:,=*\"'“”‘’«»<>#(\[{{$.–—{_LEAD_CHARACTERS}-]*")
 _WORD = re.compile(r"[^\W\d_]{2,}(?:['’][^\W\d_]+)*")
 
-_TAG = re.compile(r"</?(?:b|strong|i|em|u|code|mark|span|p)\s?>", re.IGNORECASE)
+_TAG = re.compile(r"</?(?!(?:s|del|strike)\s?>)[a-z]{1,10}\s?>", re.IGNORECASE)
 _SET_APART = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?=\{)|`+|\*+|(?<![^\W_])_+|_+(?![^\W_])")
 _COMMAND = re.compile(
     r"\\(?:boxed|fbox|text[a-z]*|math[a-z]+|operatorname|underline|boldsymbol|pmb|bm|bf|rm|it|sf|tt"
@@ -36,15 +38,15 @@ _COMMAND = re.compile(
 _MARKS = str.maketrans({"。": ".", "、": ",", "【": "[", "】": "]", "「": "(", "」": ")", "\\": " "})
 
 _LETTER = re.compile(r"([A-Za-z])(?!['’]?\w(?<![\u2e80-\uffef]))")  # Chinese may follow without a space
-_END = re.compile(r"[\s.)\]}*$\"'”’»>!,;:]*$")
+_END = re.compile(r"[\s.)\]}*$\"'”’»>!,;:选選项項です]*$")
 _SHUT = r"[)\]}*$\"'”’»>]*"
 _LABEL = re.compile(
-    rf"{_SHUT}(?:\s*:|\s*\.(?!\d)|\s+[-–—]+\s|\s*—|\s*\n|\s*[|→]\s)|{_SHUT}[)\]*\"”’»]}}?(?=\s)|[)\]]"
+    rf"{_SHUT}(?:\s*:|\s*\.(?!\d)|\s+[-–—]+\s|\s*—|\s*[\n\t]|\s+[(\[](?=[^()\[\]]{{4}})|\s*[|→]\s)|{_SHUT}[)\]*\"”’»]}}?(?=\s)|[)\]]"
 )
-_PLAIN_LABEL = re.compile(r"[:.)\]\n–—-]")
+_PLAIN_LABEL = re.compile(r"[:.)(\]\[\n\t–—-]")
 _BOXED_LABEL = re.compile(r"\}+(?=\s)")
 _REASON = re.compile(
-    rf"{_SHUT}\s*[,;(–—-]?\s*(?i:(?:because|since|as|due to)\b|因为|因為|是?正确|是?正確"
+    rf"{_SHUT}\s*[,;(–—-]?\s*(?i:(?:because|since|as(?!\s+well)|due to)\b|因为|因為|是?正确|是?正確"
     r"|(?:is|would be|seems)\s+"
     r"(?:(?:clearly|definitely|therefore|thus|the|my|our|final|only|most|likely)\s+)*"
     r"(?:right|correct|best|answer|choice|option)\b)"
@@ -65,18 +67,22 @@ _TURN = (
     r"|choose|pick|select|prefer|also|alternatively|but)"
 )
 _ENDS = r"(?=\s*(?:$|[.,;:!?)*\]}]))"
+_TO = rf"(?:{_ASIDE}\s+)?[(*]?{_X}"
 _OTHERS = re.compile(
     "|".join(
         (
             rf"{_X}\s?[)\]}}*]*:(?=\s|$|[\u2e80-\uffef])",  # A: no, B: yes
             rf"(?<!\w)\*\s?\(?{_X}[.):]?\s?[*}}]",  # A ... **B**
             rf"(?:\n|[,;.!?]|\b{_OR})\s*{_X}\.\s+\S",  # A. no, B. yes
-            rf"\banswers?\s*(?:(?:{_COPULA}|:|=)\s*)?(?:{_ASIDE}\s+)?[(*]?{_X}{_ENDS}",  # the answer is B
-            rf"{_X}[)\]}}*.]*\s+{_COPULA}\s+(?i:(?:also|the|more|most|equally|probably|actually)\s+)*"
-            r"(?i:right|correct|better|best|answer)\b",  # B is right
-            rf"\b{_TURN}\W{{1,3}}(?i:(?:it is|it's|the answer is|{_ASIDE})\s+)?[(*]?{_X}{_ENDS}",  # so B
-            rf"(?<=[a-z]{{2}})[,.]?\s+(?i:or|oder|ou)\s+(?:{_ASIDE}\s+)?[(*]?{_X}[)*]?\.?$",  # A: text or B
-            rf"\b(?:could|may|might)\s+(?:also\s+)?be\s+(?:{_ASIDE}\s+)?[(*]?{_X}{_ENDS}",  # it may be B
+            rf"(?:\n|[,;.]|\b{_OR})\s*{_X}\s+(?:[-–—]+\s|\()",  # A - no, B - yes; A (10%), B (90%)
+            rf"\banswers?\s*(?:(?:{_COPULA}|:|=)\s*)?{_TO}{_ENDS}",  # the answer is B
+            rf"{_X}[)\]}}*.]*\s+(?:{_COPULA}|could|might|may)\s+"
+            r"(?i:(?:also|be|the|more|most|equally|probably|actually|still)\s+)*"
+            r"(?i:right|correct|better|best|answer|possible|plausible)\b",  # B is right
+            rf"\b{_TURN}\W{{1,3}}(?i:(?:it is|it's|the answer is)\s+)?{_TO}{_ENDS}",  # so B
+            rf"(?<=[a-z]{{2}}),\s+{_TO}\.?$",  # A. On second thought, B
+            rf"(?<=[a-z]{{2}})[,.]?\s+(?i:or|oder|ou)\s+{_TO}[)*]?\.?$",  # A: text or B
+            rf"\b(?i:it's|it is|is it|(?:could|may|might)\s+(?:also\s+)?be)\s+{_TO}{_ENDS}",  # it may be B
             rf"^[\s(*.,;-]*{_X}[)*.:]*\s*$",  # a line of its own
         )
     ),
@@ -125,8 +131,9 @@ def _after_lead(text: str) -> int:
     at = _OPENING.match(text).end()  # pyright: ignore[reportOptionalMemberAccess]
     while True:
         word = _WORD.match(text, at)
-        if _I_CHOOSE.match(text, at):
-            at += 1
+        chosen = _I_CHOOSE.match(text, at)
+        if chosen:
+            at = chosen.end()
         elif word and word[0].lower().replace("’", "'") in _LEAD:
             at = word.end()
         else:
