@@ -298,7 +298,7 @@ def test_a_run_stopped_while_it_exports_or_reports_is_made_whole(delay, finished
 
 @pytest.mark.slow
 def test_the_step_that_was_made_last_is_not_made_again(model, cache, tmp_path):
-    command = arguments(model, tmp_path / "run", eval__sets="", checkpoint__every=0)
+    command = arguments(model, tmp_path / "run", eval__sets="", checkpoint__every=6)
     run = Run(command, tmp_path, **cache)
     run.wait_for(tmp_path / "run", 2)
     send(run, signal.SIGINT)
