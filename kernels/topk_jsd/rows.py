@@ -36,7 +36,7 @@ def row_terms(
             return x.reshape(sets * n_rows, *x.shape[2:])
 
         operands = jax.tree.map(to_rows, operands, tuple(is_batched))
-        out = row_terms(options, *operands, grad_dtype)  # itself batched where vmaps are nested
+        out = row_terms(options, *operands, grad_dtype=grad_dtype)  # itself batched where vmaps are nested
         out = jax.tree.map(lambda x: x.reshape(sets, n_rows, *x.shape[1:]), out)
         return out, jax.tree.map(lambda _: True, out)
 
