@@ -1,4 +1,13 @@
-"""The public functions; `checks.py` reads their arguments."""
+"""The public functions; `checks.py` reads their arguments.
+
+Operands are bfloat16, float32 or, of both models, float64. The teacher's may be float16, and with
+implementation="reference" the student's; else its gradient would underflow before a loss scale reaches it.
+Options are numbers of Python or NumPy, fixed when a program is compiled.
+
+First derivatives alone, in reverse mode: forward mode raises TypeError and a second derivative
+NotImplementedError, but for implementation="reference", which has both. Under `jax.vmap` a trip takes
+`chunk` rows of every set.
+"""
 
 from __future__ import annotations
 
@@ -38,26 +47,19 @@ def topk_jsd_loss(
     each gradient in its operand's dtype; everything else is constant. A row of weight 0 costs
     nothing and contributes exactly nothing, NaN or not. The gradient is computed in the forward
     pass, so take `jax.value_and_grad(..., has_aux=True)` of it directly: not under `jax.checkpoint`
-    (it would run twice), and inside the body of a scan rather than around the scan. First derivatives
-    in reverse mode only: forward mode raises TypeError, a second derivative NotImplementedError;
-    implementation="reference" has both. Under `jax.vmap` each trip takes `chunk` rows of every set.
+    (it would run twice), and inside the body of a scan rather than around the scan.
 
     Args:
       student_hidden_ND, teacher_hidden_ND: final hidden states; widths may differ.
       student_head_VD, teacher_head_VD: output heads, laid out as embeddings; each in the dtype of
-        its hidden states: bfloat16, float32 or, of both models, float64. Logits are accumulated in
-        float32 (float64 for float64 operands). The teacher may be float16; so may the student of the
-        reference, but not of the others: its gradient would underflow before a loss scale reaches it.
-      weight_N: mask x importance weight / denominator. Of either sign; NaN makes the loss NaN. A
-        boolean mask counts as 1 and 0, integers as themselves: the loss is a sum, not a mean.
-      k: size of the student's top-k set, at least 1; None, or k >= vocabulary (num_tokens of it):
-        the whole vocabulary. It and the other numbers are Python's or NumPy's, fixed when compiled.
+        its hidden states. Logits are accumulated in float32 (float64 for float64 operands).
+      weight_N: mask x importance weight / denominator, of either sign; a boolean mask is 1 and 0.
+      k: size of the student's top-k set; None, or k >= vocabulary: the whole vocabulary.
       alpha: weight of the teacher in the mixture; 0: KL(teacher || student), 1: the reverse.
       tail: "bucket" gathers the other tokens in one bucket, "renorm" leaves them out.
       temperature: divides the logits of both.
       num_tokens: ids from here on are padding rows of the heads, of probability 0.
-      tokens_N: the sampled tokens, in [0, vocabulary), which is not checked; their log-probs come
-        back in aux.
+      tokens_N: the sampled tokens, in [0, V), unchecked; their log-probs come back in aux.
       sampler_logp_N: their log-probs at sampling time.
       ratio_cap: multiplies each row by min(exp(clip(student_logp - sampler_logp, +-20)), cap),
         without gradient; needs tokens_N and sampler_logp_N.
