@@ -7,7 +7,6 @@ dropped when the run is resumed, and written again.
 
 from __future__ import annotations
 
-import shutil
 import time
 import zlib
 from collections.abc import Callable
@@ -265,6 +264,3 @@ def export(config: Config, inputs: Inputs, params: Params, directory: Path) -> N
     path = directory / "export"
     save_pretrained(path, params, inputs.model, source=Path(config.model.path), dtype=config.model.dtype)
     inputs.tokenizer.save(path)
-    generation = Path(config.model.path) / "generation_config.json"
-    if generation.exists():  # it names stop ids that the tokenizer does not
-        shutil.copyfile(generation, path / generation.name)
