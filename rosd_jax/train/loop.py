@@ -100,28 +100,32 @@ def resume(directory: Path, config: Config, inputs: Inputs, start: int, console:
 
 
 def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -> TrainState:
-    """The state after config.steps steps. What ends at step `start` is scored first, as far as it is not."""
+    """The state after config.steps steps."""
     config = run.config
-    if start in (0, config.steps):
-        for split in ("validation", "eval"):
-            score(run, split, unscored(run, split, start), state.params, start)
-    for step in range(start, config.steps):
-        try:
+    done = start
+    try:
+        score_if_due(run, state.params, start)
+        for step in range(start, config.steps):
             state = one_step(run, state, frozen_params, step)
-        except stopping.Stopped:  # before its update
-            save_unsaved(run, state, step)
-            raise
-        done = step + 1
-        if is_due(done, config.validation.every, config.steps):
-            score(run, "validation", run.inputs.validation, state.params, done)
-        if is_due(done, config.eval.every, config.steps):
-            score(run, "eval", run.inputs.evals, state.params, done)
-        best = best_step(read_metrics(run.log.path))
-        if is_due(done, config.checkpoint.every, config.steps) or done == best:
-            run.console.stage("checkpoint")
-            checkpoint.save(run.manager, state, done, run.meta)
-            checkpoint.prune(run.manager, config.checkpoint.keep, best)
+            done = step + 1
+            score_if_due(run, state.params, done)
+            best = best_step(read_metrics(run.log.path))
+            if is_due(done, config.checkpoint.every, config.steps) or done == best:
+                run.console.stage("checkpoint")
+                checkpoint.save(run.manager, state, done, run.meta)
+                checkpoint.prune(run.manager, config.checkpoint.keep, best)
+    except stopping.Stopped:  # before the next step's update, or in the scoring of this one
+        save_unsaved(run, state, done)
+        raise
     return state
+
+
+def score_if_due(run: Run, params: Params, step: int) -> None:
+    """What is to be scored at a step and is not yet: all of it, or what an earlier start left undone."""
+    config = run.config
+    for split, every in (("validation", config.validation.every), ("eval", config.eval.every)):
+        if step == 0 or is_due(step, every, config.steps):
+            score(run, split, unscored(run, split, step), params, step)
 
 
 def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> TrainState:
@@ -316,7 +320,4 @@ def export(run: Run, params: Params, path: Path, step: int) -> None:
     source = Path(run.config.model.path)
     save_pretrained(path, params, run.inputs.model, source=source, dtype=run.config.model.dtype)
     run.inputs.tokenizer.save(path)
-    generation = source / "generation_config.json"
-    if generation.exists():  # it names stop ids that the tokenizer does not
-        shutil.copyfile(generation, path / generation.name)
     workdir.write_atomic(path / history.EXPORTED, [f"{step}\n"])

@@ -1,0 +1,146 @@
+"""The files of a tokenizer in a Hugging Face directory: checked when read, copied when exported.
+
+What is copied stays as it was, byte for byte. Two things are repaired, since transformers 4 (and what
+builds on it) cannot read how transformers 5 writes them: the list under `extra_special_tokens` and a
+class of the tokenizer that only the newer one knows. One is completed: generation_config.json names
+every id at which a response ended here, so that other programs stop there too.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rosd_jax.models.files import Fields, read_json, read_text, write_bytes, write_json, wrong
+
+CONFIG = "tokenizer_config.json"
+GENERATION = "generation_config.json"
+SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", GENERATION, "chat_template.json")
+TABLES = ("tokenizer.json", "vocab.json", "merges.txt")  # large ones, parsed elsewhere
+TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+SHARED = ("PreTrainedTokenizer", "Qwen2Tokenizer", "LlamaTokenizer", "GPT2Tokenizer")  # in 4 and 5
+
+
+def check_files(folder: Path) -> None:
+    """Raises UserError for a file that is not UTF-8, and for settings of the wrong kind."""
+    for name in ("config.json", *SETTINGS):
+        if (folder / name).exists():
+            read_json(folder / name)
+    if (folder / CONFIG).exists():
+        _check_config(read_json(folder / CONFIG), folder / CONFIG)
+    for file in (*(folder / name for name in (*TABLES, TEMPLATE)), *folder.glob(f"{MORE_TEMPLATES}/*.jinja")):
+        if file.exists():
+            read_text(file)
+
+
+def _check_config(fields: Fields, file: Path) -> None:
+    for names, rule, fits in RULES:
+        for name in names:
+            if name in fields and not fits(fields[name]):
+                raise wrong(file, name, fields[name], rule)
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_token(value: object) -> bool:
+    if isinstance(value, dict):
+        return value.get("__type") == "AddedToken" and isinstance(value.get("content"), str)
+    return _is_text(value)
+
+
+def _are_tokens(value: object) -> bool:
+    values = list(value.values()) if isinstance(value, dict) else value
+    return values is None or (isinstance(values, list) and all(map(_is_token, values)))
+
+
+def _are_numbered_tokens(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    texts = [token.get("content") for token in value.values() if isinstance(token, dict)]
+    numbered = all(isinstance(key, str) and key.isdecimal() for key in value)
+    return numbered and len(texts) == len(value) and all(isinstance(text, str) for text in texts)
+
+
+def _is_template(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(text, str) for text in value.values())
+    if isinstance(value, list):
+        pairs = [(part.get("name"), part.get("template")) for part in value if isinstance(part, dict)]
+        return len(pairs) == len(value) and all(isinstance(text, str) for pair in pairs for text in pair)
+    return _is_text(value)
+
+
+TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+RULES = (  # fields of tokenizer_config.json, what they must be, and whether a value is that
+    (TOKENS, "the text of a token, an AddedToken or null", _is_token),
+    (("additional_special_tokens", "extra_special_tokens"), "a list of tokens", _are_tokens),
+    (("added_tokens_decoder",), "an object of ids and their tokens", _are_numbered_tokens),
+    (("tokenizer_class",), "the name of a class or null", _is_text),
+    (("chat_template",), "the text of a template, or a list of objects with name and template", _is_template),
+    (("model_max_length",), "a number or null", lambda v: v is None or type(v) in (int, float)),
+    (("padding_side", "truncation_side"), "'left' or 'right'", lambda v: v in ("left", "right")),
+    (("split_special_tokens",), "true or false", lambda v: isinstance(v, bool)),
+)
+
+
+def eos_ids(file: Path, num_tokens: int) -> list[int]:
+    """The ids under eos_token_id: one, a list of them, or none. Raises UserError for anything else."""
+    named = read_json(file).get("eos_token_id") if file.exists() else None
+    if named is None:
+        return []
+    ids = named if isinstance(named, list) else [named]
+    if not all(type(i) is int and 0 <= i < num_tokens for i in ids):
+        raise wrong(file, "eos_token_id", named, f"a token id from 0 to {num_tokens - 1}, or a list of them")
+    return ids
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Makes the tokenizer's files in `target` those of `source`; other files stay as they are."""
+    for name in (*SETTINGS, *TABLES, TEMPLATE):
+        if (source / name).exists():
+            write_bytes(target / name, (source / name).read_bytes())
+        else:
+            (target / name).unlink(missing_ok=True)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES, dirs_exist_ok=True)
+
+
+def repair(folder: Path, loaded_class: str, special_tokens: dict[str, str]) -> None:
+    """Rewrites what transformers 4 cannot read; a file that it can read is not touched.
+
+    `loaded_class` and `special_tokens` are those of the tokenizer in use: they are stated where the
+    directory leaves the class, and with it the class's own special tokens, to be guessed.
+    """
+    for name in ("special_tokens_map.json", CONFIG):
+        fields = read_json(folder / name) if (folder / name).exists() else {}
+        fixed = _without_list(fields)
+        if name == CONFIG and not _is_shared(fixed.get("tokenizer_class")):
+            known = loaded_class if _is_shared(loaded_class) else "PreTrainedTokenizerFast"
+            fixed = special_tokens | fixed | {"tokenizer_class": known}
+        if fixed != fields:
+            write_json(folder / name, fixed)
+
+
+def state_stop_ids(folder: Path, stop_ids: tuple[int, ...]) -> None:
+    """Makes generation_config.json name these ids; one that does already is not touched."""
+    file = folder / GENERATION
+    fields = read_json(file) if file.exists() else {}
+    named = fields.get("eos_token_id")
+    if set(named if isinstance(named, list) else [named]) != set(stop_ids):
+        write_json(file, fields | {"eos_token_id": list(stop_ids)})
+
+
+def _without_list(fields: Fields) -> Fields:
+    """Moves a list of extra special tokens to the older name, which both read."""
+    tokens = fields.get("extra_special_tokens", {})
+    if isinstance(tokens, dict):
+        return fields
+    rest = {name: value for name, value in fields.items() if name != "extra_special_tokens"}
+    return rest | {"additional_special_tokens": tokens} if tokens else rest
+
+
+def _is_shared(name: object) -> bool:
+    return isinstance(name, str) and name.removesuffix("Fast") in SHARED
