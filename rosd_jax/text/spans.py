@@ -33,11 +33,42 @@ class Located:
 
 
 def parse_reflection(raw: str) -> tuple[str | None, str | None]:
-    """The idea and the error quote of a reflector's answer; None for what is missing or blank.
+    """The idea and the error quote of a reflector's answer; None for what is missing.
+
+    Quote: the first `error_quote` block that says something; idea: such a block of `explaination`, else
+    of `explanation`, else of `reflection`. Untagged text is no idea (as released). Tags in any case,
+    outer white space trimmed; white space and dots say nothing.
+
+    A block ends at the first close of its tag and begins at the last opening before that, so tags that
+    are named ahead of the blocks do no harm; a tag in marks (`<error_quote>`) is only named. A quote
+    block inside an idea block is no part of the idea, and the other way round.
+    """
+    blocks: list[_Block] = []
+    opened: dict[str, re.Match[str]] = {}
+    for tag in _TAG.finditer(raw):
+        name = _tag_name(tag[2])
+        if _only_named(raw, tag):
+            continue
+        if not tag[1]:
+            opened[name] = tag
+        elif name in opened:
+            first = opened.pop(name)
+            text = _own_text(raw, first.end(), tag.start(), name == QUOTE_TAG, blocks)
+            blocks.append(_Block(name, first.start(), tag.end(), text.strip()))
+    said: dict[str, str] = {}
+    for block in blocks:
+        if block.text.strip(".… \t\r\n"):
+            said.setdefault(block.name, block.text)
+    idea = next((said[name] for name in IDEA_TAGS if name in said), None)
+    return idea, said.get(QUOTE_TAG)
+
+
+def parse_released(raw: str) -> tuple[str | None, str | None]:
+    """The idea and the quote as the release reads them; None for what is missing or blank.
 
     Idea: the first non-blank of the first `explaination`, `explanation` and `reflection` blocks, in
-    this order; quote: the first `error_quote` block. Tags in any case, a block ends at the first
-    close of its own tag, outer white space trimmed. Untagged text is no idea (as released).
+    this order; quote: the first `error_quote` block. A block goes from the first opening of its tag to
+    the first close after it.
     """
     blocks: dict[str, str] = {}
     opened: dict[str, int] = {}
@@ -101,6 +132,35 @@ def chars_to_tokens(span: Span, offsets: np.ndarray) -> Span:
 def release_token_start(encode: Callable[[str], Sequence[int]], text: str, start: int) -> int:
     """The released mapping: tokens of the re-encoded prefix. One token late after a space."""
     return len(encode(text[:start]))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of a reflector's answer: its tags and what they hold stand at [start, stop)."""
+
+    name: str
+    start: int
+    stop: int
+    text: str  # without blocks of the other kind
+
+
+def _only_named(raw: str, tag: re.Match[str]) -> bool:
+    before, after = raw[tag.start() - 1 : tag.start()], raw[tag.end() : tag.end() + 1]
+    return before + after in ("``", '""', "''", "“”", "‘’")
+
+
+def _own_text(raw: str, start: int, stop: int, is_quote: bool, blocks: Sequence[_Block]) -> str:
+    """What stands at [start, stop) outside the blocks of the other kind. blocks: by where they end."""
+    kept: list[str] = []
+    for block in reversed(blocks):
+        if block.stop <= start:
+            break
+        inside = block.start >= start and block.stop <= stop
+        if inside and (block.name == QUOTE_TAG) != is_quote:
+            kept.append(raw[block.stop : stop])
+            stop = block.start
+    kept.append(raw[start:stop])
+    return "".join(reversed(kept))
 
 
 def _tag_name(written: str) -> str:

@@ -51,6 +51,8 @@ class Tools:
     sample: Callable[..., Rollout]  # training rollouts
     reflect: Callable[..., Rollout]  # the reflector's answers
     evaluate: Callable[..., Rollout]  # evaluation's answers
+    student_thinking_open: bool  # prompts of training end inside a thinking block
+    reflector_thinking_open: bool  # the reflector's prompts do
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -112,7 +114,8 @@ def grade(tools: Tools, prompts: Prompts, rollout: Rollout) -> Graded:
     G = len(texts) // len(prompts.problems)
     problems = [problem for problem in prompts.problems for _ in range(G)]
     grades = tools.grader.grade_all(texts, problems)
-    return Graded(prompts, rollout, tuple(texts), np.array([g.score for g in grades], np.float32))
+    rewards_B = np.array([g.score for g in grades], np.float32)
+    return Graded(prompts, rollout, tuple(texts), rewards_B, tools.student_thinking_open)
 
 
 def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) -> Reflected:
@@ -141,7 +144,10 @@ def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) ->
         )
         for row, text in zip(rows, decode(tools.tokenizer, answers), strict=True):
             raws[row] = text
-    reflected = reflect.read_reflections(graded, plans, raws, tools.tokenizer, config.lesson)
+    reflected = reflect.read_reflections(
+        graded, plans, raws, tools.tokenizer, config.lesson,
+        thinking_open=tools.reflector_thinking_open,
+    )  # fmt: skip
     return replace(reflected, answers=answers)
 
 
