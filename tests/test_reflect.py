@@ -180,15 +180,28 @@ def test_teacher_prompt_is_never_cut():
 
 
 def test_gold_in_the_idea_is_counted_and_stripped_on_request():
-    assert teacher.repeats_gold("so x = 4.", "4") and teacher.repeats_gold("Choose B", "B")
-    for idea in ("x = 14", "x = 4.5", "x = 3,4", "Both", "-4"):
-        assert not teacher.repeats_gold(idea, "4") and not teacher.repeats_gold(idea, "B")
     raws = [answer("is 5", "it gives 4, not 5"), answer("", "ok")]
     lesson = changed(gold_in_idea="strip")
     reflected, weight_BR = read(["it is 5", "it is 4"], [0, 1], raws, lesson)
     content = teacher.teacher_messages(PROBLEM, reflected.reflections[0], lesson)[-1]["content"]
     assert "it gives , not 5" in content
     assert teacher.count(reflected, weight_BR)["gold_repeated"] == 1
+
+
+@pytest.mark.parametrize("idea", ["4", "  4.", "**4**"])
+def test_an_idea_that_was_the_gold_answer_leaves_the_loss(idea):
+    texts, raws = ["it is 5", "it is 4"], [answer("is 5", idea), answer("", idea)]
+    lesson = changed(gold_in_idea="strip")
+    reflected, _ = read(texts, [0, 1], raws, lesson)
+    kept, ids = teacher.teacher_prompts(reflected, Letters(), lesson, thinking=False)
+    assert [r.note for r in kept.reflections] == ["no_idea", "no_idea"] and ids == [None, None]
+    weight_BR = teacher.region_weights(kept, lesson, 10)
+    assert weight_BR.sum() == 0 and teacher.count(kept, weight_BR)["no_idea"] == 2
+    either = changed(gold_in_idea="strip", teacher_context="idea_or_solution")
+    reflected, _ = read(texts, [0, 1], raws, either)
+    kept, ids = teacher.teacher_prompts(reflected, Letters(), either, thinking=False)
+    assert [r.note for r in kept.reflections] == ["", "no_idea"]
+    assert "it is 4" in Letters().decode(ids[0])
 
 
 def test_counts():
