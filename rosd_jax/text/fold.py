@@ -11,9 +11,10 @@ import functools
 import re
 import unicodedata
 
-from rosd_jax.text.markup import Folded, edit, strip_markup, unescape
+from rosd_jax.text.markup import WIDE, Folded, edit, strip_markup, unescape
 
 SEGMENT_LIMIT = 31  # characters; Unicode's stream-safe bound, keeps reordering of marks linear
+_WIDE_ASCII = re.compile("[！-～]")
 _PLAIN = re.compile(r"[!-~]+(?: [!-~]+)*(?=[\x00-\x7f]|\Z)")  # nothing to fold but case, no marks behind it
 
 _GREEK = (
@@ -59,6 +60,8 @@ def fold(text: str, *, numbers: bool = True) -> Folded:
 
 def finish(folded: Folded) -> Folded:
     """With one character for signs that mean the same, and one form for equal letters."""
+    wide = _WIDE_ASCII.finditer(folded.text)
+    folded = edit(folded, ((match.start(), match.end(), chr(ord(match[0]) - WIDE)) for match in wide))
     edits = []
     for match in _SIGN.finditer(folded.text):
         if match["command"]:

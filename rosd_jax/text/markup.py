@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from rosd_jax.types import Span
 
 CONTEXT = 31  # characters looked at before a mark
-WIDE = 0xFEE0  # from a full-width form to its ASCII character
+WIDE = 0xFEE0  # from an ASCII character to its full-width form
 
 _INVISIBLE = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060\u2066-\u206f\ufe00-\ufe0f\ufeff"
 _UNSEEN = re.compile(
-    r"(?P<open><!\[CDATA\[)|(?P<close>\]\]>)|(?P<wide>[！-～])"
+    r"(?P<open><!\[CDATA\[)|(?P<close>\]\]>)"
     r"|&(?:amp;)*(?P<entity>#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
     rf"|[{_INVISIBLE}]"
 )
@@ -37,6 +37,7 @@ _FUNCTIONS = frozenset(
 )
 
 _INLINE = re.compile(r"\*+|_+|`+|\$\$?|\n[ \t\r]*\n|\n")
+_MARKS = "*_`$#>+-~\\"
 _MATH = re.compile(r"(?:(?<!\\)\\[()\[\]])+")
 
 
@@ -55,7 +56,10 @@ class Folded:
 
 
 def unescape(text: str) -> Folded:
-    """Without invisible characters, XML escapes and CDATA marks; full-width ASCII made narrow."""
+    """Without invisible characters, XML escapes and CDATA marks.
+
+    What an escape stands for is no markup: where it could be, its full-width form takes its place.
+    """
     edits, opened = [], 0
     for match in _UNSEEN.finditer(text):
         new: str | None = ""
@@ -64,8 +68,6 @@ def unescape(text: str) -> Folded:
         elif match["close"]:
             new = "" if opened else None
             opened = max(0, opened - 1)
-        elif match["wide"]:
-            new = chr(ord(match["wide"]) - WIDE)
         elif match["entity"]:
             new = _entity(match["entity"])
         if new is not None:
@@ -73,10 +75,14 @@ def unescape(text: str) -> Folded:
     return edit(Folded.of(text), edits)
 
 
-def strip_markup(folded: Folded, *, numbers: bool = True) -> Folded:
-    """Without marks of Markdown and math. numbers=False: without the numbers of lists as well."""
+def strip_markup(folded: Folded, *, numbers: bool = True, first: bool = True) -> Folded:
+    """Without marks of Markdown and math.
+
+    numbers=False: without the numbers of lists as well; first=False: with the mark at the very beginning.
+    """
     folded = strip_rules(folded)
-    folded = _drop(folded, line_marks(folded.text, numbers=numbers))
+    marks = line_marks(folded.text, numbers=numbers)
+    folded = _drop(folded, (mark for mark in marks if first or mark[0]))
     folded = _drop(folded, _inline_marks(folded.text))
     return _drop(folded, (match.span() for match in _MATH.finditer(folded.text)))
 
@@ -178,7 +184,7 @@ def _may_open(text: str, span: Span) -> bool:
     operand = text[max(0, span[0] - CONTEXT) : span[0]].rstrip()[-1:].isdigit()
     if mark == "$" and after.isspace():
         return not operand  # 5 $ or 6 $
-    if mark[0] == "*" and operand and after.isdigit():
+    if mark == "*" and operand and after.isdigit():
         return False  # 2 *3* 4
     return mark[0] == "`" or not after.isspace()
 
@@ -203,6 +209,8 @@ def _entity(name: str) -> str | None:
     else:
         code = int(name[2:], 16) if name[1] in "xX" else int(name[1:])
         text = chr(code) if 0 < code < 0x110000 else None
+    if text and text in _MARKS:
+        return chr(ord(text) + WIDE)
     return text and ("" if re.fullmatch(f"[{_INVISIBLE}]+", text) else text)
 
 
@@ -223,7 +231,7 @@ def edit(folded: Folded, edits: Iterable[tuple[int, int, str]]) -> Folded:
 
 
 def _drop(folded: Folded, spans: Iterable[Span]) -> Folded:
-    """Without these spans; a space instead where digits would join."""
+    """Without these spans; a space instead where digits or operators would join."""
     joined: list[Span] = []
     for start, stop in spans:
         if start == stop:
@@ -232,10 +240,11 @@ def _drop(folded: Folded, spans: Iterable[Span]) -> Folded:
             start = joined.pop()[0]
         joined.append((start, stop))
     text = folded.text
-    return edit(
-        folded,
-        (
-            (start, stop, " " if _before(text, start).isdigit() and text[stop : stop + 1].isdigit() else "")
-            for start, stop in joined
-        ),
-    )
+    return edit(folded, ((a, b, " " if _join(_before(text, a), text[b : b + 1]) else "") for a, b in joined))
+
+
+def _join(left: str, right: str) -> bool:
+    """Whether two characters would become one number or one operator."""
+    if left.isdigit() and right.isdigit():
+        return True
+    return bool(left and right) and left in "<>=!-+*/" and right in "<>=!-+*/"

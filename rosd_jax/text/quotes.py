@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rosd_jax.text.fold import finish
 from rosd_jax.text.markup import Folded, has_list_numbers, line_marks, strip_markup, strip_rules, unescape
 
 QUOTATION_MARKS = (
-    '""', "''", "“”", "‘’", "„“", "„”", "”“", "‚‘", "«»", "»«", "「」", "『』", "〝〞", "《》", "【】"
+    '""', "''", "“”", "‘’", "„“", "„”", "”“", "‚‘", "«»", "»«", "「」", "『』", "〝〞", "《》", "【】", "＂＂"
 )  # fmt: skip
-BRACKETS = ("()", "[]", "{}", "〔〕", "〈〉")
-END_MARKS = ".,;:?。、।"
+BRACKETS = ("()", "[]", "{}", "（）", "［］", "〔〕", "〈〉")
+END_MARKS = ".,;:?。、।．，；：？"
 LAYERS = 8  # of marks around a quote that are taken off
 
 
@@ -21,8 +21,9 @@ class Needle:
     """A folded quote, and where alone it may be found."""
 
     text: str
-    begins: bool = False  # it lost marks of a line, so it must begin a line or a sentence
-    alone: bool = False  # it lost its brackets, so no operand or operator may stand next to it
+    begins: bool = False  # it lost a bullet or a heading, so it must begin a line or a sentence
+    apart: bool = False  # it lost a mark that could be an operator: no term may stand before it ...
+    closed: bool = False  # ... nor, since it was a bracket, behind it
     unnumbered: bool = False  # it lost numbers of a list, so those of the text must stay
 
 
@@ -39,30 +40,40 @@ def needles(quote: str) -> Iterator[Needle]:
 
 
 def _layers(plain: str, *, numbers: bool) -> Iterator[Needle]:
-    begins = alone = False
+    rule = Needle("", unnumbered=not numbers)
     for _ in range(LAYERS):
-        begins = begins or next(line_marks(plain, numbers=numbers), (1, 1))[0] == 0
+        start, stop = next(line_marks(plain, numbers=numbers), (1, 1))
+        if start == 0:
+            if numbers:
+                yield from _needle(strip_markup(Folded.of(plain), first=False).text, rule)
+            quoted = plain[:stop].startswith(">")
+            rule = replace(rule, begins=rule.begins or not quoted, apart=True)
         plain = strip_markup(Folded.of(plain), numbers=numbers).text.strip()
-        text = finish(Folded.of(plain)).text.strip()
-        if any(character.isalnum() for character in text):
-            yield Needle(text, begins, alone, unnumbered=not numbers)
-        alone = alone or plain[:1] + plain[-1:] in BRACKETS
+        yield from _needle(plain, rule)
+        if plain[:1] + plain[-1:] in BRACKETS:
+            rule = replace(rule, apart=True, closed=True)
         peeled = _peel(plain)
         if peeled == plain:
             return
         plain = peeled
 
 
+def _needle(plain: str, rule: Needle) -> Iterator[Needle]:
+    text = finish(Folded.of(plain)).text.strip()
+    if any(character.isalnum() for character in text):
+        yield replace(rule, text=text)
+
+
 def _peel(text: str) -> str:
     """Without one layer of what was added around a quote."""
-    if len(text) > 2 and text[0] + text[-1] in QUOTATION_MARKS + BRACKETS:
-        return text[1:-1].strip()
     inner = _without_leading_dots(text)
     if inner == text:
         inner = _without_trailing_dots(text)
+    if inner == text and len(text) > 2 and text[0] + text[-1] in QUOTATION_MARKS + BRACKETS:
+        inner = text[1:-1]
     if inner == text:
         inner = text.rstrip(END_MARKS)
-    if inner == text and text.endswith("!") and text[-3:-1].isalpha():  # no factorial
+    if inner == text and text.endswith(("!", "！")) and text[-3:-1].isalpha():  # no factorial
         inner = text[:-1]
     return inner.strip()
 

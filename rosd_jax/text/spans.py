@@ -23,7 +23,7 @@ from rosd_jax.types import Span
 IDEA_TAGS = ("explaination", "explanation", "reflection")  # the first is a released spelling
 QUOTE_TAG = "error_quote"
 NUMBER_GAPS = ("\u00a0", "\u2007", "\u2009", "\u202f", "\\,")  # inside "12 345"
-OPERATORS = "+-*/^·±∓√_\\()[]{}'!%"
+OPERATORS = "+-*/^·±∓√_\\()[]{}'!%=<>≤≥~→"
 SUPERSCRIPTS = "⁺⁻⁼⁽⁾₊₋₌₍₎"
 _TAG = re.compile(rf"<(/?)({'|'.join((*IDEA_TAGS, QUOTE_TAG))})>", re.IGNORECASE)
 
@@ -294,7 +294,9 @@ def _splits(text: str, folded: Folded, at: int) -> bool:
 def _stands_right(text: str, folded: Folded, at: int, stop: int, needle: Needle) -> bool:
     if needle.begins and not _begins(text, folded, at, line=needle.unnumbered):
         return False
-    return not needle.alone or not (_operates(folded.text, at, -1) or _operates(folded.text, stop - 1, 1))
+    if needle.apart and not needle.begins and _operates(text, folded, at, -1):
+        return False
+    return not (needle.closed and _operates(text, folded, stop - 1, 1))
 
 
 def _begins(text: str, folded: Folded, at: int, *, line: bool) -> bool:
@@ -305,14 +307,16 @@ def _begins(text: str, folded: Folded, at: int, *, line: bool) -> bool:
     return not line and before < at - 1 and folded.text[before] in ".!?;。"
 
 
-def _operates(folded: str, at: int, step: int) -> bool:
-    """Whether what follows the place in this direction is an operand or an operator."""
-    near = at + step
-    while 0 <= near < len(folded) and folded[near] == " ":
+def _operates(text: str, folded: Folded, at: int, step: int) -> bool:
+    """Whether an operand or an operator is next to this place of the line, in this direction."""
+    letters, near = folded.text, at + step
+    while 0 <= near < len(letters) and (letters[near] == " " or unicodedata.combining(letters[near])):
         near += step
-    if not 0 <= near < len(folded):
+    if not 0 <= near < len(letters):
         return False
-    if folded[near].isalpha():
-        beyond = folded[near + step : near + step + 1] if near + step >= 0 else ""
-        return unicodedata.category(folded[near]) != "Lo" and not beyond.isalpha()
-    return folded[near] in OPERATORS or folded[near].isalnum()
+    if "\n" in text[folded.stop[min(near, at)] : folded.start[max(near, at)]]:
+        return False
+    if letters[near].isalpha():
+        beyond = letters[near + step] if 0 <= near + step < len(letters) else ""
+        return unicodedata.category(letters[near]) != "Lo" and not beyond.isalpha()
+    return letters[near] in OPERATORS or letters[near].isalnum()
