@@ -228,7 +228,8 @@ def locate(text: str, quote: str | None, *, released: bool) -> spans.Located | N
     search: Callable[[str, str | None], spans.Located | None] = spans.locate_quote
     if released:
         search = _first_exact
-    return search(text, quote) or search(text, prompts.restore(quote or ""))
+    restored = prompts.restore(quote or "")
+    return search(text, quote) or (search(text, restored) if restored != quote else None)
 
 
 def _first_exact(text: str, quote: str | None) -> spans.Located | None:

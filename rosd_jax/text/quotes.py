@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -11,9 +12,13 @@ from rosd_jax.text.markup import Folded, has_list_numbers, line_marks, strip_mar
 QUOTATION_MARKS = (
     '""', "''", "“”", "‘’", "„“", "„”", "”“", "‚‘", "«»", "»«", "「」", "『』", "〝〞", "《》", "【】", "＂＂"
 )  # fmt: skip
-BRACKETS = ("()", "[]", "{}", "（）", "［］", "〔〕", "〈〉")
+BRACKETS = ("()", "[]", "{}", "（）", "［］", "〔〕", "〈〉", "<>", "‹›")
 END_MARKS = ".,;:?。、।．，；：？"
+LONE_MARKS = tuple('"“”„«»')
 LAYERS = 8  # of marks around a quote that are taken off
+
+
+_TAG = re.compile(r"<([A-Za-z][\w-]{0,20})>")
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,10 @@ class Needle:
 def needles(quote: str) -> Iterator[Needle]:
     """The quote folded, then with one layer after another taken off; those with a letter or digit.
 
-    Layers are quotation marks, brackets, an ellipsis before or behind, and marks at the end. Last comes the
-    same without the numbers of a list.
+    Layers are quotation marks, a pair or one that was left alone, brackets, tags, an ellipsis before or
+    behind, and marks at the end. Last comes the same without the numbers of a list.
     """
-    plain = strip_rules(unescape(quote)).text.strip()
+    plain = strip_rules(unescape(quote)).text.replace('\\"', '"').strip()
     yield from _layers(plain, numbers=True)
     if has_list_numbers(plain):
         yield from _layers(plain, numbers=False)
@@ -70,12 +75,25 @@ def _peel(text: str) -> str:
     if inner == text:
         inner = _without_trailing_dots(text)
     if inner == text and len(text) > 2 and text[0] + text[-1] in QUOTATION_MARKS + BRACKETS:
-        inner = text[1:-1]
+        inner = _without_tags(text) or text[1:-1]
+    if inner == text:
+        inner = _without_lone_mark(text)
     if inner == text:
         inner = text.rstrip(END_MARKS)
     if inner == text and text.endswith(("!", "！")) and text[-3:-1].isalpha():  # no factorial
         inner = text[:-1]
     return inner.strip()
+
+
+def _without_tags(text: str) -> str | None:
+    tag = _TAG.match(text)
+    return text[tag.end() : -len(tag[0]) - 1] if tag and text.endswith(f"</{tag[1]}>") else None
+
+
+def _without_lone_mark(text: str) -> str:
+    if sum(map(text.count, LONE_MARKS)) != 1:
+        return text
+    return text[1:] if text[0] in LONE_MARKS else text[:-1] if text[-1] in LONE_MARKS else text
 
 
 def _without_leading_dots(text: str) -> str:
