@@ -88,6 +88,7 @@ class Graded:
     rollout: Rollout  # the same arrays, fetched to the host
     texts: tuple[str, ...]  # B decoded responses, special tokens removed
     rewards_B: np.ndarray  # float32 in [0, 1]
+    thinking_open: bool = False  # the prompts ended inside a thinking block, so the texts begin there
 
 
 @dataclass(frozen=True)

@@ -165,11 +165,6 @@ def restore(quote: str) -> str:
     return _HIDDEN_TAG.sub("<", quote)
 
 
-def after_thinking(text: str) -> str:
-    """What follows the last `</think>`, trimmed; the whole text where there is none."""
-    return text.rpartition("</think>")[2].strip()
-
-
 def _chat(system: str, user: str, fields: dict[str, str | None]) -> list[Message]:
     messages = [{"role": "system", "content": fill(system, fields)}] if system else []
     return [*messages, {"role": "user", "content": fill(user, fields)}]

@@ -123,7 +123,8 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
 def score_if_due(run: Run, params: Params, step: int) -> None:
     """What is to be scored at a step and is not yet: all of it, or what an earlier start left undone."""
     config = run.config
-    for split, every in (("validation", config.validation.every), ("eval", config.eval.every)):
+    every_of: dict[Split, int] = {"validation": config.validation.every, "eval": config.eval.every}
+    for split, every in every_of.items():
         if step == 0 or is_due(step, every, config.steps):
             score(run, split, unscored(run, split, step), params, step)
 
@@ -200,7 +201,7 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
             [problem for problem, _ in encoded],
             [ids for _, ids in encoded],
             sample,
-            partial(run.tools.grader.grade_all, thinking_open=run.tools.thinking_open),
+            partial(run.tools.grader.grade_all, thinking_open=run.tools.student_thinking_open),
             run.tools.tokenizer.decode,
             votes=run.tools.grader.votes,
             samples=c.samples,

@@ -44,7 +44,6 @@ class Tools:
     config: Config
     model: Qwen3Config
     tokenizer: Tokenizer
-    thinking_open: bool  # the student's prompts end inside <think>
     wording: Wording
     mesh: Mesh
     grader: Grader
@@ -53,6 +52,8 @@ class Tools:
     sample: Callable[..., Rollout]  # training rollouts
     reflect: Callable[..., Rollout]  # the reflector's answers
     evaluate: Callable[..., Rollout]  # evaluation's answers
+    student_thinking_open: bool  # the student's prompts end inside <think>
+    reflector_thinking_open: bool  # the reflector's prompts do
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -120,8 +121,9 @@ def grade(tools: Tools, prompts: Prompts, rollout: Rollout) -> Graded:
     texts = decode(tools.tokenizer, rollout)
     G = len(texts) // len(prompts.problems)
     problems = [problem for problem in prompts.problems for _ in range(G)]
-    grades = tools.grader.grade_all(texts, problems, thinking_open=tools.thinking_open)
-    return Graded(prompts, rollout, tuple(texts), np.array([g.score for g in grades], np.float32))
+    grades = tools.grader.grade_all(texts, problems, thinking_open=tools.student_thinking_open)
+    rewards_B = np.array([g.score for g in grades], np.float32)
+    return Graded(prompts, rollout, tuple(texts), rewards_B, tools.student_thinking_open)
 
 
 def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) -> Reflected:
@@ -150,7 +152,10 @@ def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) ->
         )
         for row, text in zip(rows, decode(tools.tokenizer, answers), strict=True):
             raws[row] = text
-    reflected = reflect.read_reflections(graded, plans, raws, tools.tokenizer, config.lesson)
+    reflected = reflect.read_reflections(
+        graded, plans, raws, tools.tokenizer, config.lesson,
+        thinking_open=tools.reflector_thinking_open,
+    )  # fmt: skip
     return replace(reflected, answers=answers)
 
 
