@@ -81,9 +81,7 @@ def test_restores_onto_another_mesh(tmp_path, shape):
     checkpoint.save(checkpoint.open_manager(tmp_path), saved, 5, {})
     mesh = make_mesh(*shape)
     wanted = make_state(5, mesh)
-    state, _ = checkpoint.restore_latest(
-        checkpoint.open_manager(tmp_path), like_of(make_state(0, mesh))
-    )
+    state, _ = checkpoint.restore_latest(checkpoint.open_manager(tmp_path), like_of(make_state(0, mesh)))
     assert_equal(state, wanted)
     placed = jax.tree.map(lambda x: x.sharding, state)
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, placed, param_shardings(wanted, mesh)))

@@ -223,6 +223,12 @@ def test_the_step_that_validation_chose_is_shown_next_to_the_last(tmp_path):
     assert "| 5 | `a` (validation) | 8 | 50 | 0.7 |" in (tmp_path / "report.md").read_text()
 
 
+def test_steps_validated_under_other_conditions_are_not_compared():
+    rows = [validated(0, 0.5), {**validated(5, 0.9), **UNDER}, {**validated(10, 0.6), **UNDER, "n": 40}]
+    assert best_step(rows) == 10
+    assert best_step(rows[:2]) == 5
+
+
 @pytest.mark.parametrize("best", [0, 15])
 def test_one_table_where_the_best_step_is_the_first_or_the_last(tmp_path, best):
     rows = [validated(0, 0.5), validated(15, 0.7 if best else 0.3), scored(0, "a", 0.4), scored(15, "a", 0.3)]

@@ -61,10 +61,11 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def validation_scores(rows: Sequence[Row]) -> dict[int, float]:
-    """The mean avg@k over the validation sets, by step."""
+    """The mean avg@k over the validation sets, by step; of lines under the conditions of the latest ones."""
+    latest = {row["split"]: row for row in rows if row["split"].startswith("validation/")}
     found: dict[int, list[Row]] = {}
     for row in rows:
-        if row["split"].startswith("validation/"):
+        if row["split"] in latest and not _differences(row, latest[row["split"]]):
             found.setdefault(row["step"], []).append(row)
     return {step: mean(scored, "avg") for step, scored in found.items()}
 
