@@ -7,6 +7,7 @@ import pytest
 
 from rosd_jax.config import UserError, default_config
 from rosd_jax.train import history, workdir
+from rosd_jax.train.setup import FILES
 
 EVERY = 5
 
@@ -149,8 +150,9 @@ def test_what_an_older_checkpoint_does_not_say_is_not_asked(config):
 
 
 def inputs_of(crc32=7, names=("a", "b")):
-    found = {f"{name}/test": {"rows": 3, "crc32": crc32} for name in names}
-    return SimpleNamespace(evals={name: [None] * 3 for name in names}, found=found)
+    found = {f"{name}/{file}": {"rows": 3, "crc32": crc32} for name in names for file in FILES.values()}
+    sets = {name: [None] * 3 for name in names}
+    return SimpleNamespace(sets=lambda split: sets, found=found)
 
 
 def write_lines(tmp_path, *rows):
@@ -172,12 +174,13 @@ def test_a_set_that_changed_since_it_was_scored_is_refused_by_name(tmp_path):
 
 def test_a_set_is_evaluated_where_no_line_of_the_step_was_made_under_the_same_conditions(tmp_path, config):
     inputs = inputs_of()
-    wanted = history.conditions(config, inputs, "a")
+    wanted = history.conditions(config, inputs, "eval", "a")
     assert wanted == dict(k=4, n=3, temperature=0.5, top_p=0.75, max_new_tokens=8, problems_crc32=7)
     write_lines(tmp_path, line(4, "eval/a", **wanted), line(3, "eval/b", **wanted))
-    assert history.unevaluated(tmp_path, config, inputs, 4) == ["b"]
-    assert history.unevaluated(tmp_path, config, inputs, 3) == ["a"]
+    assert history.unevaluated(tmp_path, config, inputs, "eval", 4) == ["b"]
+    assert history.unevaluated(tmp_path, config, inputs, "eval", 3) == ["a"]
+    assert history.unevaluated(tmp_path, config, inputs, "validation", 4) == ["a", "b"]
     config.eval.samples = 8
-    assert history.unevaluated(tmp_path, config, inputs, 4) == ["a", "b"]
+    assert history.unevaluated(tmp_path, config, inputs, "eval", 4) == ["a", "b"]
     write_lines(tmp_path, line(4, "eval/a", k=8, n=3))  # an older version's
-    assert history.unevaluated(tmp_path, config, inputs, 4) == ["b"]
+    assert history.unevaluated(tmp_path, config, inputs, "eval", 4) == ["b"]

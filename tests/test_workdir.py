@@ -68,7 +68,7 @@ def test_steps_evaluation_and_the_models_path_may_change_and_are_recorded_once_t
     assert workdir.prepare(tmp_path, other)
     assert (tmp_path / "config.json").read_text() == before  # the start may still be refused
     workdir.record(tmp_path, other)
-    assert json.loads((tmp_path / "config.json").read_text()) == other.to_dict()
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(other.to_dict()))
     assert workdir.fingerprint(other) == workdir.fingerprint(config_with(steps=7))
 
 
