@@ -177,7 +177,7 @@ def build(
         sample=generate(config.rollout, config.rollout.top_p, config.rollout.slots),
         reflect=generate(config.reflect, 1.0, config.rollout.slots),
         evaluate=generate(config.eval, config.eval.top_p, config.eval.batch),
-        student_thinking_open=inputs.tokenizer.opens_thinking(config.thinking.student),
+        thinking_open=inputs.tokenizer.opens_thinking(config.thinking.student),
         reflector_thinking_open=inputs.tokenizer.opens_thinking(config.thinking.reflector),
         update=make_update(config, model, optimizer, mesh, shardings),
     )

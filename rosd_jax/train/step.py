@@ -51,8 +51,8 @@ class Tools:
     sample: Callable[..., Rollout]  # training rollouts
     reflect: Callable[..., Rollout]  # the reflector's answers
     evaluate: Callable[..., Rollout]  # evaluation's answers
-    student_thinking_open: bool  # prompts of training end inside a thinking block
-    reflector_thinking_open: bool  # the reflector's prompts do
+    thinking_open: bool  # the student's prompts end inside <think>
+    reflector_thinking_open: bool  # the reflector's do
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -115,7 +115,7 @@ def grade(tools: Tools, prompts: Prompts, rollout: Rollout) -> Graded:
     problems = [problem for problem in prompts.problems for _ in range(G)]
     grades = tools.grader.grade_all(texts, problems)
     rewards_B = np.array([g.score for g in grades], np.float32)
-    return Graded(prompts, rollout, tuple(texts), rewards_B, tools.student_thinking_open)
+    return Graded(prompts, rollout, tuple(texts), rewards_B, tools.thinking_open)
 
 
 def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) -> Reflected:
