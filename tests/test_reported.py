@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 from test_export import ask, old_python  # noqa: F401  (a fixture)
+from test_run import run  # noqa: F401  (a fixture)
 
-import run as command
 from rosd_jax.config import UserError
 from rosd_jax.data import rows
 from rosd_jax.data.gym import load as gym_problems
@@ -198,15 +197,14 @@ def sentence_not_crash(case, grader, tmp_path):
     return "no error"
 
 
-def blames_the_right_file(case, grader, tmp_path, capsys):
+def blames_the_right_file(case, grader, tmp_path, run):  # noqa: F811
     path = copy_of(ROOT / "models" / "gym", tmp_path)
     name, fields = json_field(case["input"].partition("with ")[2])
     edit(path / name, **fields)
     config = ROOT / "configs" / "quickstart.py"
     arguments = [f"--config={config}:debug", "--mode=plan", f"--config.model.path={path}"]
-    flags.FLAGS.unparse_flags()
-    status = command.main(["run.py", *arguments])
-    said = capsys.readouterr().err
+    status, printed = run(*arguments)
+    said = printed.err
     right = status == 2 and name in said and next(iter(fields)) in said and said.count("\n") == 1
     return case["expected"] if right else said
 
@@ -307,7 +305,7 @@ def parameters():
 def test_reported(case, grader, tmp_path, request):
     runs = [runner for prefix, runner in KINDS.items() if case["kind"].startswith(prefix)]
     assert len(runs) == 1, f"KINDS must have one entry for {case['kind']}"
-    wanted = {blames_the_right_file: "capsys", export: "old_python"}.get(runs[0])
+    wanted = {blames_the_right_file: "run", export: "old_python"}.get(runs[0])
     extra = {wanted: request.getfixturevalue(wanted)} if wanted else {}
     assert runs[0](case, grader, tmp_path, **extra) == case.get("ours", case["expected"])
 

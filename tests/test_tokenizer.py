@@ -416,9 +416,11 @@ def test_a_setting_of_any_kind_works_or_is_named_with_its_file(field, gym):
 
 
 @pytest.mark.parametrize("value", [5, True, [], ["a"], {}, {"content": 5}])
-def test_a_token_that_is_no_text_is_refused(value, gym):
-    gym("tokenizer_config.json", eos_token=value)
-    with pytest.raises(UserError, match="eos_token in .*tokenizer_config.json"):
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_token_that_is_no_text_is_refused(name, value, gym):
+    (gym.path / "special_tokens_map.json").write_text("{}")
+    gym(name, eos_token=value)
+    with pytest.raises(UserError, match=f"eos_token in .*{name}"):
         load_tokenizer(gym.path)
 
 
@@ -442,6 +444,14 @@ def test_a_broken_file_is_named(name, content, gym):
     (gym.path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{gym.path}/{name} is not"):
         load_tokenizer(gym.path)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_not_utf8_is_named_once(name, gym):
+    (gym.path / name).write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="is not UTF-8") as error:
+        load_tokenizer(gym.path)
+    assert str(error.value).count(name) == 1
 
 
 def test_a_template_that_is_not_utf8_is_named(gym):

@@ -16,8 +16,9 @@ Fields = dict[str, Any]
 
 def read_json(file: Path) -> Fields:
     """The object in a JSON file. Raises UserError for a file that cannot be read or holds no object."""
+    text = read_text(file)
     try:
-        fields = json.loads(read_text(file))
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}); {REMEDY}") from error
     if not isinstance(fields, dict):

@@ -9,33 +9,36 @@ every id at which a response ended here, so that other programs stop there too.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from rosd_jax.models.files import Fields, read_json, read_text, write_bytes, write_json, wrong
 
 CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
-SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", GENERATION, "chat_template.json")
-TABLES = ("tokenizer.json", "vocab.json", "merges.txt")  # large ones, parsed elsewhere
+SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+OBJECTS = (CONFIG, SPECIAL, "added_tokens.json", GENERATION, "chat_template.json", "vocab.json")
+TEXTS = ("tokenizer.json", "merges.txt", TEMPLATE)  # what is in them, others say
 MORE_TEMPLATES = "additional_chat_templates"
+Rules: TypeAlias = tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...]
 SHARED = ("PreTrainedTokenizer", "Qwen2Tokenizer", "LlamaTokenizer", "GPT2Tokenizer")  # in 4 and 5
 
 
 def check_files(folder: Path) -> None:
     """Raises UserError for a file that is not UTF-8, and for settings of the wrong kind."""
-    for name in ("config.json", *SETTINGS):
+    for name in ("config.json", *OBJECTS):
         if (folder / name).exists():
-            read_json(folder / name)
-    if (folder / CONFIG).exists():
-        _check_config(read_json(folder / CONFIG), folder / CONFIG)
-    for file in (*(folder / name for name in (*TABLES, TEMPLATE)), *folder.glob(f"{MORE_TEMPLATES}/*.jinja")):
+            fields = read_json(folder / name)
+            _check_fields(fields, folder / name, RULES.get(name, ()))
+    for file in (*(folder / name for name in TEXTS), *folder.glob(f"{MORE_TEMPLATES}/*.jinja")):
         if file.exists():
             read_text(file)
 
 
-def _check_config(fields: Fields, file: Path) -> None:
-    for names, rule, fits in RULES:
+def _check_fields(fields: Fields, file: Path, rules: Rules) -> None:
+    for names, rule, fits in rules:
         for name in names:
             if name in fields and not fits(fields[name]):
                 raise wrong(file, name, fields[name], rule)
@@ -45,10 +48,13 @@ def _is_text(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _is_object_token(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
+
+
 def _is_token(value: object) -> bool:
-    if isinstance(value, dict):
-        return value.get("__type") == "AddedToken" and isinstance(value.get("content"), str)
-    return _is_text(value)
+    marked = isinstance(value, dict) and value.get("__type") == "AddedToken"
+    return _is_text(value) or (marked and _is_object_token(value))
 
 
 def _are_tokens(value: object) -> bool:
@@ -57,33 +63,42 @@ def _are_tokens(value: object) -> bool:
 
 
 def _are_numbered_tokens(value: object) -> bool:
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not all(map(_is_object_token, value.values())):
         return False
-    texts = [token.get("content") for token in value.values() if isinstance(token, dict)]
-    numbered = all(isinstance(key, str) and key.isdecimal() for key in value)
-    return numbered and len(texts) == len(value) and all(isinstance(text, str) for text in texts)
+    return all(isinstance(key, str) and key.isdecimal() for key in value)
 
 
 def _is_template(value: object) -> bool:
     if isinstance(value, dict):
         return all(isinstance(text, str) for text in value.values())
     if isinstance(value, list):
-        pairs = [(part.get("name"), part.get("template")) for part in value if isinstance(part, dict)]
-        return len(pairs) == len(value) and all(isinstance(text, str) for pair in pairs for text in pair)
+        parts = [part if isinstance(part, dict) else {} for part in value]
+        return all(isinstance(part.get(key), str) for part in parts for key in ("name", "template"))
     return _is_text(value)
 
 
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-RULES = (  # fields of tokenizer_config.json, what they must be, and whether a value is that
-    (TOKENS, "the text of a token, an AddedToken or null", _is_token),
-    (("additional_special_tokens", "extra_special_tokens"), "a list of tokens", _are_tokens),
-    (("added_tokens_decoder",), "an object of ids and their tokens", _are_numbered_tokens),
-    (("tokenizer_class",), "the name of a class or null", _is_text),
-    (("chat_template",), "the text of a template, or a list of objects with name and template", _is_template),
-    (("model_max_length",), "a number or null", lambda v: v is None or type(v) in (int, float)),
-    (("padding_side", "truncation_side"), "'left' or 'right'", lambda v: v in ("left", "right")),
-    (("split_special_tokens",), "true or false", lambda v: isinstance(v, bool)),
-)
+MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+RULES: dict[str, Rules] = {  # file -> fields, what they must be, and whether a value is that
+    CONFIG: (
+        (TOKENS, "the text of a token, an AddedToken or null", _is_token),
+        (MORE_TOKENS, "a list of tokens", _are_tokens),
+        (("added_tokens_decoder",), "an object of ids and their tokens", _are_numbered_tokens),
+        (("tokenizer_class",), "the name of a class or null", _is_text),
+        (("chat_template",), "a template's text, or a list of objects with name and template", _is_template),
+        (("model_max_length",), "a number or null", lambda v: v is None or type(v) in (int, float)),
+        (("padding_side", "truncation_side"), "'left' or 'right'", lambda v: v in ("left", "right")),
+        (("split_special_tokens",), "true or false", lambda v: isinstance(v, bool)),
+    ),
+    SPECIAL: (
+        (
+            TOKENS,
+            "the text of a token, or an object with its content",
+            lambda v: _is_text(v) or _is_object_token(v),
+        ),
+        (MORE_TOKENS, "a list of tokens", lambda v: v is None or isinstance(v, (list, dict))),
+    ),
+}
 
 
 def eos_ids(file: Path, num_tokens: int) -> list[int]:
@@ -99,7 +114,7 @@ def eos_ids(file: Path, num_tokens: int) -> list[int]:
 
 def copy_files(source: Path, target: Path) -> None:
     """Makes the tokenizer's files in `target` those of `source`; other files stay as they are."""
-    for name in (*SETTINGS, *TABLES, TEMPLATE):
+    for name in (*OBJECTS, *TEXTS):
         if (source / name).exists():
             write_bytes(target / name, (source / name).read_bytes())
         else:
@@ -114,7 +129,7 @@ def repair(folder: Path, loaded_class: str, special_tokens: dict[str, str]) -> N
     `loaded_class` and `special_tokens` are those of the tokenizer in use: they are stated where the
     directory leaves the class, and with it the class's own special tokens, to be guessed.
     """
-    for name in ("special_tokens_map.json", CONFIG):
+    for name in (SPECIAL, CONFIG):
         fields = read_json(folder / name) if (folder / name).exists() else {}
         fixed = _without_list(fields)
         if name == CONFIG and not _is_shared(fixed.get("tokenizer_class")):

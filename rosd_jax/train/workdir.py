@@ -43,7 +43,8 @@ WRITTEN = (
     "evals",
     "export",
 )  # what a run leaves once it has begun
-MAY_CHANGE = ("checkpoint.keep", "eval.", "model.path", "steps")  # between two runs; with a dot: all below
+# Between two runs; with a dot: all below.
+MAY_CHANGE = ("checkpoint.keep", "eval.", "model.path", "steps", "validation.")
 CONFIG, LOCK, TEMPORARY = "config.json", ".lock", ".tmp"
 ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
 ABSENT = object()
