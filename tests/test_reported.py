@@ -242,7 +242,7 @@ def resume_on_changed(case, grader, tmp_path):
     ]
     train.write_text("\n".join(lines) + "\n")
 
-    def run(steps: int) -> tuple[int, str]:
+    def train_to(steps: int) -> tuple[int, str]:
         arguments = [
             f"--config={ROOT / 'configs' / 'quickstart.py'}:debug", f"--workdir={tmp_path / 'run'}",
             f"--config.model.path={model}", f"--config.data.train=jsonl:{train}", f"--config.steps={steps}",
@@ -254,7 +254,7 @@ def resume_on_changed(case, grader, tmp_path):
         )
         return done.returncode, done.stderr
 
-    assert run(2)[0] == 0
+    assert train_to(2)[0] == 0
     words = case["input"]
     if "template" in words:
         settings = json.loads((model / "tokenizer_config.json").read_text())
@@ -270,7 +270,7 @@ def resume_on_changed(case, grader, tmp_path):
         train.write_text("\n".join([json.dumps(changed), *lines[1:]]) + "\n")
     else:
         pytest.fail(f"no reader for {words!r}")
-    status, said = run(4)
+    status, said = train_to(4)
     return case["expected"] if status == 2 and said.startswith("error: ") else said or "goes on"
 
 
