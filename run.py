@@ -3,16 +3,27 @@
     python run.py --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan]
                   [--config.FIELD=VALUE ...]
 
-The same command on the same DIR goes on where the run stopped. A mistake in config, model or data ends
-with one sentence and exit status 2; Ctrl-C ends with status 130 and loses nothing that was written.
+The same command on the same DIR goes on where the run stopped, and without --config by the config that DIR
+holds.
+
+Exit status 0: done. 2: a mistake in config, model or data, named in one sentence. 128 + N: stopped by
+signal N, so 130 by Ctrl-C and 143 by SIGTERM; the first lets the call under way return and saves the last
+whole step, a second one ends the run at once, and neither loses what is written. 141: nobody reads stdout
+any more, as in `python run.py ... | head`.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
-from pathlib import Path
+from rosd_jax.train import stopping
+
+if __name__ == "__main__":
+    stopping.watch()  # before all slower imports
+
+import errno  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's start-up chatter
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -27,6 +38,11 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. conf
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do")
 
+STORED = Path(__file__).resolve().parent / "rosd_jax" / "train" / "stored.py"
+MISSING = (
+    "--config is missing; pass a file, such as --config=configs/quickstart.py, or the --workdir of an "
+    "earlier run"
+)
 NO_CONFIG = (
     "--config does not name a Python file with a get_config that returns a ConfigDict; pass one, such as "
     "--config=configs/quickstart.py"
@@ -37,9 +53,13 @@ def main(argv: list[str]) -> int:
     """Returns the exit status."""
     logging.set_verbosity(logging.WARNING)
     try:
-        config = read_flags(argv)
-        validate(config)
-        run(config)
+        obey(argv)
+    except stopping.Stopped as stopped:
+        stopping.tell(str(stopped))
+        return stopped.status
+    except BrokenPipeError:
+        stopping.reader_left()
+        return 128 + signal.SIGPIPE
     except UserError as error:
         return fail(str(error))
     except OSError as error:
@@ -50,27 +70,48 @@ def main(argv: list[str]) -> int:
             raise
         return fail(f"the disk of {error.filename or 'the workdir'} is full; free some space and "
                     "run the same command to resume")  # fmt: skip
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command with the same --workdir resumes", file=sys.stderr)
-        return 130
     return 0
+
+
+def obey(argv: list[str]) -> None:
+    """Does what the command line asks for. Raises BrokenPipeError where nobody reads what it prints."""
+    try:
+        config = read_flags(argv)
+        validate(config)
+        run(config)
+    finally:  # --help ends by SystemExit
+        sys.stdout.flush()
 
 
 def read_flags(argv: list[str]) -> ConfigDict:
     """The config that the command line asks for. Raises UserError for whatever does not parse."""
     app.define_help_flags()
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(with_stored_config(argv))
         config = _CONFIG.value
+    except BrokenPipeError:  # of --help, and an OSError
+        raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; flags are written --name=value")
     if config is None:
-        raise UserError("--config is missing; pass a file, such as --config=configs/quickstart.py")
+        raise UserError(MISSING)
     if not isinstance(config, ConfigDict):  # ml_collections' stand-in for a file that did not load
         raise UserError(NO_CONFIG)
     return config
+
+
+def with_stored_config(argv: list[str]) -> list[str]:
+    """argv, and --config with what the --workdir holds where it holds a run and no --config is given."""
+    given = flags.FlagValues()
+    for name in ("config", "workdir"):
+        flags.DEFINE_string(name, None, "", flag_values=given)
+    given(argv, known_only=True)
+    path = Path(given["workdir"].value or "", "config.json")
+    if given["config"].value is not None or given["workdir"].value is None or not path.is_file():
+        return argv
+    return [argv[0], f"--config={STORED}:{path}", *argv[1:]]
 
 
 def explain(error: BaseException) -> str:
@@ -81,6 +122,8 @@ def explain(error: BaseException) -> str:
     ours = [e for e in chain if isinstance(e, UserError)]
     if ours:
         return str(ours[-1])
+    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
+        return MISSING  # the config's fields are flags once there is a config
     if isinstance(chain[-1], KeyError):
         return f"the config has no field {chain[-1].args[0]!r}; rosd_jax/config.py lists the fields"
     if isinstance(error, AttributeError | OSError):
@@ -89,10 +132,10 @@ def explain(error: BaseException) -> str:
 
 
 def run(config) -> None:
-    from rosd_jax.train import loop, workdir  # after the flags, so that --help is quick
+    from rosd_jax.train import loop, plan, workdir  # after the flags, so that --help is quick
 
     directory = Path(_WORKDIR.value or workdir.default_workdir(config.name))
-    {"train": loop.train, "eval": loop.evaluate_only, "plan": loop.plan}[_MODE.value](config, directory)
+    {"train": loop.train, "eval": loop.evaluate_only, "plan": plan.plan}[_MODE.value](config, directory)
 
 
 def fail(sentence: str) -> int:

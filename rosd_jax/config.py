@@ -7,6 +7,7 @@ runs before any device is touched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -25,12 +26,10 @@ CHOICES = {
     "lesson.locate": ("offsets", "reencode"),
     "lesson.teacher_context": ("idea", "idea_or_solution", "solution"),
     "lesson.gold_in_idea": ("keep", "strip"),
-    "rewards": ("fixed", "release"),
     "loss.tail": ("bucket", "renorm"),
     "optimizer.empty_batch": ("skip", "step"),
     "model.dtype": ("float32", "bfloat16"),
     "method": ("rosd",),
-    "wording": ("english", "gym"),
     "rollout.attention": (None, "xla", "ragged_tpu", "pallas_tpu", "pallas_gpu"),
 }
 
@@ -55,7 +54,7 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "thinking.reflector": (False, False, False),
     "thinking.teacher": (False, False, False),
     "rewards": ("fixed", "fixed", "release"),
-    # The reflector (appendix B): the frozen initial model, greedy; it is shown the shortest correct
+    # The reflector (appendix B): the frozen initial model, greedy. It is shown the shortest correct
     # rollout of the group. overlong, uniform_groups: the paper is silent.
     "reflect.weights": ("frozen", "frozen", "student"),
     "reflect.temperature": (0.0, 0.0, 1.0),
@@ -105,7 +104,8 @@ def default_config() -> Config:
             method="rosd",
             seed=0,
             steps=100,
-            wording="english",  # "gym": the prompts in the shipped tiny model's closed vocabulary
+            wording="english",  # "gym": in the shipped tiny model's closed vocabulary; or a file, PATH.toml
+            reward_timeout=5.0,  # CPU seconds to grade a response; over it the response scores 0
             # -1: all remaining devices. Under data=-1 each core of a CPU is a device, where rows suffice.
             mesh=dict(data=1, fsdp=-1, tensor=1),
             model=dict(path="", dtype="bfloat16", remat=True),
@@ -116,6 +116,7 @@ def default_config() -> Config:
             # cache_tokens: response tokens with room in the cache of each row device, in evaluation too;
             # where they run out, the youngest responses wait and start anew
             rollout=dict(
+                stop=(),  # texts that end a response as a stop token does, in evaluation too
                 slots=placeholder(int),
                 cache_tokens=2**16,  # a quarter of 32 rollouts of 8192
                 prompt_tokens=2**16,  # of different prompts with room there besides; more take turns
@@ -190,8 +191,26 @@ def validate(config: Config) -> None:
     _require(config, "rollout.slots", slots is None or slots >= 1, "be at least 1, or null for all rows")
     for field in ("eval.limit", "eval.every", "validation.every", "optimizer.warmup_steps", "seed"):
         _require(config, field, _get(config, field) >= 0, "be 0 or more")
+    _validate_own(config)
     _validate_ranges(config)
     _validate_batch(config)
+
+
+def _validate_own(config: Config) -> None:
+    """What a user may bring: a reward function, a wording, stop strings."""
+    rewards, wording, stop = config.rewards, config.wording, config.rollout.stop
+    named = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", rewards)
+    _require(config, "rewards", rewards in ("fixed", "release") or named is not None,
+             "be fixed, release or MODULE:FUNCTION, a function of your own")  # fmt: skip
+    _require(config, "wording", wording in ("english", "gym") or wording.endswith(".toml"),
+             "be english, gym or the path of a .toml file of your own")  # fmt: skip
+    _require(config, "rollout.stop", all(map(_is_text, stop)), "hold strings of text that are not empty")
+    _require(config, "reward_timeout", 0 < config.reward_timeout < float("inf"), "be above 0 and finite")
+
+
+def _is_text(value: Any) -> bool:
+    """Not empty, and nothing in it that UTF-8 cannot hold."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value != ""
 
 
 def _validate_ranges(config: Config) -> None:

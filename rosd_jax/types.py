@@ -30,9 +30,10 @@ class Problem:
 
     uid: str  # "<set>/<row number>", stable across runs
     dataset: str  # the set it came from: "physics", "tooluse", "aime24", ...
-    kind: str  # which checker grades it: "mcq" | "math" | "tooluse" | "gym"
+    kind: str  # which checker grades it: "mcq" | "math" | "tooluse" | "gym" | "own" (the user's function)
     messages: tuple[Message, ...]  # the task's own system and user text, in chat form
-    answer: str  # the gold answer, never empty
+    answer: str  # the gold answer, empty only for the kind "own"
+    extra: str = ""  # the row's other fields, a JSON object, for a reward function of the user's
 
     @property
     def question(self) -> str:
@@ -75,7 +76,7 @@ class Rollout:
     tokens_BR: jax.Array  # int32; beyond length: 0
     length_B: jax.Array  # int32, the stop token counted
     logp_BR: jax.Array  # float32, log-prob of each token at the sampling temperature; 0 beyond length
-    finished_B: jax.Array  # bool: ended on a stop token (False: cut at the limit)
+    finished_B: jax.Array  # bool: ended on a stop token or string (False: cut at the limit)
     stats: DecodeStats | None = None
 
 
@@ -87,6 +88,7 @@ class Graded:
     rollout: Rollout  # the same arrays, fetched to the host
     texts: tuple[str, ...]  # B decoded responses, special tokens removed
     rewards_B: np.ndarray  # float32 in [0, 1]
+    thinking_open: bool = False  # the prompts ended inside a thinking block, so the texts begin there
 
 
 @dataclass(frozen=True)

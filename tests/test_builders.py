@@ -153,17 +153,29 @@ def test_without_array_record_the_same_problems_are_read_and_it_says_so(tmp_path
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({k: v for k, v in ROW.items() if k != "answer"}, "field 'answer' is missing"),
+        (
+            {k: v for k, v in ROW.items() if k != "answer"},
+            "field 'answer' is missing, and the row holds prompt, kind, ",
+        ),
         (ROW | {"answer": None}, "field 'answer' is missing"),
-        (ROW | {"answer": "  "}, "field 'answer' is empty"),
-        (ROW | {"answer": 3}, "field 'answer' is int and must be a string"),
-        (ROW | {"answer": "B: text"}, "field 'answer' is 'B: text' and must be one capital"),
-        (ROW | {"prompt": ""}, "field 'prompt' is empty"),
-        (ROW | {"prompt": ["a"]}, "field 'prompt' is list and must be a string"),
-        (ROW | {"prompt": "\ud800"}, "field 'prompt' holds half a surrogate pair"),
-        (ROW | {"system": 5}, "field 'system' is int and must be a string"),
-        (ROW | {"kind": "code"}, "field 'kind' is 'code' and must be one of"),
-        ([1, 2], "is a list; a row must be one JSON object"),
+        ({"question": "Which?"}, "field 'prompt' is missing, and the row holds question; add it, rename"),
+        ({}, "field 'prompt' is missing, and the row holds no field"),
+        (ROW | {"answer": "  "}, "field 'answer' is '  '; it must not be empty, so mend or drop"),
+        (ROW | {"answer": 3}, "field 'answer' is 3; it must be a string, so mend or drop the row"),
+        (ROW | {"answer": "B: text"}, "field 'answer' is 'B: text'; it must be one letter"),
+        (ROW | {"answer": "BC"}, "field 'answer' is 'BC'; it must be one letter"),
+        (ROW | {"answer": "1"}, "field 'answer' is '1'; it must be one letter"),
+        (ROW | {"kind": "math", "answer": "long " * 99 + "\ud800"}, "field 'answer' is 'long long long"),
+        (ROW | {"prompt": ""}, "field 'prompt' is ''; it must not be empty"),
+        (ROW | {"prompt": ["a"]}, "field 'prompt' is ['a']; it must be a string"),
+        (ROW | {"prompt": "\ud800"}, "field 'prompt' is '\\ud800'; it must hold no half of a surrogate pair"),
+        (ROW | {"system": 5}, "field 'system' is 5; it must be a string"),
+        (ROW | {"kind": "code"}, "field 'kind' is 'code'; it must be one of mcq, math, tooluse"),
+        ([1, 2], "is [1, 2], a list; a row must be one JSON object"),
+        (
+            '{"prompt": "?", "answer": ' + "9" * 5000 + "}",
+            "(a number of 5000 digits, which nothing here can read)",
+        ),
         ('{"prompt": ', "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
     ],
@@ -172,7 +184,7 @@ def test_a_malformed_row_names_file_line_and_field(tmp_path, record, words):
     path = physics(tmp_path, ROW, "", record)
     message = refusal(tmp_path, "physics")
     assert message.startswith(f"{path} line 3")
-    assert words in message
+    assert words in message and len(message) < len(str(path)) + 250
 
 
 def test_bytes_that_are_no_utf8_name_their_line(tmp_path):
@@ -210,7 +222,7 @@ def test_tool_use_may_have_a_test_file_only(tmp_path):
     assert [json.loads(p.answer) for p in problems] == [calls, calls]
     for broken in ("find()", "[]", "{}", [{"Action": "f", "Action_Input": "{"}], [3]):
         write(path, record | {"answer": broken})
-        with pytest.raises(UserError, match="line 1: field 'answer' must"):
+        with pytest.raises(UserError, match="line 1: field 'answer' is .*; it must"):
             load(tmp_path, "tooluse", "test")
 
 
@@ -225,6 +237,59 @@ def test_number_answers_become_text(tmp_path, written, read):
     assert problem.question.startswith("How many?") and "\\boxed{}" in problem.question
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("0.00001", "0.00001"),
+        ("1e-05", "0.00001"),
+        ("4.5e-6", "0.0000045"),
+        ("6.02e23", "6.02 \\times 10^{23}"),
+        ("-2.998E+25", "-2.998 \\times 10^{25}"),
+        ("6.626e-34", "6.626 \\times 10^{-34}"),
+        ("1e20", "1 \\times 10^{20}"),
+        ("1e400", "1 \\times 10^{400}"),
+        ("1.50e3", "1500"),
+        ("27.0", "27"),
+        ("-0.0", "0"),
+        ("-0.50", "-0.5"),
+        ("0.1000000000000000000000000000000000001", "0.1000000000000000000000000000000000001"),
+        ("12345678901234567890.0", "12345678901234567890"),
+        ("9007199254740993", "9007199254740993"),
+        ("1" + "0" * 400, "1" + "0" * 400),
+    ],
+)
+def test_a_number_is_the_one_that_the_file_says(tmp_path, written, read):
+    path = write(tmp_path / "own.jsonl", f'{{"prompt": "?", "answer": {written}}}')
+    (example,) = rows.read_examples(f"jsonl:{path}", "train", path)
+    assert example["answer"] == read
+
+
+@pytest.mark.parametrize(
+    "answer", ["$$", "**", "\\boxed{}", "\\text{ }", "$\\boxed{\\text{}}$", ".", "\\(\\)", "``"]
+)
+def test_a_gold_of_marks_alone_is_refused(tmp_path, answer):
+    write(tmp_path / "own.jsonl", {"prompt": "?", "answer": "\\{\\}"}, {"prompt": "?", "answer": answer})
+    with pytest.raises(
+        UserError, match="line 2: field 'answer' is .*; it must hold an answer, not marks alone"
+    ):
+        load_problems(f"jsonl:{tmp_path}/own.jsonl", "train", "", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("written", ["B", "b", "(B)", "B.", "**B**", " [b] "])
+def test_a_gold_letter_is_read_without_its_marks(tmp_path, written):
+    physics(tmp_path, ROW | {"answer": written})
+    assert [p.answer for p in load(tmp_path, "physics")] == ["B"]
+
+
+@pytest.mark.parametrize("key", ["Action Input", "ActionInput", "action_input", "parameters"])
+def test_gold_calls_are_stored_with_the_keys_that_every_checker_reads(tmp_path, key):
+    calls = [{"name": "f", key: {"a": 1.5}}, {"tool": "g"}]
+    write(tmp_path / "data/tooluse/test.json", {"prompt": "?", "answer": calls})
+    (problem,) = load(tmp_path, "tooluse", "test")
+    stored = [{"Action": "f", "Action_Input": {"a": 1.5}}, {"Action": "g", "Action_Input": {}}]
+    assert json.loads(problem.answer) == stored
+
+
 @pytest.mark.parametrize("answer", [True, float("nan"), float("inf"), [], {}])
 def test_answers_that_are_no_number_are_refused(tmp_path, answer):
     write(tmp_path / "data/eval/aime25.jsonl", {"problem": "How many?", "answer": answer})
@@ -236,7 +301,9 @@ def test_gsm8k_answers_stand_behind_the_mark(tmp_path):
     write(path, {"question": "Cost?", "answer": "2 * 60 <<x>>\n#### $1,200\n#### 1,080"})
     assert [p.answer for p in load(tmp_path, "gsm8k")] == ["1080"]
     write(path, {"question": "Cost?", "answer": "1080"})
-    with pytest.raises(UserError, match='line 1: field .answer. has no final answer behind "####"'):
+    with pytest.raises(
+        UserError, match='line 1: field .answer. is .1080.; it must have a final answer behind "####"'
+    ):
         load(tmp_path, "gsm8k")
 
 
@@ -253,6 +320,42 @@ def test_a_file_of_ones_own_serves_either_split(tmp_path, monkeypatch):
         assert train[0].messages == ({"role": "user", "content": "1 + 1?"},)
     with pytest.raises(UserError, match="names no file; give data.train or eval.sets jsonl:PATH"):
         load_problems("jsonl:absent.jsonl", "train", "")
+
+
+def test_a_set_of_ones_own_may_have_a_name_and_two_splits(tmp_path):
+    write(tmp_path / "own" / "train.jsonl", {"prompt": "1 + 1?", "answer": 2})
+    write(tmp_path / "own" / "test.jsonl", {"prompt": "1 + 2?", "answer": 3})
+    cache = str(tmp_path / "cache")
+    for name, called in (
+        (f"jsonl:{tmp_path}/own", f"jsonl:{tmp_path}/own"),
+        (f"sums=jsonl:{tmp_path}/own", "sums"),
+    ):
+        for split, answer in (("train", "2"), ("test", "3")):
+            (problem,) = load_problems(name, split, "", cache)
+            assert (problem.uid, problem.dataset, problem.answer) == (f"{called}/{split}/0", called, answer)
+    (problem,) = load_problems(f"sums=jsonl:{tmp_path}/own/test.jsonl", "train", "", cache)
+    assert (problem.uid, problem.answer) == ("sums/train/0", "3")
+    (tmp_path / "own" / "test.jsonl").unlink()
+    with pytest.raises(UserError, match="has no 'test' split, since .*test.jsonl is missing; add that file"):
+        load_problems(f"jsonl:{tmp_path}/own", "test", "", cache)
+    for bad in ("physics", "a b", "", "a/b"):
+        with pytest.raises(UserError, match=f"names a set '{bad}'; a name must"):
+            load_problems(f"{bad}=jsonl:{tmp_path}/own", "train", "", cache)
+
+
+def test_sets_are_one_by_their_files_not_by_spelling(tmp_path):
+    for file in ("own/train.jsonl", "own/test.jsonl", "own/other.jsonl"):
+        write(tmp_path / file, ROW)
+    physics(tmp_path, ROW)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "own" / "other.jsonl")
+    same = lambda a, b: rows.same_data(a.format(tmp_path), b.format(tmp_path), str(tmp_path / "data"))
+    assert same("jsonl:{}/own/other.jsonl", "mine=jsonl:{}/own/../own/other.jsonl")
+    assert same("jsonl:{}/own/other.jsonl", "jsonl:{}/link.jsonl")
+    assert same("jsonl:{}/own", "a=jsonl:{}/own/") and same("jsonl:{}/own", "jsonl:{}/own/test.jsonl")
+    assert same("jsonl:{}/own/train.jsonl", "jsonl:{}/own/test.jsonl")
+    assert same("physics", "jsonl:{}/data/sciknoweval-physics/test.json")
+    assert same("gym:chain", "gym:chain") and not same("gym:chain", "gym:words")
+    assert not same("jsonl:{}/own", "jsonl:{}/own/other.jsonl") and not same("physics", "biology")
 
 
 def test_gym_sets_come_from_the_gym(monkeypatch):

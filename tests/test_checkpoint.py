@@ -50,28 +50,38 @@ def assert_equal(found, wanted):
 
 
 def test_round_trip_is_exact_and_nothing_saved_is_none(tmp_path):
-    manager = checkpoint.open_manager(tmp_path, keep=2)
+    manager = checkpoint.open_manager(tmp_path)
     assert checkpoint.restore_latest(manager, like_of(make_state(0))) is None
     config = default_config()
     for step in (3, 4, 7):
-        checkpoint.save(manager, make_state(step), step, checkpoint.run_meta(config, "c0ffee"))
+        checkpoint.save(manager, make_state(step), step, checkpoint.run_meta(config, {"weights": "c0ffee"}))
+        checkpoint.prune(manager, keep=2, best=None)
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 7]
 
-    again = checkpoint.open_manager(tmp_path, keep=2)
+    again = checkpoint.open_manager(tmp_path)
     state, meta = checkpoint.restore_latest(again, like_of(make_state(0)))
     assert_equal(state, make_state(7))
     assert meta["step"] == 7 and meta["seed"] == config.seed and meta["jax"] == jax.__version__
+    assert meta["weights"] == "c0ffee"
+
+
+def test_whether_anything_was_saved_is_told_without_touching_the_directory(tmp_path):
+    assert not checkpoint.any_saved(tmp_path) and list(tmp_path.iterdir()) == []
+    manager = checkpoint.open_manager(tmp_path)
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "checkpoints" / "2.bad").mkdir()
+    assert not checkpoint.any_saved(tmp_path)
+    checkpoint.save(manager, make_state(4), 4, {})
+    assert checkpoint.any_saved(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_restores_onto_another_mesh(tmp_path, shape):
     saved = make_state(5, make_mesh(2, 1, 4))
-    checkpoint.save(checkpoint.open_manager(tmp_path, keep=1), saved, 5, {})
+    checkpoint.save(checkpoint.open_manager(tmp_path), saved, 5, {})
     mesh = make_mesh(*shape)
     wanted = make_state(5, mesh)
-    state, _ = checkpoint.restore_latest(
-        checkpoint.open_manager(tmp_path, keep=1), like_of(make_state(0, mesh))
-    )
+    state, _ = checkpoint.restore_latest(checkpoint.open_manager(tmp_path), like_of(make_state(0, mesh)))
     assert_equal(state, wanted)
     placed = jax.tree.map(lambda x: x.sharding, state)
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, placed, param_shardings(wanted, mesh)))
@@ -79,7 +89,7 @@ def test_restores_onto_another_mesh(tmp_path, shape):
 
 
 def test_a_step_is_saved_once_and_is_the_states_own(tmp_path):
-    manager = checkpoint.open_manager(tmp_path, keep=2)
+    manager = checkpoint.open_manager(tmp_path)
     checkpoint.save(manager, make_state(1), 1, {})
     with pytest.raises(ValueError, match="already exists"):
         checkpoint.save(manager, make_state(1), 1, {})
@@ -92,7 +102,7 @@ import sys
 from pathlib import Path
 from test_checkpoint import make_state
 from rosd_jax.train import checkpoint
-manager = checkpoint.open_manager(Path(sys.argv[1]), keep=1)
+manager = checkpoint.open_manager(Path(sys.argv[1]))
 for state in [make_state(step, width=512) for step in range(30)]:
     checkpoint.save(manager, state, int(state.step), {})
     print(int(state.step), flush=True)
@@ -114,13 +124,26 @@ def test_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint(tmp_path):
     child.stdout.close()
     child.wait()
 
-    manager = checkpoint.open_manager(tmp_path, keep=1)
+    manager = checkpoint.open_manager(tmp_path)
     state, meta = checkpoint.restore_latest(manager, like_of(make_state(0, width=512)))
     step = meta["step"]
     assert step >= max(told, default=2)
     assert_equal(state, make_state(step, width=512))
     checkpoint.save(manager, make_state(step + 1, width=512), step + 1, {})
+    checkpoint.prune(manager, keep=1, best=None)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [str(step + 1)]
+
+
+def test_the_best_checkpoint_stays_next_to_the_newest_and_its_weights_come_back_alone(tmp_path):
+    manager = checkpoint.open_manager(tmp_path)
+    for step in (2, 4, 6, 8):
+        checkpoint.save(manager, make_state(step), step, {})
+        checkpoint.prune(manager, keep=1, best=min(step, 4))
+    assert sorted(manager.all_steps()) == [4, 8]
+    params = checkpoint.restore_params(manager, 4, like_of(make_state(0)).params)
+    assert_equal(params, make_state(4).params)
+    checkpoint.prune(manager, keep=1, best=0)
+    assert manager.all_steps() == [8], "a step that was never saved keeps nothing"
 
 
 @pytest.fixture
@@ -138,7 +161,7 @@ def small_disk(tmp_path):
 # Orbax drops the unfinished writes of a failed save, and Python reports them when it collects them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_full_disk_is_one_sentence_and_earlier_checkpoints_stay(small_disk, capfd):
-    manager = checkpoint.open_manager(small_disk, keep=9)
+    manager = checkpoint.open_manager(small_disk)
     with pytest.raises(UserError) as caught:
         for step in range(9):
             checkpoint.save(manager, make_state(step), step, {})
@@ -178,24 +201,24 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
 @pytest.mark.parametrize("item", ["params", "opt_state", "meta"])
 def test_damaged_checkpoint_is_named_and_the_one_before_it_still_good(tmp_path, item, how, capfd):
-    manager = checkpoint.open_manager(tmp_path, keep=2)
+    manager = checkpoint.open_manager(tmp_path)
     for step in (1, 2):
         checkpoint.save(manager, make_state(step), step, {})
     latest = tmp_path / "checkpoints" / "2"
     files = [p for p in (latest / item).rglob("*") if p.is_file()]
     damage(max(files, key=lambda p: p.stat().st_size), how)
     with pytest.raises(UserError, match=rf"checkpoint {latest} cannot be read .*move that dir"):
-        checkpoint.restore_latest(checkpoint.open_manager(tmp_path, keep=2), like_of(make_state(0)))
+        checkpoint.restore_latest(checkpoint.open_manager(tmp_path), like_of(make_state(0)))
     latest.rename(latest.with_name("2.bad"))
-    state, _ = checkpoint.restore_latest(checkpoint.open_manager(tmp_path, keep=2), like_of(make_state(0)))
+    state, _ = checkpoint.restore_latest(checkpoint.open_manager(tmp_path), like_of(make_state(0)))
     assert_equal(state, make_state(1))
     assert capfd.readouterr() == ("", "")
 
 
 def test_state_of_another_model_is_refused_in_one_sentence(tmp_path, capfd):
-    checkpoint.save(checkpoint.open_manager(tmp_path, keep=1), make_state(1), 1, {})
+    checkpoint.save(checkpoint.open_manager(tmp_path), make_state(1), 1, {})
     with pytest.raises(UserError, match="arrays of another model or optimizer.*model.path"):
-        checkpoint.restore_latest(checkpoint.open_manager(tmp_path, keep=1), like_of(make_state(0, width=32)))
+        checkpoint.restore_latest(checkpoint.open_manager(tmp_path), like_of(make_state(0, width=32)))
     assert capfd.readouterr() == ("", "")
 
 
@@ -207,7 +230,7 @@ def test_orbax_is_silent_and_other_absl_users_are_not(tmp_path):
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     try:
-        manager = checkpoint.open_manager(tmp_path, keep=1)
+        manager = checkpoint.open_manager(tmp_path)
         checkpoint.save(manager, make_state(1), 1, {})
         logger.info("mine")
     finally:

@@ -46,13 +46,17 @@ def fake_grades(texts, problems):
     ]
 
 
+def plain_votes(predictions, problems):
+    return list(predictions)
+
+
 def evaluate(rows, *, items=5, samples=3, calls=None):
     problems = [problem(i, "AAB"[i % 3]) for i in range(items)]
     prompts = [[100 + i, 7] for i in range(items)]
     decode = lambda ids: " ".join(map(str, ids))
     return evaluate_set(
         "s", problems, prompts, fake_sample([] if calls is None else calls), fake_grades, decode,
-        samples=samples, rows=rows,
+        votes=plain_votes, samples=samples, rows=rows,
     )  # fmt: skip
 
 
@@ -85,7 +89,7 @@ def test_one_item_has_no_standard_error():
 
 
 def test_scores_reject_what_does_not_fit():
-    with pytest.raises(ValueError, match="predictions"):
+    with pytest.raises(ValueError, match="votes"):
         scores(np.ones((2, 2)), [["a", "b"]])
     with pytest.raises(ValueError, match="N >= 1"):
         scores(np.ones((0, 2)), [])
@@ -123,18 +127,32 @@ def test_numbers_of_a_set():
     assert numbers["truncated"] == pytest.approx(2 / 15)
 
 
+def test_answers_that_are_equal_vote_together():
+    merged = lambda predictions, _: ["B" if p == "C" else p for p in predictions]
+    for votes, maj, distinct in ((plain_votes, 0, 3), (merged, 1, 2)):
+        numbers, generations = evaluate_set(
+            "s", [problem(0, "B")], [[1]], fake_sample([]), fake_grades, lambda ids: str(ids[0]),
+            votes=votes, samples=3, rows=2,
+        )  # fmt: skip
+        assert (numbers["maj"], numbers["distinct"]) == (maj, distinct)
+        assert [g["prediction"] for g in generations] == ["A", "B", "C"]
+    assert [g["vote"] for g in generations] == ["A", "B", "B"]
+
+
 def test_only_multiple_choice_has_a_most_frequent_letter():
     problems = [problem(0), problem(1, kind="math")]
     numbers, _ = evaluate_set(
         "s", problems, [[1], [2]], fake_sample([]), fake_grades, lambda ids: str(ids[0]),
-        samples=1, rows=2,
+        votes=plain_votes, samples=1, rows=2,
     )  # fmt: skip
     assert "majority_letter" not in numbers
 
 
 def test_a_set_without_problems_is_named():
     with pytest.raises(UserError, match="eval.sets names 'aime24'"):
-        evaluate_set("aime24", [], [], fake_sample([]), fake_grades, str, samples=1, rows=2)
+        evaluate_set(
+            "aime24", [], [], fake_sample([]), fake_grades, str, votes=plain_votes, samples=1, rows=2
+        )
 
 
 def test_generations_survive_the_disk(tmp_path):

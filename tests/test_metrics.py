@@ -52,6 +52,20 @@ def test_equal_numbers_are_equal_text_whatever_carried_them(tmp_path):
     assert json.loads(line)["loss"] == float(third)
 
 
+def test_replacing_a_line_leaves_all_others_as_they_are(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = filled(path).splitlines()
+    MetricsLog(path).replace(2, "eval/a", {"avg": 0.5})
+    (old,) = [line for line in lines if line.startswith('{"step": 2, "split": "eval/a"')]
+    lines.remove(old)
+    assert path.read_text().splitlines() == [*lines, '{"step": 2, "split": "eval/a", "avg": 0.5}']
+    with pytest.raises(TypeError):
+        MetricsLog(path).replace(3, "train", {"loss": "x"})
+    assert path.read_text().splitlines()[:-1] == lines
+    MetricsLog(tmp_path / "new.jsonl").replace(0, "eval/a", {"avg": 1})
+    assert (tmp_path / "new.jsonl").read_text() == '{"step": 0, "split": "eval/a", "avg": 1}\n'
+
+
 def test_nan_and_infinity_become_null(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write(1, "train", {"a": float("nan"), "b": np.float32("inf"), "c": -jnp.inf, "d": 1e308})

@@ -1,12 +1,14 @@
 """The order of training and evaluation: seeded, of few shapes, with nothing lost in silence."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_jax.config import UserError
-from rosd_jax.data.pipeline import batch_at, bucket_length, encode_problems
+from rosd_jax.data.pipeline import batch_at, bucket_length, encode_problems, problems_crc32
 from rosd_jax.types import Problem
 
 
@@ -53,6 +55,25 @@ def test_a_bucket_holds_its_tokens_and_keeps_the_maximum(n, maximum):
             bucket_length(n, maximum)
     else:
         assert n <= bucket_length(n, maximum) <= maximum
+
+
+def test_the_checksum_of_problems_sees_text_gold_checker_order_and_number():
+    problems = problems_of(5, 6, 7)
+    change = lambda **fields: [dataclasses.replace(problems[0], **fields), *problems[1:]]
+    others = [
+        change(answer="2"),
+        change(kind="mcq"),
+        change(messages=({"role": "user", "content": "xxxx "},)),
+        change(messages=({"role": "system", "content": "x"}, *problems[0].messages)),
+        change(messages=({"role": "user", "content": "\ud800"},)),  # a lone surrogate
+        problems[::-1],
+        problems[:2],
+        [*problems, problems[0]],
+        [],
+    ]
+    sums = [problems_crc32(found) for found in [problems, *others]]
+    assert len(set(sums)) == len(sums)
+    assert problems_crc32(change(uid="t/train/0", dataset="t")) == sums[0]  # the same file elsewhere
 
 
 def test_overlong_prompts_are_named():

@@ -18,6 +18,7 @@ NOT_METHOD = {
     "rollout.cache_tokens",
     "rollout.prompt_tokens",
     "rollout.attention",
+    "rollout.stop",
 }
 
 

@@ -76,8 +76,3 @@ def test_huge_texts_are_neutralised_in_linear_time(text):
     start = time.perf_counter()
     assert len(fill("{attempt}", {"attempt": text})) == len(text)
     assert time.perf_counter() - start < 5
-
-
-def test_thinking_is_left_out():
-    assert prompts.after_thinking("<think>hm</think>\n\nSo 4.") == "So 4."
-    assert prompts.after_thinking("So 4.") == "So 4."

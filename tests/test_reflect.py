@@ -40,7 +40,9 @@ PROBLEM = Problem(
 )
 
 
-def graded_rows(texts: list[str], rewards: list[float], samples: int = 2) -> Graded:
+def graded_rows(
+    texts: list[str], rewards: list[float], samples: int = 2, thinking_open: bool = False
+) -> Graded:
     ids = [[ord(c) for c in text] + [0] for text in texts]
     width = max(map(len, ids)) + 2
     tokens_BR = np.array([row + [0] * (width - len(row)) for row in ids], np.int32)
@@ -48,7 +50,7 @@ def graded_rows(texts: list[str], rewards: list[float], samples: int = 2) -> Gra
     rollout = Rollout(tokens_BR, length_B, np.zeros(tokens_BR.shape, np.float32), length_B > 0)
     problems = (PROBLEM,) * (len(texts) // samples)
     prompts = Prompts(problems, np.zeros((len(problems), 1), np.int32), np.ones(len(problems)))
-    return Graded(prompts, rollout, tuple(texts), np.array(rewards, np.float32))
+    return Graded(prompts, rollout, tuple(texts), np.array(rewards, np.float32), thinking_open)
 
 
 def span_config():
@@ -184,15 +186,28 @@ def test_teacher_prompt_is_never_cut():
 
 
 def test_gold_in_the_idea_is_counted_and_stripped_on_request():
-    assert teacher.repeats_gold("so x = 4.", "4") and teacher.repeats_gold("Choose B", "B")
-    for idea in ("x = 14", "x = 4.5", "x = 3,4", "Both", "-4"):
-        assert not teacher.repeats_gold(idea, "4") and not teacher.repeats_gold(idea, "B")
     raws = [answer("is 5", "it gives 4, not 5"), answer("", "ok")]
     lesson = changed(gold_in_idea="strip")
     reflected, weight_BR = read(["it is 5", "it is 4"], [0, 1], raws, lesson)
     content = teacher.teacher_messages(PROBLEM, reflected.reflections[0], lesson)[-1]["content"]
     assert "it gives , not 5" in content
     assert teacher.count(reflected, weight_BR)["gold_repeated"] == 1
+
+
+@pytest.mark.parametrize("idea", ["4", "  4.", "**4**"])
+def test_an_idea_that_was_the_gold_answer_leaves_the_loss(idea):
+    texts, raws = ["it is 5", "it is 4"], [answer("is 5", idea), answer("", idea)]
+    lesson = changed(gold_in_idea="strip")
+    reflected, _ = read(texts, [0, 1], raws, lesson)
+    kept, ids = teacher.teacher_prompts(reflected, Letters(), lesson, thinking=False)
+    assert [r.note for r in kept.reflections] == ["no_idea", "no_idea"] and ids == [None, None]
+    weight_BR = teacher.region_weights(kept, lesson, 10)
+    assert weight_BR.sum() == 0 and teacher.count(kept, weight_BR)["out_no_idea"] == 2
+    either = changed(gold_in_idea="strip", teacher_context="idea_or_solution")
+    reflected, _ = read(texts, [0, 1], raws, either)
+    kept, ids = teacher.teacher_prompts(reflected, Letters(), either, thinking=False)
+    assert [r.note for r in kept.reflections] == ["", "no_idea"]
+    assert "it is 4" in Letters().decode(ids[0])
 
 
 def test_counts():
@@ -276,3 +291,46 @@ def test_drafts_inside_thinking_are_no_answer():
     raw = f"<think>{answer('it', 'draft')}</think>{answer('is 5', 'final')}"
     reflected, _ = read(["it is 5", "4"], [0, 1], [raw, None])
     assert (reflected.reflections[0].idea, reflected.reflections[0].quote) == ("final", "is 5")
+
+
+@pytest.mark.parametrize(
+    "raw, thinking_open, idea",
+    [
+        (f"<think>{answer('is 5', 'draft')} no wait", False, None),
+        (f"{answer('is 5', 'draft')} no wait", True, None),
+        (f"{answer('it', 'draft')}</think>{answer('is 5', 'final')}", True, "final"),
+        (answer("is 5", "final"), False, "final"),
+    ],
+    ids=["unclosed", "opened by the prompt", "closed", "none"],
+)
+def test_thinking_that_does_not_end_holds_no_answer(raw, thinking_open, idea):
+    graded = graded_rows(["it is 5", "4"], [0, 1])
+    plans = reflect.plan_rollouts(graded, default_config().reflect)
+    reflected = reflect.read_reflections(
+        graded, plans, [raw, None], Letters(), default_config().lesson, thinking_open=thinking_open
+    )
+    first = reflected.reflections[0]
+    assert first.idea == idea
+    assert first.char_span == (None if idea is None else (3, 7))
+    assert first.note == ("no_idea" if idea is None else "")
+
+
+def test_released_reading_takes_the_whole_answer_and_the_first_opening():
+    raw = f"<think>{answer('it', 'draft')}</think>{answer('is 5', 'final')}"
+    lesson = use_preset(default_config(), "official").lesson
+    reflected, _ = read(["it is 5", "4"], [0, 1], [raw, None], lesson)
+    assert (reflected.reflections[0].idea, reflected.reflections[0].quote) == ("draft", "it")
+    named = "The <explanation>: <explanation>i</explanation>"
+    reflected, _ = read(["it is 5", "4"], [0, 1], [named, None], lesson)
+    assert reflected.reflections[0].idea == ": <explanation>i"
+
+
+def test_the_sibling_is_shown_without_thinking_that_its_prompt_opened():
+    graded = graded_rows(["it is 5", "hm</think>\n\nit is 4"], [0, 1], thinking_open=True)
+    plans = reflect.plan_rollouts(graded, default_config().reflect)
+    shown = reflect.reflector_messages(graded, 0, plans[0])[-1]["content"]
+    assert "<correct_solution>\nit is 4\n</correct_solution>" in shown
+    reflected = reflect.read_reflections(
+        graded, plans, [answer("is 5"), None], Letters(), default_config().lesson
+    )
+    assert reflected.reflections[0].solution == "it is 4"

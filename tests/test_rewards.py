@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from rosd_jax.config import UserError
 from rosd_jax.rewards import Grade, Grader, math, mcq, tooluse
-from rosd_jax.rewards.grade import strip_thinking
 from rosd_jax.types import Problem
 from support import ROOT, data_dir
 
@@ -31,22 +30,6 @@ def _score(grader, kind, response, answer):
 def grader():
     with Grader(timeout_s=20) as grader:
         yield grader
-
-
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("a<think>b</think>c", "ac"),
-        ("<think>\n\n</think>\n\nc", "\n\nc"),
-        ("a</think>c", "c"),  # the prompt opened the block
-        ("a<think>b", "a"),
-        ("<think>a", ""),
-        ("<think>a<think>b</think>c</think>d", "d"),
-        ("a<think>b</think>c<think>d</think>e", "ace"),
-    ],
-)
-def test_thinking_is_cut(text, kept):
-    assert strip_thinking(text) == kept
 
 
 # ---- multiple choice
@@ -237,12 +220,12 @@ def test_math_verify_reads_every_gold_answer(grader):
     _check_gold_against_itself(grader, _math500())
 
 
-def test_hostile_answers_cost_only_themselves():
-    answers = ["9^{9^{9^{9}}}", "5\ud800", "\x00", '__import__("os")', "6", "05", "5.0"]
+def test_a_comparison_without_end_costs_only_itself():
+    answers = ["$9^{9^{9^{9}}}$", "7\ud800", "\x00", '__import__("os")', "6", "5.0"]
     responses = [f"\\boxed{{{answer}}}" for answer in answers]
-    with Grader(timeout_s=2) as grader:
+    with Grader("release", timeout_s=3) as grader:  # math-verify has no limit of its own here
         grades = grader.grade_all(responses, [_problem("math", "5")] * len(responses))
-        assert [grade.score for grade in grades] == [0, 0, 0, 0, 0, 1, 1]
+        assert [grade.score for grade in grades] == [0, 0, 0, 0, 0, 1]
         assert grader.timeouts == 1
         assert _score(grader, "math", "\\boxed{5.00}", "5") == 1
         assert grader.timeouts == 1
@@ -284,6 +267,31 @@ def test_workers_start_with_the_first_math_problem_and_import_no_jax():
 # ---- all kinds together
 
 
+DRAFTS = [
+    ("mcq", "Perhaps <answer>B</answer> is the form. Wait,", "B"),
+    ("math", "A guess: \\boxed{5}. But let me check", "5"),
+    ("tooluse", "I would do\nAction: f\nAction Input: {}\nbut", '[{"Action": "f"}]'),
+    ("gym", "Is it <answer>7</answer>?", "7"),
+]
+
+
+@pytest.mark.parametrize(("kind", "draft", "answer"), DRAFTS)
+def test_a_draft_in_thinking_that_the_prompt_opened_is_no_answer(grader, kind, draft, answer):
+    problem = [_problem(kind, answer)]
+    for response, opened, score in (
+        (draft, False, 1),
+        (draft, True, 0),
+        (f"hm</think>{draft}", True, 1),
+        (f"{draft}</think>", True, 0),
+        (f"{draft}</think>so", True, 0),
+        (f"hm</think>{draft}<think>more", True, 1),
+    ):
+        assert grader.grade_all([response], problem, thinking_open=opened)[0].score == score
+    with Grader("release") as release:  # its recorded verdicts know nothing of it; the gym has none
+        plain = release.grade_all([draft], problem)
+        assert (release.grade_all([draft], problem, thinking_open=True) == plain) is (kind != "gym")
+
+
 def test_batches_keep_their_order(grader):
     responses = ["<answer>B</answer>", "\\boxed{1.0}", "<answer>7</answer>", "\\boxed{2}"]
     answers = [("mcq", "B"), ("math", "1"), ("gym", "7"), ("math", "1")]
@@ -321,7 +329,8 @@ def test_no_text_breaks_a_checker(response):
 
 @pytest.mark.parametrize(
     "piece", ["\\boxed{", "{", "<think>", "</think>", "<answer>", "<answer>A</answer>", "(",
-              "Action: ", "Action Input: {", "Action: f\nAction Input: ", " ", "answer is "]
+              "Action: ", "Action Input: {", "Action: f\nAction Input: ", " ", "answer is ", "\n", "- ",
+              "Action: f\n", "Action", "`"]
 )  # fmt: skip
 def test_a_megabyte_is_read_in_linear_time(piece):
     response = piece * (1_000_000 // len(piece))

@@ -17,7 +17,9 @@ from absl import flags
 
 import tiny
 from rosd_jax.config import default_config
+from rosd_jax.data import gym
 from rosd_jax.models.weights import load_params, read_config
+from rosd_jax.rewards import mcq
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train import workdir
 from support import ROOT
@@ -227,7 +229,7 @@ def test_a_run_that_was_cut_off_twice_equals_one_that_was_not(finished, model, c
     run.wait_for(directory, 3)  # behind a checkpoint
     run.signal(signal.SIGINT)
     status, printed = run.end()
-    assert status == 130 and printed.strip().count("\n") == 0 and "resumes" in printed
+    assert status == 130 and printed.endswith("resumes\n")
     assert not (directory / "export").exists()
 
     assert "resumes after step" in finish(command, tmp_path, **cache)
@@ -264,6 +266,209 @@ def test_evaluating_a_new_directory_measures_the_model_as_it_came(finished, mode
     assert numbers(tmp_path / "run") == numbers(finished[0])[: len(SETS)]
 
 
+# --- a workdir that was used before --------------------------------------------------------------------
+
+
+def files_of(directory):
+    """Every file with its content, but for the lock."""
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied"])
+def test_a_run_whose_checkpoints_were_removed_is_not_trained_over(how, finished, run, model, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    shutil.rmtree(directory / "checkpoints")
+    if how == "emptied":
+        (directory / "checkpoints").mkdir()
+    before = files_of(directory)
+    for command in (arguments(model, directory, steps=9), [f"--workdir={directory}"]):
+        status, printed = run(*command)
+        assert status == 2 and is_one_sentence(printed.err) and printed.out == ""
+        assert f"holds a history up to step {STEPS} and no checkpoint to resume from" in printed.err
+        assert files_of(directory) == before and (directory / "checkpoints").exists() == (how == "emptied")
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_were_removed_is_evaluated_by_its_export(finished, cache, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    shutil.rmtree(directory / "checkpoints")
+    shutil.rmtree(directory / "evals" / f"step_{STEPS}")
+    before = files_of(directory)
+    printed = finish([f"--workdir={directory}", "--mode=eval"], tmp_path, **cache)
+    assert f"evaluates {directory / 'export'}, the model of step {STEPS}" in printed
+    assert_same_run(directory, finished[0])
+    after = files_of(directory)
+    changed = {path.name for path in before if before[path] != after[path]}
+    assert changed <= {"metrics.jsonl", "report.md", "report.png"}
+
+
+@pytest.mark.slow
+def test_the_workdir_alone_is_evaluated_by_its_own_config_with_what_is_asked(finished, cache, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    command = [
+        f"--workdir={directory}",
+        "--mode=eval",
+        "--config.eval.samples=1",
+        f"--config.eval.sets={SETS[1]}",
+    ]
+    printed = finish(command, tmp_path, **cache)
+    assert f"evaluates the checkpoint of step {STEPS}" in printed
+    *others, asked = numbers(directory)
+    assert others == numbers(finished[0])[:-1]
+    assert (asked["split"], asked["step"], asked["k"]) == (f"eval/{SETS[1]}", STEPS, 1)
+    assert "k 2 -> 1: pass@k is not comparable" in printed
+    assert (directory / "config.json").read_bytes() == (finished[0] / "config.json").read_bytes()
+
+
+def test_the_workdir_alone_is_planned_and_resumed_by_its_own_config(finished, run, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    status, printed = run(f"--workdir={tmp_path / 'run'}", "--mode=plan", "--config.eval.samples=7")
+    assert status == 0 and "7 samples an item" in printed.out and "2 prompts x 32 samples" in printed.out
+    status, printed = run("--workdir", tmp_path / "run", "--config.steps=5")
+    assert status == 2 and "steps is 5; this run has made 6 already" in printed.err
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"steps": 6, "magic": 1}, "sets magic to 1"),
+        ({"eval": {"speed": "x"}}, "sets eval.speed to 'x'"),
+        ({"eval": {}}, "sets eval to {}"),
+        ({"steps": "six"}, "sets steps to 'six'"),
+        ({"seed": None}, "sets seed to None"),
+    ],
+)
+def test_a_stored_config_of_another_version_is_one_sentence(fields, words, run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    status, printed = run(f"--workdir={tmp_path}", "--mode=eval")
+    assert status == 2 and is_one_sentence(printed.err)
+    assert f"{tmp_path / 'config.json'} {words}, which this version does not take" in printed.err
+
+
+def as_killed_after(directory, finished, step):
+    """A copy of the finished run with the checkpoints up to `step`, and no export."""
+    shutil.copytree(finished[0], directory)
+    shutil.rmtree(directory / "export")
+    for path in list((directory / "checkpoints").iterdir()):
+        if int(path.name) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_to_end_at_its_newest_checkpoint_is_evaluated_there(finished, model, cache, tmp_path):
+    directory = tmp_path / "run"
+    as_killed_after(directory, finished, 4)
+    path = directory / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines(True) if '"step": 4, "split": "eval' not in line]
+    path.write_text("".join(lines))
+    printed = finish(arguments(model, directory, steps=4), tmp_path, **cache)
+    wanted = [row for row in numbers(finished[0]) if row["step"] <= 4]
+    assert numbers(directory) == wanted
+    assert "steps after 4, up to 6, have no checkpoint and are dropped" in printed
+    assert "step 0 -> step 4" in printed and (directory / "export" / "trained_steps.txt").read_text() == "4\n"
+
+
+@pytest.mark.slow
+def test_evaluation_and_the_models_path_may_change_on_the_way(finished, model, cache, tmp_path):
+    directory = tmp_path / "run"
+    as_killed_after(directory, finished, 4)
+    shutil.copytree(model, tmp_path / "copy")
+    changed = dict(eval__samples=3, eval__every=5)
+    printed = finish(arguments(tmp_path / "copy", directory, **changed), tmp_path, **cache)
+    rows, old = numbers(directory), numbers(finished[0])
+    assert [row for row in rows if row["split"] == "train"] == [row for row in old if row["split"] == "train"]
+    assert [row for row in rows if row["step"] <= 4] == [row for row in old if row["step"] <= 4]
+    asked = [(row["step"], row["k"]) for row in rows if row["step"] > 4 and row["split"] != "train"]
+    assert asked == [(5, 3), (5, 3), (6, 3), (6, 3)]
+    assert "k 2 -> 3: pass@k is not comparable" in printed
+    config = json.loads((directory / "config.json").read_text())
+    assert config["eval"]["samples"] == 3 and config["model"]["path"] == str(tmp_path / "copy")
+
+
+def write_problems(path, answers):
+    rows = [{"prompt": f"{n} +{n} *3 -5 +9", "answer": answer} for n, answer in enumerate(answers, 2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def own(model, cache, tmp_path_factory):
+    """A run of one step on files of one's own, and on a copy of the model: their folder, and its fields."""
+    path = tmp_path_factory.mktemp("own")
+    shutil.copytree(model, path / "model")
+    write_problems(path / "train.jsonl", "1234")
+    write_problems(path / "test.jsonl", "567")
+    fields = dict(data__train="jsonl:train.jsonl", eval__sets="jsonl:test.jsonl", checkpoint__every=1)
+    finish(arguments("model", "run", steps=1, **fields), path, **cache)
+    return path, fields
+
+
+def with_another_template(path):
+    fields = json.loads((path / "model" / "tokenizer_config.json").read_text())
+    fields["chat_template"] += " "
+    (path / "model" / "tokenizer_config.json").write_text(json.dumps(fields))
+
+
+def with_other_weights(path):
+    file = path / "model" / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def with_another_base(path):
+    fields = json.loads((path / "model" / "config.json").read_text())
+    (path / "model" / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 1e-3}))
+
+
+CHANGES = {
+    "row": (
+        lambda path: write_problems(path / "train.jsonl", "12345"),
+        "training problems of jsonl:train.jsonl (4 rows then, 5 now)",
+    ),
+    "gold": (
+        lambda path: write_problems(path / "train.jsonl", "1239"),
+        "training problems of jsonl:train.jsonl (4 rows then, 4 now)",
+    ),
+    "template": (
+        with_another_template,
+        "the tokenizer, chat template or stop tokens of model.path ('model')",
+    ),
+    "weights": (with_other_weights, "the weights of model.path ('model')"),
+    "model config": (with_another_base, "config.json of model.path ('model')"),
+    "evaluation gold": (
+        lambda path: write_problems(path / "test.jsonl", "568"),
+        "problems or golds of jsonl:test.jsonl in eval.sets",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_is_not_resumed_on_anything_else_than_it_began_with(name, own, run, tmp_path, monkeypatch):
+    change, words = CHANGES[name]
+    folder, fields = own
+    shutil.copytree(folder, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    change(tmp_path / "here")
+    before = files_of(tmp_path / "here" / "run")
+    status, printed = run(*arguments("model", "run", steps=2, **fields))
+    assert status == 2 and is_one_sentence(printed.err), printed.err
+    assert words in printed.err and "changed since this run" in printed.err
+    assert files_of(tmp_path / "here" / "run") == before
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_evaluated_on_corrected_golds_and_the_report_says_so(own, cache, tmp_path):
+    shutil.copytree(own[0], tmp_path / "here")
+    write_problems(tmp_path / "here" / "test.jsonl", "568")
+    write_problems(tmp_path / "here" / "train.jsonl", "12345")  # no evaluation depends on it
+    printed = finish(["--workdir=run", "--mode=eval"], tmp_path / "here", **cache)
+    assert "evaluates the checkpoint of step 1" in printed
+    assert "not comparable: other problems or golds" in printed
+
+
 # --- full disks --------------------------------------------------------------------------------------
 
 
@@ -287,6 +492,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_named_at_the_start(model, tm
         status, printed = Run(arguments(model, disk / "run"), tmp_path).end()
         assert status == 2 and is_one_sentence(printed)
         assert printed.startswith("error: no disk space for 3 checkpoints and the exported model")
+        assert list(disk.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -303,6 +509,42 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_resumes_it(finished, model, 
         (disk / "filler").unlink()
         finish(command, tmp_path, **cache)
         assert_same_run(directory, finished[0])
+
+
+@pytest.mark.slow
+def test_an_answer_in_thinking_that_the_template_opens_earns_nothing(model, cache, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"chat_template": settings["chat_template"] + "{{ '<think>\n' }}"}))
+    fields = dict(steps=4, eval__sets="gym:chain", eval__samples=16)
+    finish(arguments(tmp_path / "model", tmp_path / "run", **fields), tmp_path, **cache)
+    problems = [*gym.load("chain", "train"), *gym.load("chain", "test")]
+    gold = {problem.uid: problem.answer for problem in problems}
+    for folder in ("rollouts", "evals"):
+        rows = [row for path in (tmp_path / "run" / folder).rglob("*.jsonl") for row in read_lines(path)]
+        drafts = [mcq.grade_gym(row["response"], gold[row["uid"]]).score for row in rows]
+        assert any(drafts) and not any(row["reward"] for row in rows)
+
+
+@pytest.mark.slow
+def test_a_set_with_a_name_is_called_by_it_and_judged_by_its_files(model, cache, tmp_path):
+    problems = gym.load("chain", "train")
+    lines = [json.dumps({"prompt": p.question, "answer": p.answer}) for p in problems[:8]]
+    for file in ("own/train.jsonl", "own/test.jsonl", "else.jsonl"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("\n".join(lines) + "\n")
+    sets = f"sums=jsonl:{tmp_path}/own/test.jsonl,other=jsonl:{tmp_path}/else.jsonl"
+    fields = dict(data__train=f"mine=jsonl:{tmp_path}/own", eval__sets=sets, steps=1)
+    printed = finish(arguments(model, tmp_path / "run", **fields), tmp_path, **cache)
+    assert "8 problems of mine" in printed and str(tmp_path / "own") not in printed
+    table = (tmp_path / "run" / "report.md").read_text()
+    inside, outside = table.partition("out of domain (not mine)")[::2]
+    assert "\nin domain\n  sums " in inside and outside.startswith("\n  other ")
+    assert sorted(p.name for p in (tmp_path / "run/evals/step_1").iterdir()) == ["other.jsonl", "sums.jsonl"]
+    assert {row["split"] for row in read_lines(tmp_path / "run/metrics.jsonl")} == {
+        "train", "eval/sums", "eval/other",
+    }  # fmt: skip
 
 
 # --- mistakes ----------------------------------------------------------------------------------------
@@ -339,6 +581,7 @@ def run(monkeypatch, tmp_path, capfd):
 
 FLAG_MISTAKES = {
     "no config": ([], "--config is missing"),
+    "no run": (["--workdir=none", "--config.eval.samples=1"], "--config is missing"),
     "no such config": (["--config=configs/none.py"], "--config does not name a Python file"),
     "unknown flag": ([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
     "no flag": ([QUICKSTART, "train"], "'train' is no flag"),
@@ -369,6 +612,11 @@ FIELD_MISTAKES = {
     "unknown set": (dict(data__train="gym:maze"), "the gym has chain, long, words"),
     "unknown source": (dict(eval__sets="biologie"), "'biologie' is no known set"),
     "no such file": (dict(data__train="jsonl:none.jsonl"), "'jsonl:none.jsonl' names no file"),
+    "a known name": (dict(data__train="gsm8k=jsonl:x"), "names a set 'gsm8k'; a name must"),
+    "one name for two sets": (
+        dict(eval__sets="a=jsonl:models/x.jsonl,a=jsonl:models/y.jsonl"),
+        "name two sets 'a', 'a=jsonl:models/x.jsonl' and 'a=jsonl:models/y.jsonl'",
+    ),
     "no data dir": (dict(data__train="biology"), "data.dir is ''"),
     "long prompts": (dict(data__max_prompt_tokens=4), "none of 2048 prompts fits"),
     "too few problems": (dict(batch__prompts=4096), "batch.prompts is 4096; it must be at most 2048"),
@@ -432,6 +680,13 @@ def test_a_model_that_does_not_fit_is_one_sentence(spoil, words, run, model, tmp
     spoil(tmp_path / "model")
     status, printed = run(*arguments(tmp_path / "model", tmp_path / "run"))
     assert status == 2 and is_one_sentence(printed.err) and words in printed.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mesh_that_does_not_fit_leaves_no_directory(run, model, tmp_path):
+    status, printed = run(*arguments(model, tmp_path / "run", mesh__data=3))
+    assert status == 2 and is_one_sentence(printed.err) and "mesh.data=3" in printed.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_workdir_of_another_config_is_left_alone(run, model, tmp_path):
@@ -466,10 +721,14 @@ def test_a_mistake_ends_the_process_with_status_2(mistake, tmp_path):
 
 def test_fewer_steps_than_were_made_are_refused(finished, run, model, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
-    status, printed = run(*arguments(model, tmp_path / "run", steps=STEPS - 2))
-    assert status == 2 and is_one_sentence(printed.err)
-    assert f"steps is {STEPS - 2}; this run has made {STEPS} already" in printed.err
-    assert numbers(tmp_path / "run") == numbers(finished[0])
+    for checkpoint in (6, 4):  # the second time by the export alone, which would be lost
+        assert (tmp_path / "run" / "checkpoints" / str(checkpoint)).exists()
+        before = files_of(tmp_path / "run")
+        status, printed = run(*arguments(model, tmp_path / "run", steps=STEPS - 2))
+        assert status == 2 and is_one_sentence(printed.err)
+        assert f"steps is {STEPS - 2}; this run has made {STEPS} already" in printed.err
+        assert files_of(tmp_path / "run") == before
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "6", ignore_errors=True)
 
 
 def test_a_plan_is_printed_and_nothing_is_written(run, model, tmp_path):
@@ -477,6 +736,16 @@ def test_a_plan_is_printed_and_nothing_is_written(run, model, tmp_path):
     assert status == 0 and printed.err == "" and list(tmp_path.iterdir()) == []
     assert "2 prompts x 32 samples = 64 rollouts of up to 16 tokens" in printed.out
     assert "gym:chain 8, gym:words 8; 2 samples an item" in printed.out
+
+
+def test_a_plan_without_weights_says_so_and_prints_the_rest(run, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    without_weights(tmp_path / "model")
+    status, printed = run(*arguments(tmp_path / "model", tmp_path / "run", mode="plan"))
+    assert status == 0 and not (tmp_path / "run").exists()
+    (line,) = [line for line in printed.out.splitlines() if line.startswith("weights ")]
+    assert "cannot be loaded: model.path is" in line and "holds no model.safetensors" in line
+    assert "64 rollouts of up to 16 tokens" in printed.out
 
 
 def test_prompts_that_are_too_long_are_counted_and_named(run, model, tmp_path):

@@ -13,6 +13,7 @@ from rosd_jax.text.spans import (
     find_exact,
     locate_quote,
     parse_reflection,
+    parse_released,
     release_token_start,
 )
 
@@ -128,10 +129,16 @@ def test_huge_texts_take_linear_time(text, quote):
     assert time.perf_counter() - start < 15
 
 
-@pytest.mark.parametrize("piece", ["<explanation>", "</explanation>", "<error_quote> ", "<think>"])
-def test_huge_answers_are_parsed_in_linear_time(piece):
+@pytest.mark.parametrize("parse", [parse_reflection, parse_released])
+@pytest.mark.parametrize(
+    "piece",
+    ["<explanation>", "</explanation>", "<error_quote> ", "<think>", "<reflection></reflection>",
+     "<error_quote></error_quote>", "<error_quote><reflection>.</reflection></error_quote>"],
+)  # fmt: skip
+def test_huge_answers_are_parsed_in_linear_time(parse, piece):
+    raw = "<explanation>" + piece * 80_000 + "</explanation>"
     start = time.perf_counter()
-    assert parse_reflection(piece * 80_000)[0] in (None, "<explanation>" * 79_999)
+    parse(raw)
     assert time.perf_counter() - start < 5
 
 
@@ -142,6 +149,50 @@ def test_parse_takes_the_first_blocks_in_any_case():
     assert parse_reflection("</explanation>x<explanation>y</explanation>") == ("y", None)
     assert parse_reflection("no tags at all") == (None, None)
     assert parse_reflection("<explanatıon>dotless</explanation>")[0] == "dotless"
+
+
+@pytest.mark.parametrize(
+    "raw, idea, quote",
+    [
+        # named in a sentence before they are written
+        ("Here are <error_quote> and <explanation>:\n<error_quote>q</error_quote>"
+         "<explanation>i</explanation>", "i", "q"),
+        ("The <ERROR_QUOTE> comes first.\n<error_quote>q</error_quote>", None, "q"),
+        ("<explanation><explanation>\n<explanation>i</explanation>", "i", None),
+        ("I fill <error_quote>...</error_quote> and <reflection> … </reflection>.\n"
+         "<error_quote>q</error_quote><reflection>i</reflection>", "i", "q"),
+        ("The <error_quote></error_quote> tags:\n<error_quote>q</error_quote>", None, "q"),
+        ("Between `<error_quote>` and `</error_quote>`:\n<error_quote>q</error_quote>", None, "q"),
+        ('The "<explanation>" block. <explanation>i</explanation>', "i", None),
+        # named behind the block, or inside another one
+        ("<error_quote>q</error_quote> That was the <error_quote>.", None, "q"),
+        ("<error_quote>q</error_quote></error_quote><error_quote>r</error_quote>", None, "q"),
+        ("<explanation>In <error_quote> the sign is off</explanation><error_quote>q</error_quote>",
+         "In <error_quote> the sign is off", "q"),
+        # blocks inside blocks
+        ("<explanation><error_quote>q</error_quote>i</explanation>", "i", "q"),
+        ("<error_quote>q<explanation>i</explanation></error_quote>", "i", "q"),
+        ("<reflection><explanation>i</explanation></reflection>", "i", None),
+        ("<reflection>a<error_quote>q</error_quote>b<error_quote>r</error_quote>c</reflection>",
+         "abc", "q"),
+        # blank, then real; unclosed; never opened
+        ("<error_quote> \n </error_quote><error_quote>q</error_quote>", None, "q"),
+        ("<explanation>i</explanation><error_quote>cut of", "i", None),
+        ("<explanation>cut <error_quote>q</error_quote>", None, "q"),
+        ("</error_quote>q</error_quote>", None, None),
+        ("<explanation>i</reflection>", None, None),
+        ("<explanation>...</explanation>", None, None),
+    ],
+)  # fmt: skip
+def test_parse_finds_the_block_that_was_meant(raw, idea, quote):
+    assert parse_reflection(raw) == (idea, quote)
+
+
+def test_the_released_parser_begins_at_the_first_opening():
+    raw = "The <error_quote>:\n<error_quote>q</error_quote><explanation> </explanation><reflection>r"
+    assert parse_released(raw) == (None, ":\n<error_quote>q")
+    raw = "<error_quote> </error_quote><error_quote>q</error_quote><Reflection> r </reflection>"
+    assert parse_released(raw) == ("r", None)
 
 
 def test_chars_to_tokens_leaves_out_empty_tokens_and_shares_split_characters():

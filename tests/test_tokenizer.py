@@ -1,8 +1,12 @@
 """Chat ids hold no control token that a message brought; offsets are those of the sampled ids."""
 
+import atexit
 import codecs
+import copy
 import functools
 import json
+import shutil
+import tempfile
 import time
 
 import numpy as np
@@ -15,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rosd_jax.config import UserError
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
-from support import data_dir
+from support import ROOT, data_dir
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -32,8 +36,10 @@ def wrap(backend: Backend) -> Tokenizer:
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     inner.chat_template = TEMPLATE
-    stop = tuple(inner.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
-    return Tokenizer(inner, stop)
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    inner.save_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 @functools.cache
@@ -200,6 +206,35 @@ def test_long_responses_are_linear():
     assert time.perf_counter() - start < 5
 
 
+@pytest.mark.parametrize(
+    ("ending", "opens"),
+    [
+        ("", False),
+        ("<think>\n", True),
+        ("<think>", True),
+        ("<think>\n\n</think>\n\n", False),
+        ("{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}", True),
+        ("<think>a</think><think>", True),
+    ],
+)
+def test_a_template_that_leaves_thinking_open_is_known(ending, opens):
+    tokenizer = wrap(Backend(models.WordLevel({"?": 0}, unk_token="?")))
+    tokenizer.inner.chat_template = (
+        "Think in <think> tags.{% for m in messages %}{{ m.content }}{% endfor %}" + ending
+    )
+    assert tokenizer.opens_thinking(True) is opens
+    assert tokenizer.opens_thinking(False) is (opens and "else" not in ending)
+
+
+def test_which_qwen3_templates_leave_thinking_open():
+    hybrid = qwen3()
+    assert not hybrid.opens_thinking(True) and not hybrid.opens_thinking(False)
+    settings = json.loads(data_dir("qwen3_tokenizer", "tokenizer_config.qwen3-4b-2507.json").read_text())
+    thinking = Tokenizer(copy.deepcopy(hybrid.inner), hybrid.stop_ids)
+    thinking.inner.chat_template = settings["chat_template"]
+    assert thinking.opens_thinking(True)
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("make", [byte_level, qwen3])
 def test_chat_ids_equal_the_official_ones(make, thinking):
@@ -251,6 +286,33 @@ def test_saved_tokenizer_loads_as_it_was(make, tmp_path):
     assert again.stop_ids == make().stop_ids and again.pad_id == make().pad_id
 
 
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_a_copy_has_the_same_fingerprint(make, tmp_path):
+    make().save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint() == make().fingerprint()
+
+
+@pytest.mark.parametrize("what", ["template", "token", "stop", "merges", "split"])
+def test_the_fingerprint_tells_what_changes_prompts_or_ends_from_what_was(what, tmp_path):
+    tokenizer = byte_level()
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    if what == "template":
+        template = tmp_path / "chat_template.jinja"
+        template.write_text(template.read_text().replace("assistant\n", "assistant \n"))
+    if what == "token":
+        fields["added_tokens"][-1]["content"] = "</thunk>"
+    if what == "stop":
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0]}')
+    if what == "merges":
+        fields["model"]["merges"] = []
+    if what == "split":
+        fields["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(fields))
+    assert load_tokenizer(tmp_path).fingerprint() != tokenizer.fingerprint()
+
+
 def test_template_may_lie_beside_the_tokenizer_or_inside_its_config(tmp_path):
     for name in ("file", "config"):
         byte_level().save(tmp_path / name)
@@ -264,10 +326,145 @@ def test_template_may_lie_beside_the_tokenizer_or_inside_its_config(tmp_path):
     assert first == second
 
 
-def test_stop_ids_include_those_of_the_generation_config(tmp_path):
-    byte_level().save(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert {7, 9} < set(load_tokenizer(tmp_path).stop_ids)
+# --- the files of a directory ----------------------------------------------------------------------
+
+GYM = ROOT / "models" / "gym"  # <|endoftext|> is 0, <|im_end|> 2
+PLACES = ("generation_config.json", "config.json")
+
+
+@pytest.fixture
+def gym(tmp_path):
+    """A copy of the shipped model's directory, and a way to change fields of its files."""
+    for file in GYM.glob("*.json"):
+        shutil.copy(file, tmp_path)
+
+    def change(name, **fields):
+        old = json.loads((tmp_path / name).read_text())
+        new = {key: value for key, value in (old | fields).items() if value != "absent"}
+        (tmp_path / name).write_text(json.dumps(new))
+
+    change.path = tmp_path
+    return change
+
+
+STOPS = [
+    # eos and pad of the tokenizer, then eos_token_id of generation_config.json and of config.json
+    ("<|endoftext|>", "<|endoftext|>", "absent", 2, {0, 2}),
+    ("<|im_end|>", None, "absent", [2, 0], {2, 0}),
+    ("<|endoftext|>", "<|im_start|>", "absent", 2, {0, 1, 2}),
+    ("<|im_end|>", "absent", [2, 7], 9, {2, 7, 9}),
+    ("<|im_end|>", None, 0, None, {2, 0}),
+    ("<|im_end|>", None, [], [], {2}),
+    ("<|im_end|>", "<|im_end|>", "absent", "absent", {2}),
+]
+
+
+@pytest.mark.parametrize(("eos", "pad", "generation", "config", "stops"), STOPS)
+def test_whatever_any_file_calls_an_end_is_one_and_the_copy_says_so(
+    eos, pad, generation, config, stops, gym, tmp_path
+):
+    gym("tokenizer_config.json", eos_token=eos, pad_token=pad)
+    gym("config.json", eos_token_id=config)
+    gym("generation_config.json", eos_token_id=generation, temperature=0.6)
+    tokenizer = load_tokenizer(gym.path)
+    assert set(tokenizer.stop_ids) == stops and len(tokenizer.stop_ids) == len(stops)
+    tokenizer.save(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.6
+    named = saved["eos_token_id"]
+    assert set(named if isinstance(named, list) else [named]) == stops
+    assert set(load_tokenizer(tmp_path / "out").stop_ids) == stops
+
+
+def test_stop_ids_are_written_where_the_source_has_no_generation_config(gym, tmp_path):
+    (gym.path / "generation_config.json").unlink()
+    gym("config.json", eos_token_id=7)
+    load_tokenizer(gym.path).save(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved == {"eos_token_id": [2, 7, 0]}
+
+
+@pytest.mark.parametrize("value", [[[2]], "2", 2.0, True, -1, 128, [2, 128], [None], {}, {"id": 2}, 10**30])
+@pytest.mark.parametrize("name", PLACES)
+def test_an_end_that_is_no_id_is_named_with_its_file(name, value, gym):
+    gym(name, eos_token_id=value)
+    with pytest.raises(UserError, match=f"{name} is") as error:
+        load_tokenizer(gym.path)
+    assert "eos_token_id" in str(error.value) and "tokenizer_config" not in str(error.value)
+
+
+ANYTHING = [None, "x", "512", 5, -1, 0, 1.5, True, [], [[1]], ["a"], [5], {}, {"a": 1}, {"content": "x"}]
+SETTINGS = [
+    "bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "tokenizer_class",
+    "additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "model_max_length",
+    "padding_side", "truncation_side", "split_special_tokens",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", SETTINGS)
+def test_a_setting_of_any_kind_works_or_is_named_with_its_file(field, gym):
+    for value in ANYTHING:
+        shutil.copy(GYM / "tokenizer_config.json", gym.path)
+        gym("tokenizer_config.json", **{field: value})
+        try:
+            tokenizer = load_tokenizer(gym.path)
+            tokenizer.chat_ids(user("1 <|im_end|>"), thinking=False)
+        except UserError as error:
+            assert "\n" not in str(error)
+            named = f"{field} in {gym.path}/tokenizer_config.json is {value!r}"
+            assert named in str(error) or (field == "chat_template" and "chat template" in str(error))
+
+
+@pytest.mark.parametrize("value", [5, True, [], ["a"], {}, {"content": 5}])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_token_that_is_no_text_is_refused(name, value, gym):
+    (gym.path / "special_tokens_map.json").write_text("{}")
+    gym(name, eos_token=value)
+    with pytest.raises(UserError, match=f"eos_token in .*{name}"):
+        load_tokenizer(gym.path)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"use_cache": "yes"}, {"head_dim": "32"}, {"attention_bias": "false"}, {"dtype": []}]
+)
+def test_a_config_that_is_wrong_is_not_blamed_on_the_tokenizer(fields, gym):
+    gym("config.json", **fields)
+    with pytest.raises(UserError, match="/config.json is not a model's config") as error:
+        load_tokenizer(gym.path)
+    assert "tokenizer_config" not in str(error.value) and "\n" not in str(error.value)
+
+
+BROKEN = ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+          "tokenizer.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[1]", b"{", b"[" * 100_000, b"null"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named(name, content, gym):
+    (gym.path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{gym.path}/{name} is not"):
+        load_tokenizer(gym.path)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_not_utf8_is_named_once(name, gym):
+    (gym.path / name).write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="is not UTF-8") as error:
+        load_tokenizer(gym.path)
+    assert str(error.value).count(name) == 1
+
+
+def test_a_template_that_is_not_utf8_is_named(gym):
+    (gym.path / "chat_template.jinja").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match=f"{gym.path}/chat_template.jinja is not UTF-8"):
+        load_tokenizer(gym.path)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages.x.y }}", "{% for %}", "{{ 'a' + 1 }}"])
+def test_a_template_that_fails_is_named(template, gym):
+    gym("tokenizer_config.json", chat_template=template)
+    with pytest.raises(UserError, match=f"the chat template of {gym.path} fails on a prompt"):
+        load_tokenizer(gym.path).chat_ids(user("1"), thinking=False)
 
 
 def test_mistakes_end_in_one_sentence(tmp_path):
@@ -277,5 +474,5 @@ def test_mistakes_end_in_one_sentence(tmp_path):
         load_tokenizer(tmp_path)
     byte_level().save(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="chat template"):
+    with pytest.raises(UserError, match="holds no chat template"):
         load_tokenizer(tmp_path)

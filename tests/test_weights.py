@@ -197,6 +197,16 @@ def test_the_sources_config_is_kept_but_for_the_dtype(saved, tmp_path):
     assert before == after
 
 
+def test_the_copied_config_states_what_its_source_left_to_defaults(saved, tmp_path):
+    saved.fields(rope_theta="absent", head_dim="absent", rms_norm_eps="absent", architectures="absent")
+    read = weights.read_config(saved.path, **EXACT)
+    weights.save_pretrained(tmp_path / "out", params_of(read), read, source=saved.path)
+    after = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (after["rope_theta"], after["head_dim"], after["rms_norm_eps"]) == (5e5, 8, 1e-6)
+    assert after["architectures"] == ["Qwen3ForCausalLM"]
+    assert weights.read_config(tmp_path / "out", **EXACT) == read
+
+
 def test_a_tied_models_stray_head_is_ignored(saved):
     config = CONFIG.replace(tie_word_embeddings=True)
     params = weights.load_params(saved.path, config)
@@ -228,7 +238,17 @@ WRONG_FIELDS = [
     ({"model_type": "llama"}, "model_type in .*config.json is 'llama'; it must be 'qwen3'"),
     ({"model_type": "absent"}, "model_type in .* is None; it must be 'qwen3'"),
     ({"use_sliding_window": True}, "use_sliding_window in .* is True; it must be False"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types in .* is .*'full_attention'"),
+    ({"head_dim": 15}, "head_dim in .* is 15; it must be even"),
+    ({"num_attention_heads": 3}, "num_attention_heads in .* is 3; it must be a multiple"),
+    ({"rope_theta": 1e4}, r"rope_parameters.rope_theta in .* is 500000.0; .* rope_theta = 10000.0"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_parameters.full_attention in"),
+    ({"rope_scaling": "none"}, "rope_scaling in .* is 'none'; it must be an object or null"),
+    ({"rope_parameters": []}, r"rope_parameters in .* is \[\]; it must be an object or null"),
+    ({"max_position_embeddings": "512"}, "max_position_embeddings in .* is '512'; it must be a whole"),
+    ({"attention_bias": "false"}, "attention_bias in .* is 'false'; it must be true or false"),
+    ({"use_sliding_window": "false"}, "use_sliding_window in .* is 'false'"),
+    ({"rms_norm_eps": None}, "rms_norm_eps in .* is None; it must be a number above 0"),
     ({"hidden_act": "gelu"}, "hidden_act in .* is 'gelu'; it must be 'silu'"),
     ({"hidden_size": "absent"}, "hidden_size in .* is None; it must be a whole number above 0"),
     ({"num_hidden_layers": 0}, "num_hidden_layers in .* is 0"),
@@ -257,9 +277,32 @@ def test_a_missing_model_says_what_to_pass(path, tmp_path):
         weights.read_config(path and tmp_path / path, **EXACT)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
+READ = (*weights.SIZES, *weights.OPTIONAL, "head_dim", "rope_theta", "rope_parameters", "rope_scaling",
+        "model_type", "hidden_act", "use_sliding_window", "layer_types")  # fmt: skip
+ANYTHING = [None, "", "x", "32", 0, -1, 1, 1.5, 10**400, float("inf"), float("nan"), True, False,
+            [], [1], [[1]], {}, {"a": 1}, {"rope_type": 5}, {"rope_theta": "x"}, {"rope_theta": None},
+            {"type": None}]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", READ)
+def test_a_field_of_any_kind_is_read_or_named_with_its_file(field, saved):
+    refused = 0
+    for value in ANYTHING:
+        saved.fields(**{field: value})
+        try:
+            config = weights.read_config(saved.path, **EXACT)
+            shapes_of(config)
+        except UserError as error:
+            refused += 1
+            assert f" in {saved.path}/config.json is " in str(error) and "\n" not in str(error)
+            related = {"num_key_value_heads": "num_attention_heads", "num_attention_heads": "head_dim"}
+            assert str(error).startswith((field, related.get(field, field), "rope_parameters.rope_theta"))
+    assert refused > 8
+
+
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"\x00", b"\xff\xfe{}", b"null", b"[" * 100_000])
 def test_a_broken_config_is_named(text, saved):
-    (saved.path / "config.json").write_text(text)
+    (saved.path / "config.json").write_bytes(text)
     with pytest.raises(UserError, match="config.json is not"):
         weights.read_config(saved.path, **EXACT)
 
@@ -281,8 +324,9 @@ WRONG_TENSORS = [
 @pytest.mark.parametrize("change,sentence", WRONG_TENSORS)
 def test_a_wrong_tensor_is_named_with_its_file(change, sentence, saved):
     saved.tensors(change)
-    with pytest.raises(UserError, match=sentence):
-        weights.load_params(saved.path, CONFIG)
+    for read in (weights.check_weights, weights.load_params):
+        with pytest.raises(UserError, match=sentence):
+            read(saved.path, CONFIG)
 
 
 def test_more_layers_or_biases_than_the_config_asks_for_are_refused(saved):
@@ -304,18 +348,36 @@ def test_no_weights_and_broken_files_are_named(saved):
     with pytest.raises(UserError, match="model.safetensors is no safetensors file.*fetch it again"):
         weights.load_params(saved.path, CONFIG)
     file.unlink()
-    with pytest.raises(UserError, match="holds no model.safetensors; pass --config.model.path"):
-        weights.load_params(saved.path, CONFIG)
+    for read in (weights.check_weights, weights.load_params):
+        with pytest.raises(UserError, match="holds no model.safetensors; pass --config.model.path"):
+            read(saved.path, CONFIG)
 
 
-@pytest.mark.parametrize("name", ["model-00009-of-00009.safetensors", "../model.safetensors"])
-def test_an_index_that_names_no_file_beside_it_is_refused(name, saved):
+def test_checking_weights_passes_what_loads_and_reads_no_tensor(saved, monkeypatch):
+    monkeypatch.setattr(weights, "_read_leaf", None)
+    weights.check_weights(saved.path, CONFIG)
+
+
+NOT_NEXT_TO_IT = ["model-00009-of-00009.safetensors", "../model.safetensors", "..", "", "a\0b", "n" * 300,
+                  5, None, ["model.safetensors"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_NEXT_TO_IT)
+def test_an_index_that_names_no_file_next_to_it_is_refused(name, saved):
     folder = saved.path / "sub"
     folder.mkdir()
     index = {"weight_map": {NORM: name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="which is no file beside it"):
+    with pytest.raises(UserError, match="weight_map.*index.json is .*the name of a file next to it"):
         weights.load_params(folder, CONFIG)
+
+
+@pytest.mark.parametrize("places", [None, [], "x", 5, {}])
+def test_an_index_without_a_map_is_refused(places, saved):
+    (saved.path / "model.safetensors").unlink()
+    (saved.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(UserError, match="weight_map in .*model.safetensors.index.json is"):
+        weights.load_params(saved.path, CONFIG)
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):

@@ -60,26 +60,29 @@ def test_floats_are_the_same_however_they_were_typed(tmp_path):
     assert workdir.fingerprint(first) == workdir.fingerprint(again)
 
 
-def test_steps_and_keep_may_change_and_are_recorded(tmp_path):
+def test_steps_evaluation_and_the_models_path_may_change_and_are_recorded_once_the_run_goes_on(tmp_path):
     workdir.prepare(tmp_path, config_with(steps=7))
     began(tmp_path)
-    longer = config_with(steps=9, checkpoint__keep=5)
-    assert workdir.prepare(tmp_path, longer)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written["steps"] == 9 and written["checkpoint"]["keep"] == 5
-    assert workdir.fingerprint(longer) == workdir.fingerprint(config_with(steps=7))
+    before = (tmp_path / "config.json").read_text()
+    other = config_with(steps=9, checkpoint__keep=5, eval__samples=3, eval__sets="a", model__path="elsewhere")
+    assert workdir.prepare(tmp_path, other)
+    assert (tmp_path / "config.json").read_text() == before  # the start may still be refused
+    workdir.record(tmp_path, other)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(other.to_dict()))
+    assert workdir.fingerprint(other) == workdir.fingerprint(config_with(steps=7))
 
 
-def test_another_config_is_refused_with_the_field_and_both_values(tmp_path):
+def test_another_config_is_refused_with_every_field_and_both_values(tmp_path):
     workdir.prepare(tmp_path, config_with(batch__prompts=8))
     began(tmp_path)
     before = (tmp_path / "config.json").read_text()
-    other = config_with(batch__prompts=16, steps=5, seed=3)
+    other = config_with(batch__prompts=16, steps=5, seed=3, model__dtype="float32")
     with pytest.raises(UserError) as caught:
         workdir.prepare(tmp_path, other)
     assert str(caught.value) == (
-        f"workdir {tmp_path} holds a run of another config: field batch.prompts is 8 there and "
-        "16 here; use another --workdir or the same config"
+        f"workdir {tmp_path} holds a run of another config: batch.prompts is 8 there and 16 here, "
+        "model.dtype is 'bfloat16' there and 'float32' here, seed is 0 there and 3 here; "
+        "use another --workdir or the same config"
     )
     assert (tmp_path / "config.json").read_text() == before
     assert workdir.fingerprint(other) != workdir.fingerprint(config_with(batch__prompts=8))
@@ -88,8 +91,45 @@ def test_another_config_is_refused_with_the_field_and_both_values(tmp_path):
 def test_a_field_that_only_one_side_knows_is_a_difference(tmp_path):
     workdir.prepare(tmp_path, ConfigDict({"seed": 0, "old": 1}))
     began(tmp_path)
-    with pytest.raises(UserError, match="field old is 1 there and absent here"):
+    with pytest.raises(UserError, match="old is 1 there and absent here"):
         workdir.prepare(tmp_path, ConfigDict({"seed": 0}))
+
+
+def test_a_field_that_is_newer_than_the_run_had_its_default(tmp_path):
+    older = default_config().to_dict()
+    del older["loss"]["alpha"]
+    workdir.prepare(tmp_path, ConfigDict(older))
+    began(tmp_path)
+    assert workdir.prepare(tmp_path, default_config())
+    with pytest.raises(UserError, match="loss.alpha is 0.5 there and 0.25 here"):
+        workdir.prepare(tmp_path, config_with(loss__alpha=0.25))
+
+
+def test_a_start_that_fails_takes_the_directory_that_it_made_away(tmp_path):
+    for error in (UserError, KeyboardInterrupt):
+        with pytest.raises(error), workdir.claim(tmp_path / "run", default_config()):
+            (tmp_path / "run" / "checkpoints").mkdir()
+            raise error
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "notes.txt", "checkpoints/1"])
+def test_a_start_that_wrote_something_keeps_its_directory(tmp_path, name):
+    with pytest.raises(UserError), workdir.claim(tmp_path / "run", default_config()):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("x")
+        raise UserError
+    assert (tmp_path / "run" / name).read_text() == "x"
+    assert workdir.prepare(tmp_path / "run", default_config()) is (name != "notes.txt")
+
+
+def test_a_directory_that_was_there_stays(tmp_path):
+    with pytest.raises(UserError), workdir.claim(tmp_path, default_config()):
+        (tmp_path / "checkpoints").mkdir()
+        raise UserError
+    assert tmp_path.is_dir()
+    # Empty checkpoints/ are nothing yet that pins a config.
+    assert workdir.prepare(tmp_path, config_with(batch__prompts=16)) is False
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": \udcff}'])

@@ -19,9 +19,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from .reference import LossAux, Options, Rows, working_dtype
 from .rows import row_terms
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def once_differentiable(function: str, operands: Any) -> Any:
+    """The operands of a forward pass that is a gradient itself; to differentiate it is refused."""
+    del function
+    return operands
+
+
+@once_differentiable.defjvp
+def _refuse_second_derivatives(function, operands, tangents):
+    del operands, tangents
+    raise NotImplementedError(
+        f"{function} has first derivatives only, since it computes its gradient in the forward pass; "
+        "implementation='reference' has all orders, and lax.stop_gradient around the student's operands "
+        "leaves the derivative of this gradient out"
+    )
+
 
 # ---- from hidden states ------------------------------------------------------------------------
 
@@ -37,7 +56,8 @@ def loss_from_hidden(
 
 
 def _hidden_fwd(options, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD, rows):
-    student, teacher = (hidden_ND, head_VD), (teacher_hidden_ND, teacher_head_VD)
+    student = once_differentiable("topk_jsd_loss", (hidden_ND, head_VD))
+    teacher = (teacher_hidden_ND, teacher_head_VD)
     loss, aux, grads = run_chunks(options, student, teacher, rows, with_grad=True)
     return (loss, aux), grads
 
@@ -53,8 +73,11 @@ loss_from_hidden.defvjp(_hidden_fwd, _hidden_bwd)
 def scale_grads(grads: tuple[jax.Array, jax.Array], by: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both gradients times a scalar, in the dtype of the hidden states."""
     hidden_ND, head_VD = grads
-    scale = lambda grad: (by * grad.astype(by.dtype)).astype(hidden_ND.dtype)
-    return scale(hidden_ND), scale(head_VD)
+    return _scaled(by, hidden_ND, hidden_ND.dtype), _scaled(by, head_VD, hidden_ND.dtype)
+
+
+def _scaled(by, grad, dtype):
+    return (by * grad.astype(by.dtype)).astype(dtype)
 
 
 def run_chunks(
@@ -84,8 +107,21 @@ def run_chunks(
     zero_N = jnp.zeros(n_rows, wide)
     logp_N = None if rows.tokens_N is None else zero_N
     start = (LossAux(zero_N, logp_N, zero_N, zero_N, zero_N), grads, jnp.int32(0))
-    aux, grads, trips = lax.fori_loop(jnp.int32(0), (n_live + size - 1) // size, trip, start)
+    trips = _most((n_live + size - 1) // size)
+    aux, grads, trips = lax.fori_loop(jnp.int32(0), trips, trip, start)
     return _total(rows, aux), aux._replace(chunks_run=trips), grads
+
+
+@custom_vmap
+def _most(trips: jax.Array) -> jax.Array:
+    """The trips; under vmap the most of all sets, which so need no copy of what a finished set holds."""
+    return trips
+
+
+@_most.def_vmap
+def _most_of_all(sets, is_batched, trips_S):
+    del sets, is_batched
+    return _most(jnp.max(trips_S)), False
 
 
 def _chunk(options, student, teacher, rows, ids_C, live_C, with_grad):
@@ -133,12 +169,13 @@ def loss_and_grad(
 
 
 def _logits_fwd(options, student_NV, teacher_NV, rows):
+    student_NV = once_differentiable("topk_jsd_from_logits", student_NV)
     return loss_and_grad(options, student_NV, teacher_NV, rows, student_NV.dtype)
 
 
 def _logits_bwd(options, grad_NV, cotangents):
     del options
-    return cotangents[0].astype(grad_NV.dtype) * grad_NV, None, None
+    return _scaled(cotangents[0], grad_NV, grad_NV.dtype), None, None
 
 
 loss_from_logits.defvjp(_logits_fwd, _logits_bwd)

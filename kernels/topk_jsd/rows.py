@@ -2,7 +2,9 @@
 
     row_terms(options, student_CV, teacher_CV, rows_C, live_C, grad_dtype)  -> LossAux of [C], grad_CV
 
-`rows_xla.py` says what it computes; `pallas_tpu.py` and `pallas_gpu.py` compute the same.
+`rows_xla.py` says what it computes; `pallas_tpu.py` and `pallas_gpu.py` compute the same. Under `jax.vmap`
+a batch of row sets is one longer set, since rows are independent: no kernel needs a batching rule, and what
+is decided for all rows of a call (a tie, a dead block) stays a branch.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from . import pallas_tpu, rows_xla
 from .reference import LossAux, Options, Rows, working_dtype
@@ -23,6 +26,24 @@ def row_terms(
     grad_dtype: Any,
 ) -> tuple[LossAux, jax.Array | None]:  # fmt: skip
     """By `options.implementation`; None: pallas_tpu on a TPU, pallas_gpu on a Hopper GPU, else xla."""
+    kernel = custom_vmap(partial(_row_terms, options, grad_dtype))
+    n_rows = student_CV.shape[0]
+
+    @kernel.def_vmap
+    def batched(sets, is_batched, *operands):
+        def to_rows(x, has_sets):
+            x = x if has_sets else jnp.broadcast_to(x, (sets, *x.shape))
+            return x.reshape(sets * n_rows, *x.shape[2:])
+
+        operands = jax.tree.map(to_rows, operands, tuple(is_batched))
+        out = row_terms(options, *operands, grad_dtype=grad_dtype)  # itself batched where vmaps are nested
+        out = jax.tree.map(lambda x: x.reshape(sets, n_rows, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return kernel(student_CV, teacher_CV, rows_C, live_C)
+
+
+def _row_terms(options, grad_dtype, student_CV, teacher_CV, rows_C, live_C):
     operands = (student_CV, teacher_CV, rows_C, live_C)
     in_xla = partial(rows_xla.row_terms, options, grad_dtype=grad_dtype, axis=options.vocab_axis)
     on_tpu = partial(pallas_tpu.row_terms, options, grad_dtype=grad_dtype)

@@ -85,7 +85,8 @@ def loss_from_hidden(
 
 
 def _forward(sharding, options, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD, rows):
-    student, teacher = (hidden_ND, head_VD), (teacher_hidden_ND, teacher_head_VD)
+    student = chunked.once_differentiable("topk_jsd_loss with sharding", (hidden_ND, head_VD))
+    teacher = (teacher_hidden_ND, teacher_head_VD)
     loss, aux, grads = _over_mesh(sharding, options, True, student, teacher, rows)
     return (loss, aux), grads
 

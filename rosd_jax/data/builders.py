@@ -27,13 +27,15 @@ from absl import logging
 
 from rosd_jax.config import UserError
 from rosd_jax.data import rows
+from rosd_jax.rewards import tooluse
 from rosd_jax.types import Problem
 
 
 def load_problems(name: str, split: str, data_dir: str, cache_dir: str | None = None) -> list[Problem]:
     """The problems of one split, in file order.
 
-    `name` is one of rows.SOURCES, "jsonl:PATH" or "gym:FAMILY"; `split` is "train" or "test".
+    `name` is one of rows.SOURCES, "jsonl:PATH", "NAME=jsonl:PATH" or "gym:FAMILY"; `split` is "train"
+    or "test".
     Raises UserError for an unknown set or split, a missing file, a malformed row (before anything
     is written), and a cache that cannot be written.
     """
@@ -58,6 +60,7 @@ def _problem(example: rows.Example) -> Problem:
         kind=example["kind"],
         messages=messages,
         answer=example["answer"],
+        extra=example["extra"],
     )
 
 
@@ -113,12 +116,12 @@ class MathEval(_TextBuilder):
 
 
 class Jsonl(_TextBuilder):
-    """A user's own file: config=SetConfig(name="file", set_name="jsonl:PATH")."""
+    """A user's own file or folder: config=SetConfig(name="file", set_name="jsonl:PATH")."""
 
 
 def _builder(name: str, directory: Path) -> tfds.core.GeneratorBasedBuilder:
     where = {"data_dir": os.fspath(directory), "file_format": "array_record"}
-    if name.startswith("jsonl:"):
+    if rows.own_path(name):
         return Jsonl(config=SetConfig(name="file", set_name=name), **where)
     classes = (SciKnowEval, ToolUse, MathEval)
     owner = next(c for c in classes if name in {config.name for config in c.BUILDER_CONFIGS})
@@ -164,9 +167,9 @@ def _default_cache() -> Path:
 
 
 def _content_key(name: str, folder: str) -> str:
-    """Changed data, and a changed reader (these two files), get another key."""
+    """Changed data, and a changed reader (these files), get another key."""
     digest = hashlib.sha256(name.encode("utf-8"))
-    sources = {"reader": Path(rows.__file__), "builder": Path(__file__)}
+    sources = {"reader": Path(rows.__file__), "calls": Path(tooluse.__file__), "builder": Path(__file__)}
     for label, path in (sources | rows.present(name, folder)).items():
         content = rows.file_bytes(path)
         digest.update(f"\0{label}\0{len(content)}\0".encode() + content)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable, Sequence
 
 import grain
@@ -22,6 +24,15 @@ def bucket_length(n: int, maximum: int) -> int:
         raise ValueError(f"{n} tokens do not fit the maximum of {maximum}")
     bucket = max(16, 1 << (n - 1).bit_length()) if n <= 1024 else -(-n // 256) * 256
     return min(bucket, maximum)
+
+
+def problems_crc32(problems: Sequence[Problem]) -> int:
+    """A checksum of what the problems ask, of their golds and checkers, and of their order."""
+    check = 0
+    for problem in problems:
+        line = json.dumps([problem.kind, problem.messages, problem.answer, problem.extra], sort_keys=True)
+        check = zlib.crc32(line.encode(), check)
+    return check
 
 
 def encode_problems(

@@ -3,26 +3,54 @@
 Every file holds one JSON object a line, whatever its suffix. Science and tool-use files carry the
 fields of the released splits, of which `prompt`, `answer`, `system` and `kind` are read. A set of
 one's own is `jsonl:PATH`, with fields `prompt` and `answer`, and optionally `system` and `kind`
-("math" unless given, or "mcq" or "tooluse"). Its prompt is sent as it stands, so a "math" prompt
-should itself ask for a final \\boxed{} answer; it is one split, whichever is asked for.
+("math" unless given, or "mcq", "tooluse" or "own"). Its prompt is sent as it stands, so a "math" prompt
+should itself ask for a final \\boxed{} answer. A file is one split, whichever is asked for; a folder
+holds train.jsonl, validation.jsonl and test.jsonl, or some of them. `NAME=jsonl:PATH` names the set in
+metrics, files and report.
+
+Only a reward function of one's own grades the kind "own", whose answer may be anything, or absent; such a
+function is handed all other fields of a row too. For the other kinds a gold answer that no response could
+match is refused with the row.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from rosd_jax.config import UserError
+from rosd_jax.rewards import tooluse
 
-FIELDS = ("uid", "dataset", "kind", "system", "user", "answer")
+FIELDS = ("uid", "dataset", "kind", "system", "user", "answer", "extra")
+READ = ("prompt", "system", "kind", "answer")  # what we take from a row of one's own
 MATH_REQUEST = "Reason step by step, then state the final answer inside \\boxed{}."
 
+# Of a folder of one's own.
+OWN_SPLITS = {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
+POSITIONAL = range(-30, 16)  # powers of ten that are written out where a file writes an exponent
+
+# Marks that hold no answer by themselves.
+NO_CONTENT = re.compile(
+    r"(?:\\(?:boxed|fbox|text|textbf|mathrm|mathbf|left|right|displaystyle|quad|[,;:! ()\[\]])"
+    r"|[\s$*_`\"'.,:;!?{}~-])*"
+)
+LETTER = re.compile(r"[\s(\[*\"']*([A-Za-z])[\s.):\]*\"']*")
+
 Example = dict[str, str]  # FIELDS, as TFDS stores them
+
+
+class WrittenFloat(float):
+    """A float of a JSON file that keeps the digits it was written with."""
+
+    def __init__(self, written: str):
+        self.written = written
 
 
 @dataclass(frozen=True)
@@ -37,7 +65,7 @@ class Row:
 class Source:
     """Where a set's splits lie and how one of its rows is read."""
 
-    files: dict[str, str]  # split -> path under data.dir (for jsonl: under the file's own folder)
+    files: dict[str, str]  # split -> path under data.dir (for jsonl: under the set's own folder)
     read_row: Callable[[Row], Example]
 
 
@@ -46,18 +74,59 @@ def read_examples(name: str, split: str, path: Path) -> list[Example]:
 
     Raises UserError naming file and line, and the field, of the first malformed row.
     """
-    read_row = source(name).read_row
+    read_row, called = source(name).read_row, set_name(name)
     return [
-        {"uid": f"{name}/{split}/{i}", "dataset": name, **read_row(row)}
+        {"uid": f"{called}/{split}/{i}", "dataset": called, "extra": "", **read_row(row)}
         for i, row in enumerate(_read_rows(path))
     ]
 
 
 def source(name: str) -> Source:
-    """The source of a known set, or of "jsonl:PATH"."""
-    if name.startswith("jsonl:"):
-        return Source({"train": _jsonl_path(name).name}, functools.partial(_chat_row, kind="math"))
-    return SOURCES[name]
+    """The source of a known set, or of one's own."""
+    path = own_path(name)
+    if path is None:
+        return SOURCES[name]
+    files = OWN_SPLITS if path.is_dir() else {"train": path.name}
+    return Source(files, _own_row)
+
+
+def set_name(name: str) -> str:
+    """What a set is called in metrics, files and report: NAME of "NAME=jsonl:PATH", else as it is asked for.
+
+    Raises UserError for a NAME that is not plain, or that a known set has.
+    """
+    called, given, _ = name.partition("=jsonl:")
+    if not given or ":" in called:
+        return name
+    if not PLAIN_NAME.fullmatch(called) or called in SOURCES:
+        raise UserError(
+            f"{name!r} names a set {called!r}; a name must be of letters, digits, - and _ and no known "
+            "set's, so choose another"
+        )
+    return called
+
+
+def own_path(name: str) -> Path | None:
+    """The file or folder of "jsonl:PATH" or "NAME=jsonl:PATH"; None for another set."""
+    asked = name if name.startswith("jsonl:") else name[len(set_name(name)) + 1 :]
+    return Path(asked.removeprefix("jsonl:")).expanduser().absolute() if asked else None
+
+
+def same_data(name: str, other: str, data_dir: str) -> bool:
+    """Whether two sets are one: by name, or by a file. train.jsonl and test.jsonl of a folder are one set."""
+    return name == other or not _all_files(name, data_dir).isdisjoint(_all_files(other, data_dir))
+
+
+def _all_files(name: str, data_dir: str) -> set[Path]:
+    """The files of all splits of a set, resolved; those of a gym family are none."""
+    path = own_path(name)
+    if path is None:
+        files = SOURCES[name].files.values() if name in SOURCES else ()
+        return {Path(data_dir, file).expanduser().resolve() for file in files}
+    if path.is_dir():
+        path /= OWN_SPLITS["train"]
+    siblings = OWN_SPLITS.values() if path.name in OWN_SPLITS.values() else (path.name,)
+    return {path.with_name(sibling).resolve() for sibling in siblings}
 
 
 def present(name: str, folder: str) -> dict[str, Path]:
@@ -68,13 +137,11 @@ def present(name: str, folder: str) -> dict[str, Path]:
 
 def locate(name: str, split: str, data_dir: str) -> tuple[str, str]:
     """The folder and split to read. Raises UserError for an unknown set, split, folder or file."""
-    if name.startswith("jsonl:"):
-        path = _jsonl_path(name)
-        if not path.is_file():
-            raise UserError(f"{name!r} names no file; give data.train or eval.sets jsonl:PATH of a real one")
-        return str(path.parent), "train"
+    path = own_path(name)
+    if path is not None:
+        return _locate_own(name, split, path)
     if name not in SOURCES:
-        known = ", ".join((*SOURCES, "jsonl:PATH", "gym:FAMILY"))
+        known = ", ".join((*SOURCES, "jsonl:PATH", "NAME=jsonl:PATH", "gym:FAMILY"))
         raise UserError(f"{name!r} is no known set; give data.train or eval.sets one of {known}")
     files = SOURCES[name].files
     if split not in files:
@@ -87,16 +154,28 @@ def locate(name: str, split: str, data_dir: str) -> tuple[str, str]:
     return str(folder), split
 
 
+def _locate_own(name: str, split: str, path: Path) -> tuple[str, str]:
+    if path.is_dir():
+        if not (path / OWN_SPLITS[split]).is_file():
+            raise UserError(
+                f"{name!r} has no {split!r} split, since {path / OWN_SPLITS[split]} is missing; "
+                "add that file, or choose another set"
+            )
+        return str(path), split
+    if not path.is_file():
+        raise UserError(
+            f"{name!r} names no file; give data.train or eval.sets jsonl:PATH of a real one, or of a folder "
+            f"with {', '.join(OWN_SPLITS.values())}"
+        )
+    return str(path.parent), "train"
+
+
 def file_bytes(path: Path) -> bytes:
     """The file's content. Raises UserError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
-
-
-def _jsonl_path(name: str) -> Path:
-    return Path(name.removeprefix("jsonl:")).expanduser().absolute()
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -109,31 +188,57 @@ def _read_rows(path: Path) -> list[Row]:
 
 def _parse(where: str, line: bytes) -> Row:
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8"), parse_float=WrittenFloat, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}); mend or drop the row") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{where} is a {type(fields).__name__}; a row must be one JSON object")
+        raise UserError(
+            f"{where} is {_short(fields)}, a {type(fields).__name__}; a row must be one JSON object, so mend "
+            "or drop it"
+        )
     return Row(where, fields)
 
 
-def _wrong(row: Row, field: str, what: str) -> UserError:
-    return UserError(f"{row.where}: field {field!r} {what}; mend or drop the row")
+def _whole(written: str) -> int:
+    try:
+        return int(written)
+    except ValueError:  # Python reads no more than 4300 digits
+        raise ValueError(f"a number of {len(written)} digits, which nothing here can read") from None
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _wrong(row: Row, field: str, rule: str) -> UserError:
+    value = _short(row.fields.get(field))
+    return UserError(f"{row.where}: field {field!r} is {value}; it {rule}, so mend or drop the row")
+
+
+def _absent(row: Row, field: str) -> UserError:
+    named = _short(", ".join(row.fields)).strip("'\"") or "no field"
+    return UserError(
+        f"{row.where}: field {field!r} is missing, and the row holds {named}; add it, rename the field that "
+        "is meant, or drop the row"
+    )
 
 
 def _text(row: Row, field: str, default: str | None = None) -> str:
     """The field as text; absent or blank it is the default, or an error where there is none."""
     value = row.fields.get(field)
+    if value is None and default is None:
+        raise _absent(row, field)
     if value is not None and not isinstance(value, str):
-        raise _wrong(row, field, f"is {type(value).__name__} and must be a string")
+        raise _wrong(row, field, "must be a string")
     if not value or not value.strip():
         if default is None:
-            raise _wrong(row, field, "is missing" if value is None else "is empty")
+            raise _wrong(row, field, "must not be empty")
         return default
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _wrong(row, field, "holds half a surrogate pair, which is not text") from None
+        raise _wrong(row, field, "must hold no half of a surrogate pair, which is no text") from None
     return value
 
 
@@ -141,56 +246,94 @@ def _math_answer(row: Row) -> str:
     """Text, or a number as text: 70 and 27.0 become "70" and "27"."""
     value = row.fields.get("answer")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return _text(row, "answer").strip()
-    if not math.isfinite(value):
-        raise _wrong(row, "answer", f"is {value} and must be finite")
-    return str(int(value) if value == int(value) else value)
+        return _math_text(row, _text(row, "answer"))
+    if isinstance(value, int):
+        return str(value)
+    try:
+        number = Decimal(value.written if isinstance(value, WrittenFloat) else value)
+        if number.is_finite():
+            return _number_text(number, positional="e" not in str(getattr(value, "written", "")).lower())
+    except InvalidOperation:  # its exponent has more digits than Decimal takes
+        pass
+    raise _wrong(row, "answer", "must be a finite number")
+
+
+def _number_text(number: Decimal, positional: bool) -> str:
+    """The number in decimal digits, or in LaTeX where it is far from 1 and its file writes an exponent."""
+    sign, digits, exponent = number.as_tuple()
+    written = "".join(map(str, digits)).lstrip("0")
+    kept = written.rstrip("0")
+    if not kept:
+        return "0"
+    assert isinstance(exponent, int)
+    exponent += len(written) - len(kept)
+    power = exponent + len(kept) - 1
+    minus = "-" if sign else ""
+    if not positional and power not in POSITIONAL:
+        mantissa = f"{kept[0]}.{kept[1:]}" if kept[1:] else kept
+        return f"{minus}{mantissa} \\times 10^{{{power}}}"
+    return f"{Decimal((sign, tuple(map(int, kept)), exponent)):f}"
+
+
+def _math_text(row: Row, answer: str) -> str:
+    if NO_CONTENT.fullmatch(answer):
+        raise _wrong(row, "answer", "must hold an answer, not marks alone, which no response can match")
+    return answer.strip()
 
 
 def _tool_answer(row: Row) -> str:
     """The gold calls as JSON text: a list of {"Action": name, "Action_Input": input}."""
     value = row.fields.get("answer")
-    listed = isinstance(value, list)
-    text = json.dumps(value, ensure_ascii=False) if listed else _text(row, "answer")
-    calls = json.loads(text) if _is_json(text) else None
-    if not isinstance(calls, list) or not calls or not all(map(_is_call, calls)):
-        raise _wrong(row, "answer", "must be a JSON list of calls with Action and Action_Input (JSON)")
-    return text
-
-
-def _is_call(call: object) -> bool:
-    """What the grader can compare; a call without an input has the input {}."""
-    if not isinstance(call, dict) or not isinstance(call.get("Action"), str):
-        return False
-    given = call.get("Action_Input", {})
-    return isinstance(given, dict) or (isinstance(given, str) and _is_json(given))
-
-
-def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        calls = tooluse.gold_calls(value if isinstance(value, list) else _text(row, "answer"))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise _wrong(row, "answer", str(error)) from None
+    return json.dumps(calls, ensure_ascii=False)
 
 
 def _letter_answer(row: Row) -> str:
-    letter = _text(row, "answer").strip()
-    if len(letter) != 1 or not "A" <= letter <= "Z":
-        raise _wrong(row, "answer", f"is {letter[:20]!r} and must be one capital letter")
-    return letter
+    """The letter, in capitals and without marks: "b" and "(B)" become "B"."""
+    letter = LETTER.fullmatch(_text(row, "answer"))
+    if letter is None:
+        raise _wrong(row, "answer", "must be one letter")
+    return letter[1].upper()
 
 
-GOLD = {"mcq": _letter_answer, "math": _math_answer, "tooluse": _tool_answer}
+def _any_answer(row: Row) -> str:
+    """Text, any other value as JSON text, or "" where there is none."""
+    value = row.fields.get("answer")
+    if value is None:
+        return ""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise _wrong(row, "answer", "must not be nested so deeply") from None
+    return _text(Row(row.where, {"answer": text}), "answer", "")
+
+
+GOLD = {"mcq": _letter_answer, "math": _math_answer, "tooluse": _tool_answer, "own": _any_answer}
 
 
 def _chat_row(row: Row, kind: str) -> Example:
     """A row of the released schema or of a user's own file; `kind` serves rows that name none."""
     kind = _text(row, "kind", kind)
     if kind not in GOLD:
-        raise _wrong(row, "kind", f"is {kind[:20]!r} and must be one of {', '.join(GOLD)}")
+        raise _wrong(row, "kind", f"must be one of {', '.join(GOLD)}")
     system, user = _text(row, "system", ""), _text(row, "prompt")
     return {"kind": kind, "system": system, "user": user, "answer": GOLD[kind](row)}
+
+
+def _own_row(row: Row) -> Example:
+    """A row of a user's own file; `extra` keeps, as a JSON object, what a reward function may want to see."""
+    example = _chat_row(row, kind="math")
+    whole = example["kind"] == "own" and not isinstance(row.fields.get("answer", ""), str)
+    extra = {k: v for k, v in row.fields.items() if k not in READ or (k == "answer" and whole)}
+    try:
+        return {**example, "extra": json.dumps(extra) if extra else ""}
+    except RecursionError:
+        raise UserError(f"{row.where} nests its fields too deeply; flatten or drop the row") from None
 
 
 def _math_row(row: Row) -> Example:
@@ -202,8 +345,8 @@ def _gsm8k_row(row: Row) -> Example:
     _, mark, answer = _text(row, "answer").rpartition("####")
     answer = answer.replace(",", "").strip()
     if not mark or not answer:
-        raise _wrong(row, "answer", 'has no final answer behind "####"')
-    return _math_example(_text(row, "question"), answer)
+        raise _wrong(row, "answer", 'must have a final answer behind "####"')
+    return _math_example(_text(row, "question"), _math_text(row, answer))
 
 
 def _math_example(problem: str, answer: str) -> Example:

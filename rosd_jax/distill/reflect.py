@@ -11,6 +11,7 @@ import numpy as np
 from rosd_jax.config import Config
 from rosd_jax.text import prompts, spans
 from rosd_jax.text.prompts import ENGLISH, Wording
+from rosd_jax.text.thinking import outside_thinking
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Graded, Message, Reflected, Reflection, Span
 
@@ -20,7 +21,7 @@ SUCCESS = 0.5  # a reward of at least this much is a correct rollout
 NOTES = {
     "all_right": "group all right",
     "all_wrong": "group all wrong",
-    "correct_left_out": "right, not taught",
+    "correct_left_out": "right (reflect.correct is off)",
     "overlong": "reflection prompt too long",
     "no_solution": "no correct sibling to show",
     "no_idea": "no idea found",
@@ -103,7 +104,7 @@ def reflector_messages(
 ) -> list[Message]:
     """What the reflector is asked about a row; the task's own system prompt is not part of it."""
     problem = graded.prompts.problems[row * len(graded.prompts.problems) // len(graded.texts)]
-    gold = problem.answer if show_gold else None
+    gold = (problem.answer or None) if show_gold else None
     attempt = graded.texts[row]
     if plan.kind == "right":
         return prompts.right_messages(problem.question, attempt, gold, wording)
@@ -115,7 +116,9 @@ def reflector_messages(
 
 def solution_of(graded: Graded, plan: Plan) -> str | None:
     """The correct sibling's text without its thinking."""
-    return None if plan.solution is None else prompts.after_thinking(graded.texts[plan.solution])
+    if plan.solution is None:
+        return None
+    return outside_thinking(graded.texts[plan.solution], opened=graded.thinking_open).strip()
 
 
 def build_prompts(
@@ -167,10 +170,13 @@ def read_reflections(
     raws: Sequence[str | None],
     tokenizer: Tokenizer,
     lesson: Config,
+    *,
+    thinking_open: bool = False,
 ) -> Reflected:
     """Parses every answer and locates every quote.
 
-    raws: the reflector's text a row; None where it had no prompt.
+    raws: the reflector's text a row; None where it had no prompt. thinking_open: the reflector's prompt
+    ended inside a thinking block.
     """
     tokens_BR = np.asarray(graded.rollout.tokens_BR)
     length_B = np.asarray(graded.rollout.length_B)
@@ -179,7 +185,9 @@ def read_reflections(
         text = graded.texts[row]
         ids = tokens_BR[row, : int(length_B[row])]
         solution = solution_of(graded, plan)
-        reflections.append(read_reflection(raw, plan, text, ids, tokenizer, lesson, solution))
+        reflections.append(
+            read_reflection(raw, plan, text, ids, tokenizer, lesson, solution, thinking_open=thinking_open)
+        )
     return Reflected(graded, tuple(reflections))
 
 
@@ -191,6 +199,8 @@ def read_reflection(
     tokenizer: Tokenizer,
     lesson: Config,
     solution: str | None,
+    *,
+    thinking_open: bool = False,
 ) -> Reflection:
     """What one answer says of one response.
 
@@ -202,7 +212,7 @@ def read_reflection(
     if raw is None:
         fits = _note(plan, None, solution, None, lesson) == ""
         return Reflection(solution=solution, note=plan.note or ("" if fits else "overlong"))
-    idea, quote = spans.parse_reflection(prompts.after_thinking(raw))
+    idea, quote = parse(raw, released=lesson.locate == "reencode", thinking_open=thinking_open)
     located = token_span = None
     if plan.kind == "wrong":
         located = locate(text, quote, released=lesson.locate == "reencode")
@@ -223,6 +233,16 @@ def read_reflection(
     )
 
 
+def parse(raw: str, *, released: bool, thinking_open: bool) -> tuple[str | None, str | None]:
+    """The idea and the quote of an answer, drafts inside its thinking left out.
+
+    released: as the release does, which reads the whole answer.
+    """
+    if released:
+        return spans.parse_released(raw)
+    return spans.parse_reflection(outside_thinking(raw, opened=thinking_open))
+
+
 def locate(text: str, quote: str | None, *, released: bool) -> spans.Located | None:
     """Finds the quote as it stands, else with our look-alikes turned back to what they replaced.
 
@@ -231,7 +251,8 @@ def locate(text: str, quote: str | None, *, released: bool) -> spans.Located | N
     search: Callable[[str, str | None], spans.Located | None] = spans.locate_quote
     if released:
         search = _first_exact
-    return search(text, quote) or search(text, prompts.restore(quote or ""))
+    restored = prompts.restore(quote or "")
+    return search(text, quote) or (search(text, restored) if restored != quote else None)
 
 
 def _first_exact(text: str, quote: str | None) -> spans.Located | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import replace
 from typing import cast
@@ -10,6 +9,7 @@ from typing import cast
 import numpy as np
 
 from rosd_jax.config import Config
+from rosd_jax.distill.gold import repeats_gold, strip_gold
 from rosd_jax.distill.reflect import NOTES, SUCCESS
 from rosd_jax.text.prompts import ENGLISH, Wording, idea_text, solution_text
 from rosd_jax.text.tokenizer import Tokenizer
@@ -23,10 +23,8 @@ def teacher_messages(
 
     Raises ValueError for a rollout that has neither what lesson.teacher_context asks for.
     """
-    idea, solution = reflection.idea, reflection.solution
-    if lesson.teacher_context != "solution" and idea is not None:
-        if lesson.gold_in_idea == "strip":
-            idea = strip_gold(idea, problem.answer)
+    idea, solution = taught_idea(problem, reflection, lesson), reflection.solution
+    if idea is not None:
         text = idea_text(problem.question, idea, wording)
     elif lesson.teacher_context != "idea" and solution is not None:
         text = solution_text(problem.question, solution, wording)
@@ -34,6 +32,17 @@ def teacher_messages(
         raise ValueError("a rollout without idea or solution has no teacher")
     system = [dict(m) for m in problem.messages if m["role"] == "system"]
     return [*system, {"role": "user", "content": text}]
+
+
+def taught_idea(problem: Problem, reflection: Reflection, lesson: Config) -> str | None:
+    """The idea as the teacher sees it; None where it sees none, or nothing is left beside the answer."""
+    idea = reflection.idea
+    if idea is None or lesson.teacher_context == "solution":
+        return None
+    if lesson.gold_in_idea == "keep":
+        return idea
+    idea = strip_gold(idea, problem.answer)
+    return idea if any(character.isalnum() for character in idea) else None
 
 
 def teacher_prompts(
@@ -46,15 +55,18 @@ def teacher_prompts(
 ) -> tuple[Reflected, list[list[int] | None]]:
     """Teacher prompt ids a row; None where the rollout is out of the loss.
 
-    A prompt above lesson.max_teacher_tokens is never cut: the rollout leaves the loss, which the
-    returned record notes as "teacher_overlong".
+    An idea of which nothing is left without the gold answer leaves the loss, unless a solution stands
+    in; the returned record notes "no_idea". A prompt above lesson.max_teacher_tokens is never cut: the
+    rollout leaves the loss, noted as "teacher_overlong".
     """
     limit = cast(int, lesson.max_teacher_tokens)
     reflections, prompts = [], []
     for row, reflection in enumerate(reflected.reflections):
-        ids = None
+        ids, problem = None, _problem(reflected, row)
+        if not reflection.note and _untaught(problem, reflection, lesson):
+            reflection = replace(reflection, note="no_idea")
         if not reflection.note:
-            messages = teacher_messages(_problem(reflected, row), reflection, lesson, wording)
+            messages = teacher_messages(problem, reflection, lesson, wording)
             ids = tokenizer.chat_ids(messages, thinking=thinking)
             if len(ids) > limit:
                 ids, reflection = None, replace(reflection, note="teacher_overlong")
@@ -107,21 +119,11 @@ def count(reflected: Reflected, weight_BR: np.ndarray) -> dict[str, int]:
     }
 
 
-def repeats_gold(idea: str, gold: str) -> bool:
-    """Whether the gold answer stands in the idea, as a word or number of its own."""
-    return _gold(gold).search(idea) is not None
-
-
-def strip_gold(idea: str, gold: str) -> str:
-    """The idea without the gold answer."""
-    return _gold(gold).sub("", idea).strip()
-
-
-def _gold(gold: str) -> re.Pattern[str]:
-    name = re.escape(gold.strip())
-    if re.fullmatch("[A-Z]", name):  # as an option, not as the article "A" or a unit
-        return re.compile(rf"\({name}\)|\b(?i:answer|option|choice|choose)(?: is)?:? {name}\b")
-    return re.compile(rf"(?<![\w.,-]){name}(?!\w|[.,]\d)")
+def _untaught(problem: Problem, reflection: Reflection, lesson: Config) -> bool:
+    """Whether an idea was all that this rollout had to teach, and stripping left nothing of it."""
+    if lesson.teacher_context == "solution" or taught_idea(problem, reflection, lesson) is not None:
+        return False
+    return lesson.teacher_context == "idea" or reflection.solution is None
 
 
 def _problem(reflected: Reflected, row: int) -> Problem:

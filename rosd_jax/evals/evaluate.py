@@ -30,30 +30,33 @@ NO_LIMIT = int(np.iinfo(np.int32).max)  # a row that only the sampler's own limi
 Sample = Callable[[list[list[int]], np.ndarray, np.ndarray], Rollout]
 
 
-def scores(rewards_NK: np.ndarray, predictions: Sequence[Sequence[str]]) -> dict[str, float]:
-    """What N items with K samples each add up to; predictions[n][k] is "" where none was read.
+def scores(rewards_NK: np.ndarray, votes: Sequence[Sequence[str]]) -> dict[str, float]:
+    """What N items with K samples each add up to.
+
+    votes[n][k] is the answer that a sample votes for, "" where none was read; equal answers must be equal
+    text, as `Grader.votes` makes them.
 
     avg:      mean over items of their mean reward (avg@k)
     avg_se:   standard error of avg over items, the independent units; NaN for a single item
     pass:     share of items with at least one correct sample (pass@k)
-    maj:      share of items whose most frequent prediction is correct (maj@k): of equally frequent
-              ones the first sampled; "" wins only where nothing else was predicted
-    distinct: mean number of different predictions an item, "" not counted
+    maj:      share of items whose most frequent answer is correct (maj@k), in the spelling first sampled;
+              of equally frequent ones the first sampled; "" wins only where nothing else was answered
+    distinct: mean number of different answers an item, "" not counted
 
     Raises ValueError when there is no item or the shapes differ.
     """
     N, K = rewards_NK.shape
-    if N == 0 or K == 0 or [len(row) for row in predictions] != [K] * N:
-        raise ValueError(f"need predictions of N >= 1 items x K >= 1 samples, not {N} x {K}")
+    if N == 0 or K == 0 or [len(row) for row in votes] != [K] * N:
+        raise ValueError(f"need votes of N >= 1 items x K >= 1 samples, not {N} x {K}")
     rewards_NK = rewards_NK.astype(np.float64)
     mean_N = rewards_NK.mean(axis=1)
-    voted_N = [row[_majority(names)] for row, names in zip(rewards_NK, predictions, strict=True)]
+    voted_N = [row[_majority(names)] for row, names in zip(rewards_NK, votes, strict=True)]
     return {
         "avg": float(mean_N.mean()),
         "avg_se": float(mean_N.std(ddof=1) / math.sqrt(N)) if N > 1 else math.nan,
         "pass": float((rewards_NK >= SUCCESS).any(axis=1).mean()),
         "maj": float(np.mean(np.array(voted_N) >= SUCCESS)),
-        "distinct": sum(len(set(row) - {""}) for row in predictions) / N,
+        "distinct": sum(len(set(row) - {""}) for row in votes) / N,
         "k": K,
         "n": N,
     }
@@ -73,13 +76,15 @@ def evaluate_set(
     grade_all: Callable[[Sequence[str], Sequence[Problem]], list[Grade]],
     decode: Callable[[Sequence[int]], str],
     *,
+    votes: Callable[[Sequence[str], Sequence[Problem]], list[str]],
     samples: int,
     rows: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The numbers of one set and one generation a sample, in the order of the problems.
 
     `sample` is called once, with a multiple of `rows` rows. Sample k of item n has uid n * samples + k,
-    so its tokens do not depend on `rows`. Numbers are those of `scores`, `length` (mean tokens of a
+    so its tokens do not depend on `rows`. `votes` gives for each prediction the answer that it votes for,
+    equal answers as equal text. Numbers are those of `scores`, `length` (mean tokens of a
     response), `truncated` (share cut at the limit) and, where every problem is multiple choice,
     `majority_letter`. Raises UserError for a set without problems, ValueError where prompts and
     problems differ in number.
@@ -96,7 +101,8 @@ def evaluate_set(
     texts = [decode(ids) for ids in responses]
     repeated = [problem for problem in problems for _ in range(samples)]
     grades = grade_all(texts, repeated)
-    columns = zip(repeated, texts, responses, grades, finished, strict=True)
+    voted = votes([grade.prediction for grade in grades], repeated)
+    columns = zip(repeated, texts, responses, grades, voted, finished, strict=True)
     generations = [
         {
             "uid": problem.uid,
@@ -105,19 +111,22 @@ def evaluate_set(
             "token_ids": ids,
             "reward": float(grade.score),
             "prediction": grade.prediction,
+            "vote": vote,
             "truncated": not done,
         }
-        for i, (problem, text, ids, grade, done) in enumerate(columns)
+        for i, (problem, text, ids, grade, vote, done) in enumerate(columns)
     ]
     return _numbers(problems, generations, samples), generations
 
 
-def write_generations(workdir: str | Path, step: int, set_name: str, rows: Iterable[dict[str, Any]]) -> Path:
+def write_generations(
+    workdir: str | Path, step: int, set_name: str, rows: Iterable[dict[str, Any]], split: str = "eval"
+) -> Path:
     """Writes one ASCII JSON object a line to `generations_path`; the file appears whole or not.
 
     Raises UserError when it cannot be written.
     """
-    path = generations_path(workdir, step, set_name)
+    path = generations_path(workdir, step, set_name, split)
     aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,18 +142,21 @@ def write_generations(workdir: str | Path, step: int, set_name: str, rows: Itera
     return path
 
 
-def generations_path(workdir: str | Path, step: int, set_name: str) -> Path:
-    """evals/step_N/<set>.jsonl; different sets have different files, whatever their names hold."""
+def generations_path(workdir: str | Path, step: int, set_name: str, split: str = "eval") -> Path:
+    """evals/step_N/<set>.jsonl (or validations/...).
+
+    Different sets have different files, whatever their names hold.
+    """
     safe = quote(os.fsencode(set_name), safe="")
     if len(safe) > 150:  # file names end at 255 bytes
         safe = f"{safe[:100]}%{hashlib.sha256(os.fsencode(set_name)).hexdigest()[:24]}"
-    return Path(workdir, "evals", f"step_{step}", f"{safe}.jsonl")
+    return Path(workdir, f"{split}s", f"step_{step}", f"{safe}.jsonl")
 
 
-def _majority(predictions: Sequence[str]) -> int:
-    """The first sample that holds the most frequent prediction."""
-    votes = Counter(name for name in predictions if name) or Counter(predictions)
-    return list(predictions).index(max(votes, key=lambda name: votes[name]))  # ties: first seen
+def _majority(votes: Sequence[str]) -> int:
+    """The first sample that votes for the most frequent answer."""
+    counts = Counter(name for name in votes if name) or Counter(votes)
+    return list(votes).index(max(counts, key=lambda name: counts[name]))  # ties: first seen
 
 
 def _sample_all(prompts: list[list[int]], sample: Sample, rows: int) -> tuple[list[list[int]], list[bool]]:
@@ -165,8 +177,8 @@ def _numbers(
 ) -> dict[str, float]:
     shape = (len(problems), samples)
     rewards_NK = np.array([row["reward"] for row in generations], np.float64).reshape(shape)
-    predictions = [row["prediction"] for row in generations]
-    numbers = scores(rewards_NK, [predictions[i : i + samples] for i in range(0, len(predictions), samples)])
+    votes = [row["vote"] for row in generations]
+    numbers = scores(rewards_NK, [votes[i : i + samples] for i in range(0, len(votes), samples)])
     numbers["length"] = float(np.mean([len(row["token_ids"]) for row in generations]))
     numbers["truncated"] = float(np.mean([row["truncated"] for row in generations]))
     if all(problem.kind == "mcq" for problem in problems):

@@ -19,6 +19,15 @@ from rosd_jax.config import UserError
 from rosd_jax.evals.evaluate import generations_path
 
 Row = dict[str, Any]  # one line of metrics.jsonl
+# Fields of an evaluation without which a change of avg@k would not be the model's. More samples an item
+# (k) leave avg@k as it is.
+CONDITIONS = {
+    "n": "items",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "max_new_tokens": "max_new_tokens",
+}
+PROBLEMS = "problems_crc32"
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Outcome:
     after: Row | None
     change_se: float  # standard error of the change of avg; NaN where it cannot be told
     paired: bool  # taken item by item
+    differences: tuple[str, ...] = ()  # why the two cannot be compared
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -51,10 +61,11 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def validation_scores(rows: Sequence[Row]) -> dict[int, float]:
-    """The mean avg@k over the validation sets, by step."""
+    """The mean avg@k over the validation sets, by step; of lines under the conditions of the latest ones."""
+    latest = {row["split"]: row for row in rows if row["split"].startswith("validation/")}
     found: dict[int, list[Row]] = {}
     for row in rows:
-        if row["split"].startswith("validation/"):
+        if row["split"] in latest and not _differences(row, latest[row["split"]]):
             found.setdefault(row["step"], []).append(row)
     return {step: mean(scored, "avg") for step, scored in found.items()}
 
@@ -65,8 +76,10 @@ def best_step(rows: Sequence[Row]) -> int | None:
     return max(scores, key=lambda step: (scores[step], -step)) if scores else None
 
 
-def compare(rows: Sequence[Row], workdir: Path, train_set: str, until: int | None = None) -> list[Outcome]:
-    """One outcome a set: in-domain first, then in the order of their first appearance.
+def compare(
+    rows: Sequence[Row], workdir: Path, trained_on: Sequence[str], until: int | None = None
+) -> list[Outcome]:
+    """One outcome a set: in-domain (`trained_on`) first, then in the order of their first appearance.
 
     The earliest evaluation of each set is compared with that of step `until`, or else with the latest.
     """
@@ -79,11 +92,12 @@ def compare(rows: Sequence[Row], workdir: Path, train_set: str, until: int | Non
         before, after = found[0], found[-1] if len(found) > 1 else None
         if until is not None:
             after = next((row for row in found[1:] if row["step"] == until), None)
-        se = _paired_se(workdir, name, before, after) if after else None
+        differences = _differences(before, after or {})
+        se = _paired_se(workdir, name, before, after) if after and not differences else None
         paired = se is not None
         if se is None:
             se = math.hypot(number(before, "avg_se"), number(after or {}, "avg_se"))
-        outcomes.append(Outcome(name, name == train_set, before, after, se, paired))
+        outcomes.append(Outcome(name, name in trained_on, before, after, se, paired, differences))
     return sorted(outcomes, key=lambda outcome: not outcome.in_domain)
 
 
@@ -97,6 +111,19 @@ def mean(rows: Sequence[Row], field: str) -> float:
     """The mean over the rows where the field is a finite number; NaN where there is none."""
     found = [value for row in rows if math.isfinite(value := number(row, field))]
     return sum(found) / len(found) if found else math.nan
+
+
+def _differences(before: Row, after: Row) -> tuple[str, ...]:
+    """What two evaluations of a set do not share; a field that one of them lacks is none of it."""
+    found = []
+    for field, name in CONDITIONS.items():
+        old, new = number(before, field), number(after, field)
+        if math.isfinite(old + new) and old != new:
+            found.append(f"{name} {old:g} -> {new:g}")
+    old, new = number(before, PROBLEMS), number(after, PROBLEMS)
+    if math.isfinite(old + new) and old != new:
+        found.append("other problems or golds")
+    return tuple(found)
 
 
 def _parse(where: str, line: str) -> Row:

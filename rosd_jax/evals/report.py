@@ -37,30 +37,32 @@ LABEL = 18  # characters of a set's name that fit the table
 MADE = {
     "metrics.jsonl": "every number, one object a line",
     "evals": "each evaluation's raw generations",
+    "validations": "those of the sets that chose the best step",
     "rollouts": "each step's responses, rewards and reflections",
     "checkpoints": "what a resumed run starts from",
     "export": "the trained model as a Hugging Face directory",
+    "export_best": "the model of the step that validation chose, likewise",
     "config.json": "the run's every setting",
 }
 
 
-def write_report(workdir: str | Path, train_set: str) -> str:
+def write_report(workdir: str | Path, trained_on: Sequence[str]) -> str:
     """Writes report.md and report.png into workdir; returns the lines to print, in ASCII.
 
-    Evaluations of one set at its earliest and its latest step are compared, and where validation chose a
-    step before the latest, at its earliest and that step. Rows that a resumed run
-    wrote again replace the older ones. Raises UserError for a line of metrics.jsonl that is no row,
-    and where the report cannot be written.
+    trained_on holds the names of the set that training drew from, first the one to show. Evaluations of
+    one set at its earliest and its latest step are compared, and where validation chose a step before the
+    latest, at its earliest and that step. Rows that a resumed run wrote again replace the older ones.
+    Raises UserError for a line of metrics.jsonl that is no row, and where the report cannot be written.
     """
     workdir = Path(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
-    outcomes = compare(rows, workdir, train_set)
-    at_best = _at_best(rows, workdir, train_set, outcomes)
+    outcomes = compare(rows, workdir, trained_on)
+    at_best = _at_best(rows, workdir, trained_on, outcomes)
     train = [row for row in rows if row["split"] == "train"]
     lines = [*_training_lines(train), *_findings_lines(train), *_validation_lines(rows), ""]
     if at_best:
-        lines += [*_table_lines(at_best, train_set), ""]
-    lines += _table_lines(outcomes, train_set)
+        lines += [*_table_lines(at_best, trained_on[0]), ""]
+    lines += _table_lines(outcomes, trained_on[0])
     try:
         _draw(workdir / "report.png", train, outcomes, at_best)
         (workdir / "report.md").write_text(_markdown(workdir, lines, rows), encoding="utf-8")
@@ -98,13 +100,13 @@ def _findings_lines(train: Sequence[Row]) -> list[str]:
 
 
 def _at_best(
-    rows: Sequence[Row], workdir: Path, train_set: str, outcomes: Sequence[Outcome]
+    rows: Sequence[Row], workdir: Path, trained_on: Sequence[str], outcomes: Sequence[Outcome]
 ) -> list[Outcome]:
     """The outcomes at the step that validation chose; none where that is the first or the last."""
     best = best_step(rows)
     if best is None or any(outcome.after and outcome.after["step"] == best for outcome in outcomes):
         return []
-    return [outcome for outcome in compare(rows, workdir, train_set, until=best) if outcome.after]
+    return [outcome for outcome in compare(rows, workdir, trained_on, until=best) if outcome.after]
 
 
 def _validation_lines(rows: Sequence[Row]) -> list[str]:
@@ -143,6 +145,8 @@ def _table_row(outcome: Outcome) -> str:
     if after:
         passed += f" -> {_percent(number(after, 'pass'))}"
     change = _change(outcome) if after else "-"
+    if outcome.differences:
+        change = "not comparable"
     k = _show(number(before, "k"), ".0f")
     return (
         f"  {_label(outcome.name):<{LABEL}}{k:>3}  {old:>6}  {new if after else '-':>6}"
@@ -165,7 +169,11 @@ def _notes(outcome: Outcome, span: str) -> list[str]:
     notes = []
     if _steps(outcome) != span:
         notes.append(f"here {_steps(outcome)}")
-    if outcome.after is None or not math.isfinite(outcome.change_se):
+    notes += [f"not comparable: {difference}" for difference in outcome.differences]
+    old, new = number(outcome.before, "k"), number(outcome.after or {}, "k")
+    if math.isfinite(old + new) and old != new:
+        notes.append(f"k {old:g} -> {new:g}: pass@k is not comparable")
+    if outcome.after is None or outcome.differences or not math.isfinite(outcome.change_se):
         rows = {"before": outcome.before, "after": outcome.after}
         notes += [f"{when}: interval {_interval(row)}" for when, row in rows.items() if row]
     elif not outcome.paired:

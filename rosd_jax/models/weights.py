@@ -5,13 +5,13 @@ saving both walk it. At most one stacked leaf (all layers of one matrix) is on t
 plus, when saving, the file being filled.
 
     read_config(path, num_tokens=, dtype=, remat=)        -> Qwen3Config
+    check_weights(path, config)                           raises for what load_params would refuse
     load_params(path, config, shardings)                  -> params (float32)
     save_pretrained(path, params, config, source=, dtype=)
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import zlib
@@ -28,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rosd_jax.config import UserError
+from rosd_jax.models import files
+from rosd_jax.models.files import Fields, wrong
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.types import Params
 
@@ -58,7 +60,13 @@ INDEX = "model.safetensors.index.json"
 STORED = ("F32", "BF16", "F16")  # the storage types that load
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads")  # fmt: skip
-OPTIONAL = ("rms_norm_eps", "tie_word_embeddings", "attention_bias", "max_position_embeddings")
+OPTIONAL = {
+    "rms_norm_eps": files.positive,
+    "tie_word_embeddings": files.flag,
+    "attention_bias": files.flag,
+    "max_position_embeddings": files.whole_number,
+}
+STATED = ("architectures", *SIZES, "head_dim", *OPTIONAL, "rope_theta")  # in every config.json we write
 PASS = "pass --config.model.path=DIR, a Hugging Face directory of a Qwen3 model"
 
 
@@ -68,16 +76,16 @@ PASS = "pass --config.model.path=DIR, a Hugging Face directory of a Qwen3 model"
 def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: bool) -> Qwen3Config:
     """The architecture from config.json; `num_tokens` is the size of the tokenizer's vocabulary.
 
-    Raises UserError where the directory or a field is missing, where the model is no plain Qwen3,
-    and where the tokenizer has more tokens than the model has rows.
+    Raises UserError where the directory is missing, where a field is missing or of the wrong kind,
+    where the model is no plain Qwen3, and where the tokenizer has more tokens than the model has rows.
     """
     if not str(path) or not (Path(path) / "config.json").is_file():
         raise UserError(f"model.path is {str(path)!r}, which holds no config.json; {PASS}")
     file = Path(path) / "config.json"
-    fields = _read_json(file)
+    fields = files.read_json(file)
     _check_architecture(fields, file)
-    sizes = {name: _size(fields, name, file) for name in SIZES}
-    head_dim = fields.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    sizes = {name: files.whole_number(fields, name, file) for name in SIZES}
+    _check_heads(fields, file)
     if num_tokens is not None and num_tokens > sizes["vocab_size"]:
         raise UserError(
             f"model.path is {str(path)!r}, a model whose vocabulary does not fit its tokenizer "
@@ -85,8 +93,8 @@ def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: 
         )
     return Qwen3Config(
         **sizes,
-        **{name: fields[name] for name in OPTIONAL if name in fields},
-        head_dim=head_dim,
+        **{name: read(fields, name, file) for name, read in OPTIONAL.items() if name in fields},
+        head_dim=_head_dim(fields, file),
         rope_theta=_rope_theta(fields, file),
         num_tokens=num_tokens,
         dtype=dtype,
@@ -94,58 +102,68 @@ def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: 
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); {PASS}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{file} is not a JSON object; {PASS}")
-    return fields
-
-
-def _size(fields: dict[str, Any], name: str, file: Path) -> int:
-    value = fields.get(name)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{name} in {file} is {value!r}; it must be a whole number above 0; {PASS}")
-    return value
-
-
-def _check_architecture(fields: dict[str, Any], file: Path) -> None:
+def _check_architecture(fields: Fields, file: Path) -> None:
     """Raises UserError for what would change the forward pass and is not built here."""
-    windowed = fields.get("use_sliding_window") or any(
-        kind != "full_attention" for kind in fields.get("layer_types") or ()
-    )
-    refused = (
-        ("model_type", fields.get("model_type"), "qwen3"),
-        ("hidden_act", fields.get("hidden_act", "silu"), "silu"),
-        ("use_sliding_window", bool(windowed), False),
-    )
-    heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
-    if type(heads) is int and type(groups) is int and groups > 0 and heads % groups:
-        raise UserError(
-            f"num_attention_heads in {file} is {heads}; it must be a multiple of num_key_value_heads = "
-            f"{groups}; {PASS}"
-        )
-    for name, value, supported in refused:
-        if value != supported:
-            raise UserError(f"{name} in {file} is {value!r}; it must be {supported!r}; {PASS}")
+    if fields.get("model_type") != "qwen3":
+        raise wrong(file, "model_type", fields.get("model_type"), "'qwen3'")
+    if fields.get("hidden_act", "silu") != "silu":
+        raise wrong(file, "hidden_act", fields["hidden_act"], "'silu'")
+    if fields.get("use_sliding_window", False) is not False:
+        raise wrong(file, "use_sliding_window", fields["use_sliding_window"], "False")
+    kinds = fields.get("layer_types")
+    full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    if kinds is not None and not full:
+        raise wrong(file, "layer_types", kinds, "null, or 'full_attention' for every layer")
 
 
-def _rope_theta(fields: dict[str, Any], file: Path) -> float:
+def _check_heads(fields: Fields, file: Path) -> None:
+    groups = fields["num_key_value_heads"]
+    if fields["num_attention_heads"] % groups:
+        rule = f"a multiple of num_key_value_heads = {groups}"
+        raise wrong(file, "num_attention_heads", fields["num_attention_heads"], rule)
+
+
+def _head_dim(fields: Fields, file: Path) -> int:
+    implied = fields["hidden_size"] // fields["num_attention_heads"]
+    head_dim = files.whole_number({"head_dim": implied} | fields, "head_dim", file)
+    if head_dim % 2:
+        raise wrong(file, "head_dim", head_dim, "even, as rotary positions turn pairs of dimensions")
+    return head_dim
+
+
+def _rope_theta(fields: Fields, file: Path) -> float:
     """RoPE's base, from the field of transformers 5 or the older top-level one."""
-    theta = fields.get("rope_theta")
-    for rope in (fields.get("rope_scaling") or {}, fields.get("rope_parameters") or {}):
+    named = {}
+    if fields.get("rope_theta") is not None:
+        named["rope_theta"] = files.positive(fields, "rope_theta", file)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = files.section(fields, name, file)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise UserError(f"rope_type in {file} is {kind!r}; it must be 'default'; {PASS}")
-        theta = rope.get("rope_theta", theta)
-    if not isinstance(theta, (int, float)) or not theta > 0:
-        raise UserError(f"rope_theta in {file} is {theta!r}; it must be a number above 0; {PASS}")
-    return float(theta)
+            raise wrong(file, f"{name}.rope_type", kind, "'default'")
+        nested = [key for key, value in rope.items() if isinstance(value, dict)]
+        if nested:
+            raise wrong(file, f"{name}.{nested[0]}", rope[nested[0]], "absent: all layers turn alike")
+        if "rope_theta" in rope:
+            inner = f"{name}.rope_theta"
+            named[inner] = files.positive({inner: rope["rope_theta"]}, inner, file)
+    if not named:
+        raise wrong(file, "rope_theta", None, "a number above 0")
+    first, *others = named
+    for other in others:
+        if named[other] != named[first]:
+            raise wrong(file, other, named[other], f"{first} = {named[first]}, since programs read either")
+    return named[first]
 
 
 # --- loading --------------------------------------------------------------------------------------
+
+
+def check_weights(path: str | Path, config: Qwen3Config) -> None:
+    """Raises UserError for what `load_params` would refuse; reads the files' headers alone."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    with ExitStack() as stack:
+        _open_tensors(stack, Path(path), config, shapes)
 
 
 def load_params(path: str | Path, config: Qwen3Config, shardings: Any = None) -> Params:
@@ -154,16 +172,9 @@ def load_params(path: str | Path, config: Qwen3Config, shardings: Any = None) ->
     Stored bfloat16, float16 and float32 are read. Every name and shape is checked before any tensor
     is read. Raises UserError for a missing, extra or mis-shaped tensor, and for pickled weights.
     """
-    folder = Path(path)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     with ExitStack() as stack:
-        tensors = {}
-        for file in _weight_files(folder):
-            handle = stack.enter_context(_open(file))
-            tensors |= dict.fromkeys(handle.keys(), (handle, file))
-        if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
-        _check_tensors(tensors, shapes, folder)
+        tensors = _open_tensors(stack, Path(path), config, shapes)
 
         def leaf(key_path, shape, sharding=None):
             host = _read_leaf(tensors, _path(key_path), shape.shape)
@@ -199,20 +210,37 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        names = {str(name) for name in _read_json(folder / INDEX).get("weight_map", {}).values()}
-        for name in sorted(names):
-            if Path(name).name != name or not (folder / name).is_file():
-                raise UserError(
-                    f"{folder / INDEX} names {name!r}, which is no file beside it; "
-                    "fetch the missing part of the model"
-                )
-        return [folder / name for name in sorted(names)]
+        return _indexed_files(folder / INDEX)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise UserError(
             f"model.path is {str(folder)!r}, which holds pickled weights only; pickle can run "
             "code, so convert them to safetensors"
         )
     raise UserError(f"model.path is {str(folder)!r}, which holds no {SINGLE}; {PASS}")
+
+
+def _open_tensors(stack: ExitStack, folder: Path, config: Qwen3Config, shapes: Params) -> dict:
+    """Tensor name -> (open file, its path), checked against `shapes`; `stack` closes the files."""
+    tensors = {}
+    for file in _weight_files(folder):
+        handle = stack.enter_context(_open(file))
+        tensors |= dict.fromkeys(handle.keys(), (handle, file))
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    _check_tensors(tensors, shapes, folder)
+    return tensors
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files of weight_map. Raises UserError for one that is not next to the index."""
+    places = files.read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise wrong(index, "weight_map", places, "an object that maps each tensor to its file")
+    for tensor, name in places.items():
+        if not isinstance(name, str) or Path(name).name != name or not os.path.isfile(index.parent / name):
+            rule = "the name of a file next to it, so fetch the missing part of the model"
+            raise wrong(index, f"weight_map[{tensor!r}]", name, rule)
+    return [index.parent / name for name in sorted(set(places.values()))]
 
 
 def _open(file: Path):
@@ -285,18 +313,24 @@ def save_pretrained(
 ) -> None:
     """Writes config.json and safetensors that `transformers` loads; equal params give equal bytes.
 
-    With `source`, its config.json is kept but for the dtype. Every file is written under another
-    name and renamed when whole; files of an older save are removed. Every leaf must be addressable
-    from this process. Raises UserError where the directory cannot be written (a full disk, say).
+    With `source`, its config.json is kept but for the dtype, and states what it left to defaults.
+    Every file is written under another name and renamed when whole; files of an older save are
+    removed. Every leaf must be addressable from this process. Raises UserError where the directory
+    cannot be written (a full disk, say).
     """
     folder = Path(path)
-    fields = _config_fields(config) if source is None else _read_json(Path(source) / "config.json")
+    fields = _config_fields(config)
+    if source is not None:
+        # What is not stated here each program fills in by a default of its own.
+        stated = {name: fields[name] for name in STATED}
+        given = files.read_json(Path(source) / "config.json")
+        fields = given | {name: value for name, value in stated.items() if given.get(name) is None}
     fields.pop("torch_dtype", None)  # the older name of the same field
     shards = _plan(params, jnp.dtype(dtype).itemsize, max_shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_shards(folder, shards, _tensors(params, dtype))
-        _write_json(folder / "config.json", fields | {"dtype": dtype})
+        files.write_json(folder / "config.json", fields | {"dtype": dtype})
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} cannot be written ({error}); free disk space or choose another directory"
@@ -351,7 +385,7 @@ def _tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
 
 def _write_shards(folder: Path, shards: dict, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
     for name, group in shards.items():
-        part = _part(folder / name)
+        part = files.part_of(folder / name)
         save_file(dict(islice(tensors, len(group))), part, metadata={"format": "pt"})
         os.chmod(part, 0o644)  # safetensors writes files that only their owner may read
     # A kill between here and the last rename leaves files missing, and no loader takes that.
@@ -359,17 +393,8 @@ def _write_shards(folder: Path, shards: dict, tensors: Iterator[tuple[str, np.nd
     for file in old:
         file.unlink(missing_ok=True)
     for name in shards:
-        os.replace(_part(folder / name), folder / name)
+        os.replace(files.part_of(folder / name), folder / name)
     if len(shards) > 1:
         size = sum(size for group in shards.values() for _, size in group)
         places = {tensor: name for name, group in shards.items() for tensor, _ in group}
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-
-
-def _part(file: Path) -> Path:
-    return file.with_name(f".{file.name}.part")
-
-
-def _write_json(file: Path, fields: dict[str, Any]) -> None:
-    _part(file).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    os.replace(_part(file), file)
+        files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})

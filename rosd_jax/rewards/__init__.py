@@ -1,60 +1,78 @@
 """Grades responses: one checker a kind of problem, each in a `fixed` and a `release` mode.
 
 `release` gives the released code's verdicts, defects included; `fixed` mends them (each module says
-which). This package imports no JAX, so that the workers of the mathematics checker load quickly.
+which). A user's own function may take their place (custom.py). This package imports no JAX, so that
+worker processes load quickly.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from rosd_jax.config import UserError
-from rosd_jax.rewards import math, mcq, tooluse
+from rosd_jax.rewards import custom, math, mcq, tooluse
 from rosd_jax.rewards.grade import Grade, Mode
+from rosd_jax.rewards.workers import Pool
 
 if TYPE_CHECKING:
     from rosd_jax.types import Problem
 
-__all__ = ["Grade", "Grader", "Mode"]
+__all__ = ["Grade", "Grader", "Mode", "check"]
 
 _KINDS = ("mcq", "math", "tooluse", "gym")
 _MAX_WORKERS = 8
 
 
 class Grader:
-    """Grades batches of responses, and owns the processes that compare mathematics.
+    """Grades batches of responses, and owns the processes that compare mathematics or run an own function.
 
-    A context manager: workers start with the first pair of answers that needs comparing and end on
-    exit. `timeout_s` bounds one comparison; over it, the worker is ended and replaced and the
-    response scores 0. `timeouts` counts these, and workers that died of an answer. Raises UserError
-    for an unknown mode.
+    A context manager: workers start when first needed and end on exit. mode: "fixed", "release" or
+    "MODULE:FUNCTION". `timeout_s` bounds one comparison, or one response in an own function; over it, the
+    worker is ended and replaced and the response scores 0. `timeouts` counts these, and workers that died
+    of an answer. Raises UserError for an unknown mode.
     """
 
-    def __init__(self, mode: Mode = "fixed", timeout_s: float = 5.0):
-        if mode not in get_args(Mode):
+    def __init__(self, mode: str = "fixed", timeout_s: float = 5.0):
+        if ":" not in mode and mode not in get_args(Mode):
             raise UserError(f"rewards is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
-        self.mode: Mode = mode
-        self._pool = math.Pool(timeout_s, min(_MAX_WORKERS, os.cpu_count() or 1))
+        workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+        self._own = custom.OwnReward(mode, timeout_s, workers) if ":" in mode else None
+        self.mode: Mode = cast(Mode, mode)
+        self._pool = Pool(timeout_s, workers, math.__name__, [mode])
 
     def __enter__(self) -> Grader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.close()
+        if self._own:
+            self._own.close()
+
+    def start(self) -> None:
+        """Imports an own function now, so that its mistakes show before the first response does."""
+        if self._own:
+            self._own.start()
 
     @property
     def timeouts(self) -> int:
-        """Comparisons so far that ended with their worker, and so scored 0."""
-        return self._pool.timeouts
+        """Responses so far that ended with their worker, and so scored 0."""
+        return (self._own or self._pool).timeouts
 
-    def grade_all(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
+    def grade_all(
+        self, responses: Sequence[str], problems: Sequence[Problem], *, thinking_open: bool = False
+    ) -> list[Grade]:
         """Grades response i against problem i.
+
+        thinking_open: the prompts ended inside `<think>`, so the responses begin there, and one without
+        `</think>` has no answer. Release mode does not look at it.
 
         Raises UserError naming the problem for an unknown kind or an answer that its checker cannot
         read, and ValueError when the lengths differ.
         """
+        if self._own:
+            return self._own.grade_all(responses, problems)
         pairs = list(zip(responses, problems, strict=True))
         for _, problem in pairs:
             if problem.kind not in _KINDS:
@@ -62,23 +80,22 @@ class Grader:
                     f"kind of problem {problem.uid} is {problem.kind!r}; it must be one of "
                     f"{', '.join(_KINDS)}, so mend the row"
                 )
-        compared = iter(self._grade_math([pair for pair in pairs if pair[1].kind == "math"]))
+        compared = iter(self._grade_math([pair for pair in pairs if pair[1].kind == "math"], thinking_open))
         return [
-            next(compared) if problem.kind == "math" else self._grade_text(response, problem)
+            next(compared) if problem.kind == "math" else self._grade_text(response, problem, thinking_open)
             for response, problem in pairs
         ]
 
-    def _grade_text(self, response: str, problem: Problem) -> Grade:
-        if problem.kind == "gym":
-            return mcq.grade_gym(response, problem.answer)
-        checker = mcq if problem.kind == "mcq" else tooluse
+    def _grade_text(self, response: str, problem: Problem, thinking_open: bool) -> Grade:
         try:
-            return checker.grade(response, problem.answer, mode=self.mode)
+            return check(response, problem.answer, problem.kind, self.mode, thinking_open=thinking_open)
         except UserError as error:
             raise UserError(f"problem {problem.uid}: {error}") from error
 
-    def _grade_math(self, pairs: Sequence[tuple[str, Problem]]) -> list[Grade]:
-        predictions = [math.predict(response, mode=self.mode) for response, _ in pairs]
+    def _grade_math(self, pairs: Sequence[tuple[str, Problem]], thinking_open: bool) -> list[Grade]:
+        predictions = [
+            math.predict(response, mode=self.mode, thinking_open=thinking_open) for response, _ in pairs
+        ]
         answers = [problem.answer for _, problem in pairs]
         found = zip(predictions, answers, strict=True)
         # Samples of one prompt often agree: each different pair is compared once.
@@ -89,3 +106,49 @@ class Grader:
             Grade(float(bool(p) and (p == a or (p, a) in right)), p, bool(p))
             for p, a in zip(predictions, answers, strict=True)
         ]
+
+    def votes(self, predictions: Sequence[str], problems: Sequence[Problem]) -> list[str]:
+        """The answer that each prediction votes for: the first of its problem's that equals it.
+
+        Only predictions of a mathematics problem can be equal and differ as text, and only `fixed` says
+        so. Each is compared with one of every answer found so far. Raises ValueError when the lengths differ.
+        """
+        waiting: dict[str, dict[str, None]] = {}  # the different predictions of each problem, in order
+        for prediction, problem in zip(predictions, problems, strict=True):
+            if prediction and problem.kind == "math" and self.mode == "fixed":
+                waiting.setdefault(problem.uid, {})[prediction] = None
+        voted: dict[tuple[str, str], str] = {}
+        while waiting:
+            asked: list[math.Question] = [
+                (other, first, self.mode) for first, *others in waiting.values() for other in others
+            ]
+            agreed = iter(self._pool.answer_all(asked))
+            apart: dict[str, dict[str, None]] = {}
+            for uid, (first, *others) in waiting.items():
+                equal = [other for other in others if next(agreed)]
+                voted |= {(uid, prediction): first for prediction in (first, *equal)}
+                if len(equal) < len(others):
+                    apart[uid] = {other: None for other in others if other not in equal}
+            waiting = apart
+        return [voted.get((problem.uid, p), p) for p, problem in zip(predictions, problems, strict=True)]
+
+
+def check(
+    response: str, answer: str, kind: str, mode: Mode = "fixed", *, thinking_open: bool = False
+) -> Grade:
+    """The verdict of one built-in checker, for use in a reward function of one's own.
+
+    thinking_open: the prompt ended inside `<think>`, as `Grader.grade_all` is told.
+    Mathematics is compared in this process, whose time limit bounds it. Raises UserError for an unknown
+    kind or an answer that its checker cannot read.
+    """
+    if kind not in _KINDS:
+        raise UserError(f"kind is {kind!r}; it must be one of {', '.join(_KINDS)}, so mend the row")
+    if kind == "gym":
+        return mcq.grade_gym(response, answer, thinking_open=thinking_open)
+    if kind == "math":
+        found = math.predict(response, mode=mode, thinking_open=thinking_open)
+        right = bool(found) and (found == answer or math.answerer(mode)((found, answer, mode)))
+        return Grade(float(right), found, bool(found))
+    checker = mcq if kind == "mcq" else tooluse
+    return checker.grade(response, answer, mode=mode, thinking_open=thinking_open)

@@ -1,4 +1,4 @@
-"""What a checker says of one response, and the cut that every checker makes first."""
+"""What a checker says of one response."""
 
 from __future__ import annotations
 
@@ -12,28 +12,11 @@ Mode = Literal["fixed", "release"]
 class Grade:
     """The verdict on one response.
 
-    `prediction` is the answer that was read from the text ("" where none was); equal predictions
-    are equal answers for a majority vote. `well_formed` is true when the response kept the format
-    that was asked for, whatever its score.
+    `prediction` is the answer that was read from the text ("" where none was). Equal predictions are
+    equal answers; mathematics has other equal answers, which `Grader.votes` finds. `well_formed` is true
+    when the response kept the format that was asked for, whatever its score.
     """
 
-    score: float  # 0 or 1
+    score: float  # 0 or 1; from a function of the user's, in [0, 1]
     prediction: str
     well_formed: bool
-
-
-def strip_thinking(text: str) -> str:
-    """The text outside `<think>...</think>`.
-
-    A `</think>` that nothing opened (the prompt opened it) also takes all text before it, and a
-    `<think>` that never closes takes all text after it: what stands there is no answer.
-    """
-    *closed, rest = text.split("</think>")
-    kept: list[str] = []
-    for piece in closed:
-        before, opened, _ = piece.partition("<think>")
-        if opened:
-            kept.append(before)
-        else:
-            kept.clear()
-    return "".join(kept) + rest.partition("<think>")[0]

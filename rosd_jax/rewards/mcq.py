@@ -1,8 +1,8 @@
 r"""Checkers that read an answer out of a tag or a sentence: multiple choice, and the gym.
 
-`fixed` reads the last complete `<answer>...</answer>` outside the thinking and accepts the usual
-ways to write a choice: `B`, `b`, `B.`, `(B)`, `B: text`, `\boxed{B}`. The tag is required: a bare
-letter without it scores 0. `release` is the released checker: whatever stands after the last
+`fixed` reads the last complete `<answer>...</answer>` outside the thinking, however the tags are spaced
+and capitalised, and the one letter that stands there (choice.py). The tag is required: a bare letter
+without it scores 0. `release` is the released checker: whatever stands after the last
 `<answer>` (or the whole text, where there is no tag) must equal the gold letter exactly.
 """
 
@@ -10,30 +10,30 @@ from __future__ import annotations
 
 import re
 
-from rosd_jax.rewards.grade import Grade, Mode, strip_thinking
+from rosd_jax.rewards.choice import read_choice
+from rosd_jax.rewards.grade import Grade, Mode
+from rosd_jax.text.thinking import outside_thinking
 
-# Opening marks, the letter, then nothing but closing marks, or a label's mark before its text.
-_CHOICE = re.compile(
-    r"(?:\\(?:boxed|text)\s*\{|[\s(\[*$])*"
-    r"(?P<letter>[A-Za-z])"
-    r"(?:[\s.)\]}*$]*$|\**(?::|[.)\]]\**\s))"
-)
+_TAG = re.compile(r"<\s{0,9}(/?)\s{0,9}answer\s{0,9}>", re.IGNORECASE)
+
 _TAGGED_LETTER_AT_END = re.compile(r"<answer>\s*[ABCD]\s*</answer>$")
 
 
-def grade(response: str, answer: str, *, mode: Mode) -> Grade:
-    """Grades a multiple-choice response against the gold letter."""
+def grade(response: str, answer: str, *, mode: Mode, thinking_open: bool = False) -> Grade:
+    """Grades a multiple-choice response against the gold letter.
+
+    thinking_open: the prompt ended inside `<think>`; release mode does not look at it.
+    """
     if mode == "release":
         return _grade_release(response, answer)
-    content = last_answer(strip_thinking(response))
-    choice = _CHOICE.match(content) if content is not None else None
-    letter = choice["letter"].upper() if choice else ""
+    content = last_answer(outside_thinking(response, opened=thinking_open))
+    letter = read_choice(content) if content is not None else ""
     return Grade(float(letter == answer.strip().upper()), letter, bool(letter))
 
 
-def grade_gym(response: str, answer: str) -> Grade:
+def grade_gym(response: str, answer: str, *, thinking_open: bool = False) -> Grade:
     """Grades a gym response: the last `<answer>` block must equal the gold, white space aside."""
-    content = last_answer(strip_thinking(response))
+    content = last_answer(outside_thinking(response, opened=thinking_open))
     if content is None:
         return Grade(0.0, "", False)
     prediction = " ".join(content.split())
@@ -42,10 +42,13 @@ def grade_gym(response: str, answer: str) -> Grade:
 
 def last_answer(text: str) -> str | None:
     """The content of the last complete `<answer>...</answer>`; None where there is none."""
-    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
-    if start < 0:
-        return None
-    return text[start + len("<answer>") :].partition("</answer>")[0]
+    content = start = None
+    for tag in _TAG.finditer(text):
+        if not tag[1]:
+            start = tag.end()
+        elif start is not None:
+            content, start = text[start : tag.start()], None
+    return content
 
 
 def _grade_release(response: str, answer: str) -> Grade:

@@ -1,71 +1,158 @@
 """The tool-use checker: the calls a response makes against the gold calls.
 
 `fixed` reads `Action: name` followed by `Action Input: {json}` in order and compares the calls pair
-by pair; the input may nest, and a call whose input cannot be read equals no gold call. `release` is
-the released checker: it compares the names as a multiset and all inputs merged into one dictionary,
-reads an input only as far as its first `}`, drops what does not parse and cuts a name at the first
-character that is no letter, digit or `_`.
+by pair; the input may nest, and a call whose input cannot be read equals no gold call. A name is all
+that its line holds; headings, bullets, bold, fences, quotes, `()` and an end mark around labels, names
+and inputs are no part of them. `release` is the released checker: it compares the names as a multiset
+and all inputs merged into one dictionary, reads an input only as far as its first `}`, drops what does
+not parse and cuts a name at the first character that is no letter, digit or `_`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rosd_jax.config import UserError
-from rosd_jax.rewards.grade import Grade, Mode, strip_thinking
+from rosd_jax.rewards.grade import Grade, Mode
+from rosd_jax.text.thinking import outside_thinking
 
 Call = tuple[str, str | None]  # name, and the input as canonical JSON (None: not readable)
 
-# A call; or a line that opens half of one, which must not pass unseen beside a right call.
-_CALL = re.compile(r"Action:\s*(?P<name>[\w\[\].-]+)\s*Action Input:\s*|^Action(?: Input)?:", re.MULTILINE)
+# How sets spell the two keys of a gold call, letters alone.
+_NAME_KEYS = frozenset({"action", "name", "tool", "toolname", "function", "functionname", "api", "apiname"})
+_INPUT_KEYS = frozenset(
+    {"actioninput", "input", "toolinput", "inputs", "arguments", "args", "parameters", "params", "kwargs"}
+)
+
+# A label at the start of a line, marks aside, or inside one; without a colon it may be a heading.
+_LABEL = re.compile(
+    r"(?:(?P<start>^[ \t>#*_`~\u2022\u00b7+.)\d-]*(?:<\w{1,6}>)?))?"
+    r"(?<![^\W_])(?P<word>action)(?P<input>[ \t_-]?input)?[*_`]{0,3}(?:</\w{1,6}>)?"
+    r"(?:[ \t]?(?P<colon>[:\uff1a])(?:</\w{1,6}>)?[*`]*(?:_{1,3}(?=\s))?|(?(start)[ \t]*$|(?!)))",
+    re.MULTILINE | re.IGNORECASE,
+)
+_BEFORE_INPUT = re.compile(r"[\s*`~']*(?:(?<=```|~~~)(?:json\w{0,2}|[a-z]+(?=[ \t]*\n)))?\s*", re.IGNORECASE)
+_FENCE = re.compile(r"(?:```+|~~~+)\s*\w*")
+_TAG = re.compile(r"</?(?:b|i|em|strong|code)>", re.IGNORECASE)
 
 
-def grade(response: str, answer: str | list[dict[str, Any]], *, mode: Mode) -> Grade:
+def grade(
+    response: str, answer: str | list[dict[str, Any]], *, mode: Mode, thinking_open: bool = False
+) -> Grade:
     """Grades the calls of a response.
 
-    `answer` is a list of `{"Action": name, "Action_Input": object or its JSON text}`, or that list
-    as JSON text; a missing input means `{}`. Raises UserError for another `answer`, but in release
-    mode an `answer` that is not JSON scores 0 and an input that is not JSON counts as `{}`.
+    `answer` is what `gold_calls` takes. thinking_open: the prompt ended inside `<think>`. Raises
+    UserError for another `answer`; but release mode looks at no thinking, there an `answer` that is not
+    JSON scores 0, and an input that is not JSON counts as `{}`.
     """
     if mode == "release":
         return _grade_release(response, answer)
-    gold = [(name, _canonical(text)[0]) for name, text in _gold_calls(answer)]
-    if any(value is None for _, value in gold):
-        raise _bad_answer(answer)
-    calls = list(_calls(strip_thinking(response)))
+    try:
+        gold = [_comparable(call) for call in gold_calls(answer)]
+    except ValueError as error:
+        raise _bad_answer(answer, str(error)) from error
+    calls = list(_calls(outside_thinking(response, opened=thinking_open)))
     readable = all(value is not None for _, value in calls)
     prediction = json.dumps(calls) if calls else ""
     return Grade(float(readable and calls == gold), prediction, readable and bool(calls))
 
 
-def _calls(text: str) -> Iterator[Call]:
-    """The calls in order, up to the first that cannot be read: no later one can mend the score."""
-    position, value = 0, ""
-    while value is not None and (mark := _CALL.search(text, position)):
-        value, position = _canonical(text, mark.end()) if mark["name"] else (None, mark.end())
-        yield mark["name"] or "", value
+def gold_calls(answer: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The gold calls as `{"Action": name, "Action_Input": object or its JSON text}`.
+
+    `answer` is a list of such objects, or that list as JSON text; other usual spellings of the keys are
+    read, and a missing input means `{}`. Raises ValueError, with the rule that is broken, where the
+    calls cannot be told, or no response could make them.
+    """
+    calls = _loads(answer) if isinstance(answer, str) else answer
+    if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
+        raise ValueError("must be a JSON list of calls with Action and Action_Input (JSON)")
+    read = [_gold_call(call) for call in calls]
+    gold = [_comparable(call) for call in read]
+    written = "\n".join(f"Action: {name}\nAction Input: {value}" for name, value in gold)
+    if any(value is None for _, value in gold) or list(_calls(written)) != gold:
+        raise ValueError("must hold calls that a response can make: a name on one line, and an input in JSON")
+    return read
 
 
-def _gold_calls(answer: str | list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The gold's names and inputs, the latter as JSON text."""
-    try:
-        items = json.loads(answer) if isinstance(answer, str) else answer
-        inputs = [item.get("Action_Input", {}) for item in items]
-        texts = [value if isinstance(value, str) else json.dumps(value) for value in inputs]
-        return [(item["Action"], text) for item, text in zip(items, texts, strict=True)]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _bad_answer(answer) from error
-
-
-def _bad_answer(answer: object) -> UserError:
-    return UserError(
-        f"answer is {answer!r:.80}; a tool-use answer must be a JSON list of objects with Action "
-        "and Action_Input (itself JSON), so mend the row"
+def _gold_call(call: dict[str, Any]) -> dict[str, Any]:
+    names, inputs = (
+        [key for key in call if "".join(filter(str.isalnum, key)).lower() in known]
+        for known in (_NAME_KEYS, _INPUT_KEYS)
     )
+    keys = ", ".join(map(repr, call))[:80]
+    if len(names) != 1 or len(inputs) > 1:
+        raise ValueError(
+            f"must give each call one Action and one Action_Input, not the keys {keys or 'none'}"
+        )
+    if not inputs and len(call) > 1:
+        raise ValueError(f"must give each call an Action_Input, which none of the keys {keys} is")
+    name, value = call[names[0]], call[inputs[0]] if inputs else {}
+    if not isinstance(name, str) or not isinstance(value, dict | str):
+        raise ValueError("must give each call a name, and as its input an object or JSON text")
+    return {"Action": name, "Action_Input": value}
+
+
+def _comparable(call: dict[str, Any]) -> Call:
+    """A gold call as `_calls` would read it."""
+    value = call["Action_Input"]
+    text = value if isinstance(value, str) else json.dumps(value)
+    return _name(call["Action"]) or "", _whole(text)
+
+
+def _calls(text: str) -> Iterator[Call]:
+    """The calls in order, up to the first that cannot be read: no later one can make up for it."""
+    position, value = 0, ""
+    while value is not None and (label := _LABEL.search(text, position)):
+        position = label.end()
+        if label["input"] is None and (call := _call(text, label)):
+            name, value, position = call
+            yield name, value
+        elif label["start"] is not None and label["colon"]:
+            value = None  # half a call must not pass unseen next to a right one
+            yield "", value
+
+
+def _call(text: str, action: re.Match[str]) -> tuple[str, str | None, int] | None:
+    """The call that an `Action:` opens: its name, its input and where it ends; None for half of one."""
+    given = _LABEL.search(text, action.end())
+    if given is None or given["input"] is None:
+        return None
+    written = text[action.end() : given.start()]
+    name = _name(written)
+    if name is None or (action["start"] is None and not _is_call_inside_line(written, action, given)):
+        return None
+    start = _BEFORE_INPUT.match(text, given.end()).end()  # pyright: ignore[reportOptionalMemberAccess]
+    return name, *_canonical(text, start)
+
+
+def _is_call_inside_line(written: str, action: re.Match[str], given: re.Match[str]) -> bool:
+    """Whether an `Action:` inside a line opens a call; "Use Action: a tool, Action Input: JSON" does not."""
+    one_word = re.fullmatch(r"\s*[^\s,;]+\s*", written) is not None
+    return action["word"] == "Action" and (given["start"] is not None or one_word)
+
+
+def _name(written: str) -> str | None:
+    """A tool's name without what marks it; None unless there is one, on a line of its own."""
+    lines = [line.strip() for line in written.splitlines()]
+    lines = [line for line in lines if line and not _FENCE.fullmatch(line)]
+    if len(lines) != 1:
+        return None
+    name = unicodedata.normalize("NFC", _TAG.sub("", lines[0])).replace("\\_", "_")
+    before = None
+    while name != before:
+        before = name
+        name = name.strip(" \t*`\"'\u2018\u2019\u201c\u201d").rstrip(".,;:").removesuffix("()")
+    return " ".join(name.split()) or None
+
+
+def _bad_answer(answer: object, rule: str) -> UserError:
+    return UserError(f"answer is {answer!r:.80}; it {rule}, so mend the row")
 
 
 def _whole_or_float(text: str) -> int | float:
@@ -86,10 +173,17 @@ def _canonical(text: str, start: int = 0) -> tuple[str | None, int]:
         return None, start
 
 
+def _whole(text: str) -> str | None:
+    """A text that is one JSON value, in one spelling; None for another text."""
+    text = text.strip()
+    value, end = _canonical(text)
+    return value if end == len(text) else None
+
+
 def _grade_release(response: str, answer: str | list[dict[str, Any]]) -> Grade:
-    if isinstance(answer, str) and _load(answer) is None:
+    if isinstance(answer, str) and _loads(answer) is None:
         return Grade(0.0, "", False)
-    gold = _gold_calls(answer)
+    gold = _release_gold(answer)
     names = re.findall(r"Action:\s*(\w+)", response)
     inputs = _merge(_braced_inputs(response))
     same_names = Counter(names) == Counter(name for name, _ in gold)
@@ -99,6 +193,18 @@ def _grade_release(response: str, answer: str | list[dict[str, Any]]) -> Grade:
     well_formed = action >= 0 and response.find("\nAction Input:", action + len("Action:")) >= 0
     prediction = f"Actions: {names}, Inputs: {inputs}"
     return Grade(float(same_names and same_inputs), prediction, well_formed)
+
+
+def _release_gold(answer: str | list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The gold's names and inputs, the latter as JSON text."""
+    try:
+        items = json.loads(answer) if isinstance(answer, str) else answer
+        inputs = [item.get("Action_Input", {}) for item in items]
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in inputs]
+        return [(item["Action"], text) for item, text in zip(items, texts, strict=True)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        rule = "must be a JSON list of calls with Action and Action_Input"
+        raise _bad_answer(answer, rule) from error
 
 
 def _braced_inputs(text: str) -> Iterator[str]:
@@ -113,11 +219,11 @@ def _braced_inputs(text: str) -> Iterator[str]:
 def _merge(inputs: Iterable[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for text in inputs:
-        merged.update(_load(text) or {})
+        merged.update(_loads(text) or {})
     return merged
 
 
-def _load(text: str) -> Any:
+def _loads(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -36,6 +36,7 @@ from rosd_jax.models.sharding import decoder_specs, row_devices, row_sharding, t
 from rosd_jax.rollout import pages, prompts
 from rosd_jax.rollout.pages import COUNT, LAST, ROW, TABLE, Rows, State
 from rosd_jax.rollout.sampler import row_uniforms, sample
+from rosd_jax.rollout.stops import Stops
 from rosd_jax.types import DecodeStats, Params, Rollout
 
 ROWS = ("data", "fsdp")  # the mesh axes that rows lie along
@@ -95,13 +96,14 @@ def generate(
     pool: int | None = None,
     prompt_pages: int | None = None,
     implementation: Implementation | None = None,
+    stops: Stops | None = None,
 ) -> Rollout:
     """Samples one response a row; row b answers prompt `prompt_of_B[b]`, R = max_new >= 1.
 
     prompt_NP [N, P] int32, right-padded, of lengths prompt_len_N >= 1. A row ends with its first
-    token in `stop_ids` (kept as part of the response; sets finished), or unfinished after
-    min(limit_B, max_new) tokens; a limit of 0 yields none. uid_B (int32) names each row's random
-    stream. `sample` describes temperature and top_p.
+    token in `stop_ids`, or the first that completes a string of `stops` (kept as part of the response;
+    sets finished), or unfinished after min(limit_B, max_new) tokens; a limit of 0 yields none. uid_B
+    (int32) names each row's random stream. `sample` describes temperature and top_p.
 
     slots: rows that decode together, over all shards; None: all. page: positions a page; None:
     `pages.page_length`. pool: pages of a shard for responses; None: enough for its slots at full length.
@@ -115,7 +117,7 @@ def generate(
         model, mesh, max_new, temperature, top_p, stop_ids, slots, page or pages.page_length(max_new), pool,
         prompt_pages, implementation,
     )  # fmt: skip
-    return _generate(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, how=how)
+    return _generate(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, stops, how=how)
 
 
 def _generate(*given: Any, how: Decoding) -> Rollout:
@@ -137,6 +139,7 @@ def make_generate(
     pool: int | None = None,
     compact: bool = True,
     implementation: Implementation | None = None,
+    stops: Stops | None = None,
 ) -> Callable[..., Rollout]:
     """`generate`, compiled, of (params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key).
 
@@ -161,7 +164,7 @@ def make_generate(
         waiting = int(np.sum(np.reshape(np.asarray(limit_B), (how.shards, -1)) > 0, axis=1).max())
         needed = prompts.room(prompt_len_N, prompt_of_B, limit_B, page, how.shards)
         most, _ = _most_slots_and_pages(how, len(prompt_of_B) // how.shards)
-        given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key
+        given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, stops
         return compiled(*given, how=replace(how, prompt_pages=needed, enough=min(most, enough(waiting))))
 
     return run
@@ -180,6 +183,7 @@ def begin(
     uid_B: jax.Array,
     limit_B: jax.Array,
     key: jax.Array,
+    stops: Stops | None = None,
     *,
     how: Decoding,
 ) -> tuple[Weights, Rows, State]:
@@ -194,12 +198,12 @@ def begin(
     by_shard = [jnp.reshape(x, (how.shards, -1)) for x in (prompt_of_B, uid_B, limit_B)]
     run = partial(_begin_shard, how=how)
     if how.mesh is not None:
-        whole = tensor_specs(params, how.mesh), P(), P(), P()
+        whole = tensor_specs(params, how.mesh), P(), P(), P(), P()
         run = jax.shard_map(
             run, mesh=how.mesh, in_specs=(*whole, P(ROWS), P(ROWS), P(ROWS)),
             out_specs=(decoder_specs(how.model, how.mesh), P(ROWS), _state_specs()), check_vma=False,
         )  # fmt: skip
-    return run(params, prompt_NP, prompt_len_N, key, *by_shard)
+    return run(params, prompt_NP, prompt_len_N, key, stops, *by_shard)
 
 
 def decode(weights: Weights, rows: Rows, state: State, *, how: Decoding) -> State:
@@ -222,7 +226,7 @@ def finish(out: Rollout, stats: DecodeStats) -> Rollout:
     return Rollout(tokens_BR, length_B, logp_BR, finished_B, stats)
 
 
-def _begin_shard(params, prompt_NP, prompt_len_N, key, prompt_of_1B, uid_1B, limit_1B, *, how: Decoding):
+def _begin_shard(params, prompt_NP, prompt_len_N, key, stops, prompt_of_1B, uid_1B, limit_1B, *, how):
     """`begin` on one shard: its leaves have a leading axis of length 1."""
     prompt_of_B, uid_B, limit_B = prompt_of_1B[0], uid_1B[0], limit_1B[0]
     limit_B = jnp.minimum(limit_B, how.max_new)
@@ -236,7 +240,7 @@ def _begin_shard(params, prompt_NP, prompt_len_N, key, prompt_of_1B, uid_1B, lim
         u_BR = row_uniforms(key, uid_B, how.max_new)
     else:
         u_BR = jnp.zeros((B, how.max_new), jnp.float32)  # greedy decoding draws nothing
-    rows = Rows(jnp.stack(given_B, axis=1), u_BR)
+    rows = Rows(jnp.stack(given_B, axis=1), u_BR, stops)
     most_prompts = min(N, B) * -(-T // how.page)
     pinned = min(how.prompt_pages or most_prompts, most_prompts)
     slots, most_pool = _most_slots_and_pages(how, B)
@@ -311,7 +315,7 @@ def _step(weights: Weights, rows: Rows, state: State, *, how: Decoding) -> State
     logits_SV, axis = local_logits(weights, how.model, hidden_SD, how.axis)
     u_S = rows.u_NR.at[slots_SC[:, ROW], slots_SC[:, COUNT]].get(mode="clip")
     token_S, logp_S = sample(logits_SV, u_S, temperature=how.temperature, top_p=how.top_p, axis=axis)
-    state, ended_S = pages.record(state._replace(store=store), token_S, logp_S, how.stop_ids)
+    state, ended_S = pages.record(state._replace(store=store), token_S, logp_S, how.stop_ids, rows.stops)
     return (pages.leave_for_good if seated else pages.leave)(state, ended_S)
 
 

@@ -13,7 +13,7 @@ them out before the first step, and the steps know nothing of queue and stack: l
     seat(state, given) -> state       every sequence has a slot and all its pages
     refill(state, rows) -> state      free slots take sequences from the queue
     reserve(state) -> state           every live slot owns the page that its next token goes to
-    record(state, token_S, logp_S, stop_ids) -> state, ended_S    tokens are kept
+    record(state, token_S, logp_S, stop_ids, stops) -> state, ended_S    tokens are kept
     leave(state, ended_S) -> state    ended sequences give slots and pages back
     compact(slots_SC, N, count) -> slots_SC    fewer slots
 """
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rosd_jax.rollout.stops import Stops
 from rosd_jax.types import DecodeStats, Rollout
 
 LONGEST_PAGE = 64  # positions
@@ -37,13 +38,14 @@ class Rows(NamedTuple):
 
     given_N4: jax.Array  # int32: last prompt token, fed first; prompt length; its first page; most tokens
     u_NR: jax.Array  # float32: the uniform number of every token
+    stops: Stops | None = None  # stop strings
 
 
 # A slot is one row of int32, so that filling, emptying or moving it is one write: its sequence (N where it
-# is empty), its newest token, how many tokens it has, its prompt's length, the most tokens it may have, the
-# how-manieth refill brought it, pages of the prompt at the head of its table, pages of its own behind them,
-# and from column TABLE on the table.
-ROW, LAST, COUNT, START, LIMIT, BORN, SHARED, OWN, TABLE = range(9)
+# is empty), its newest token, how many tokens it has, how far a stop string is read, its prompt's length, the
+# most tokens it may have, the how-manieth refill brought it, pages of the prompt at the head of its table,
+# pages of its own behind them, and from column TABLE on the table.
+ROW, LAST, COUNT, MATCH, START, LIMIT, BORN, SHARED, OWN, TABLE = range(10)
 
 
 class State(NamedTuple):
@@ -133,7 +135,7 @@ def seat(state: State, given_S: tuple[jax.Array, ...], layers: int) -> State:
     mine_SM = own_S[:, None] + jnp.minimum(ahead_SM, most - 1)
     table_SM = jnp.where(ahead_SM < 0, page_S[:, None] + jnp.arange(C - TABLE), mine_SM)
     row_S = jnp.where(limit_S > 0, row_S, S)
-    head = [row_S, first_S, 0 * row_S, start_S, limit_S, 0 * row_S, shared_S, 0 * row_S + most]
+    head = [row_S, first_S, 0 * row_S, 0 * row_S, start_S, limit_S, 0 * row_S, shared_S, 0 * row_S + most]
     return state._replace(
         store=_copy_pages(state.store, page_S + shared_S, own_S, layers),
         slots_SC=jnp.concatenate([jnp.stack(head, axis=1), table_SM], axis=1),
@@ -165,7 +167,7 @@ def _start(state: State, rows: Rows, layers: int) -> State:
     own = state.free_F[state.top - 1]
     m = jnp.arange(state.slots_SC.shape[1] - TABLE)
     table_M = jnp.where(m < shared, page + m, own)
-    head = [row, first, 0, start, limit, state.born, shared, 1]
+    head = [row, first, 0, 0, start, limit, state.born, shared, 1]
     return state._replace(
         store=_copy_pages(state.store, (page + shared)[None], own[None], layers),
         slots_SC=state.slots_SC.at[s].set(jnp.concatenate([jnp.stack(head), table_M])),
@@ -248,12 +250,20 @@ def _vacate(state: State, s: jax.Array) -> State:
 
 
 def record(
-    state: State, token_S: jax.Array, logp_S: jax.Array, stop_ids: tuple[int, ...]
+    state: State,
+    token_S: jax.Array,
+    logp_S: jax.Array,
+    stop_ids: tuple[int, ...],
+    stops: Stops | None = None,
 ) -> tuple[State, jax.Array]:
-    """Keeps the live slots' tokens; bool [S]: which sequences end, with a stop token or at their limit."""
+    """Keeps the live slots' tokens; bool [S]: which sequences end, by a stop or at their limit."""
     live_S, slots_SC, out = live(state), state.slots_SC, state.out
     row_S, at_S, count_S = slots_SC[:, ROW], slots_SC[:, COUNT], slots_SC[:, COUNT] + 1
     stop_S = jnp.any(token_S[:, None] == jnp.array(stop_ids, jnp.int32), axis=1)
+    new = [token_S, count_S]
+    if stops:
+        match_S, matched_S = stops.step(slots_SC[:, MATCH], token_S)
+        stop_S, new = stop_S | matched_S, [*new, match_S]
     ended_S = stop_S | (count_S >= slots_SC[:, LIMIT])
     out = replace(
         out,
@@ -263,7 +273,7 @@ def record(
         finished_B=out.finished_B.at[row_S].set(stop_S, mode="drop"),
     )
     state = state._replace(
-        slots_SC=slots_SC.at[:, LAST : COUNT + 1].set(jnp.stack([token_S, count_S], axis=1)),
+        slots_SC=slots_SC.at[:, LAST : LAST + len(new)].set(jnp.stack(new, axis=1)),
         out=out,
         stats=_count(state, live_S),
     )

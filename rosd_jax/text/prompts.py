@@ -1,6 +1,7 @@
 """What the reflector and the teacher are told, and how hostile text is kept inside its bounds.
 
-A wording is a value: a model with a small vocabulary of its own brings its own wording.
+A wording is a value: a model with a small vocabulary of its own brings its own wording, and so may a user
+(wording.py).
 """
 
 from __future__ import annotations
@@ -162,11 +163,6 @@ def neutralise(text: str) -> str:
 def restore(quote: str) -> str:
     """Undoes `neutralise` in a quote that was copied from a prompt."""
     return _HIDDEN_TAG.sub("<", quote)
-
-
-def after_thinking(text: str) -> str:
-    """What follows the last `</think>`, trimmed; the whole text where there is none."""
-    return text.rpartition("</think>")[2].strip()
 
 
 def _chat(system: str, user: str, fields: dict[str, str | None]) -> list[Message]:

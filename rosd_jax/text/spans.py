@@ -1,5 +1,7 @@
 """From a reflector's answer to characters, from characters to tokens.
 
+text/fold.py says which texts are the same for a reader.
+
 Everything here reads text that a model wrote, so every search is linear in practice: no pattern
 that can backtrack over a long text, no repeated slicing.
 """
@@ -13,13 +15,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rosd_jax.text.fold import fold
+from rosd_jax.text.markup import Folded, has_list_numbers
+from rosd_jax.text.quotes import Needle, needles
 from rosd_jax.types import Span
 
 IDEA_TAGS = ("explaination", "explanation", "reflection")  # the first is a released spelling
 QUOTE_TAG = "error_quote"
-WRAPPERS = ('""', "''", "``", "“”", "‘’", "„“", "”“", "«»", "「」")
-SEGMENT_LIMIT = 31  # characters; Unicode's stream-safe bound, keeps reordering of marks linear
-_PLAIN = re.compile(r"[!-~]+(?=[\x00-\x7f]|\Z)")  # nothing to fold but case, no marks behind it
+NUMBER_GAPS = ("\u00a0", "\u2007", "\u2009", "\u202f", "\\,")  # inside "12 345"
+OPERATORS = "+-*/^·±∓√_\\()[]{}'!%=<>≤≥~→"
+SUPERSCRIPTS = "⁺⁻⁼⁽⁾₊₋₌₍₎"
 _TAG = re.compile(rf"<(/?)({'|'.join((*IDEA_TAGS, QUOTE_TAG))})>", re.IGNORECASE)
 
 
@@ -33,11 +38,42 @@ class Located:
 
 
 def parse_reflection(raw: str) -> tuple[str | None, str | None]:
-    """The idea and the error quote of a reflector's answer; None for what is missing or blank.
+    """The idea and the error quote of a reflector's answer; None for what is missing.
+
+    Quote: the first `error_quote` block that says something; idea: such a block of `explaination`, else
+    of `explanation`, else of `reflection`. Untagged text is no idea (as released). Tags in any case,
+    outer white space trimmed; white space and dots say nothing.
+
+    A block ends at the first close of its tag and begins at the last opening before that, so tags that
+    are named ahead of the blocks do no harm; a tag in marks (`<error_quote>`) is only named. A quote
+    block inside an idea block is no part of the idea, and the other way round.
+    """
+    blocks: list[_Block] = []
+    opened: dict[str, re.Match[str]] = {}
+    for tag in _TAG.finditer(raw):
+        name = _tag_name(tag[2])
+        if _only_named(raw, tag):
+            continue
+        if not tag[1]:
+            opened[name] = tag
+        elif name in opened:
+            first = opened.pop(name)
+            text = _own_text(raw, first.end(), tag.start(), name == QUOTE_TAG, blocks)
+            blocks.append(_Block(name, first.start(), tag.end(), text.strip()))
+    said: dict[str, str] = {}
+    for block in blocks:
+        if block.text.strip(".… \t\r\n"):
+            said.setdefault(block.name, block.text)
+    idea = next((said[name] for name in IDEA_TAGS if name in said), None)
+    return idea, said.get(QUOTE_TAG)
+
+
+def parse_released(raw: str) -> tuple[str | None, str | None]:
+    """The idea and the quote as the release reads them; None for what is missing or blank.
 
     Idea: the first non-blank of the first `explaination`, `explanation` and `reflection` blocks, in
-    this order; quote: the first `error_quote` block. Tags in any case, a block ends at the first
-    close of its own tag, outer white space trimmed. Untagged text is no idea (as released).
+    this order; quote: the first `error_quote` block. A block goes from the first opening of its tag to
+    the first close after it.
     """
     blocks: dict[str, str] = {}
     opened: dict[str, int] = {}
@@ -63,9 +99,10 @@ def find_exact(text: str, quote: str | None) -> Span | None:
 def locate_quote(text: str, quote: str | None) -> Located | None:
     """Where the quote stands in the text, or None.
 
-    Letter by letter if it does; else tolerant to runs of white space, case, canonically equal or
-    full-width Unicode forms, quotation marks around it, and an ellipsis before or behind it. A
-    tolerant match never begins or ends inside a word or a number, so every digit must agree.
+    Letter by letter if it does; else as a reader would find it (text/fold.py says what is the same for a
+    reader), if need be without quotation marks or brackets around the quote, an ellipsis before or behind
+    it, or a mark at its end that the text lacks. A tolerant match never begins or ends inside a word, a
+    number, a power or an operator, or behind a sign, so every digit and every sign must agree.
 
     Ambiguity: of several occurrences the first that fills whole lines wins; without one, the first
     that cuts no word or number; without one, the first.
@@ -74,11 +111,10 @@ def locate_quote(text: str, quote: str | None) -> Located | None:
         found = _choose(text, _occurrences(text, candidate))
         if found:
             return found
-    folded = None
-    for candidate in _variants(quote or ""):
-        needle = _fold(candidate).text
-        if any(c.isalnum() for c in needle):
-            folded = folded or _fold(text)
+    places: list[Folded] = []
+    for needle in needles((quote or "").strip()):
+        places = places or _readings(text)
+        for folded in places[:1] if needle.unnumbered else places:
             found = _choose(text, _tolerant_occurrences(text, folded, needle))
             if found:
                 return found
@@ -103,7 +139,38 @@ def release_token_start(encode: Callable[[str], Sequence[int]], text: str, start
     return len(encode(text[:start]))
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A block of a reflector's answer: its tags and what they hold stand at [start, stop)."""
+
+    name: str
+    start: int
+    stop: int
+    text: str  # without blocks of the other kind
+
+
+def _only_named(raw: str, tag: re.Match[str]) -> bool:
+    before, after = raw[tag.start() - 1 : tag.start()], raw[tag.end() : tag.end() + 1]
+    return before + after in ("``", '""', "''", "“”", "‘’")
+
+
+def _own_text(raw: str, start: int, stop: int, is_quote: bool, blocks: Sequence[_Block]) -> str:
+    """What stands at [start, stop) outside the blocks of the other kind. blocks: by where they end."""
+    kept: list[str] = []
+    for block in reversed(blocks):
+        if block.stop <= start:
+            break
+        inside = block.start >= start and block.stop <= stop
+        if inside and (block.name == QUOTE_TAG) != is_quote:
+            kept.append(raw[block.stop : stop])
+            stop = block.start
+    kept.append(raw[start:stop])
+    return "".join(reversed(kept))
+
+
 def _tag_name(written: str) -> str:
+    if written in (*IDEA_TAGS, QUOTE_TAG):
+        return written
     # Case-insensitive matching also takes the dotless i, which lower() would keep.
     return next(n for n in (*IDEA_TAGS, QUOTE_TAG) if re.fullmatch(n, written, re.IGNORECASE))
 
@@ -138,20 +205,43 @@ def _choose(text: str, spans: Iterable[Span]) -> Located | None:
 
 
 def _cuts(text: str, at: int) -> bool:
-    """Whether the place between two characters lies inside a word or a number."""
+    """Whether the place between two characters lies inside a word, a number, a power or an operator."""
     if not 0 < at < len(text):
         return False
     left, right = text[at - 1], text[at]
+    before, after = text[max(0, at - 2) : at - 1], text[at + 1 : at + 2]
     if _in_word(left) and _in_word(right):
         return True
-    if right.isdigit() and left in ".,-−/^":
+    if right.isdigit() and (left in ".,-−/^" or (left == ":" and before.isdigit())):
         return True
-    return left.isdigit() and right in ".,/^" and text[at + 1 : at + 2].isalnum()
+    if left.isdigit() and right in ".,/^:'" and after.isalnum():
+        return right != ":" or after.isdigit()
+    return _cuts_term(before, left, right, after) or _cuts_operator(left, right)
+
+
+def _cuts_term(before: str, left: str, right: str, after: str) -> bool:
+    """Whether the place parts a sign, a power, an index, an apostrophe or a backslash from its term."""
+    if left in "-−" and right.isalpha():
+        return not before.isalnum() and before not in tuple(")]}!%'")  # x-y is no sign
+    if right == "'" and _in_word(left):
+        return after.isalnum() or after in tuple("('")
+    if left == "'" and _in_word(right):
+        return before.isalnum()
+    if right in "^_" or left in "^_" or (left == "{" and before in tuple("^_")):
+        return not (left.isspace() or right.isspace())
+    if right in SUPERSCRIPTS or left in SUPERSCRIPTS:
+        return True
+    return (left in "±∓√\\" and not right.isspace()) or (left.isdigit() and right in "%‰")
+
+
+def _cuts_operator(left: str, right: str) -> bool:
+    return (left in "=<>!≠≤≥~:" and right in "=<>") or (left == right and left in "*|&+-/")
 
 
 def _in_word(character: str) -> bool:
     # Scripts without letter case (Lo: Chinese, Thai, ...) may run words together.
-    return character.isalnum() and unicodedata.category(character) != "Lo"
+    category = unicodedata.category(character)
+    return category[0] == "M" or (character.isalnum() and category != "Lo")
 
 
 def _fills_lines(text: str, span: Span) -> bool:
@@ -163,103 +253,70 @@ def _fills_lines(text: str, span: Span) -> bool:
     return (left == 0 or text[left - 1] == "\n") and (right == len(text) or text[right] == "\n")
 
 
-def _variants(quote: str) -> Iterator[str]:
-    """The quote trimmed, then with one layer of added marks after another taken off."""
-    text, peeled = "", quote.strip()
-    while peeled and peeled != text:
-        text = peeled
-        yield text
-        peeled = _peel(text)
+def _readings(text: str) -> list[Folded]:
+    """The text folded; and once more without the numbers of its lists, where it has any."""
+    return [fold(text), fold(text, numbers=False)] if has_list_numbers(text) else [fold(text)]
 
 
-def _peel(text: str) -> str:
-    if len(text) > 2 and text[0] + text[-1] in WRAPPERS:
-        return text[1:-1].strip()
-    if text.startswith(("...", "…")):
-        return text.lstrip(".…").strip()
-    if text.endswith(("...", "…")):
-        return text.rstrip(".…").strip()
-    return text
-
-
-@dataclass(frozen=True)
-class _Folded:
-    """A text in the form in which quotes are compared, and where each character came from."""
-
-    text: str
-    start: list[int]  # per folded character: the original segment's start ...
-    stop: list[int]  # ... and stop
-
-
-def _fold(text: str) -> _Folded:
-    pieces, starts, stops, at = [], [], [], 0
-    while at < len(text):
-        plain = _PLAIN.match(text, at)
-        if plain:
-            stop = plain.end()
-            pieces.append(plain[0].lower())
-            starts += range(at, stop)
-            stops += range(at + 1, stop + 1)
-        else:
-            stop = _segment_stop(text, at)
-            pieces.append(_fold_segment(text[at:stop]))
-            starts += [at] * len(pieces[-1])
-            stops += [stop] * len(pieces[-1])
-        at = stop
-    return _Folded("".join(pieces), starts, stops)
-
-
-def _segment_stop(text: str, at: int) -> int:
-    """Where the run of white space, or the character with its combining marks, at `at` ends."""
-    stop = at + 1
-    if text[at].isspace():
-        while stop < len(text) and text[stop].isspace():
-            stop += 1
-        return stop
-    limit = min(len(text), at + SEGMENT_LIMIT)
-    while stop < limit and unicodedata.combining(text[stop]):
-        stop += 1
-    return stop
-
-
-def _fold_segment(segment: str) -> str:
-    if segment.isspace():
-        return " "
-    if segment.isascii():
-        return segment.lower()
-    plain = "".join(_same_character(c) for c in segment)
-    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", plain).casefold())
-
-
-def _same_character(character: str) -> str:
-    # Compatibility forms only where the reader sees the same text: "x²" must not become "x2".
-    wide = unicodedata.decomposition(character).startswith(("<wide>", "<narrow>"))
-    if wide or character in "…µﬀﬁﬂﬃﬄﬅﬆ":
-        return unicodedata.normalize("NFKC", character)
-    return character
-
-
-def _tolerant_occurrences(text: str, folded: _Folded, needle: str) -> Iterator[Span]:
-    """Occurrences in the folded text that split no segment, word or number of the original."""
-    at = folded.text.find(needle)
+def _tolerant_occurrences(text: str, folded: Folded, needle: Needle) -> Iterator[Span]:
+    """Occurrences in the folded text that split nothing and stand where the needle must."""
+    at = folded.text.find(needle.text)
     while at >= 0:
-        last = at + len(needle) - 1
-        span = folded.start[at], folded.stop[last]
-        split = _inside_segment(folded, at) or _inside_segment(folded, last + 1)
-        if split or _cuts(text, span[0]) or _cuts(text, span[1]):
-            at = _next_start(text, folded, at + 1)
+        stop = at + len(needle.text)
+        whole = not (_splits(text, folded, at) or _splits(text, folded, stop))
+        if whole and _stands_right(text, folded, at, stop, needle):
+            yield folded.start[at], folded.stop[stop - 1]
+            at = stop
         else:
-            yield span
-            at = last + 1
-        at = folded.text.find(needle, at)
+            at = _next_start(text, folded, at + 1)
+        at = folded.text.find(needle.text, at)
 
 
-def _inside_segment(folded: _Folded, at: int) -> bool:
-    return 0 < at < len(folded.text) and folded.start[at] == folded.start[at - 1]
-
-
-def _next_start(text: str, folded: _Folded, at: int) -> int:
+def _next_start(text: str, folded: Folded, at: int) -> int:
     """The next place where a match may begin; skipping the others keeps the search linear."""
-    while at < len(folded.text) and (_inside_segment(folded, at) or _cuts(text, folded.start[at])):
+    while at < len(folded.text) and _splits(text, folded, at):
         at += 1
     return at
+
+
+def _splits(text: str, folded: Folded, at: int) -> bool:
+    """Whether a place in the folded text lies inside a character, a word, a number or an operator."""
+    if not 0 < at < len(folded.text):
+        return False
+    if folded.start[at] == folded.start[at - 1] or _cuts(folded.text, at):
+        return True
+    space = at if folded.text[at] == " " else at - 1
+    if text[folded.start[space] : folded.stop[space]] not in NUMBER_GAPS:
+        return False
+    return folded.text[space - 1 : space].isdigit() and folded.text[space + 1 : space + 2].isdigit()
+
+
+def _stands_right(text: str, folded: Folded, at: int, stop: int, needle: Needle) -> bool:
+    if needle.begins and not _begins(text, folded, at, line=needle.unnumbered):
+        return False
+    if needle.apart and not needle.begins and _operates(text, folded, at, -1):
+        return False
+    return not (needle.closed and _operates(text, folded, stop - 1, 1))
+
+
+def _begins(text: str, folded: Folded, at: int, *, line: bool) -> bool:
+    """Whether a line begins here, or (line=False) a sentence."""
+    before = at - 2 if folded.text[at - 1 : at] == " " else at - 1
+    if before < 0 or "\n" in text[folded.stop[before] : folded.start[at]]:
+        return True
+    return not line and before < at - 1 and folded.text[before] in ".!?;。"
+
+
+def _operates(text: str, folded: Folded, at: int, step: int) -> bool:
+    """Whether an operand or an operator is next to this place of the line, in this direction."""
+    letters, near = folded.text, at + step
+    while 0 <= near < len(letters) and (letters[near] == " " or unicodedata.combining(letters[near])):
+        near += step
+    if not 0 <= near < len(letters):
+        return False
+    if "\n" in text[folded.stop[min(near, at)] : folded.start[max(near, at)]]:
+        return False
+    if letters[near].isalpha():
+        beyond = letters[near + step] if 0 <= near + step < len(letters) else ""
+        return unicodedata.category(letters[near]) != "Lo" and not beyond.isalpha()
+    return letters[near] in OPERATORS or letters[near].isalnum()

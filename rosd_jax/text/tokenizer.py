@@ -10,29 +10,45 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from tokenizers.decoders import ByteLevel
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import ByteLevel, Fuse
 
 # Its advice to install PyTorch is of no use here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-from transformers import AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer  # noqa: E402
 
 from rosd_jax.config import UserError  # noqa: E402
+from rosd_jax.models.files import REMEDY, wrong  # noqa: E402
+from rosd_jax.text.thinking import CLOSE, OPEN  # noqa: E402
+from rosd_jax.text.tokenizer_files import (  # noqa: E402
+    CONFIG,
+    GENERATION,
+    TEMPLATE,
+    check_files,
+    copy_files,
+    eos_ids,
+    repair,
+    state_stop_ids,
+)
 from rosd_jax.types import Message  # noqa: E402
 
+# Words, numbers, marks, white space and other scripts, to see how a tokenizer splits them.
+PROBE = "The 3 foxes' 1,024 naps:\n\n\tx_1 = -(a + b)^2 / 7.5e-3  # na\u00efve \u4e2d\u6587 \U0001f600"
 CONTEXT = 4  # tokens of left context when a decoder is asked for the text of one token
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads tokenizer and chat template of a Hugging Face directory; no network, no remote code.
 
-    Raises UserError when the directory, tokenizer, chat template or an end token is missing.
+    Raises UserError when the directory, tokenizer, chat template or an end token is missing, and for
+    a file or field that is not what it must be.
     """
     path = Path(path)
     if not path.is_dir():
@@ -42,23 +58,53 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"model.path is {str(path)!r}, which holds no tokenizer; add tokenizer.json and "
             "tokenizer_config.json"
         )
+    check_files(path)
     try:
-        inner = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        inner = _load(path)
     except Exception as error:
-        raise UserError(
-            f"model.path is {str(path)!r}; its tokenizer must load from local files "
-            f"(tokenizer.json, tokenizer_config.json), so mend them ({type(error).__name__})"
-        ) from error
+        raise _explain(path, error) from error
     if getattr(inner, "backend_tokenizer", None) is None:
         raise UserError(
             f"model.path is {str(path)!r}; its tokenizer must be a fast one, so add tokenizer.json"
         )
-    if not inner.chat_template:
-        raise UserError(
-            f"model.path is {str(path)!r}; its tokenizer must have a chat template, so add "
-            "chat_template.jinja"
-        )
-    return Tokenizer(inner, _stop_ids(inner, path))
+    _check_template(inner.chat_template, path)
+    return Tokenizer(inner, _stop_ids(inner, path), path)
+
+
+def _load(path: Path) -> Any:
+    inner = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    inner.encode("")  # some settings are looked at here only
+    return inner
+
+
+def _explain(path: Path, error: Exception) -> UserError:
+    """The error for a tokenizer that does not load: it names the file that is to blame."""
+    table = path / "tokenizer.json"
+    try:
+        if table.is_file():
+            Backend.from_file(str(table))
+    except Exception as cause:
+        return UserError(f"{table} is not a tokenizer's file ({_one_line(cause)}); {REMEDY}")
+    try:
+        AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError):
+        pass  # a tokenizer loads without
+    except Exception as cause:
+        return UserError(f"{path / 'config.json'} is not a model's config ({_one_line(cause)}); {REMEDY}")
+    return UserError(
+        f"{path / CONFIG} gives no tokenizer with its {table.name} ({_one_line(error)}); {REMEDY}"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _check_template(template: Any, path: Path) -> None:
+    """Of several templates, by name, transformers renders the default one."""
+    text = template.get("default") if isinstance(template, dict) else template
+    if not text:
+        raise UserError(f"{path} holds no chat template; add {TEMPLATE}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +113,7 @@ class Tokenizer:
 
     inner: Any
     stop_ids: tuple[int, ...]  # a sampled one ends the response
+    source: Path  # where it was read
 
     @property
     def pad_id(self) -> int:
@@ -91,8 +138,17 @@ class Tokenizer:
             return self.inner.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the model's chat template fails on a prompt ({error}); mend it") from error
+        except Exception as error:  # a template is a program that came with the model
+            raise UserError(
+                f"the chat template of {self.source} fails on a prompt ({_one_line(error)}); {REMEDY}"
+            ) from error
+
+    def opens_thinking(self, thinking: bool) -> bool:
+        """Whether the template opens a `<think>` for the assistant and leaves it open."""
+        probe = "probe"
+        begun = self.render([{"role": "user", "content": probe}], thinking).rpartition(probe)[2]
+        _, opened, inside = begun.rpartition(OPEN)
+        return bool(opened) and CLOSE not in inside
 
     def chat_ids(self, messages: Iterable[Message], *, thinking: bool) -> list[int]:
         """Ids of `render`, with control tokens from the template only.
@@ -141,9 +197,50 @@ class Tokenizer:
         ends = np.maximum.accumulate(ends)
         return np.stack([ends[:-1], ends[1:]], axis=1)
 
+    def fingerprint(self) -> str:
+        """Eight hex digits of the vocabulary, the chat template, the stop ids and how a text is split.
+
+        They are taken from the loaded tokenizer, so a copy of the same one elsewhere has the same.
+        """
+        vocabulary = sorted(self.inner.get_vocab().items())
+        parts = [vocabulary, self.inner.chat_template, self.stop_ids, self.encode(PROBE)]
+        return f"{zlib.crc32(json.dumps(parts, sort_keys=True).encode()):08x}"
+
+    def pieces(self, shown: Sequence[str] = ()) -> list[bytes]:
+        """The bytes that each id adds to the text of `decode`: none for control tokens, but those `shown`.
+
+        Raises UserError where they depend on the tokens around, as those of SentencePiece do.
+        """
+        decoder = self.inner.backend_tokenizer.decoder
+        if not isinstance(decoder, ByteLevel | Fuse):
+            raise UserError(
+                "rollout.stop needs a tokenizer whose decoder is ByteLevel or Fuse, and that of model.path "
+                f"is {type(decoder).__name__}; leave rollout.stop empty"
+            )
+        of = _token_bytes if isinstance(decoder, ByteLevel) else str.encode
+        hidden = {i for string, i in self._control().items() if string not in shown}
+        names = map(self.inner.backend_tokenizer.id_to_token, range(self.num_tokens))
+        return [b"" if i in hidden else of(name or "") for i, name in enumerate(names)]
+
     def save(self, path: str | Path) -> None:
-        """Writes the tokenizer and its chat template as a Hugging Face directory."""
-        self.inner.save_pretrained(str(path))
+        """Copies the tokenizer's files into a directory, readable by transformers 4 and 5.
+
+        With them goes generation_config.json, which names all of `stop_ids`. Raises UserError where a
+        file cannot be read or written.
+        """
+        folder = Path(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            copy_files(self.source, folder)
+            repair(folder, type(self.inner).__name__, self.inner.special_tokens_map)
+            state_stop_ids(folder, self.stop_ids)
+            if not (folder / "tokenizer.json").exists():
+                self.inner.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        except OSError as error:
+            raise UserError(
+                f"the tokenizer of {self.source} cannot be copied to {folder} ({error}); free disk space "
+                "or choose another directory"
+            ) from error
 
     def _control(self) -> dict[str, int]:
         """String -> id of the tokens that `decode` removes."""
@@ -152,23 +249,16 @@ class Tokenizer:
 
 
 def _stop_ids(inner: Any, path: Path) -> tuple[int, ...]:
-    """The end token, those of generation_config.json, and the padding token, a text's end too."""
-    listed: list[int | None] = [inner.eos_token_id]
-    extra = path / "generation_config.json"
-    if extra.exists():
-        try:
-            eos = json.loads(extra.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError, OSError) as error:
-            raise UserError(f"{extra} cannot be read ({error}); mend it or remove it") from error
-        listed += eos if isinstance(eos, list) else [eos]
-    listed.append(inner.pad_token_id)
-    ids = tuple(dict.fromkeys(int(i) for i in listed if i is not None))
+    """What any of the model's files calls an end: the end token, the ids of generation_config.json and
+    of config.json, and the padding token."""
     if inner.eos_token_id is None:
-        raise UserError(
-            f"model.path is {str(path)!r}; its tokenizer must name an end token, so set eos_token "
-            "in tokenizer_config.json"
-        )
-    return ids
+        raise wrong(path / CONFIG, "eos_token", None, "the token that ends a message")
+    listed = [inner.eos_token_id]
+    for name in (GENERATION, "config.json"):
+        listed += eos_ids(path / name, len(inner))
+    if inner.pad_token_id is not None:
+        listed.append(inner.pad_token_id)
+    return tuple(dict.fromkeys(listed))
 
 
 def _well_formed(text: str) -> str:

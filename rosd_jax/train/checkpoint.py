@@ -7,11 +7,14 @@
 The position in the data is the step itself: step s of a seed is always the same batch. Beside the
 items lies checksums.json, since Orbax restores an array with a flipped byte without a word.
 
-    open_manager(workdir, keep)                  -> CheckpointManager on workdir/checkpoints
+    open_manager(workdir)                        -> CheckpointManager on workdir/checkpoints
     save(manager, state, step, meta)             on disk when it returns
+    prune(manager, keep, best)                   removes all but the newest ones and the best
     restore_latest(manager, like)                -> (state, meta), or None where nothing was saved
+    restore_params(manager, step, like)          -> the weights of one step
     check_space(directory, needed_bytes, what)
-    run_meta(config, weights)                    -> what `save` takes as meta
+    any_saved(workdir)                           -> whether there is one; touches nothing
+    run_meta(config, origins)                    -> what `save` takes as meta
     state_bytes(tree)
 """
 
@@ -35,7 +38,7 @@ import orbax.checkpoint as ocp
 import rosd_jax
 from rosd_jax.config import Config, UserError
 from rosd_jax.train.workdir import fingerprint, write_atomic
-from rosd_jax.types import TrainState
+from rosd_jax.types import Params, TrainState
 
 CHECKSUMS = "checksums.json"
 READ_BYTES = 1 << 20
@@ -44,23 +47,21 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 FULL_DISK_TEXTS = tuple(f"os_error_code='{code:d}'" for code in FULL_DISK)
 
 
-def open_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
-    """The manager of workdir/checkpoints, which keeps the last `keep` of them.
+def open_manager(workdir: Path) -> ocp.CheckpointManager:
+    """The manager of workdir/checkpoints.
 
     Removes what a killed save left behind, so only the process that holds the workdir's lock may
     call it. Orbax's log lines are dropped from here on; its errors arrive as exceptions.
     """
     logging.getLogger("absl").addFilter(_not_from_orbax)
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True)
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dict[str, Any]) -> None:
-    """Writes the state under a temporary name, renames it, then removes the oldest beyond `keep`.
+    """Writes the state under a temporary name, then renames it.
 
-    So a kill at any moment leaves the previous checkpoint whole. Raises UserError where the disk is
+    So a kill at any moment leaves the previous checkpoints whole. Raises UserError where the disk is
     full (earlier checkpoints stay), ValueError for a step that is saved already or not the state's.
     """
     if int(state.step) != step:
@@ -82,6 +83,13 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dic
         for left in directory.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(left, ignore_errors=True)
         raise _no_space(directory, state_bytes(state), "a checkpoint") from error
+
+
+def prune(manager: ocp.CheckpointManager, keep: int, best: int | None) -> None:
+    """Removes all checkpoints but the newest `keep`, and that of step `best`."""
+    for step in sorted(manager.all_steps())[:-keep]:
+        if step != best:
+            manager.delete(step)
 
 
 def restore_latest(
@@ -113,18 +121,29 @@ def restore_latest(
     return TrainState(step_array, found["params"], found["opt_state"]), meta
 
 
+def restore_params(manager: ocp.CheckpointManager, step: int, like: Params) -> Params:
+    """The weights alone of one step's checkpoint, as `restore_latest` gives them."""
+    _verify(Path(manager.directory) / str(step))
+    return _read(manager, step, params=ocp.args.StandardRestore(like))["params"]
+
+
 def check_space(directory: Path, needed_bytes: int, what: str) -> None:
     """Raises UserError where the disk of `directory`, made or not yet, lacks that much space."""
     if _free_bytes(directory) < needed_bytes:
         raise _no_space(directory, needed_bytes, what)
 
 
-def run_meta(config: Config, weights: str) -> dict[str, Any]:
-    """What a checkpoint says of its run; `weights` is the fingerprint of those it began with."""
+def any_saved(workdir: Path) -> bool:
+    """Whether workdir/checkpoints holds a whole one, good or damaged."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
+def run_meta(config: Config, origins: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run; `origins` (history.py) tells what it was made from."""
     return {
         "config": fingerprint(config),
         "seed": config.seed,
-        "weights": weights,
+        **origins,
         "rosd_jax": rosd_jax.__version__,
         "jax": jax.__version__,
     }

@@ -1,8 +1,10 @@
 """The run: set up or resume, step, evaluate, checkpoint, export, report.
 
 What a step writes, in this order, is what resuming relies on: rollouts/step_N.jsonl, the train line,
-the evaluation lines (if due), the checkpoint (if due). A line later than the newest checkpoint is
-dropped when the run is resumed, and written again.
+the validation and evaluation lines (if due), the checkpoint (if due, or if validation finds this step the
+best). A line later than the newest checkpoint is dropped when the run is resumed, and written again; no
+other one is. history.py says when a run may resume. A run that a signal stops between two calls saves the
+last step whose lines are all written.
 """
 
 from __future__ import annotations
@@ -10,141 +12,138 @@ from __future__ import annotations
 import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from rosd_jax.config import Config, UserError
+from rosd_jax.config import Config
 from rosd_jax.data.pipeline import batch_at
 from rosd_jax.evals.evaluate import evaluate_set, write_generations
+from rosd_jax.evals.health import new_findings
+from rosd_jax.evals.outcome import best_step, read_metrics
 from rosd_jax.evals.report import write_report
-from rosd_jax.models.qwen3 import init_params
 from rosd_jax.models.sharding import row_devices
-from rosd_jax.models.weights import save_pretrained, weights_fingerprint
+from rosd_jax.models.weights import check_weights, save_pretrained
 from rosd_jax.rewards import Grader
-from rosd_jax.rollout.floor import position_bytes
 from rosd_jax.rollout.rows import decode_rows
-from rosd_jax.train import checkpoint, workdir
+from rosd_jax.train import checkpoint, history, stopping, workdir
 from rosd_jax.train.metrics import Console, MetricsLog
-from rosd_jax.train.setup import Inputs, build, read_inputs
+from rosd_jax.train.plan import headline
+from rosd_jax.train.setup import Inputs, Split, build, read_inputs, trained_on
 from rosd_jax.train.step import Tools, train_step
 from rosd_jax.types import Params, Reflected, TrainState
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all parts of a run need and none changes."""
+
+    tools: Tools
+    inputs: Inputs
+    directory: Path
+    log: MetricsLog
+    console: Console
+    manager: Any  # Orbax's, of the checkpoints
+    meta: dict[str, Any]  # what a checkpoint says of the run
+
+    @property
+    def config(self) -> Config:
+        return self.tools.config
 
 
 def train(config: Config, directory: Path) -> None:
     """Trains for config.steps steps in `directory`, or goes on where a run there stopped."""
     inputs = read_inputs(config)
-    workdir.prepare(directory, config)
-    with Grader(config.rewards) as grader:
+    check_weights(config.model.path, inputs.model)
+    origins = history.origins(config, inputs)
+    with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
+        history.require_checkpoint(directory, config)
         tools, frozen_params, like, fresh = build(config, inputs, grader)
-        manager = checkpoint.open_manager(directory, config.checkpoint.keep)
+        manager = checkpoint.open_manager(directory)
         check_disk(directory, manager, like, config)
-        state, start = begin(config, manager, like, fresh)
-        meta = checkpoint.run_meta(config, weights_fingerprint(config.model.path))
-        log = MetricsLog.resume(directory / "metrics.jsonl", keeps(config, start))
-        workdir.drop_rollouts_after(directory, start)
+        state, start = begin(config, manager, like, fresh, origins)
         console = Console(config.steps, start)
-        console.say(headline(inputs, config, directory, start))
-        with jax.set_mesh(tools.mesh):  # the model lays its activations along it
-            if start == 0:
-                evaluate(tools, inputs, state.params, 0, directory, log, console)
-            for step in range(start, config.steps):
-                state = one_step(tools, inputs, state, frozen_params, step, directory, log, console)
-                if is_due(step + 1, config.eval.every, config.steps):
-                    evaluate(tools, inputs, state.params, step + 1, directory, log, console)
-                if is_due(step + 1, config.checkpoint.every, config.steps):
-                    console.stage("checkpoint")
-                    checkpoint.save(manager, state, step + 1, meta)
-        export(config, inputs, state.params, directory)
-        manager.close()
-        console.close()
-    print(write_report(directory, config.data.train))
+        log = resume(directory, config, inputs, start, console)
+        run = Run(tools, inputs, directory, log, console, manager, checkpoint.run_meta(config, origins))
+        with jax.set_mesh(tools.mesh), stopping.deferred(directory):  # the model lays activations along it
+            state = take_steps(run, state, frozen_params, start)
+            stopping.check()
+            export(run, state.params, directory / "export", config.steps)
+            del state  # the best step's parameters take its place
+            export_best(run, like)
+            manager.close()
+            console.close()
+            print(write_report(directory, trained_on(config)))
 
 
-def evaluate_only(config: Config, directory: Path) -> None:
-    """Evaluates the newest checkpoint in `directory`, or the model as it came where there is none.
+def resume(directory: Path, config: Config, inputs: Inputs, start: int, console: Console) -> MetricsLog:
+    """The log of a run that goes on after step `start`; what later steps left without a checkpoint goes.
 
-    Lines of an earlier evaluation of that step give way to the new ones.
+    Raises UserError, and changes nothing, where the run cannot go on as config asks.
     """
-    inputs = read_inputs(config)
-    workdir.prepare(directory, config)
-    with Grader(config.rewards) as grader:
-        tools, _, like, fresh = build(config, inputs, grader)
-        manager = checkpoint.open_manager(directory, config.checkpoint.keep)
-        state, at = begin(config, manager, like, fresh)
-        console = Console(config.steps, at)
-        stays = lambda step, split: step < at or (step == at and split == "train")
-        log = MetricsLog.resume(directory / "metrics.jsonl", stays)
-        with jax.set_mesh(tools.mesh):
-            evaluate(tools, inputs, state.params, at, directory, log, console)
-        console.close()
-    print(write_report(directory, config.data.train))
+    history.require_steps(directory, config, start)
+    if start:  # else all is made again
+        history.require_same_evals(directory, inputs, start)
+    last = history.last_step(directory)
+    workdir.record(directory, config)
+    log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: step <= start)
+    workdir.drop_rollouts_after(directory, start)
+    console.say(headline(inputs, config, directory, start))
+    if last > start:
+        console.say(f"steps after {start}, up to {last}, have no checkpoint and are dropped")
+    return log
 
 
-def keeps(config: Config, start: int) -> Callable[[int, str], bool]:
-    """Which lines of metrics.jsonl a run that resumes after step `start` keeps.
-
-    An evaluation made only because an earlier run ended there is dropped when this one goes further.
-    """
-
-    def keep(step: int, split: str) -> bool:
-        due = step == 0 or is_due(step, config.eval.every, config.steps)
-        return start > 0 and step <= start and (split == "train" or due)
-
-    return keep
-
-
-def plan(config: Config, directory: Path) -> None:
-    """Prints what a run would do and hold in memory; writes nothing and touches no device."""
-    inputs = read_inputs(config)
-    shapes = jax.eval_shape(lambda: init_params(inputs.model, jax.random.key(0)))
-    count = sum(x.size for x in jax.tree.leaves(shapes))
-    rows = config.batch.prompts * config.batch.samples
-    frozen = count * (2 if config.model.dtype == "bfloat16" else 4)
-    cache = (config.rollout.cache_tokens + config.rollout.prompt_tokens) * position_bytes(inputs.model)
-    print(f"{headline(inputs, config, directory, 0)}\n"
-          f"parameters        {count / 1e6:,.1f} M; master weights and AdamW {count * 12 / 1e9:.2f} GB, "
-          f"frozen tree {frozen / 1e9:.2f} GB, over all devices\n"
-          f"decoding          weights {frozen / 1e9:.2f} GB and up to {cache / 1e9:.2f} GB of keys and "
-          f"values on each row device, shared by its tensor devices\n"
-          f"a step            {config.batch.prompts} prompts x {config.batch.samples} samples = {rows} "
-          f"rollouts of up to {config.rollout.max_new_tokens} tokens\n"
-          f"evaluation        {', '.join(f'{k} {len(v)}' for k, v in inputs.evals.items()) or 'none'}; "
-          f"{config.eval.samples} samples an item\n"
-          f"left out          {sum(map(len, inputs.overlong.values()))} prompts above "
-          f"data.max_prompt_tokens")  # fmt: skip
+def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -> TrainState:
+    """The state after config.steps steps."""
+    config = run.config
+    done = start
+    try:
+        score_if_due(run, state.params, start)
+        for step in range(start, config.steps):
+            state = one_step(run, state, frozen_params, step)
+            done = step + 1
+            score_if_due(run, state.params, done)
+            best = best_step(read_metrics(run.log.path))
+            if is_due(done, config.checkpoint.every, config.steps) or done == best:
+                run.console.stage("checkpoint")
+                checkpoint.save(run.manager, state, done, run.meta)
+                checkpoint.prune(run.manager, config.checkpoint.keep, best)
+    except stopping.Stopped:  # before the next step's update, or in the scoring of this one
+        save_unsaved(run, state, done)
+        raise
+    return state
 
 
-def headline(inputs: Inputs, config: Config, directory: Path, start: int) -> str:
-    """What runs, where, and from which step."""
-    begun = f"resumes after step {start}" if start else f"{config.steps} steps"
-    return f"{config.name}: {len(inputs.train)} problems of {config.data.train}, {begun}, in {directory}"
+def score_if_due(run: Run, params: Params, step: int) -> None:
+    """What is to be scored at a step and is not yet: all of it, or what an earlier start left undone."""
+    config = run.config
+    every_of: dict[Split, int] = {"validation": config.validation.every, "eval": config.eval.every}
+    for split, every in every_of.items():
+        if step == 0 or is_due(step, every, config.steps):
+            score(run, split, unscored(run, split, step), params, step)
 
 
-def one_step(
-    tools: Tools,
-    inputs: Inputs,
-    state: TrainState,
-    frozen_params: Params,
-    step: int,
-    directory: Path,
-    log: MetricsLog,
-    console: Console,
-) -> TrainState:
+def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> TrainState:
     """Step number `step` (from 0), with its lines written under number step + 1."""
-    began, timeouts = time.perf_counter(), tools.grader.timeouts
-    prompts = batch_at(inputs.train, step, tools.config.seed, tools.config.batch.prompts)
+    began, timeouts = time.perf_counter(), run.tools.grader.timeouts
+    prompts = batch_at(run.inputs.train, step, run.config.seed, run.config.batch.prompts)
     state, numbers, reflected, weight_BR = train_step(
-        tools, state, frozen_params, prompts, step, console.stage
+        run.tools, state, frozen_params, prompts, step, run.console.stage
     )
-    workdir.write_rollouts(directory, step + 1, rollout_rows(reflected, weight_BR))
-    numbers["grader_timeouts"] = tools.grader.timeouts - timeouts
+    workdir.write_rollouts(run.directory, step + 1, rollout_rows(reflected, weight_BR))
+    numbers["grader_timeouts"] = run.tools.grader.timeouts - timeouts
     numbers["seconds"] = time.perf_counter() - began
-    log.write(step + 1, "train", numbers)
-    console.line(step + 1, numbers)
+    run.log.write(step + 1, "train", numbers)
+    run.console.line(step + 1, numbers)
+    train_rows = [row for row in read_metrics(run.log.path) if row["split"] == "train"]
+    for sentence in new_findings(train_rows):
+        run.console.say(f"warning: {sentence}")
     return state
 
 
@@ -178,45 +177,76 @@ def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
     return rows
 
 
-def evaluate(
-    tools: Tools,
-    inputs: Inputs,
-    params: Params,
-    step: int,
-    directory: Path,
-    log: MetricsLog,
-    console: Console,
-) -> None:
-    """Every set by itself: one line in the metrics, and the raw generations in a file."""
-    c = tools.config.eval
-    for name, encoded in inputs.evals.items():
-        console.stage(f"eval {name}")
-        key = jax.random.fold_in(jax.random.fold_in(tools.key, 2), step)
-        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+def score(run: Run, split: Split, names: Iterable[str], params: Params, step: int) -> None:
+    """Every set named by itself: one line in the metrics, and the raw generations in a file."""
+    c = run.config.eval
+    for name in names:
+        stopping.check()
+        encoded = run.inputs.sets(split)[name]
+        run.console.stage(f"{split} {name}")
+        key = jax.random.fold_in(jax.random.fold_in(run.tools.key, 2), step)
+        key = jax.random.fold_in(key, zlib.crc32(f"{split}/{name}".encode()))
 
         def sample(ids, uid_B, limit_B, key=key, encoded=encoded):
-            return decode_rows(
-                tools.evaluate, params, ids, uid_B, limit_B, key,
-                rows=len(ids), shards=row_devices(tools.mesh), prompts=len(encoded),
-                longest=tools.config.data.max_prompt_tokens, room=tools.config.rollout.prompt_tokens,
+            rollout = decode_rows(
+                run.tools.evaluate, params, ids, uid_B, limit_B, key,
+                rows=len(ids), shards=row_devices(run.tools.mesh), prompts=len(encoded),
+                longest=run.config.data.max_prompt_tokens, room=run.config.rollout.prompt_tokens,
             )  # fmt: skip
+            stopping.check()  # before the grading
+            return rollout
 
         numbers, generations = evaluate_set(
             name,
             [problem for problem, _ in encoded],
             [ids for _, ids in encoded],
             sample,
-            tools.grader.grade_all,
-            tools.tokenizer.decode,
+            partial(run.tools.grader.grade_all, thinking_open=run.tools.student_thinking_open),
+            run.tools.tokenizer.decode,
+            votes=run.tools.grader.votes,
             samples=c.samples,
             rows=c.batch,
         )
-        write_generations(directory, step, name, generations)
-        log.write(step, f"eval/{name}", numbers)
-        console.say(
-            f"eval {name}: avg@{c.samples} {numbers['avg']:.3f} +- {1.96 * numbers['avg_se']:.3f}"
+        write_generations(run.directory, step, name, generations, split)
+        conditions = history.conditions(run.config, run.inputs, split, name)
+        run.log.replace(step, f"{split}/{name}", numbers | conditions)
+        run.console.say(
+            f"{split} {name}: avg@{c.samples} {numbers['avg']:.3f} +- {1.96 * numbers['avg_se']:.3f}"
             f"  pass {numbers['pass']:.3f}  maj {numbers['maj']:.3f}"
         )
+
+
+def unscored(run: Run, split: Split, step: int) -> list[str]:
+    """The sets that are to be scored at a step that an earlier start may have scored.
+
+    Before the first step that is all of them: other weights may have made what is there.
+    """
+    if step == 0:
+        return list(run.inputs.sets(split))
+    return history.unevaluated(run.directory, run.config, run.inputs, split, step)
+
+
+def save_unsaved(run: Run, state: TrainState, step: int) -> None:
+    """Saves the state after step `step` before the run ends, unless no step was made or it is saved."""
+    if step and run.manager.latest_step() != step:
+        stopping.tell(f"saving step {step}")
+        checkpoint.save(run.manager, state, step, run.meta)
+
+
+def export_best(run: Run, like: TrainState) -> None:
+    """The model of the step that validation chose, scored and exported, unless it is the first or the last.
+
+    Only steps whose checkpoint is there can be chosen.
+    """
+    saved = {0, *run.manager.all_steps()}
+    best = best_step([row for row in read_metrics(run.log.path) if row["step"] in saved])
+    path = run.directory / "export_best"
+    if best in (None, 0, run.config.steps):
+        shutil.rmtree(path, ignore_errors=True)  # of a shorter run in this directory
+        return
+    params = checkpoint.restore_params(run.manager, best, like.params)
+    score(run, "eval", unscored(run, "eval", best), params, best)
+    export(run, params, path, best)
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -224,47 +254,71 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
+def evaluate_only(config: Config, directory: Path) -> None:
+    """Evaluates the newest checkpoint in `directory`, or the model as it came where nothing was trained.
+
+    Where the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier
+    evaluation of that step give way to the new ones; all else stays.
+    """
+    exported = history.export_to_evaluate(directory, config)
+    if exported:
+        config = config.copy_and_resolve_references()
+        config.model.path = str(directory / "export")
+    inputs = read_inputs(config)
+    check_weights(config.model.path, inputs.model)
+    with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
+        tools, _, like, fresh = build(config, inputs, grader)
+        manager = checkpoint.open_manager(directory)
+        if exported:
+            state, at = fresh(), history.exported_step(directory) or 0
+        else:
+            origins = history.origins(config, inputs)
+            asked = {name: origins[name] for name in ("model", "tokenizer")}  # what an evaluation depends on
+            state, at = begin(config, manager, like, fresh, asked)
+        console = Console(config.steps, at)
+        what = f"the checkpoint of step {at}" if at else f"the model of {config.model.path} as it came"
+        if exported:
+            what = f"{config.model.path}, the model of step {at}, since the checkpoints are gone"
+        console.say(f"{config.name}: evaluates {what}, in {directory}")
+        log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: True)
+        run = Run(tools, inputs, directory, log, console, manager, {})
+        with jax.set_mesh(tools.mesh), stopping.deferred(directory):
+            score(run, "eval", inputs.evals, state.params, at)
+            console.close()
+            print(write_report(directory, trained_on(config)))
+
+
 def begin(
-    config: Config, manager: Any, like: TrainState, fresh: Callable[[], TrainState]
+    config: Config, manager: Any, like: TrainState, fresh: Callable[[], TrainState], origins: dict[str, Any]
 ) -> tuple[TrainState, int]:
     """The newest checkpoint's state and step, or the first state and 0.
 
-    Raises UserError when the checkpoint is past config.steps, or was trained from other weights: the
-    frozen tree is read from model.path again, and would be another teacher.
+    Raises UserError when the checkpoint was made from anything else than `origins`.
     """
     restored = checkpoint.restore_latest(manager, like)
     if restored is None:
         return fresh(), 0
     state, kept = restored
-    if kept["step"] > config.steps:
-        raise UserError(
-            f"steps is {config.steps}; this run has made {kept['step']} already, so ask for at least that "
-            "or use another --workdir"
-        )
-    if kept["weights"] != weights_fingerprint(config.model.path):
-        raise UserError(
-            f"model.path is {config.model.path!r}, whose weights changed since this run began; bring the "
-            "old ones back or use another --workdir"
-        )
+    history.require_same_origins(kept, origins, config)
     return state, int(kept["step"])
 
 
 def check_disk(directory: Path, manager: Any, like: TrainState, config: Config) -> None:
     """Raises UserError when the checkpoints still to be written and the export would not fit.
 
-    A new checkpoint is written before the oldest goes, so there is one more than checkpoint.keep.
+    A new checkpoint is written before the oldest goes, so there is one more than checkpoint.keep, and
+    another where validation keeps the best one.
     """
     there = manager.all_steps()
-    more = 0 if config.steps in there else max(1, config.checkpoint.keep + 1 - len(there))
+    most = config.checkpoint.keep + 1 + bool(config.validation.sets)
+    more = 0 if config.steps in there else max(1, most - len(there))
     needed = more * checkpoint.state_bytes(like) + checkpoint.state_bytes(like.params)
     checkpoint.check_space(directory, needed, f"{more} checkpoints and the exported model")
 
 
-def export(config: Config, inputs: Inputs, params: Params, directory: Path) -> None:
-    """The trained model as a Hugging Face directory."""
-    path = directory / "export"
-    save_pretrained(path, params, inputs.model, source=Path(config.model.path), dtype=config.model.dtype)
-    inputs.tokenizer.save(path)
-    generation = Path(config.model.path) / "generation_config.json"
-    if generation.exists():  # it names stop ids that the tokenizer does not
-        shutil.copyfile(generation, path / generation.name)
+def export(run: Run, params: Params, path: Path, step: int) -> None:
+    """The model of a step as a Hugging Face directory, with a note of the step."""
+    source = Path(run.config.model.path)
+    save_pretrained(path, params, run.inputs.model, source=source, dtype=run.config.model.dtype)
+    run.inputs.tokenizer.save(path)
+    workdir.write_atomic(path / history.EXPORTED, [f"{step}\n"])

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl for programs, one line a step and a progress bar for people.
 
     MetricsLog(path).write(step, split, numbers)
+    MetricsLog(path).replace(step, split, numbers)      an earlier line of that step and split goes
     MetricsLog.resume(path, keep)             the log with the lines (step, split) that `keep` keeps
     Console(total_steps).stage(name) / .line(step, numbers) / .say(text) / .close()
 
@@ -24,11 +25,12 @@ import numpy as np
 
 from rosd_jax.config import UserError
 from rosd_jax.distill.reflect import NOTES
+from rosd_jax.train import stopping
+from rosd_jax.train.stopping import ERASE
 from rosd_jax.train.workdir import write_atomic
 
 RESERVED = ("step", "split")
 BAR_WIDTH = 20
-ERASE = "\r\x1b[K"  # to the start of the terminal's line, and clear it
 
 
 class MetricsLog:
@@ -45,15 +47,17 @@ class MetricsLog:
         NaN and infinity, which JSON lacks, become null. Raises ValueError for a reserved key and
         TypeError for a value that is no number.
         """
-        taken = [name for name in RESERVED if name in numbers]
-        if taken:
-            raise ValueError(f"metric names {taken} are reserved")
-        values = {name: _plain(name, value) for name, value in numbers.items()}
-        line = json.dumps({"step": int(step), "split": split, **values}, allow_nan=False)
+        line = _line(step, split, numbers)
         with open(self.path, "a", encoding="ascii", newline="\n") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def replace(self, step: int, split: str, numbers: Mapping[str, Any]) -> None:
+        """As `write`, and earlier lines of that step and split go; the file changes as a whole."""
+        line = _line(step, split, numbers)
+        kept = _kept_lines(self.path, lambda *place: place != (step, split))
+        write_atomic(self.path, [text + "\n" for text in (*kept, line)])
 
     @classmethod
     def resume(cls, path: Path, keep: Callable[[int, str], bool]) -> MetricsLog:
@@ -63,14 +67,15 @@ class MetricsLog:
         last.
         """
         if path.exists():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            kept = _kept_lines(path, text.removesuffix("\n").split("\n"), keep)
-            write_atomic(path, [line + "\n" for line in kept])
+            write_atomic(path, [line + "\n" for line in _kept_lines(path, keep)])
         return cls(path)
 
 
 class Console:
-    """Progress for a person: on a terminal a bar with the lines above it, elsewhere plain lines."""
+    """Progress for a person: on a terminal a bar with the lines above it, elsewhere plain lines.
+
+    Where nobody reads the stream any more, the run is asked to stop.
+    """
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
         self.total, self.start, self.step = total_steps, start_step, start_step
@@ -94,13 +99,13 @@ class Console:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        print(f"{ERASE}{text}" if self.live else text, file=self.stream, flush=True)
+        self._print(f"{ERASE}{text}\n" if self.live else f"{text}\n")
         self._draw()
 
     def close(self) -> None:
         """Takes the bar away."""
         if self.live:
-            print(ERASE, end="", file=self.stream, flush=True)
+            self._print(ERASE)
 
     def _draw(self) -> None:
         if not self.live:
@@ -108,7 +113,13 @@ class Console:
         elapsed = time.monotonic() - self.began
         bar = format_bar(self.step, self.start, self.total, elapsed, self.stage_name)
         width = shutil.get_terminal_size().columns - 1  # a full line would wrap
-        print(ERASE + bar[:width], end="", file=self.stream, flush=True)
+        self._print(ERASE + bar[:width])
+
+    def _print(self, text: str) -> None:
+        try:
+            print(text, end="", file=self.stream, flush=True)
+        except BrokenPipeError:
+            stopping.reader_left()
 
 
 def format_step(step: int, total: int, numbers: Mapping[str, Any]) -> str:
@@ -147,7 +158,18 @@ def format_bar(step: int, start: int, total: int, elapsed: float, stage: str) ->
     return f"[{bar}] {step}/{total}  elapsed {_clock(elapsed)}  left {_clock(left)}  {stage}"
 
 
-def _kept_lines(path: Path, lines: list[str], keep: Callable[[int, str], bool]) -> list[str]:
+def _line(step: int, split: str, numbers: Mapping[str, Any]) -> str:
+    taken = [name for name in RESERVED if name in numbers]
+    if taken:
+        raise ValueError(f"metric names {taken} are reserved")
+    values = {name: _plain(name, value) for name, value in numbers.items()}
+    return json.dumps({"step": int(step), "split": split, **values}, allow_nan=False)
+
+
+def _kept_lines(path: Path, keep: Callable[[int, str], bool]) -> list[str]:
+    """Those lines that `keep(step, split)` is true of; none where there is no file."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.removesuffix("\n").split("\n")
     kept = []
     for number, line in enumerate(lines, start=1):
         place = _place_of(line)

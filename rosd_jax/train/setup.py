@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax
 from absl import logging
@@ -18,7 +19,9 @@ from absl import logging
 from rosd_jax.config import Config, UserError
 from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
-from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems
+from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
+from rosd_jax.data.rows import same_data, set_name
+from rosd_jax.evals import health
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import (
     make_mesh,
@@ -28,16 +31,21 @@ from rosd_jax.models.sharding import (
     validate_mesh_for,
 )
 from rosd_jax.models.weights import load_params, read_config
-from rosd_jax.rewards import Grader
+from rosd_jax.rewards import Grader, Mode
 from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
 from rosd_jax.rollout.loop import make_generate
-from rosd_jax.text.prompts import ENGLISH
+from rosd_jax.rollout.stops import Stops, make_stops
+from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
+from rosd_jax.text.wording import read_wording
 from rosd_jax.train.step import Tools
+from rosd_jax.train.stopping import polled
 from rosd_jax.train.update import init_state, make_optimizer, make_update
-from rosd_jax.types import Params, TrainState
+from rosd_jax.types import Params, Problem, TrainState
 
+Split = Literal["eval", "validation"]  # of what is scored, as lines of metrics.jsonl begin
+FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that is read for it
 LEAST_ROWS = 8  # that are worth a CPU device of their own
 HOST_DEVICES = "xla_force_host_platform_device_count"
 WORDINGS = {"english": ENGLISH, "gym": gym.WORDING}
@@ -49,9 +57,17 @@ class Inputs:
 
     model: Qwen3Config
     tokenizer: Tokenizer
+    wording: Wording
+    stops: Stops | None
     train: Encoded
-    evals: dict[str, Encoded]
-    overlong: dict[str, list[str]]  # set -> uids of the prompts that do not fit
+    evals: dict[str, Encoded]  # eval.sets, which reports are about
+    validation: dict[str, Encoded]  # validation.sets, which choose the best step
+    overlong: dict[str, list[str]]  # set/split -> uids of the prompts that do not fit
+    found: dict[str, dict[str, int]]  # set/split -> "rows" and "crc32" of the problems as they were read
+
+    def sets(self, split: Split) -> dict[str, Encoded]:
+        """The sets that lines of this split are about."""
+        return self.evals if split == "eval" else self.validation
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -66,25 +82,47 @@ def read_inputs(config: Config) -> Inputs:
         remat=config.model.remat,
     )
     check_lengths(config, model)
+    wording = WORDINGS.get(config.wording) or read_wording(config.wording)
+    stop = config.rollout.stop
+    stops = make_stops(stop, tokenizer.pieces(stop)) if stop else None
+    with Grader(config.rewards, config.reward_timeout) as grader:
+        grader.start()  # raises where an own reward function cannot be used
     overlong: dict[str, list[str]] = {}
+    found: dict[str, dict[str, int]] = {}
 
     def encode(name: str, split: str, limit: int) -> Encoded:
         problems = load_problems(name, split, config.data.dir)
+        found[f"{set_name(name)}/{split}"] = {"rows": len(problems), "crc32": problems_crc32(problems)}
+        check_kinds(config, problems)
         chat_ids = lambda messages: tokenizer.chat_ids(messages, thinking=config.thinking.student)
         kept, dropped = encode_problems(problems, chat_ids, config.data.max_prompt_tokens)
         if dropped:
-            overlong[f"{name}/{split}"] = dropped
+            overlong[f"{set_name(name)}/{split}"] = dropped
         return kept[:limit] if limit else kept
 
     train = encode(config.data.train, "train", 0)
     batch_at(train, 0, config.seed, config.batch.prompts)  # raises where there are too few
-    evals = {name: encode(name, "test", config.eval.limit) for name in eval_sets(config)}
+    check_names(config)
+    evals = {
+        set_name(name): encode(name, FILES["eval"], config.eval.limit) for name in listed(config.eval.sets)
+    }
+    validation = {
+        set_name(name): encode(name, FILES["validation"], 0) for name in listed(config.validation.sets)
+    }
+    check_known(tokenizer, train, config.data.train)
     for name, uids in overlong.items():
         logging.warning(
             "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
             name, len(uids), ", ".join(uids),
         )  # fmt: skip
-    return Inputs(model, tokenizer, train, evals, overlong)
+    return Inputs(model, tokenizer, wording, stops, train, evals, validation, overlong, found)
+
+
+def check_known(tokenizer: Tokenizer, train: Encoded, name: str) -> None:
+    """Warns where the tokenizer does not know much of the training prompts' text."""
+    share = tokenizer.unknown_share(ids for _, ids in train)
+    if share > health.UNKNOWN:
+        logging.warning("%s: %s", name, health.unknown_sentence(share))
 
 
 def model_path(config: Config) -> Path:
@@ -103,9 +141,39 @@ def model_path(config: Config) -> Path:
     return path
 
 
-def eval_sets(config: Config) -> tuple[str, ...]:
-    """The names in eval.sets."""
-    return tuple(name.strip() for name in config.eval.sets.split(",") if name.strip())
+def listed(sets: str) -> tuple[str, ...]:
+    """The names in a field such as eval.sets."""
+    return tuple(name.strip() for name in sets.split(",") if name.strip())
+
+
+def check_names(config: Config) -> None:
+    """Raises UserError where two different sets of one's own have the same name."""
+    asked: dict[str, str] = {}
+    for name in (config.data.train, *listed(config.eval.sets), *listed(config.validation.sets)):
+        other = asked.setdefault(set_name(name), name)
+        if not same_data(name, other, config.data.dir):
+            raise UserError(
+                f"data.train, eval.sets and validation.sets name two sets {set_name(name)!r}, {other!r} and "
+                f"{name!r}; a name must stand for one set, so give each its own, or put them as "
+                "train.jsonl, validation.jsonl and test.jsonl into one folder"
+            )
+
+
+def trained_on(config: Config) -> tuple[str, ...]:
+    """What the set that training draws from is called: in data.train, then in eval.sets."""
+    train = config.data.train
+    same = [name for name in listed(config.eval.sets) if same_data(name, train, config.data.dir)]
+    return tuple(dict.fromkeys(set_name(name) for name in (train, *same)))
+
+
+def check_kinds(config: Config, problems: Sequence[Problem]) -> None:
+    """Raises UserError for the first problem that no built-in checker grades, where they are to grade."""
+    own = next((problem.uid for problem in problems if problem.kind == "own"), None)
+    if own and config.rewards in get_args(Mode):
+        raise UserError(
+            f"rewards is {config.rewards!r}, and the kind of problem {own} is 'own'; give rewards the "
+            "MODULE:FUNCTION that grades it, or change the kind"
+        )
 
 
 def check_lengths(config: Config, model: Qwen3Config) -> None:
@@ -160,23 +228,25 @@ def build(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, shardings
     )
     first = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
-    generate = lambda section, top_p, slots: make_generate(
+    generate = lambda section, top_p, slots, stops: polled(make_generate(
         model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
-        stop_ids=inputs.tokenizer.stop_ids, slots=slots,
+        stop_ids=inputs.tokenizer.stop_ids, slots=slots, stops=stops,
         pool=cache_pages(config, section.max_new_tokens), implementation=config.rollout.attention,
-    )  # fmt: skip
+    ))  # fmt: skip
     tools = Tools(
         config=config,
         model=model,
         tokenizer=inputs.tokenizer,
-        wording=WORDINGS[config.wording],
+        student_thinking_open=inputs.tokenizer.opens_thinking(config.thinking.student),
+        reflector_thinking_open=inputs.tokenizer.opens_thinking(config.thinking.reflector),
+        wording=inputs.wording,
         mesh=mesh,
         grader=grader,
         key=jax.random.key(config.seed),
         floor=measure_floor(model, mesh.shape["tensor"]),
-        sample=generate(config.rollout, config.rollout.top_p, config.rollout.slots),
-        reflect=generate(config.reflect, 1.0, config.rollout.slots),
-        evaluate=generate(config.eval, config.eval.top_p, config.eval.batch),
+        sample=generate(config.rollout, config.rollout.top_p, config.rollout.slots, inputs.stops),
+        reflect=generate(config.reflect, 1.0, config.rollout.slots, None),
+        evaluate=generate(config.eval, config.eval.top_p, config.eval.batch, inputs.stops),
         update=make_update(config, model, optimizer, mesh, shardings),
     )
     return tools, frozen_params, like, lambda: first(load())

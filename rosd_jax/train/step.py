@@ -31,6 +31,7 @@ from rosd_jax.rollout.floor import Floor
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.text.prompts import Wording
 from rosd_jax.text.tokenizer import Tokenizer
+from rosd_jax.train import stopping
 from rosd_jax.types import Graded, Lesson, Params, Prompts, Reflected, Rollout, TrainState
 
 Numbers = dict[str, float]
@@ -51,6 +52,8 @@ class Tools:
     sample: Callable[..., Rollout]  # training rollouts
     reflect: Callable[..., Rollout]  # the reflector's answers
     evaluate: Callable[..., Rollout]  # evaluation's answers
+    student_thinking_open: bool  # the student's prompts end inside <think>
+    reflector_thinking_open: bool  # the reflector's prompts do
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -64,7 +67,8 @@ def train_step(
 ) -> tuple[TrainState, Numbers, Reflected, np.ndarray]:
     """The next state, the step's numbers, its reflected rollouts and their weights [B, R].
 
-    `stage` is told the name of each stage as it begins.
+    `stage` is told the name of each stage as it begins. Raises Stopped where a signal has asked the run to
+    stop; `state` is still whole then.
     """
     clock = Clock(stage)
     with clock("rollout"):
@@ -117,8 +121,9 @@ def grade(tools: Tools, prompts: Prompts, rollout: Rollout) -> Graded:
     texts = decode(tools.tokenizer, rollout)
     G = len(texts) // len(prompts.problems)
     problems = [problem for problem in prompts.problems for _ in range(G)]
-    grades = tools.grader.grade_all(texts, problems)
-    return Graded(prompts, rollout, tuple(texts), np.array([g.score for g in grades], np.float32))
+    grades = tools.grader.grade_all(texts, problems, thinking_open=tools.student_thinking_open)
+    rewards_B = np.array([g.score for g in grades], np.float32)
+    return Graded(prompts, rollout, tuple(texts), rewards_B, tools.student_thinking_open)
 
 
 def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) -> Reflected:
@@ -147,7 +152,10 @@ def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) ->
         )
         for row, text in zip(rows, decode(tools.tokenizer, answers), strict=True):
             raws[row] = text
-    reflected = reflect.read_reflections(graded, plans, raws, tools.tokenizer, config.lesson)
+    reflected = reflect.read_reflections(
+        graded, plans, raws, tools.tokenizer, config.lesson,
+        thinking_open=tools.reflector_thinking_open,
+    )  # fmt: skip
     return replace(reflected, answers=answers)
 
 
@@ -228,13 +236,14 @@ def describe_reflections(reflected: Reflected, weight_BR: np.ndarray) -> Numbers
 
 
 class Clock:
-    """Seconds spent in each stage."""
+    """Seconds spent in each stage. A run may be stopped before a stage, and never after the last one."""
 
     def __init__(self, stage: Callable[[str], None]):
         self._stage, self.spent = stage, {}
 
     @contextmanager
     def __call__(self, name: str) -> Any:
+        stopping.check()
         self._stage(name)
         began = time.perf_counter()
         yield

@@ -2,41 +2,72 @@
 
 A run that was stopped, even by kill -9, goes on when it is started again on its directory.
 
-    DIR/config.json               the resolved config; a later run on DIR must agree with it
+    DIR/config.json               the resolved config; a later run on DIR must agree with it but in the
+                                  steps, what is kept, the evaluation and where the model lies
     DIR/rollouts/step_N.jsonl     what was sampled, graded and reflected in step N
     DIR/.lock                     held by the process that writes to DIR
 
+    claim(workdir, config)                 `prepare` for a `with`: a start that fails leaves nothing new
     prepare(workdir, config)               -> True where a run is being resumed
+    record(workdir, config)                settles config.json once a run is being resumed
+    read_config(path)                      -> what a config.json holds
+    flat(tree)                             -> (field, value) of nested dicts
     default_workdir(config_name)           -> runs/<config>-<time>
     fingerprint(config)                    -> short hash of what a resumed run must keep
     write_rollouts(workdir, step, rows)    -> path
+    rollout_steps(workdir)                 -> the steps whose rollouts are there
     drop_rollouts_after(workdir, step)
     write_atomic(path, chunks)             a reader sees the old file or the new one, never a part
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import Config, UserError
+from rosd_jax.config import Config, UserError, default_config
 
-WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals")  # what a run leaves once it has begun
-MAY_CHANGE = ("checkpoint.keep", "steps")  # between two runs on one workdir
+WRITTEN = (
+    "metrics.jsonl",
+    "checkpoints",
+    "rollouts",
+    "evals",
+    "export",
+)  # what a run leaves once it has begun
+# Between two runs; with a dot: all below.
+MAY_CHANGE = ("checkpoint.keep", "eval.", "model.path", "steps", "validation.")
 CONFIG, LOCK, TEMPORARY = "config.json", ".lock", ".tmp"
 ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
 ABSENT = object()
 
 
+@contextlib.contextmanager
+def claim(workdir: Path, config: Config) -> Iterator[bool]:
+    """`prepare`, whose answer it yields; takes a new workdir away again if nothing was written there.
+
+    So a start that fails, for want of disk space say, leaves no directory behind.
+    """
+    new = not workdir.exists()
+    resuming = prepare(workdir, config)
+    try:
+        yield resuming
+    except BaseException:
+        if new and not _has_begun(workdir):
+            _remove_unused(workdir)
+        raise
+
+
 def prepare(workdir: Path, config: Config) -> bool:
-    """Makes and locks the workdir and settles its config.json; True where a run is being resumed.
+    """Makes and locks the workdir; True where a run is being resumed, whose config.json stays as it is.
 
     The lock lasts as long as the process. Raises UserError where the path is no directory, cannot
     be written, holds files but no run, belongs to a run of another config that has begun (any field
@@ -44,14 +75,40 @@ def prepare(workdir: Path, config: Config) -> bool:
     """
     _make_directory(workdir)
     _lock(workdir)
-    path, here = workdir / CONFIG, _as_json(config)
-    there = _read_config(path) if path.exists() else None
-    resuming = there is not None and any((workdir / name).exists() for name in WRITTEN)
-    if there is not None and resuming:
-        _require_same(workdir, there, here)
-    if there != here:
-        write_atomic(path, [json.dumps(here, indent=2, sort_keys=True) + "\n"])
+    path = workdir / CONFIG
+    resuming = path.exists() and _has_begun(workdir)
+    if resuming:
+        _require_same(workdir, read_config(path), _as_json(config))
+    else:
+        record(workdir, config)
     return resuming
+
+
+def record(workdir: Path, config: Config) -> None:
+    """Writes config.json, where it holds anything else."""
+    path, here = workdir / CONFIG, _as_json(config)
+    if not path.exists() or read_config(path) != here:
+        write_atomic(path, [json.dumps(here, indent=2, sort_keys=True) + "\n"])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of a config.json. Raises UserError where it cannot be read or holds none."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); use another --workdir") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no config; use another --workdir")
+    return config
+
+
+def flat(tree: dict[str, Any], above: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Every field as section.name with its value."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, (*above, name))
+        else:
+            yield ".".join((*above, name)), value
 
 
 def default_workdir(config_name: str) -> Path:
@@ -62,7 +119,7 @@ def default_workdir(config_name: str) -> Path:
 
 def fingerprint(config: Config) -> str:
     """Sixteen hex digits that are equal where `prepare` would resume one config with the other."""
-    kept = {field: value for field, value in _flat(_as_json(config)) if field not in MAY_CHANGE}
+    kept = {field: value for field, value in flat(_as_json(config)) if not _may_change(field)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -78,12 +135,19 @@ def write_rollouts(workdir: Path, step: int, rows: Iterable[dict[str, Any]]) -> 
     return path
 
 
+def rollout_steps(workdir: Path) -> list[int]:
+    """The steps whose rollouts are there, in no order."""
+    names = [ROLLOUT_NAME.fullmatch(path.name) for path in (workdir / "rollouts").glob("*")]
+    return [int(name[1]) for name in names if name]
+
+
 def drop_rollouts_after(workdir: Path, step: int) -> None:
     """Removes the files of steps above `step`, which a resumed run will write again."""
-    for path in list((workdir / "rollouts").glob("*")):
-        name = ROLLOUT_NAME.fullmatch(path.name)
-        if path.suffix == TEMPORARY or (name and int(name[1]) > step):
-            path.unlink()
+    for path in list((workdir / "rollouts").glob("*" + TEMPORARY)):
+        path.unlink()
+    for later in rollout_steps(workdir):
+        if later > step:
+            (workdir / "rollouts" / f"step_{later}.jsonl").unlink()
 
 
 def write_atomic(path: Path, chunks: Iterable[str]) -> None:
@@ -117,6 +181,19 @@ def _make_directory(workdir: Path) -> None:
         )
 
 
+def _has_begun(workdir: Path) -> bool:
+    """Whether a run wrote anything but its config; an empty directory is nothing."""
+    paths = [workdir / name for name in WRITTEN]
+    return any(any(path.iterdir()) if path.is_dir() else path.exists() for path in paths)
+
+
+def _remove_unused(workdir: Path) -> None:
+    """Removes a workdir in which no run has begun, unless somebody else's file is there."""
+    names = {path.name for path in workdir.iterdir()}
+    if names <= {CONFIG, LOCK, *WRITTEN}:
+        shutil.rmtree(workdir)
+
+
 def _lock(workdir: Path) -> None:
     """Takes the lock for the life of this process; the system frees it even after kill -9.
 
@@ -147,34 +224,25 @@ def _as_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); use another --workdir") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no config; use another --workdir")
-    return config
-
-
 def _require_same(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    old, new = dict(_flat(there)), dict(_flat(here))
+    """Raises UserError naming all fields that differ; one that is not there has its default there."""
+    old, new = dict(flat(there)), dict(flat(here))
+    default = dict(flat(_as_json(default_config())))
+    differences = []
     for field in sorted(old.keys() | new.keys()):
-        a, b = old.get(field, ABSENT), new.get(field, ABSENT)
-        if a != b and field not in MAY_CHANGE:
-            raise UserError(
-                f"workdir {workdir} holds a run of another config: field {field} is {_show(a)} "
-                f"there and {_show(b)} here; use another --workdir or the same config"
-            )
+        a, b = old.get(field, default.get(field, ABSENT)), new.get(field, ABSENT)
+        if a != b and not _may_change(field):
+            differences.append(f"{field} is {_show(a)} there and {_show(b)} here")
+    if differences:
+        raise UserError(
+            f"workdir {workdir} holds a run of another config: {', '.join(differences)}; "
+            "use another --workdir or the same config"
+        )
+
+
+def _may_change(field: str) -> bool:
+    return any(field == name or (name.endswith(".") and field.startswith(name)) for name in MAY_CHANGE)
 
 
 def _show(value: Any) -> str:
     return "absent" if value is ABSENT else repr(value)
-
-
-def _flat(tree: dict[str, Any], above: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, (*above, name))
-        else:
-            yield ".".join((*above, name)), value

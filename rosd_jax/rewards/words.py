@@ -1,0 +1,174 @@
+"""Words in answers: units, number words, words whose case says nothing, and words that change a meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+from rosd_jax.rewards.latex import Token, Unreadable
+
+_NAMES = """m meter metre|cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre
+nm nanometer nanometre|um micrometer micrometre micron|in inch inche|ft foot feet|yd yard|mi mile
+g gram gramme|kg kilogram kilogramme kilo|mg milligram|lb lbs pound|oz ounce|t ton tonne
+s sec secs second|ms millisecond|min mins minute|h hr hrs hour|day|week|month|yr yrs year|l L liter litre
+ml mL milliliter millilitre
+gal gallon|pt pint|qt quart|N newton|J joule|kJ kilojoule|W watt|kW kilowatt|MW megawatt|V volt|A amp ampere
+C coulomb|Pa pascal|kPa kilopascal|Hz hertz|kHz kilohertz|MHz megahertz|K kelvin|mol mole
+eV electronvolt|degree deg|rad radian|usd USD dollar buck|eur EUR euro|gbp GBP|cent|rs Rs rupee INR
+yuan RMB CNY|yen JPY|acre|ha hectare|cal calorie|kcal"""
+_UNITS = {
+    name: group.split()[0]
+    for line in _NAMES.split("\n")
+    for group in line.split("|")
+    for name in group.split()
+}
+CURRENCIES = {"$": "usd", "£": "gbp", "€": "eur", "¥": "yen", "₹": "rs", "₩": "won", "₽": "rub", "¢": "cent"}
+_CURRENCY_UNITS = frozenset([*CURRENCIES.values(), "yuan"])
+
+# Letters side by side are a product, except such a run straight after a number: nobody multiplies k and g.
+_TYPED_UNITS = frozenset(
+    """cm mm km kg ft yd lb lbs oz hr hrs sec min deg rad gal kW MW kJ Hz kHz MHz kPa USD EUR GBP Rs mph kmph
+    kph cup day ton cal men""".split()
+) | {name for name in _UNITS if len(name) > 3}
+
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+           "quadrillion": 10**15, "dozen": 12, "lakh": 10**5, "crore": 10**7}  # fmt: skip
+_PERCENT = frozenset(["percent", "percentage", "pct", "per-cent"])
+_FILLERS = frozenset(
+    "old long wide tall high deep away the a an each total in altogether of all exactly".split()
+)
+_SPEEDS = {"mph": "mi", "kmph": "km", "kph": "km"}
+_LENDING = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_GENERIC = frozenset("unit units".split())
+# After a number these make it another answer, or say that there is more than one.
+_CHANGING = frozenset(
+    """or and if when unless not no but to than more less fewer most least over under above below between
+    from through minus plus times divided mod modulo is are maybe perhaps nor either neither except without
+    half quarter third where with negative squared cubed factorial root possibly remainder points up down
+    loss short otherwise only can cannot never since because let base""".split()
+)
+
+_ANSWER_WORDS = frozenset(
+    """yes no true false even odd east west north south none zero one two three four five six seven eight
+    nine ten all any both left right up down red mon tue wed thu fri sat sun jan feb mar apr may jun jul
+    aug sep oct nov dec rock sine cosine line cube cone none real""".split()
+)
+
+
+def is_typed_word(run: str) -> bool:
+    """Whether letters in a row outside any text group are read as a word, and not as a product."""
+    return len(run) > 3 or run.lower() in _ANSWER_WORDS or run in ("and", "or") or not run.isascii()
+
+
+def is_typed_unit(run: str) -> bool:
+    """Whether letters that follow a number outside any text group are a unit."""
+    return (
+        run in _TYPED_UNITS or (len(run) > 3 and run.islower()) or run.lower() in _SCALES or not run.isascii()
+    )
+
+
+def word_key(word: str) -> str:
+    """Equal for spellings of one word: East, east. The case of symbols stays: Aa, AABB, pH, ABC."""
+    lower = word.lower()
+    if lower in _ANSWER_WORDS:
+        return lower
+    letters = [c for c in lower if c.isalpha()]
+    natural = word[1:] in (word[1:].lower(), word[1:].upper()) and (word[1:].islower() or word[:1].isupper())
+    pairs = len(letters) % 2 == 0 and letters[::2] == letters[1::2]
+    labels = all(a < b for a, b in zip(letters, letters[1:], strict=False))
+    enough = 4 if word[1:].islower() else 5
+    return lower if natural and len(letters) >= enough and not pairs and not labels else word
+
+
+def phrase_key(words: Iterable[str]) -> str:
+    """Equal for phrases that say the same but for case and articles."""
+    return " ".join(word_key(word) for word in words if word.lower() not in ("the", "a", "an"))
+
+
+def scale(words: Sequence[str]) -> tuple[Fraction, int]:
+    """The product of the number words that come first, and how many they are."""
+    factor, count = Fraction(1), 0
+    while count < len(words) and words[count].lower().removesuffix("s") in _SCALES:
+        factor *= _SCALES[words[count].lower().removesuffix("s")]
+        count += 1
+    return factor, count
+
+
+def is_percent(word: str) -> bool:
+    return word.lower() in _PERCENT
+
+
+def unit(tokens: Sequence[Token]) -> str:
+    """The unit that stands after a number, in one spelling; "" where nothing of weight stands there.
+
+    Raises Unreadable for anything but a unit or a noun with its adjectives.
+    """
+    powers: dict[str, int] = {}
+    name, sign, lent = "", 1, 1  # the unit before, 1 or -1 (after a slash), what `square` lends to the next
+    position = 0
+    while position < len(tokens):
+        token = tokens[position]
+        position += 1
+        if token.text in ("/", "per"):
+            sign = -1
+        elif token.text == "^" and name and (found := _power(tokens, position)):
+            powers[name] *= found[0]
+            position = found[1]
+        elif token.text == "°":
+            powers["degree"] = sign
+        elif token.kind in ("text", "let") or token.text in CURRENCIES:
+            if lent == 1 and token.text.lower() in _LENDING:
+                lent = _LENDING[token.text.lower()]
+                continue
+            name = _unit_name(token.text)
+            if name in _SPEEDS:
+                name = _SPEEDS[name]
+                powers["h"] = -1
+            if name:
+                powers[name] = powers.get(name, 0) + sign * lent
+            lent = 1
+        elif token.text not in ("^", "{", "}", "*", "(", ")"):
+            raise Unreadable(f"{token.text} in a unit")
+    if len(powers) > 6:
+        raise Unreadable("too much text after a number")
+    return " ".join(unit if power == 1 else f"{unit}^{power}" for unit, power in sorted(powers.items()))
+
+
+def _power(tokens: Sequence[Token], position: int) -> tuple[int, int] | None:
+    """The integer that stands as an exponent there, and where the next token is."""
+    texts = [token.text for token in tokens[position : position + 4]]
+    for shape, at in ((["{", "-", None, "}"], 2), (["{", None, "}"], 1), (["-", None], 1), ([None], 0)):
+        here = texts[: len(shape)]
+        fits = len(here) == len(shape) and all(
+            want in (None, text) for want, text in zip(shape, here, strict=True)
+        )
+        if fits and here[at] in tuple("123456789"):
+            return (-1 if "-" in shape else 1) * int(here[at]), position + len(shape)
+    return None
+
+
+def _unit_name(word: str) -> str:
+    """One spelling of a unit's or a noun's name, "" for words without weight."""
+    lower = word.lower()
+    if lower in _CHANGING or lower in _SCALES or is_percent(word):
+        raise Unreadable(f"{word} after a number")
+    if lower in _FILLERS or lower in _GENERIC:
+        return ""
+    if len(word) <= 3:  # the case of an abbreviation counts: Mg, mg
+        return CURRENCIES.get(word) or _UNITS.get(word) or word
+    singular = lower.removesuffix("s")
+    return _UNITS.get(word) or _UNITS.get(singular) or singular
+
+
+def is_known_unit(name: str) -> bool:
+    """Whether a unit is in the table, or is made of such (cm ^2, km / h)."""
+    parts = [part.partition("^")[0] for part in name.split()]
+    return all(part in _UNITS or part in _CURRENCY_UNITS for part in parts)
+
+
+def currency(text: str) -> str:
+    """The currency that a sign or a name before a number states, or ""."""
+    if text in CURRENCIES:
+        return CURRENCIES[text]
+    name = _UNITS.get(text, "")
+    return name if len(text) > 1 and name in _CURRENCY_UNITS else ""

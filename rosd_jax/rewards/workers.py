@@ -1,0 +1,203 @@
+"""Worker processes that answer questions, so that an answer that never comes costs only itself.
+
+Workers are fresh interpreters: no fork beside JAX, no import of the caller's main module. A worker imports
+one module, and `module.answerer(*given)` there makes the function that answers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rosd_jax.config import UserError
+
+_START_S = 120.0  # for a worker to import its module on a busy machine
+_GRACE_S = 60.0  # beyond the worker's own limit (CPU time), before the parent kills it
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """Stands in place of an answer, and is false: the worker was stuck or died."""
+
+    status: int | None  # exit status, -N after signal N; None: the parent ended the worker
+
+    def __bool__(self) -> bool:
+        return False
+
+    @property
+    def late(self) -> bool:
+        """Whether a time limit ended the worker."""
+        return self.status in (None, -signal.SIGPROF)
+
+
+def serve(descriptor: int, module: str, given: Sequence[str]) -> None:
+    """A worker's whole life: answers questions from the pipe until the parent closes it.
+
+    The limit on a question is CPU time, so that a busy machine does not change a reward, kept by the
+    kernel's timer with its default action, the end of the process:
+    it also stops C code that never returns to the interpreter, and workers that lost their parent.
+    What asks the run to stop is the parent's to obey: a worker that ended at once would score the answer in
+    hand 0.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # a manager may signal every process of a run
+        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by what a reward function starts
+    pipe = Connection(descriptor)
+    try:
+        answer = importlib.import_module(module).answerer(*given)
+    except UserError as error:
+        pipe.send(error)
+        return
+    try:
+        pipe.send(getattr(answer, "greeting", None))
+        while True:
+            _answer_one(pipe, answer)
+    except (EOFError, OSError):  # the parent closed the pipe, or is gone
+        return
+
+
+def _answer_one(pipe: Connection, answer: Callable[[Any], Any]) -> None:
+    timeout_s, question = pipe.recv()
+    signal.setitimer(signal.ITIMER_PROF, timeout_s)
+    try:
+        reply = answer(question)
+    except UserError as error:
+        reply = error
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    pipe.send(reply)
+
+
+class _Worker:
+    """One worker process and the parent's end of its pipe."""
+
+    def __init__(self, module: str, given: Sequence[str]):
+        self.greeting: Any = None
+        self.pipe, theirs = Pipe()
+        code = f"from {__name__} import serve; serve({theirs.fileno()}, {module!r}, {tuple(given)!r})"
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": path},
+            process_group=0,  # a terminal's Ctrl-C goes to the whole group of the run
+        )
+        theirs.close()
+
+    def start(self) -> None:
+        """Waits for its greeting. Raises as `answer` does."""
+        self.greeting = self._receive(_START_S)
+
+    def answer(self, question: Any, timeout_s: float) -> Any:
+        """Raises OSError or EOFError when the worker is stuck or dead, UserError when it sends one."""
+        self.pipe.send((timeout_s, question))
+        return self._receive(timeout_s + _GRACE_S)
+
+    def _receive(self, seconds: float) -> Any:
+        if not self.pipe.poll(seconds):
+            raise TimeoutError
+        reply = self.pipe.recv()
+        if isinstance(reply, UserError):
+            raise reply
+        return reply
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def status(self) -> int | None:
+        """The exit status of a process that ends by itself, within moments; None: it does not."""
+        try:
+            return self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.pipe.close()
+
+
+class Pool:
+    """Up to `size` workers, each started when first needed. `close` ends them.
+
+    `timeouts` counts the questions so far whose worker got stuck or died.
+    """
+
+    def __init__(self, timeout_s: float, size: int, module: str, given: Sequence[str] = ()):
+        self.timeouts = 0
+        self._timeout_s = timeout_s
+        self._size = size
+        self._made_by = module, given
+        self._lock = threading.Lock()
+        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(size):
+            self._idle.put(None)
+
+    def greeting(self) -> Any:
+        """The attribute `greeting` of the function that answers.
+
+        Raises UserError where its module raises one, RuntimeError where no worker starts.
+        """
+        worker = self._idle.get()
+        try:
+            worker = self._ready(worker)
+            return worker.greeting
+        finally:
+            self._idle.put(worker)
+
+    def answer_all(self, questions: Iterable[Any], times: int = 1) -> list[Any]:
+        """Answers in order, `Unanswered` where a worker got stuck or died; `times` the limit for each.
+
+        Raises the first UserError that a worker answers with, and asks nothing more.
+        """
+        with ThreadPoolExecutor(self._size) as threads:
+            return list(threads.map(lambda question: self._answer(question, times), questions))
+
+    def _answer(self, question: Any, times: int) -> Any:
+        worker = self._idle.get()
+        try:
+            worker = self._ready(worker)
+            try:
+                return worker.answer(question, times * self._timeout_s)
+            except (OSError, EOFError):
+                status = worker.status()
+                worker.close()
+                with self._lock:
+                    self.timeouts += 1
+                return Unanswered(status)
+        finally:
+            self._idle.put(worker)
+
+    def _ready(self, worker: _Worker | None) -> _Worker:
+        """The worker if it lives, else a new one. Raises RuntimeError when that cannot start."""
+        if worker and worker.alive():
+            return worker
+        if worker:
+            worker.close()
+        worker = _Worker(*self._made_by)
+        try:
+            worker.start()
+        except (OSError, EOFError) as error:
+            worker.close()
+            raise RuntimeError(f"a worker of {self._made_by[0]} did not start; its error is above") from error
+        except UserError:
+            worker.close()
+            raise
+        return worker
+
+    def close(self) -> None:
+        """Ends every worker, once the questions in hand are answered; a later one starts afresh."""
+        workers = [self._idle.get() for _ in range(self._size)]
+        for worker in workers:
+            if worker:
+                worker.close()
+            self._idle.put(None)

@@ -1,0 +1,122 @@
+"""A quote as it may be searched for: as written, then without what was added around it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from rosd_jax.text.fold import finish
+from rosd_jax.text.markup import Folded, has_list_numbers, line_marks, strip_markup, strip_rules, unescape
+
+QUOTATION_MARKS = (
+    '""', "''", "“”", "‘’", "„“", "„”", "”“", "‚‘", "«»", "»«", "「」", "『』", "〝〞", "《》", "【】", "＂＂"
+)  # fmt: skip
+BRACKETS = ("()", "[]", "{}", "（）", "［］", "〔〕", "〈〉", "<>", "‹›")
+END_MARKS = ".,;:?。、।．，；：？"
+LONE_MARKS = tuple('"“”„«»')
+LAYERS = 8  # of marks around a quote that are taken off
+
+
+_TAG = re.compile(r"<([A-Za-z][\w-]{0,20})>")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A folded quote, and where alone it may be found."""
+
+    text: str
+    begins: bool = False  # it lost a bullet or a heading, so it must begin a line or a sentence
+    apart: bool = False  # it lost a mark that could be an operator: no term may stand before it ...
+    closed: bool = False  # ... nor, since it was a bracket, behind it
+    unnumbered: bool = False  # it lost numbers of a list, so those of the text must stay
+
+
+def needles(quote: str) -> Iterator[Needle]:
+    """The quote folded, then with one layer after another taken off; those with a letter or digit.
+
+    Layers are quotation marks, a pair or one that was left alone, brackets, tags, an ellipsis before or
+    behind, and marks at the end. Last comes the same without the numbers of a list.
+    """
+    plain = strip_rules(unescape(quote)).text.replace('\\"', '"').strip()
+    yield from _layers(plain, numbers=True)
+    if has_list_numbers(plain):
+        yield from _layers(plain, numbers=False)
+
+
+def _layers(plain: str, *, numbers: bool) -> Iterator[Needle]:
+    rule = Needle("", unnumbered=not numbers)
+    for _ in range(LAYERS):
+        start, stop = next(line_marks(plain, numbers=numbers), (1, 1))
+        if start == 0:
+            if numbers:
+                yield from _needle(strip_markup(Folded.of(plain), first=False).text, rule)
+            quoted = plain[:stop].startswith(">")
+            rule = replace(rule, begins=rule.begins or not quoted, apart=True)
+        plain = strip_markup(Folded.of(plain), numbers=numbers).text.strip()
+        yield from _needle(plain, rule)
+        if plain[:1] + plain[-1:] in BRACKETS:
+            rule = replace(rule, apart=True, closed=True)
+        peeled = _peel(plain)
+        if peeled == plain:
+            return
+        plain = peeled
+
+
+def _needle(plain: str, rule: Needle) -> Iterator[Needle]:
+    text = finish(Folded.of(plain)).text.strip()
+    if any(character.isalnum() for character in text):
+        yield replace(rule, text=text)
+
+
+def _peel(text: str) -> str:
+    """Without one layer of what was added around a quote."""
+    inner = _without_leading_dots(text)
+    if inner == text:
+        inner = _without_trailing_dots(text)
+    if inner == text and len(text) > 2 and text[0] + text[-1] in QUOTATION_MARKS + BRACKETS:
+        inner = _without_tags(text) or text[1:-1]
+    if inner == text:
+        inner = _without_lone_mark(text)
+    if inner == text:
+        inner = text.rstrip(END_MARKS)
+    if inner == text and text.endswith(("!", "！")) and text[-3:-1].isalpha():  # no factorial
+        inner = text[:-1]
+    return inner.strip()
+
+
+def _without_tags(text: str) -> str | None:
+    tag = _TAG.match(text)
+    return text[tag.end() : -len(tag[0]) - 1] if tag and text.endswith(f"</{tag[1]}>") else None
+
+
+def _without_lone_mark(text: str) -> str:
+    if sum(map(text.count, LONE_MARKS)) != 1:
+        return text
+    return text[1:] if text[0] in LONE_MARKS else text[:-1] if text[-1] in LONE_MARKS else text
+
+
+def _without_leading_dots(text: str) -> str:
+    """Without "...", "…", "[...]" or "(...)" at the beginning."""
+    bracket = text[:1] in ("(", "[") and text.find(")" if text[0] == "(" else "]")
+    if bracket and _is_ellipsis(text[1:bracket]):
+        return text[bracket + 1 :]
+    rest = text.lstrip(".… ")
+    dots = text[: len(text) - len(rest)]
+    if rest[:1].isdigit() and dots.endswith(".") and not dots.endswith("...") or dots.endswith("...."):
+        return text  # the point of a decimal fraction
+    return rest if _is_ellipsis(dots) else text
+
+
+def _without_trailing_dots(text: str) -> str:
+    """The same at the end."""
+    bracket = text[-1:] in (")", "]") and text.rfind("(" if text[-1] == ")" else "[")
+    if bracket and _is_ellipsis(text[bracket + 1 : -1]):
+        return text[:bracket]
+    rest = text.rstrip(".… ")
+    return rest if _is_ellipsis(text[len(rest) :]) else text
+
+
+def _is_ellipsis(text: str) -> bool:
+    dots = text.replace(" ", "")
+    return bool(dots) and not dots.strip(".…") and ("…" in dots or len(dots) > 2)
