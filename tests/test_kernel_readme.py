@@ -1,27 +1,39 @@
-"""The examples of kernels/topk_jsd/README.md run as they stand, one after the other."""
+"""The examples of the kernels' README files run as they stand, one after the other."""
 
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-README = Path(__file__).parent.parent / "kernels" / "topk_jsd" / "README.md"
+from support import ROOT
+
+FOLDERS = sorted(path.parent for path in (ROOT / "kernels").glob("*/README.md"))
 
 
-def test_examples_run():
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(examples) == 4
-    names = {}
+def run_examples(name: str) -> dict:
+    """The names that the examples of a folder's README leave."""
+    readme = ROOT / "kernels" / name / "README.md"
+    names: dict = {}
     with jax.numpy_dtype_promotion("standard"):  # as readers have it
-        for example in examples:
-            exec(compile(example, str(README), "exec"), names)
+        for example in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL):
+            exec(compile(example, str(readme), "exec"), names)
+    return names
+
+
+def test_examples_of_the_loss_run():
+    names = run_examples("topk_jsd")
     value, losses = names["value"], names["losses"]
     assert value > 0 and names["aux"].chunks_run is None
     assert jnp.allclose(names["grad_NV"].sum(axis=1), 0, atol=1e-6)
     assert losses[-1] < losses[0]
 
 
-def test_every_file_of_the_folder_is_named():
-    text = README.read_text()
-    assert all(f"`{path.name}`" in text for path in README.parent.glob("*.py") if path.name != "__init__.py")
+def test_example_of_attention_runs():
+    assert jnp.allclose(run_examples("flash_attention")["out_BTHE"], 1.0)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_file_of_a_folder_is_named(folder):
+    text = (folder / "README.md").read_text()
+    assert all(f"`{path.name}`" in text for path in folder.glob("*.py") if path.name != "__init__.py")

@@ -15,7 +15,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 LANES = 128  # blocks and heads come in multiples of a TPU vector's width
 BLOCK = 512  # queries, and keys, of one block
-SAVED = "attention"  # the name under which a remat policy may keep outputs and log-sum-exps
 
 
 def attend(q_BTHE: jax.Array, k_BTKE: jax.Array, v_BTKE: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -56,6 +55,5 @@ def _kernel(heads: int, T: int, block: int, interpret: bool):
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
