@@ -26,7 +26,7 @@ from rosd_jax.types import Problem
 Pair = tuple[str, str]  # prediction, gold
 Way = Callable[
     [str], str | Pair | None
-]  # of a gold: a prediction, or both anew; None where it does not apply
+]  # of a gold: a prediction, or both rewritten; None where it does not apply
 
 SETS = ("math500", "aime24", "aime25", "amc23", "minerva_math")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -88,7 +88,7 @@ def spaced(gap: str) -> Way:
 
 
 def as_gold(spell: Callable[[str], str]) -> Way:
-    """The gold is spelled anew, the prediction is the plain one."""
+    """The gold is rewritten, the prediction is the plain one."""
     return lambda gold: (gold, spell(gold))
 
 

@@ -1,4 +1,4 @@
-"""ROSD in two minutes on a laptop: the tiny shipped model learns from its own slips on the gym.
+"""ROSD in a minute or two on a laptop: the tiny shipped model learns from its own slips on the gym.
 
 Paper       arXiv 2605.28014; the gym (rosd_jax/data/gym.py) stands in for its data sets.
 Trains on   gym:chain, four arithmetic steps; evaluated there and, out of domain, on longer chains
@@ -18,7 +18,7 @@ def get_config(arg=None):
     preset = choose_one(variants, PRESETS, default=None)
     c = use_preset(default_config(), preset or "span")
     c.name = "quickstart"
-    c.steps = 25
+    c.steps = 8
     c.wording = "gym"
     c.mesh.update(data=-1, fsdp=1)  # a model so small is whole on every device; a CPU's cores share the rows
     c.model.update(path="models/gym", dtype="float32", remat=False)
@@ -31,7 +31,7 @@ def get_config(arg=None):
     c.lesson.max_teacher_tokens = 128
     c.loss.chunk = 512
     c.optimizer.update(lr=2.5e-4, warmup_steps=5)
-    c.validation.update(sets="gym:chain", every=5)
+    c.validation.update(sets="gym:chain", every=2)
     c.eval.update(
         sets="gym:chain,gym:long,gym:words",
         samples=4,
@@ -41,7 +41,7 @@ def get_config(arg=None):
         top_p=1.0,
         max_new_tokens=72,
     )
-    c.checkpoint.update(every=5)
+    c.checkpoint.update(every=4)
     if "debug" in variants:
         c.steps = 2
         c.batch.update(prompts=4, micro=8)

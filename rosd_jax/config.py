@@ -93,7 +93,7 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: one sentence naming field, value, rule and remedy."""
+    """A mistake the user can correct: one sentence naming field, value, rule and remedy."""
 
 
 def default_config() -> Config:

@@ -1,4 +1,4 @@
-"""The checkers on the defects they mend, on real gold answers and on hostile text."""
+"""The checkers on the defects they correct, on real gold answers and on hostile text."""
 
 import json
 import os

@@ -172,5 +172,5 @@ def test_the_usual_spellings_of_gold_keys_are_read(name_key, key):
     ],
 )
 def test_gold_calls_that_no_response_can_make_are_refused(call):
-    with pytest.raises(UserError, match="answer is .*; it must .*, so mend the row"):
+    with pytest.raises(UserError, match="answer is .*; it must .*, so correct the row"):
         tooluse.grade(RIGHT, [call], mode="fixed")

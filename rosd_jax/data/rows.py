@@ -190,11 +190,11 @@ def _parse(where: str, line: bytes) -> Row:
     try:
         fields = json.loads(line.decode("utf-8"), parse_float=WrittenFloat, parse_int=_whole)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}); mend or drop the row") from None
+        raise UserError(f"{where} is not valid JSON ({error}); correct or drop the row") from None
     if not isinstance(fields, dict):
         raise UserError(
-            f"{where} is {_short(fields)}, a {type(fields).__name__}; a row must be one JSON object, so mend "
-            "or drop it"
+            f"{where} is {_short(fields)}, a {type(fields).__name__}; a row must be one JSON object, so "
+            "correct or drop it"
         )
     return Row(where, fields)
 
@@ -213,7 +213,7 @@ def _short(value: object) -> str:
 
 def _wrong(row: Row, field: str, rule: str) -> UserError:
     value = _short(row.fields.get(field))
-    return UserError(f"{row.where}: field {field!r} is {value}; it {rule}, so mend or drop the row")
+    return UserError(f"{row.where}: field {field!r} is {value}; it {rule}, so correct or drop the row")
 
 
 def _absent(row: Row, field: str) -> UserError:

@@ -35,7 +35,7 @@ def teacher_messages(
 
 
 def taught_idea(problem: Problem, reflection: Reflection, lesson: Config) -> str | None:
-    """The idea as the teacher sees it; None where it sees none, or nothing is left beside the answer."""
+    """The idea as the teacher sees it; None where it sees none, or nothing is left but the answer."""
     idea = reflection.idea
     if idea is None or lesson.teacher_context == "solution":
         return None

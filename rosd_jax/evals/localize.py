@@ -92,10 +92,10 @@ def processbench_truth(row: Mapping[str, Any]) -> Truth:
     where, length = f"ProcessBench row {row.get('id')!r}", len(row.get("response") or "")
     if not isinstance(spans, list) or not all(_is_span(span, length) for span in spans):
         raise UserError(
-            f"{where}: step_char_spans must list [start, stop] pairs inside the response; mend it"
+            f"{where}: step_char_spans must list [start, stop] pairs inside the response; correct it"
         )
     if type(label) is not int or not -1 <= label < len(spans):
-        raise UserError(f"{where}: label is {label!r}; it must be -1 or a step's index, so mend it")
+        raise UserError(f"{where}: label is {label!r}; it must be -1 or a step's index, so correct it")
     steps = tuple((start, stop) for start, stop in spans)
     return Truth(None if label < 0 else steps[label], steps)
 

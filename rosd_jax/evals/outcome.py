@@ -133,7 +133,7 @@ def _parse(where: str, line: str) -> Row:
         row = None
     if isinstance(row, dict) and type(row.get("step")) is int and type(row.get("split")) is str:
         return row
-    raise UserError(f"{where} must be a JSON object with step and split; mend or drop the line")
+    raise UserError(f"{where} must be a JSON object with step and split; correct or drop the line")
 
 
 def _paired_se(workdir: Path, name: str, before: Row, after: Row) -> float | None:

@@ -1,6 +1,6 @@
 """Grades responses: one checker a kind of problem, each in a `fixed` and a `release` mode.
 
-`release` gives the released code's verdicts, defects included; `fixed` mends them (each module says
+`release` gives the released code's verdicts, defects included; `fixed` corrects them (each module says
 which). A user's own function may take their place (custom.py). This package imports no JAX, so that
 worker processes load quickly.
 """
@@ -78,7 +78,7 @@ class Grader:
             if problem.kind not in _KINDS:
                 raise UserError(
                     f"kind of problem {problem.uid} is {problem.kind!r}; it must be one of "
-                    f"{', '.join(_KINDS)}, so mend the row"
+                    f"{', '.join(_KINDS)}, so correct the row"
                 )
         compared = iter(self._grade_math([pair for pair in pairs if pair[1].kind == "math"], thinking_open))
         return [
@@ -143,7 +143,7 @@ def check(
     kind or an answer that its checker cannot read.
     """
     if kind not in _KINDS:
-        raise UserError(f"kind is {kind!r}; it must be one of {', '.join(_KINDS)}, so mend the row")
+        raise UserError(f"kind is {kind!r}; it must be one of {', '.join(_KINDS)}, so correct the row")
     if kind == "gym":
         return mcq.grade_gym(response, answer, thinking_open=thinking_open)
     if kind == "math":

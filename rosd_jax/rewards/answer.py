@@ -1,6 +1,6 @@
 r"""Answers: tokens to the structure of an answer around its expressions.
 
-Kinds of node here, beside those of an expression:
+Kinds of node here, next to those of an expression:
 
     list       values one after the other (commas, lines, `and`, `or`); text is "or" where all say so
     set        braces around values

@@ -152,7 +152,7 @@ def _name(written: str) -> str | None:
 
 
 def _bad_answer(answer: object, rule: str) -> UserError:
-    return UserError(f"answer is {answer!r:.80}; it {rule}, so mend the row")
+    return UserError(f"answer is {answer!r:.80}; it {rule}, so correct the row")
 
 
 def _whole_or_float(text: str) -> int | float:

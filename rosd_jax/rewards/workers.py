@@ -1,7 +1,7 @@
 """Worker processes that answer questions, so that an answer that never comes costs only itself.
 
-Workers are fresh interpreters: no fork beside JAX, no import of the caller's main module. A worker imports
-one module, and `module.answerer(*given)` there makes the function that answers.
+Workers are fresh interpreters: no fork of a process that runs JAX, no import of the caller's main module.
+A worker imports one module, and `module.answerer(*given)` there makes the function that answers.
 """
 
 from __future__ import annotations

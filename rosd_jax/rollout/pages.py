@@ -43,8 +43,8 @@ class Rows(NamedTuple):
 
 # A slot is one row of int32, so that filling, emptying or moving it is one write: its sequence (N where it
 # is empty), its newest token, how many tokens it has, how far a stop string is read, its prompt's length, the
-# most tokens it may have, the how-manieth refill brought it, pages of the prompt at the head of its table,
-# pages of its own behind them, and from column TABLE on the table.
+# most tokens it may have, the number of the refill that brought it, pages of the prompt at the head of its
+# table, pages of its own behind them, and from column TABLE on the table.
 ROW, LAST, COUNT, MATCH, START, LIMIT, BORN, SHARED, OWN, TABLE = range(10)
 
 
