@@ -35,8 +35,13 @@ def numpy_attention(q, k, v):
 
 def results(attend, q, k, v, cotangent):
     """The output and the three gradients, as float64."""
-    out, back = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
-    return [np.asarray(x, np.float64) for x in (out, *back(jnp.asarray(cotangent)))]
+
+    @jax.jit
+    def run(q, k, v, cotangent):
+        out, back = jax.vjp(attend, q, k, v)
+        return out, *back(cotangent)
+
+    return [np.asarray(x, np.float64) for x in run(*map(jnp.asarray, (q, k, v, cotangent)))]
 
 
 def errors(found, right):
@@ -82,7 +87,8 @@ def test_bfloat16_is_as_exact_as_whole_scores_in_bfloat16(attend, heads, E, T):
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in given]
     found, whole = (errors(results(f, *narrow), right) for f in (attend, reference.attend))
     assert max(found) < 6e-3
-    assert all(a <= 1.5 * b + 1e-6 for a, b in zip(found, whole, strict=True))
+    if T > 1:  # a single position's scores have no gradient
+        assert all(a <= 1.5 * b for a, b in zip(found, whole, strict=True))
 
 
 @pytest.mark.parametrize("attend", [xla.attend, partial(tpu.attend, interpret=True)], ids=["xla", "splash"])
