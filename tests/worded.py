@@ -76,11 +76,11 @@ def change(path: Path, words: str) -> tuple[str, str]:
         holder = content
         for name in above:
             holder = holder.setdefault(name, {})
-        if dropped:
+        if assigned:
+            holder[last] = value_of(assigned[2])
+        else:
             assert last in holder, f"no reader for {words!r}"
             holder.pop(last)
-        else:
-            holder[last] = value_of(assigned[2])
     file.write_text(json.dumps(content))
     return file.name, field
 
@@ -152,7 +152,7 @@ def change_tokenizer(model: Path, words: str) -> bool:
     if "template" in words:
         edit(model / "tokenizer_config.json", chat_template=settings["chat_template"] + " ")
     elif re.search(r"eos|stop|generation_config", words):
-        edit(model / "generation_config.json", eos_token_id=[2])
+        edit(model / "generation_config.json", eos_token_id=[2, 5])
     elif "tokenizer" in words:
         table = json.loads((model / "tokenizer.json").read_text())
         vocabulary = table["model"]["vocab"]
