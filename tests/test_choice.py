@@ -48,7 +48,8 @@ not A | A is wrong | A) is wrong | **A** or **B** | **A** and maybe **B** | **(A
 A. oder B. | A和B | A或B | A、B | A、B、C | A：否，B：是 | (A)，(B) | A）B） | A cell divides | a cell
 The answer is a cell | Vitamin C | Compound C | Plan B | B field | B = 5 T | E = mc^2 | **A** = 5 T
 B-DNA | D-glucose | C (s) | U.S.A. | I and II | I, II
-(a) or (b) | (a), (b) | (a) and option (b) | A (wrong) B (right) | A、甲 B、乙
+A: text (or B) | A. True B. False | A. Correction: B | (a) or (b) | (a), (b) | (a) and option (b)
+A (wrong) B (right) | A、甲 B、乙
 """
 
 

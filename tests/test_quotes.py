@@ -126,6 +126,7 @@ def test_found_as_a_reader_finds_it(text, quote, part):
         ("so x² 3", "X 3"),
         ("so x²3", "X^23"),
         ("so 2\\text{3} X", "23 x"),
+        ("so 2\u20623 X", "23 x"),
         # signs
         ("so x + 3 = 5", "So x - 3 = 5"),
         ("so x − 3 = 5", "So x + 3 = 5"),

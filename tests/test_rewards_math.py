@@ -358,6 +358,9 @@ DIFFERENT = {
         3\text{ bn} | 3
         3万 | 3
         3亿元 | 3
+        3\text{ Millionen} | 3
+        3\text{ mill.} | 3
+        3\text{ ten-thousandths} | 3
         3\text{ hundredths} | 3
     """,
     "units": r"""

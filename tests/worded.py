@@ -61,8 +61,8 @@ def change(path: Path, words: str) -> tuple[str, str]:
     rest = re.sub(r"-like \w+$", "", words[named.end() :] if named else words).strip(" :,;")
     rest = re.sub(r"^(?:with|is|has|holds|holding|=)\s+", "", rest)
     assigned = re.match(r"([\w.]+)\s*(?:[=:]|\bis\b|(?= null\b))\s*(.+)$", rest, re.DOTALL)
-    dropped = re.match(r"(?:without|no) ([\w.]+)$", rest)
-    field = (assigned or dropped or ["", ""])[1]
+    dropped = re.match(r"(?:without |no )([\w.]+)$|([\w.]+) (?:missing|removed|absent)$", rest)
+    field = assigned[1] if assigned else (dropped[1] or dropped[2]) if dropped else ""
     file = path / (named[0] if named else FILE_OF.get(field, "config.json"))
     if "index" in file.name:
         sharded(path)

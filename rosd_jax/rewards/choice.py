@@ -66,7 +66,7 @@ _COPULA = r"(?i:is|would be|should be|must be|was)"
 _OR = r"(?i:or|and|nor|vs|oder|und|ou|et|y|или|и|或|和|또는)"
 _TURN = (
     r"(?i:so|then|therefore|thus|hence|actually|maybe|perhaps|possibly|probably|rather|instead|wait|no"
-    r"|choose|pick|select|prefer|also|alternatively|but)"
+    r"|choose|pick|select|prefer|also|alternatively|but|correction|corrected)"
 )
 _ENDS = r"(?=\s*(?:$|[.,;:!?)*\]}]))"
 _TO = rf"(?:{_ASIDE}\s+)?[(*]?{_X}"
@@ -85,6 +85,8 @@ _OTHERS = re.compile(
             rf"(?<=[a-z]{{2}}),\s+{_TO}\.?$",  # A. On second thought, B
             rf"(?<=[a-z]{{2}})[,.]?\s+(?i:or|oder|ou)\s+{_TO}[)*]?\.?$",  # A: text or B
             rf"\b(?i:it's|it is|is it|(?:could|may|might)\s+(?:also\s+)?be)\s+{_TO}{_ENDS}",  # it may be B
+            rf"\(\s?{_OR}\s+{_TO}{_ENDS}",  # text (or B)
+            rf"\b(?i:true|false|yes|no|right|wrong|correct|incorrect)\s+{_X}[.):]",  # A. True B. False
             rf"^[\s(*.,;-]*{_X}[)*.:]*\s*$",  # a line of its own
         )
     ),

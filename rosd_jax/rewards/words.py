@@ -32,10 +32,11 @@ _TYPED_UNITS = frozenset(
 ) | {name for name in _UNITS if len(name) > 3}
 
 _FRACTIONS = {"halve": 2, "third": 3, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
-              "tenth": 10, "hundredth": 10**2, "thousandth": 10**3, "millionth": 10**6,
-              "billionth": 10**9}  # fmt: skip
+              "tenth": 10, "ten-thousandth": 10**4, "hundred-thousandth": 10**5, "hundredth": 10**2,
+              "thousandth": 10**3, "millionth": 10**6, "billionth": 10**9}  # fmt: skip
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
-           "quadrillion": 10**15, "dozen": 12, "lakh": 10**5, "crore": 10**7,
+           "quadrillion": 10**15, "dozen": 12, "lakh": 10**5, "crore": 10**7, "tausend": 10**3,
+           "millionen": 10**6, "millones": 10**6, "milliard": 10**9, "milliarde": 10**9, "milliarden": 10**9,
            "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "만": 10**4,
            "亿": 10**8, "億": 10**8, "억": 10**8,
            **{name: Fraction(1, part) for name, part in _FRACTIONS.items()}}  # fmt: skip
@@ -53,7 +54,8 @@ _CHANGING = frozenset(
     """or and if when unless not no but to than more less fewer most least over under above below between
     from through minus plus times divided mod modulo is are maybe perhaps nor either neither except without
     half quarter third where with negative squared cubed factorial root possibly remainder points up down
-    loss short otherwise only can cannot never since because let base bn mn tn""".split()
+    loss short otherwise only can cannot never since because let base bn mn tn mil mill mio
+    mrd double twice""".split()
 )
 
 _ANSWER_WORDS = frozenset(

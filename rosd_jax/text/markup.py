@@ -68,7 +68,8 @@ def unescape(text: str) -> Folded:
     """
     edits, opened = [], 0
     for match in _UNSEEN.finditer(text):
-        new: str | None = ""
+        operates = match[0] in "\u2062\u2063\u2064"  # unseen, yet digits around it are no one number
+        new: str | None = " " if operates and _between_digits(text, match) else ""
         if match["open"]:
             opened += 1
         elif match["close"]:
@@ -219,6 +220,10 @@ def _may_close(text: str, span: Span) -> bool:
 
 def _before(text: str, at: int) -> str:
     return text[max(0, at - 1) : at]
+
+
+def _between_digits(text: str, match: re.Match[str]) -> bool:
+    return _before(text, match.start()).isdigit() and text[match.end() : match.end() + 1].isdigit()
 
 
 def _entity(name: str) -> str | None:
