@@ -28,6 +28,7 @@ B: I think so | B. I think so | B) E. coli | B: D-glucose | B: C-terminal | B: v
 B: ascorbic acid (vitamin C) | B: glutamate (E) | B: 25 °C | B: 25 ℃ | B. C is wrong | B: $E = mc^2$
 B: Both A and C | B. Both A and C are correct | B) A and C only | B: All of A, C and D
 B. None of the above | B: -0.16 | B - -0.16 | (B) O=C(C)NS(=O)(F)c1 | B: <0, 1> | B: H2O and CO2
+B、text | \framebox{B} | \large B | Response: B | 答え：B | 答えはB | B번 | (b) Both (a) and (c)
 """
 NONE = r"""
  | 1 | ? | none | N/A | be: it | Because | ABCD | AB | AC | A/B | A,B | A, B | A, C | A; B | A B | A & B
@@ -47,6 +48,8 @@ not A | A is wrong | A) is wrong | **A** or **B** | **A** and maybe **B** | **(A
 A. oder B. | A和B | A或B | A、B | A、B、C | A：否，B：是 | (A)，(B) | A）B） | A cell divides | a cell
 The answer is a cell | Vitamin C | Compound C | Plan B | B field | B = 5 T | E = mc^2 | **A** = 5 T
 B-DNA | D-glucose | C (s) | U.S.A. | I and II | I, II
+A: text (or B) | A. True B. False | A. Correction: B | (a) or (b) | (a), (b) | (a) and option (b)
+A (wrong) B (right) | A、甲 B、乙
 """
 
 
@@ -54,7 +57,7 @@ def listed(text: str) -> list[str]:
     return [item for line in text.strip("\n").split("\n") for item in re.split(r" \| ", line)]
 
 
-@pytest.mark.parametrize("written", listed(ONE) + ["B\ntext", "B\n\nA cell divides"])
+@pytest.mark.parametrize("written", listed(ONE) + ["B\ntext", "B\n\nA cell divides", "\u200bB\ufeff"])
 def test_one_letter_is_read_in_any_usual_dress(written):
     grade = mcq.grade(f"So.\n<answer>{written}</answer>", "B", mode="fixed")
     assert (grade.score, grade.prediction, grade.well_formed) == (1, "B", True)
@@ -70,8 +73,9 @@ def test_several_choices_or_none_are_none(written):
 
 
 @pytest.mark.parametrize(
-    "tags", ["<Answer>{}</Answer>", "<ANSWER>{}</ANSWER>", "< answer >{}</ answer >", "<answer>{}</ANSWER >"]
-)
+    "tags", ["<Answer>{}</Answer>", "<ANSWER>{}</ANSWER>", "< answer >{}</ answer >", "<answer>{}</ANSWER >",
+     "<answer>{}<\\/answer>", "＜answer＞{}＜/answer＞"],
+)  # fmt: skip
 def test_the_tag_may_be_spelled_in_any_way_but_must_close(tags):
     assert mcq.grade(tags.format("B"), "B", mode="fixed").score == 1
     assert mcq.grade(tags.format("B").rpartition("<")[0], "B", mode="fixed").score == 0

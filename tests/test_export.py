@@ -254,7 +254,8 @@ def trained(source, path, dtype):
     model = weights.read_config(source, num_tokens=tokenizer.num_tokens, dtype=dtype, remat=False)
     params = jax.tree.map(lambda x: x * 1.01, weights.load_params(source, model))
     config = types.SimpleNamespace(model=types.SimpleNamespace(path=str(source), dtype=dtype))
-    loop.export(config, types.SimpleNamespace(model=model, tokenizer=tokenizer), params, path)
+    inputs = types.SimpleNamespace(model=model, tokenizer=tokenizer)
+    loop.export(types.SimpleNamespace(config=config, inputs=inputs), params, path / "export", 1)
     return path / "export"
 
 

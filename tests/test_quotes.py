@@ -24,6 +24,9 @@ TYPOGRAPHY = [
     ("pages 2–3 only", "pages 2-3 only", "pages 2–3 only"),
     ("the value — seven", "the value -- seven", "the value — seven"),
     ("he said „no“ twice", 'he said "no" twice', "he said „no“ twice"),
+    ("so a · b = 6", "a * b = 6", "a · b = 6"),
+    ("so x² = 4", "x^2 = 4", "x² = 4"),
+    ("so x^{12} = 4", "x¹² = 4", "x^{12} = 4"),
     ("f″(x) is 2", "f''(x) is  2", "f″(x) is 2"),
     ("where a <= b holds", "a ≤ b holds", "a <= b holds"),
     ("where a ⩾ b holds", "a >= b holds", "a ⩾ b holds"),
@@ -63,6 +66,9 @@ MARKUP = [
 ]
 
 ESCAPES = [
+    ("so a\nb holds", "so a\\nb holds", "so a\nb holds"),
+    ("so \\frac{1}{2} holds", "so \\\\frac{1}{2} holds", "so \\frac{1}{2} holds"),
+    ("so é holds", "so \\u00e9 holds", "so é holds"),
     ("if a < b and b > c then", "if a &lt; b and b &gt; c then", "if a < b and b > c then"),
     ("if a &lt; b then", "if a < b then", "if a &lt; b then"),
     ("if a < b then", "if a &amp;lt; b then", "if a < b then"),
@@ -74,6 +80,8 @@ ESCAPES = [
 ]
 
 INVISIBLE = [
+    ("2\u2062x = 5", "2x = 5", "2\u2062x = 5"),
+    ("so\x00 x = 5", "so x = 5", "so\x00 x = 5"),
     ("zero\u200bwidth = 5", "zerowidth = 5", "zero\u200bwidth = 5"),
     ("softhyphen = 5", "soft\u00adhyphen = 5", "softhyphen = 5"),
     ("so \u2066x = 5\u2069 now", "so x = 5 now", "so \u2066x = 5\u2069 now"),
@@ -82,6 +90,7 @@ INVISIBLE = [
 ]
 
 END_MARKS = [
+    ("因此x等于3", "因此x等于3！", "因此x等于3"),
     ("the mass is 5 kg, so", "The mass is 5 kg.", "the mass is 5 kg"),
     ("因此x等于3", "因此x等于3。", "因此x等于3"),
     ("Hence x is five", "Hence x is five!", "Hence x is five"),
@@ -96,7 +105,8 @@ WRAPPERS = [
         "```{}```", '"{}..."', "(...) {}", "[...] {} [...]",
         "{} (…)", "[…]{}", "... {} …", "“[{}]”", "\"**{}**.\"",
         "'{}.'...", "&quot;{}&quot;", '"{}', "{}”", '{}."', "<{}>", "<b>{}</b>",
-        "<quote>{}</quote>", '\\"{}\\"',
+        "<quote>{}</quote>", "“{}\"", "``{}''", "⟨{}⟩", "〖{}〗", "｛{}｝", "{{...}} {}", "{} <…>", "~~{}~~",
+        "\\text{{{}}}", "\\boxed{{{}}}", '\\"{}\\"',
     )
 ]  # fmt: skip
 
@@ -111,6 +121,12 @@ def test_found_as_a_reader_finds_it(text, quote, part):
 @pytest.mark.parametrize(
     "text, quote",
     [
+        # powers and digits
+        ("so x^{2}3 = 4", "X^23 = 4"),
+        ("so x² 3", "X 3"),
+        ("so x²3", "X^23"),
+        ("so 2\\text{3} X", "23 x"),
+        ("so 2\u20623 X", "23 x"),
         # signs
         ("so x + 3 = 5", "So x - 3 = 5"),
         ("so x − 3 = 5", "So x + 3 = 5"),
@@ -193,7 +209,7 @@ def test_never_at_something_else(text, quote):
     "piece",
     ["*", "*a* ", "**a** ", "`", "$", "$a$ ", "_a_ ", "&amp;", "<![CDATA[", "\u200b", "—", "<=",
      "- word\n", ">", "> a\n", "1. a\n", "\n ", "---\n", "e\u0301", "\\(a\\) ", "\\", "1{,}1",
-     "1 ,5", "“x” ", "…", "[...]"],
+     "1 ,5", "“x” ", "…", "[...]", "\\text{", "\\text{a}", "{", "²", "\\\\n"],
 )  # fmt: skip
 def test_hostile_texts_take_linear_time(piece):
     text = (piece * 200_000)[:200_000]

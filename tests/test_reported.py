@@ -1,34 +1,45 @@
 """Failing inputs that users of this field's tools reported: tests/cases/reported.jsonl, or $ROSD_CASES_DIR.
 
 Each line has `kind`, `input` and `expected`; KINDS says how a kind is run. A line may also have `ours` and
-`why`, where `expected` is judged wrong. Cases that describe files or runs in words are read by the small
-parsers below, which fail on a description that they do not understand.
+`why`, where `expected` is judged wrong. Cases that describe files or runs in words are read by the readers in
+worded.py, which fail on a description that they do not understand.
 """
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_export import ask, old_python  # noqa: F401  (a fixture)
 from test_run import run  # noqa: F401  (a fixture)
+from worded import (
+    change,
+    change_rows,
+    change_tokenizer,
+    copy_of,
+    edit,
+    exported_from,
+    qwen3_directory,
+    token_of,
+    written_out,
+)  # fmt: skip
 
 from rosd_jax.config import UserError
 from rosd_jax.data import rows
 from rosd_jax.data.gym import load as gym_problems
 from rosd_jax.evals.evaluate import scores
-from rosd_jax.models.weights import read_config
+from rosd_jax.models.weights import load_params, read_config, weights_fingerprint
 from rosd_jax.rewards import Grader, mcq, tooluse
 from rosd_jax.text import spans
 from rosd_jax.text.thinking import outside_thinking
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.types import Problem
-from support import ROOT, data_dir
+from support import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 FILE = Path(os.environ.get("ROSD_CASES_DIR", ROOT / "tests" / "cases")) / "reported.jsonl"
@@ -116,115 +127,75 @@ def quote(case, grader, tmp_path):
 # --- model directories described in words ---
 
 
-def copy_of(source: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "model"
-    shutil.copytree(source, path)
-    for file in path.rglob("*"):
-        file.chmod(0o644)
-    return path
-
-
-def edit(path: Path, **fields) -> None:
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(content | fields))
-
-
-def qwen3_directory(tmp_path: Path, template: str = "chat_template.qwen3-0.6B.jinja") -> Path:
-    path = copy_of(data_dir("qwen3_tokenizer"), tmp_path)
-    shutil.copy(path / template, path / "chat_template.jinja")
-    return path
-
-
 def stop_ids(case, grader, tmp_path):
     """`tokenizer_config eos=pad=TOKEN; config.json eos_token_id=JSON; ...`"""
     path = qwen3_directory(tmp_path)
-    (path / "generation_config.json").unlink(missing_ok=True)
     words = case["input"]
-    both = re.search(r"eos=pad=(<\|\w+\|>)", words)
-    eos, pad = re.search(r"eos=(<\|\w+\|>)", words), re.search(r"pad=(<\|\w+\|>)", words)
-    tokens = {"eos_token": (both or eos)[1]}
-    tokens["pad_token"] = both[1] if both else pad[1] if pad else None
-    edit(path / "tokenizer_config.json", **tokens)
+    edit(path / "tokenizer_config.json", **{f"{n}_token": token_of(n, words) for n in ("eos", "pad")})
+    stated = 0
     for file in ("config.json", "generation_config.json"):
-        named = re.search(rf"(?<!no ){re.escape(file)} eos_token_id=(\[[\d,\s]*\]|\d+|null)", words)
-        if named:
-            edit(path / file, eos_token_id=json.loads(named[1]))
+        content = json.loads((path / file).read_text()) if file == "config.json" else {}
+        content.pop("eos_token_id", None)
+        ids = rf"(?<![\w.]){re.escape(file)}[^;]*?eos_token_id\"?\s*[=:]?\s*(\[[\d,\s]*\]|\"?\d+\"?|null)"
+        if named := re.search(ids, words):
+            content["eos_token_id"] = json.loads(named[1])
+            stated += 1
+        (path / file).write_text(json.dumps(content))
+        if re.search(rf"(?:no|without) {re.escape(file)}", words):
+            (path / file).unlink()
+    if not stated:
+        pytest.fail(f"no reader for {words!r}")
     found = load_tokenizer(path).stop_ids
     wanted = [int(i) for i in re.findall(r"\d+", str(case["expected"]))]
     return case["expected"] if wanted and set(wanted) <= set(found) else list(found)
 
 
-def json_field(words: str) -> tuple[str, dict]:
-    """`FILE {json}`, `FILE field=value` or `field: value`: a file of a model directory, its new fields."""
-    file = re.search(r"[\w.]*\.json", words)
-    name, rest = (file[0], words[file.end() :]) if file else ("config.json", words)
-    if "{" in rest:
-        return name, json.loads(rest[rest.index("{") : rest.rindex("}") + 1])
-    field = re.search(r"(\w+)\s*[=:]\s*(.+)|(\w+) (null)", rest)
-    value = (field[2] or field[4]).removesuffix("-like list").strip()
+def refused_row(case, tmp_path):
+    """A UserError; a number may also be read as it stands."""
+    row = written_out(case["input"]["row"])
     try:
-        return name, {field[1] or field[3]: json.loads(value)}
-    except ValueError:
-        return name, {field[1] or field[3]: value.strip("\"'")}
+        found = own_row(tmp_path, row).answer
+    except UserError as error:
+        assert "own.jsonl line 1" in str(error)
+        return case["expected"]
+    if "number as text" not in case["expected"]:
+        return found
+    number = json.loads(row, parse_float=Decimal, parse_int=Decimal)["answer"]
+    found = re.sub(r"\s*\\times\s*10\^\{(-?\d+)\}", r"e\1", found)
+    return case["expected"] if Decimal(found) == number else found
 
 
 def sentence_not_crash(case, grader, tmp_path):
-    """A UserError; a number with very many digits may also be read as it stands."""
     if "read_examples" in case["function"]:
-        line = re.sub(r"\.\.\.\((\d+) digits\)", "", case["input"]["row"])
-        digits = re.search(r"\((\d+) digits\)", case["input"]["row"])
-        line = re.sub(r"\d{6,}", "1" + "0" * (int(digits[1]) - 1), line) if digits else line
-        try:
-            found = own_row(tmp_path, line).answer
-            return case["expected"] if "as text" in case["expected"] and found.isdigit() else found
-        except UserError:
-            return case["expected"]
+        return refused_row(case, tmp_path)
     path = copy_of(ROOT / "models" / "gym", tmp_path)
-    name, fields = json_field(case["input"])
-    edit(path / name, **fields)
+    name, field = change(path, case["input"])
     try:
         if "load_tokenizer" in case["function"]:
             load_tokenizer(path)
         else:
             model = read_config(path, num_tokens=None, dtype="float32", remat=False)
-            from rosd_jax.models.weights import load_params, weights_fingerprint
-
             weights_fingerprint(path)
             load_params(path, model)
     except UserError as error:
-        assert name in str(error) or next(iter(fields)) in str(error)
+        assert name in str(error) or (field and field in str(error))
         return case["expected"]
     return "no error"
 
 
 def blames_the_right_file(case, grader, tmp_path, run):  # noqa: F811
     path = copy_of(ROOT / "models" / "gym", tmp_path)
-    name, fields = json_field(case["input"].partition("with ")[2])
-    edit(path / name, **fields)
+    name, field = change(path, case["input"].partition("with ")[2])
     config = ROOT / "configs" / "quickstart.py"
     arguments = [f"--config={config}:debug", "--mode=plan", f"--config.model.path={path}"]
     status, printed = run(*arguments)
     said = printed.err
-    right = status == 2 and name in said and next(iter(fields)) in said and said.count("\n") == 1
+    right = status == 2 and f"/{name}" in said and field in said and said.count("\n") == 1
     return case["expected"] if right else said
 
 
 def export(case, grader, tmp_path, old_python):  # noqa: F811
-    words = case["input"].partition(" with ")[2].partition(";")[0]
-    if "models/gym" in words or "no tokenizer_class" in words:
-        path = copy_of(ROOT / "models" / "gym", tmp_path)
-        if "no tokenizer_class" in words:
-            settings = json.loads((path / "tokenizer_config.json").read_text())
-            settings.pop("tokenizer_class", None)
-            (path / "tokenizer_config.json").write_text(json.dumps(settings))
-            (path / "config.json").unlink()
-    else:
-        path = qwen3_directory(
-            tmp_path, f"chat_template.{'qwen2.5-7B' if '2.5' in words else 'qwen3-0.6B'}.jinja"
-        )
-        if "2507" in words:
-            (path / "chat_template.jinja").unlink()
-            shutil.copy(path / "tokenizer_config.qwen3-4b-2507.json", path / "tokenizer_config.json")
+    path = exported_from(case["input"].partition(" with ")[2].partition(";")[0], tmp_path)
     load_tokenizer(path).save(tmp_path / "out")
     answer = ask(old_python, [tmp_path / "out"])[str(tmp_path / "out")]
     return answer.get("error", case["expected"])
@@ -234,19 +205,20 @@ def export(case, grader, tmp_path, old_python):  # noqa: F811
 
 
 def resume_on_changed(case, grader, tmp_path):
+    """`...; then CHANGE; same command with larger steps`"""
     model = copy_of(ROOT / "models" / "gym", tmp_path)
-    train = tmp_path / "train.jsonl"
-    lines = [
-        json.dumps({"prompt": p.question, "kind": "math", "answer": p.answer})
-        for p in gym_problems("chain", "train")[:16]
-    ]
-    train.write_text("\n".join(lines) + "\n")
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "eval")}
+    for name, file in files.items():
+        problems = gym_problems("chain" if name == "train" else "words", "train")[:16]
+        rows = [{"prompt": p.question, "kind": "math", "answer": p.answer} for p in problems]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def train_to(steps: int) -> tuple[int, str]:
         arguments = [
             f"--config={ROOT / 'configs' / 'quickstart.py'}:debug", f"--workdir={tmp_path / 'run'}",
-            f"--config.model.path={model}", f"--config.data.train=jsonl:{train}", f"--config.steps={steps}",
-            "--config.eval.sets=gym:words", "--config.validation.sets=",
+            f"--config.model.path={model}", f"--config.data.train=jsonl:{files['train']}",
+            f"--config.steps={steps}", f"--config.eval.sets=jsonl:{files['eval']}",
+            "--config.validation.sets=",
         ]  # fmt: skip
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
         done = subprocess.run(
@@ -255,23 +227,13 @@ def resume_on_changed(case, grader, tmp_path):
         return done.returncode, done.stderr
 
     assert train_to(2)[0] == 0
-    words = case["input"]
-    if "template" in words:
-        settings = json.loads((model / "tokenizer_config.json").read_text())
-        holder = model / "chat_template.jinja"
-        if holder.exists():
-            holder.write_text(holder.read_text() + " ")
-        else:
-            edit(model / "tokenizer_config.json", chat_template=settings["chat_template"] + " ")
-    elif "row" in words or "appended" in words:
-        train.write_text("\n".join([*lines, lines[0]]) + "\n")
-    elif "gold" in words or "answer" in words:
-        changed = json.loads(lines[0]) | {"answer": "99"}
-        train.write_text("\n".join([json.dumps(changed), *lines[1:]]) + "\n")
-    else:
+    words = case["input"].partition("; then ")[2].partition(";")[0]
+    file = files["eval" if re.search(r"eval|validation|test", words) else "train"]
+    if not (change_tokenizer(model, words) or change_rows(file, words)):
         pytest.fail(f"no reader for {words!r}")
     status, said = train_to(4)
-    return case["expected"] if status == 2 and said.startswith("error: ") else said or "goes on"
+    refused = status == 2 and said.startswith("error: ") and "changed since this run" in said
+    return case["expected"] if refused else said or "goes on"
 
 
 KINDS = {

@@ -166,6 +166,9 @@ def test_tooluse_gold_that_is_no_list_of_calls_is_named(grader, answer):
         ("<think>\\boxed{3}</think> \\boxed{4}", "4"),
         ("<think>\\boxed{3}", ""),
         ("\\boxed{}", ""),
+        ("\\boxed{3} \\boxed{\\hspace{1cm}} \\boxed{\\_\\_} \\boxed{\\underline{\\phantom{xx}}}", "3"),
+        ("**\\boxed 3**", "3"),
+        ("\\boxed $3$", "3"),
         ("no box", ""),
     ],
 )

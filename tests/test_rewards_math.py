@@ -21,6 +21,7 @@ EQUAL = {
         \text{No.} | No
         \frac{2}{5}。 | 0.4
         3!. | 6
+        9। | 9
     """,
     "typed Unicode": r"""
         60° | 60^\circ
@@ -59,6 +60,10 @@ EQUAL = {
         (1\,000, 2\,000) | (1000,2000)
         \frac{1,000}{3} | \frac{1000}{3}
         2{,}5 | 2.5
+        8{\,}000 | 8000
+        8{ }000{ }000 | 8000000
+        8'000'000.5 | 8000000.5
+        8_000 | 8000
     """,
     "units": r"""
         9 dollars | 9
@@ -80,6 +85,12 @@ EQUAL = {
         2\pi \text{ cm} | 2\pi
         30 degrees | 30^{\circ}
         9 厘米 | 9
+        9 GB | 9
+        9 kWh | 9
+        9 sq ft | 9\text{ square feet}
+        9 units^2 | 9
+        US\$9 | \$9
+        9 cents per day | 9
     """,
     "percent": r"""
         7.5\% | 7.5
@@ -87,6 +98,10 @@ EQUAL = {
         7.5 percent | 7.5\%
         7.5\text{ percent} | 7.5
         25% | \frac14
+        7.5 per cent | 7.5\%
+        7.5 pct | 7.5\%
+        7.5 Percent | 7.5
+        7.5\text{ percentage points} | 7.5
     """,
     "number words": r"""
         4\text{ million} | 4000000
@@ -94,6 +109,10 @@ EQUAL = {
         \$2 \text{ million} | 2000000
         3 dozen | 36
         7 hundred thousand | 700000
+        3\text{ tenths} | 0.3
+        3 \text{ halves} | \frac32
+        6万 | 60000
+        7 thousandths | 0.007
     """,
     "complex numbers": r"""
         (2+i)^2 | 3+4i
@@ -118,6 +137,7 @@ EQUAL = {
         1.272727\dots | \frac{14}{11}
         0.(6) | \frac23
         0.\overline{9} | 1
+        .\overline{6} | \frac23
     """,
     "notation of numbers": r"""
         2.5e-7 | 2.5\times10^{-7}
@@ -134,6 +154,10 @@ EQUAL = {
         2 1/2 | 2.5
         1\frac{2}{3} | \frac53
         -1\frac{1}{2} | -1.5
+        2.5\text{e}{-7} | 2.5e-7
+        2.5\mathrm{E}{-7} | 2.5e-7
+        2.5\text{e-7} | 2.5e-7
+        2.5e{-7} | 2.5e-7
     """,
     "several lines": r"""
         \begin{cases}a=3\\b=4\end{cases} | a=3, b=4
@@ -142,6 +166,10 @@ EQUAL = {
         a=3\\b=4 | a=3,b=4
         \left\{\begin{array}{l}a=3\\b=4\end{array}\right. | a=3,b=4
         \begin{cases}x & x>0\\0 & x<0\end{cases} | \begin{cases}x,&\text{if }x>0\\0,&\text{if }x<0\end{cases}
+        \begin{align*}x&=3\\y&=4\end{align*} | x=3,y=4
+        \begin{gather*}x=3\\y=4\end{gather*} | x=3,y=4
+        \left\{\begin{matrix}x=3\\y=4\end{matrix}\right. | x=3,y=4
+        x=3 \quad y=4 | x=3,y=4
     """,
     "without braces": r"""
         \frac\pi3 | \frac{\pi}{3}
@@ -162,6 +190,8 @@ EQUAL = {
         2\sin 15^\circ\cos 15^\circ | \frac12
         \cos 36^\circ | \frac{1+\sqrt5}{4}
         \sin\pi/6 | \frac12
+        \sin 30\text{ degrees} | \frac12
+        \sin(30\text{ degrees}) | \frac12
     """,
     "words": r"""
         true | True
@@ -186,6 +216,9 @@ EQUAL = {
         \text{The answer is } 8 | 8
         \\frac{1}{2} | \frac12
         \\{1,2\\} | \{1,2\}
+        9 | Final answer: the answer is 9
+        9 | 4+5=9 #### 9
+        9 | '9'
     """,
     "bases": r"""
         61_7 | 61_{7}
@@ -320,6 +353,15 @@ DIFFERENT = {
         2 thousand | 2
         2 \text{ million} | 2 \text{ billion}
         2 dozen | 2
+        3 \text{ tenths} | 3
+        3 \text{ thirds} | 3
+        3\text{ bn} | 3
+        3万 | 3
+        3亿元 | 3
+        3\text{ Millionen} | 3
+        3\text{ mill.} | 3
+        3\text{ ten-thousandths} | 3
+        3\text{ hundredths} | 3
     """,
     "units": r"""
         7 cm | 7 m
@@ -364,6 +406,10 @@ DIFFERENT = {
         i | 1
         3-4i | 3+4i
         \mathbf{i} | i
+        2\mathrm{e}-7 | 2\times10^{-7}
+        2e^{-7} | 2\times10^{-7}
+        1'23 | 123
+        1_0000 | 10000
     """,
     "words": r"""
         even | odd

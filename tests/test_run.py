@@ -33,6 +33,7 @@ FIELDS = dict(
     batch__samples=32, batch__prompts=2, batch__micro=16,
     rollout__max_new_tokens=16, reflect__max_new_tokens=16, eval__max_new_tokens=16,
     eval__sets=",".join(SETS), eval__limit=8, eval__batch=16, eval__every=2, checkpoint__every=2,
+    validation__sets="",
 )  # fmt: skip
 TIMES = ("seconds", "tokens_per_second", "floor_share")
 
@@ -152,7 +153,7 @@ def test_the_metrics_come_in_order_with_the_named_numbers(finished):
     train = [row for row in rows if row["split"] == "train"]
     for row in train:
         named = {"loss", "reward", "reflected", "quote_found", "active_tokens", "active_tokens_share",
-                 "grad_norm", "ratio", "skipped_empty", "skipped_nonfinite", "quote_exact", "overlong",
+                 "grad_norm", "ratio", "skipped_empty", "skipped_nonfinite", "quote_exact", "out_overlong",
                  "tokens_per_second_rollout", "idle_share_rollout", "floor_share_rollout",
                  "tokens_per_second_reflect", "idle_share_reflect", "floor_share_reflect",
                  "preempted_rollout", "preempted_reflect",
@@ -545,6 +546,38 @@ def test_a_set_with_a_name_is_called_by_it_and_judged_by_its_files(model, cache,
     assert {row["split"] for row in read_lines(tmp_path / "run/metrics.jsonl")} == {
         "train", "eval/sums", "eval/other",
     }  # fmt: skip
+
+
+# --- the step that validation chooses ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_best_step_is_kept_scored_and_exported_also_by_a_run_that_was_cut_off(model, cache, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = dict(
+        validation__sets="gym:chain", validation__every=1, eval__sets="gym:words", eval__every=0,
+        checkpoint__every=3, checkpoint__keep=1,
+    )  # fmt: skip
+    finish(arguments(model, whole, **options), tmp_path, **cache)
+    rows = read_lines(whole / "metrics.jsonl")
+    scores = {row["step"]: row["avg"] for row in rows if row["split"] == "validation/gym:chain"}
+    assert list(scores) == list(range(STEPS + 1))
+    best = max(scores, key=lambda step: (scores[step], -step))
+    kept = {int(path.name) for path in (whole / "checkpoints").iterdir()}
+    scored = {row["step"] for row in rows if row["split"] == "eval/gym:words"}
+    assert scored == {0, best, STEPS} and kept == {best, STEPS} - {0}
+    assert (whole / "export_best").exists() == (best not in (0, STEPS))
+    if best not in (0, STEPS):
+        assert (whole / "export_best" / "trained_steps.txt").read_text() == f"{best}\n"
+
+    run = Run(arguments(model, cut, **options), tmp_path, **cache)
+    run.wait_for(cut, 4)
+    run.signal(signal.SIGKILL)
+    run.end()
+    finish(arguments(model, cut, **options), tmp_path, **cache)
+    assert sorted(map(str, numbers(cut))) == sorted(map(str, numbers(whole)))
+    for path in whole.glob("export*/model.safetensors"):
+        assert (cut / path.relative_to(whole)).read_bytes() == path.read_bytes()
 
 
 # --- mistakes ----------------------------------------------------------------------------------------

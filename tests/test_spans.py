@@ -164,6 +164,8 @@ def test_parse_takes_the_first_blocks_in_any_case():
         ("The <error_quote></error_quote> tags:\n<error_quote>q</error_quote>", None, "q"),
         ("Between `<error_quote>` and `</error_quote>`:\n<error_quote>q</error_quote>", None, "q"),
         ('The "<explanation>" block. <explanation>i</explanation>', "i", None),
+        ("Between <error_quote> and </error_quote>, and <explanation>, then </explanation>:\n"
+         "<error_quote>q</error_quote><explanation>i</explanation>", "i", "q"),
         # named behind the block, or inside another one
         ("<error_quote>q</error_quote> That was the <error_quote>.", None, "q"),
         ("<error_quote>q</error_quote></error_quote><error_quote>r</error_quote>", None, "q"),

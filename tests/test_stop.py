@@ -214,14 +214,14 @@ def test_a_run_whose_output_nobody_reads_saves_its_step_and_ends(finished, model
 # --- the grader's workers ------------------------------------------------------------------------------
 
 IDLE = """
-grader = Grader(timeout_s=1)
+grader = Grader("release", timeout_s=1)  # whose comparison may never end
 problem = Problem("set/0", "set", "math", ({"role": "user", "content": "?"},), "5")
 grader.grade_all(["\\\\boxed{5.0}"], [problem])
 (worker,) = [worker for worker in grader._pool._idle.queue if worker]
 """
-STARTING = "worker = math._Worker(5.0)\n"
-BUSY = f"{IDLE}worker.pipe.send(('9^{{9^{{9^{{9}}}}}}', '5', 'fixed'))\n"
-BEGINS = "import os\nfrom rosd_jax.rewards import Grader, math\nfrom rosd_jax.types import Problem\n"
+STARTING = "worker = workers._Worker('rosd_jax.rewards.math', ['fixed'])\n"
+BUSY = f"{IDLE}worker.pipe.send((1.0, ('9^{{9^{{9^{{9}}}}}}', '5', 'release')))\n"
+BEGINS = "import os\nfrom rosd_jax.rewards import Grader, workers\nfrom rosd_jax.types import Problem\n"
 DIES = "print(worker.process.pid, flush=True)\nos._exit(130)\n"
 
 
@@ -306,3 +306,16 @@ def test_the_step_that_was_made_last_is_not_made_again(model, cache, tmp_path):
     last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     assert f"saving step {last}\n" in printed
     assert f"resumes after step {last}, " in finish(command, tmp_path, **cache)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_an_evaluation_keeps_the_step_and_makes_up_for_it(finished, model, cache, tmp_path):
+    command = arguments(model, tmp_path / "run", checkpoint__every=6)
+    run = Run(command, tmp_path, **cache)
+    run.wait_for(tmp_path / "run", 2)  # an evaluation is due
+    send(run, signal.SIGINT)
+    printed = assert_stopped(run, signal.SIGINT)
+    made = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]  # 2, unless this machine is very busy
+    assert f"saving step {made}\n" in printed
+    assert f"resumes after step {made}, " in finish(command, tmp_path, **cache)
+    assert_same_run(tmp_path / "run", finished)

@@ -230,7 +230,7 @@ def test_which_qwen3_templates_leave_thinking_open():
     hybrid = qwen3()
     assert not hybrid.opens_thinking(True) and not hybrid.opens_thinking(False)
     settings = json.loads(data_dir("qwen3_tokenizer", "tokenizer_config.qwen3-4b-2507.json").read_text())
-    thinking = Tokenizer(copy.deepcopy(hybrid.inner), hybrid.stop_ids)
+    thinking = Tokenizer(copy.deepcopy(hybrid.inner), hybrid.stop_ids, hybrid.source)
     thinking.inner.chat_template = settings["chat_template"]
     assert thinking.opens_thinking(True)
 

@@ -26,6 +26,8 @@ CALLS = [
     "<b>Action:</b> getWeather\n<b>Action Input:</b> {}",
     "`Action: getWeather`\n`Action Input: {}`",
     "Action: `getWeather`\nAction Input: {}",
+    "Action: «getWeather»\nAction Input: {}",
+    "Action: getWeather。\nAction Input: {}",
     'Action: "getWeather"\nAction Input: {}',
     "Action: “getWeather”\nAction Input: '{}'",
     "### Action: getWeather\n### Action Input: {}",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rosd_jax.evals.outcome import Row, mean, number
 
 WINDOW = 5  # steps over which a mean is taken, and after which missing updates are reported
-UNKNOWN = 0.05  # share of unknown tokens in the prompts that no tokenizer made for the text reaches
+UNKNOWN = 0.2  # share of unknown tokens in the prompts, far above what a tokenizer made for the text has
 TRUNCATED = 0.5
 DEAD = 0.2  # share of all steps
 COLLAPSE = 0.5  # the mean reward fell below this share of its best

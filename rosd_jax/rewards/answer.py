@@ -31,6 +31,8 @@ _PREFIX = re.compile(
     (?:answer|ans|result|solution)(?:\s+is|\s*[:=：.])\s*:?)\s*""",
     re.IGNORECASE | re.VERBOSE,
 )
+_GAPS = re.compile(r"\n+|\\q?quad(?![A-Za-z])")
+_EQUATION = re.compile(r"[A-Za-z][^=\s]{0,9}\s{0,3}=[^=]{1,99}")
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _OPENERS = frozenset(["(", "[", "{", r"\{", r"\langle", r"\begin", r"\lfloor", r"\lceil"])
 _CLOSERS = frozenset([")", "]", "}", r"\}", r"\rangle", r"\end", r"\rfloor", r"\rceil"])
@@ -57,14 +59,18 @@ def read_tokens(text: str) -> list[Token]:
     """The tokens of an answer without what only wraps it: emphasis, dollars, `The answer is`, a full stop."""
     boxes = text.count(r"\boxed") + text.count(r"\fbox")
     text = (last_box(text) if boxes == 1 else text).strip() or text
-    for mark in ("**", "__", "*", "`"):
+    for mark in ("**", "__", "*", "`", "'"):
         if text.startswith(mark) and text.endswith(mark) and len(text) > 2 * len(mark):
             text = text[len(mark) : -len(mark)].strip()
     text = text.replace("**", "") if text.count("**") == 2 else text
+    text = text.rpartition("####")[2].strip() or text
     if len(_DOLLAR.findall(text)) % 2 == 0:
         text = _DOLLAR.sub(" ", text).strip()
-    if prefix := _PREFIX.match(text):
-        text = text[prefix.end() :]
+    for _ in range(2):  # "Final answer: the answer is"
+        text = text[prefix.end() :] if (prefix := _PREFIX.match(text)) else text
+    lines = [line.strip() for line in _GAPS.split(text)]
+    if len(lines) > 1 and all(_EQUATION.fullmatch(line) for line in lines):
+        text = r"\\".join(lines)
     tokens = tokenize(text)
     said = next((i for i, token in enumerate(tokens) if token.kind != "text"), 0)
     introduced = said and _PREFIX.fullmatch(" ".join(token.text for token in tokens[:said]))
@@ -146,14 +152,15 @@ def _environment(tokens: list[Token], depth: int) -> Node | None:
         tokens = tokens[1:]
     elif bracketed and len(tokens) > 4 and tokens[1].text == r"\begin":
         tokens = tokens[1:-1]
-    if tokens[0].text != r"\begin" or _match(tokens, 0) < len(tokens) - 4:
+    end = _match(tokens, 0) if tokens[0].text == r"\begin" else -1
+    if end < 0 or _match(tokens, end + 1) != len(tokens) - 1:
         return None
     name = "".join(token.text for token in tokens[2 : _match(tokens, 1)]).rstrip("*")
-    body = tokens[_match(tokens, 1) + 1 : _match(tokens, 0)]
+    body = tokens[_match(tokens, 1) + 1 : end]
     if body and body[0].text == "{" and name in ("array", "alignat", "alignedat"):
         body = body[_match(body, 0) + 1 :]
     lines = [line for line in _split(body, frozenset(["\\\\"]))[0] if line]
-    if name in _LINES:
+    if name in _LINES or (name == "matrix" and all(_is_equation(line) for line in lines)):
         flat = [[token for token in line if token.text != "&"] for line in lines]
         return _as_list([_answer(line, depth + 1) for line in flat])
     cells = [_split(line, frozenset("&"))[0] for line in lines]
@@ -164,6 +171,10 @@ def _environment(tokens: list[Token], depth: int) -> Node | None:
     return Node(
         "matrix", tuple(Node("tuple", tuple(_answer(c, depth + 1) for c in row), text="()") for row in cells)
     )
+
+
+def _is_equation(line: list[Token]) -> bool:
+    return any(token.text in _RELATIONS for token in line)
 
 
 def _as_list(items: list[Node]) -> Node:
@@ -287,9 +298,8 @@ def _quantity(tokens: list[Token], depth: int) -> Node:
     factor, count = words.scale(names)
     if count:
         node = Node("mul", (node, Node("num", value=factor)))
-    percent = names[count : count + 1] and (names[count] == "%" or words.is_percent(names[count]))
-    if percent:
-        return Node("percent", (node,), text=words.unit(rest[count + 1 :]))
+    if percent := words.percent(names[count:]):
+        return Node("percent", (node,), text=words.unit(rest[count + percent :]))
     unit = words.unit(rest[count:]) or currency
     if currency and unit != currency:
         raise Unreadable("two currencies")
@@ -319,6 +329,8 @@ def _has_number(node: Node) -> bool:
 def _currency(tokens: list[Token]) -> tuple[str, list[Token]]:
     signed = tokens[0].text == "-" and len(tokens) > 2
     sign, rest = (tokens[:1], tokens[1:]) if signed else ([], tokens)
+    if rest[0].text in ("US", "A", "C", "HK", "NZ", "S") and rest[1:2] and rest[1].text == "$":
+        rest = rest[1:]  # US$40
     name = words.currency(rest[0].text)
     if len(rest) < 2 or not name:
         return "", tokens

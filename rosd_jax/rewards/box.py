@@ -7,13 +7,16 @@ import re
 _BOX = r"\\{1,2}(?:boxed|fbox|framebox)(?![A-Za-z])"
 _MARK = re.compile(
     rf"""(?P<box>{_BOX}\s*(?:\[[^\]\{{\}}]{{0,20}}\]\s*){{0,2}}\{{)
-    |{_BOX}\s*(?P<bare>[+-]?(?:\.?\d|\\[A-Za-z]|[A-Za-z](?![A-Za-z]))(?:(?!\\[\])])[^\s$]){{0,80}})
+    |{_BOX}\s*\$?(?P<bare>[+-]?(?:\.?\d|\\[A-Za-z]|[A-Za-z](?![A-Za-z]))(?:(?!\\[\])])[^\s$]){{0,80}})
     |\\[\\{{}}]
     |[{{}}]""",
     re.VERBOSE,
 )
 _MATHS_END = re.compile(r"\$|\\\]|\\\)|\n[ \t]*\n")
-_SPACING = re.compile(r"\\(?:boxed|fbox|framebox|quad|qquad|ldots|dots|cdots|text|hspace|phantom|[,;:!> ])")
+_SPACING = re.compile(
+    r"\\(?:boxed|fbox|framebox|quad|qquad|ldots|dots|cdots|text|underline|[,;:!> _]"
+    r"|(?:hspace|phantom)\*?\{[^{}]{0,20}\})"
+)
 _PLACEHOLDERS = frozenset(" \t\r\n~.?_-${}…\u00a0\u3000")
 _LONGEST = 1000  # characters of a box whose brace is missing
 
@@ -31,7 +34,7 @@ def last_box(text: str) -> str:
             opened.append((True, mark.end()))
         elif mark["bare"]:
             start = mark.start("bare")
-            found.append((start, start + len(mark["bare"].rstrip(".,;:?"))))
+            found.append((start, start + len(mark["bare"].rstrip(".,;:?*`"))))
         elif mark[0] == "{":
             opened.append((False, mark.end()))
         elif mark[0] == "}" and opened:

@@ -15,7 +15,7 @@ import unicodedata
 _LEAD = frozenset(
     "an the my our this that we so thus therefore hence then okay ok please "
     "final correct right best true likely probable most appropriate accurate chosen only "
-    "answer answers ans choice option letter alternative solution pick selection "
+    "answer answers ans response choice option letter alternative solution pick selection "
     "is be would should must will it its it's to for "
     "choose select go going with think believe say conclude selected picked "
     "la le el il die der das lautet ist est es "
@@ -25,20 +25,22 @@ _LEAD = frozenset(
 _I_CHOOSE = re.compile(
     r"I(?:['’](?:d|ll|m))?\s+(?:choose|select|pick|think|believe|say|go|would|will|conclude|am|going)\b"
 )
-_LEAD_CHARACTERS = "答案正确確的是为為选選项項择擇应應该該最终終故因此所以我정답은는èé•→"
+_LEAD_CHARACTERS = "えは答案正确確的是为為选選项項择擇应應该該最终終故因此所以我정답은는èé•→"
 _OPENING = re.compile(rf"[\s:,=*\"'“”‘’«»<>#(\[{{$.–—{_LEAD_CHARACTERS}-]*")
 _WORD = re.compile(r"[^\W\d_]{2,}(?:['’][^\W\d_]+)*")
 
 _TAG = re.compile(r"</?(?!(?:s|del|strike)\s?>)[a-z]{1,10}\s?>", re.IGNORECASE)
-_SET_APART = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?=\{)|`+|\*+|(?<![^\W_])_+|_+(?![^\W_])")
+_SET_APART = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}(?=\{)|`+|\*+|(?<![^\W_])_+|_+(?![^\W_])")
 _COMMAND = re.compile(
-    r"\\(?:boxed|fbox|text[a-z]*|math[a-z]+|operatorname|underline|boldsymbol|pmb|bm|bf|rm|it|sf|tt"
+    r"\\(?:boxed|fbox|framebox|[lL]arge|LARGE|[hH]uge|text[a-z]*|math[a-z]+|operatorname|underline|boldsymbol|pmb|bm|bf|rm|it|sf|tt"
     r"|left|right|displaystyle|quad|qquad|[,;:! ()\[\]])"
 )
+_CHINESE_LABEL = re.compile(r"(?<![^\W_])([A-JＡ-Ｊ])、(?=[^\WA-JＡ-Ｊ]|[A-J][a-z])")  # not A、B
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 _MARKS = str.maketrans({"。": ".", "、": ",", "【": "[", "】": "]", "「": "(", "」": ")", "\\": " "})
 
 _LETTER = re.compile(r"([A-Za-z])(?!['’]?\w(?<![\u2e80-\uffef]))")  # Chinese may follow without a space
-_END = re.compile(r"[\s.)\]}*$\"'”’»>!,;:选選项項です]*$")
+_END = re.compile(r"[\s.)\]}*$\"'”’»>!,;:选選项項です번]*$")
 _SHUT = r"[)\]}*$\"'”’»>]*"
 _LABEL = re.compile(
     rf"{_SHUT}(?:\s*:|\s*\.(?!\d)|\s+[-–—]+\s|\s*—|\s*[\n\t]|\s+[(\[](?=[^()\[\]]{{4}})|\s*[|→]\s)|{_SHUT}[)\]*\"”’»]}}?(?=\s)|[)\]]"
@@ -64,7 +66,7 @@ _COPULA = r"(?i:is|would be|should be|must be|was)"
 _OR = r"(?i:or|and|nor|vs|oder|und|ou|et|y|или|и|或|和|또는)"
 _TURN = (
     r"(?i:so|then|therefore|thus|hence|actually|maybe|perhaps|possibly|probably|rather|instead|wait|no"
-    r"|choose|pick|select|prefer|also|alternatively|but)"
+    r"|choose|pick|select|prefer|also|alternatively|but|correction|corrected)"
 )
 _ENDS = r"(?=\s*(?:$|[.,;:!?)*\]}]))"
 _TO = rf"(?:{_ASIDE}\s+)?[(*]?{_X}"
@@ -74,7 +76,7 @@ _OTHERS = re.compile(
             rf"{_X}\s?[)\]}}*]*:(?=\s|$|[\u2e80-\uffef])",  # A: no, B: yes
             rf"(?<!\w)\*\s?\(?{_X}[.):]?\s?[*}}]",  # A ... **B**
             rf"(?:\n|[,;.!?]|\b{_OR})\s*{_X}\.\s+\S",  # A. no, B. yes
-            rf"(?:\n|[,;.]|\b{_OR})\s*{_X}\s+(?:[-–—]+\s|\()",  # A - no, B - yes; A (10%), B (90%)
+            rf"(?:\n|[,;.)]|\b{_OR})\s*{_X}\s+(?:[-–—]+\s|\()",  # A - no, B - yes; A (10%), B (90%)
             rf"\banswers?\s*(?:(?:{_COPULA}|:|=)\s*)?{_TO}{_ENDS}",  # the answer is B
             rf"{_X}[)\]}}*.]*\s+(?:{_COPULA}|could|might|may)\s+"
             r"(?i:(?:also|be|the|more|most|equally|probably|actually|still)\s+)*"
@@ -83,6 +85,8 @@ _OTHERS = re.compile(
             rf"(?<=[a-z]{{2}}),\s+{_TO}\.?$",  # A. On second thought, B
             rf"(?<=[a-z]{{2}})[,.]?\s+(?i:or|oder|ou)\s+{_TO}[)*]?\.?$",  # A: text or B
             rf"\b(?i:it's|it is|is it|(?:could|may|might)\s+(?:also\s+)?be)\s+{_TO}{_ENDS}",  # it may be B
+            rf"\(\s?{_OR}\s+{_TO}{_ENDS}",  # text (or B)
+            rf"\b(?i:true|false|yes|no|right|wrong|correct|incorrect)\s+{_X}[.):]",  # A. True B. False
             rf"^[\s(*.,;-]*{_X}[)*.:]*\s*$",  # a line of its own
         )
     ),
@@ -91,6 +95,7 @@ _OTHERS = re.compile(
 _BRACKET = re.compile(rf"(?<![^\s,;.:*])(?:\(\s?{_XI}\s?\)|\[\s?{_XI}\s?\])(?![^\s,;.:!?*])|{_XI}\)|[()]")
 _AFTER_MARK = re.compile(rf"(?:^|[,;.:!?/&|\n]|\b(?:{_OR}|{_TURN}|{_ASIDE}))$")
 _CHAIN = re.compile(rf"\s*(?:{_OR}\b|[,/&;+|]|和|或|与|と)\s*(?:{_ASIDE}\s+)?[(\[{{*]*{_XI}")
+_SMALL_CHAIN = re.compile(rf"\s*(?:{_OR}\b|[,;/&+])\s*(?:{_ASIDE}\s+)?[(\[]\s?[a-j]\s?[)\]]")  # (a) or (b)
 _LISTED = r"[A-J](?:\s*(?:,|&|\b(?:and|or|nor)\b)){1,2}\s*[A-J](?![\w^'])"
 # "Both A and B", or a text that is a list: what an option says, not what is chosen.
 _QUOTED = re.compile(
@@ -114,13 +119,15 @@ def read_choice(answer: str) -> str:
     if label and not _PLAIN_LABEL.search(label[0]) and _FORMULA.match(said):
         return ""
     in_brackets = before.endswith(("(", "["))
+    if in_brackets and head[1].islower() and _SMALL_CHAIN.match(said):
+        return ""
     others = _other_choices(said, in_brackets)
     return "" if others - {letter} else letter
 
 
 def _plain(answer: str) -> str:
     """Without LaTeX commands, Markdown and HTML; what they set apart begins and ends with a star."""
-    text = unicodedata.normalize("NFKC", answer).strip()
+    text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", _CHINESE_LABEL.sub(r"\1: ", answer))).strip()
     if not re.fullmatch(r"<[A-Za-z]>", text):
         text = _TAG.sub("*", re.sub(r"<br\s?/?>", "\n", text))
     return _COMMAND.sub("", _SET_APART.sub("*", text)).translate(_MARKS).strip()

@@ -97,7 +97,7 @@ _UNICODE = _table(
     ≠:\neq ≈:\approx ≃:\approx ≅:\cong ≡:\equiv ±:\pm ∓:\mp ℝ:\RR ℤ:\ZZ ℕ:\NN ℚ:\QQ ℂ:\CC ∠:\angle
     ∑:\sum ∏:\prod ∫:\int ∂:\partial ∇:\nabla →:\to ⇒:\Rightarrow ∧:\land ∨:\lor ⟨:\langle ⟩:\rangle
     〈:\langle 〉:\rangle ⌊:\lfloor ⌋:\rfloor ⌈:\lceil ⌉:\rceil ‖:\| ∥:\| ∣:| ′:' ’:' ‘:' º:° ˚:° 。:. ｡:.
-    ､:, 、:, ،:, ٫:. ⊂:\subset ⊆:\subseteq ∆:\Delta ｜:| ⅈ:i ⅇ:e ∘:° －:- ﹣:-"""
+    ､:, 、:, ،:, ٫:. ।:. ⊂:\subset ⊆:\subseteq ∆:\Delta ｜:| ⅈ:i ⅇ:e ∘:° －:- ﹣:-"""
 )
 _DROPPED = '\u201c\u201d\u201e\u00ab\u00bb"`'
 
@@ -165,9 +165,26 @@ def _word(spelling: str) -> str:
     return spelling + " " if spelling.startswith("\\") and spelling[-1].isalpha() else spelling
 
 
+# Numbers that people write with more than digits: 1.6\text{e}{-19}, 1{\,}234, 1'234, 1_000, .\overline{3}.
+_SET_EXPONENT = re.compile(
+    r"(?<=\d)(?:\\(?:text|textrm|mathrm)\{\s?[eE](?:\}\s?\{([+-]?\d{1,4})|([+-]?\d{1,4}))|[eE]\{([+-]\d{1,4}))\}"
+)
+_SET_GAP = re.compile(r"(?<=\d)\{(\\[,;:! ]|~|\s)\}(?=\d)")
+_MARKED_THOUSANDS = re.compile(r"(?<![\d.'_])\d{1,3}(?:(?:'\d{3})+|(?:_\d{3})+)(?![\d'_])")
+_BARE_POINT = re.compile(r"(?<![\d.}])\.(?=\\(?:overline|bar|dot)(?![A-Za-z]))")
+
+
 def tokenize(text: str) -> list[Token]:
     """The tokens of an answer, thousands joined. Raises Unreadable where a text group has no end."""
-    return _join_numbers(_typed_signs(_tokens(spelled_in_ascii(text), depth=0, upright=False)))
+    return _join_numbers(
+        _typed_signs(_tokens(_plain_numbers(spelled_in_ascii(text)), depth=0, upright=False))
+    )
+
+
+def _plain_numbers(text: str) -> str:
+    text = _SET_GAP.sub(r"\1", _BARE_POINT.sub("0.", text))
+    text = _MARKED_THOUSANDS.sub(lambda number: re.sub("['_]", "", number[0]), text)
+    return _SET_EXPONENT.sub(lambda found: f"e{found[found.lastindex or 0]}", text)
 
 
 def _tokens(text: str, depth: int, upright: bool) -> list[Token]:
@@ -276,6 +293,8 @@ def _typed_signs(tokens: list[Token]) -> list[Token]:
             and [t.kind for t in (*out[-1:], *tokens[position : position + 1])] == ["num"] * 2
         ):
             out.append(Token("sign", "*"))
+        elif texts[0].lower() in ("degree", "degrees") and out and out[-1].kind == "num":
+            out.append(Token("sign", "°"))
         else:
             out.append(tokens[position - 1])
     return out

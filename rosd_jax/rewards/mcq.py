@@ -14,7 +14,7 @@ from rosd_jax.rewards.choice import read_choice
 from rosd_jax.rewards.grade import Grade, Mode
 from rosd_jax.text.thinking import outside_thinking
 
-_TAG = re.compile(r"<\s{0,9}(/?)\s{0,9}answer\s{0,9}>", re.IGNORECASE)
+_TAG = re.compile(r"[<＜]\s{0,9}(\\?/?)\s{0,9}answer\s{0,9}[>＞]", re.IGNORECASE)  # JSON may escape the slash
 
 _TAGGED_LETTER_AT_END = re.compile(r"<answer>\s*[ABCD]\s*</answer>$")
 

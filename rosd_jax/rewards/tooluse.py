@@ -147,7 +147,9 @@ def _name(written: str) -> str | None:
     before = None
     while name != before:
         before = name
-        name = name.strip(" \t*`\"'\u2018\u2019\u201c\u201d").rstrip(".,;:").removesuffix("()")
+        name = (
+            name.strip(" \t*`\"'\u2018\u2019\u201c\u201d\u00ab\u00bb").rstrip(".,;:\u3002").removesuffix("()")
+        )
     return " ".join(name.split()) or None
 
 

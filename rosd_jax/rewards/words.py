@@ -28,12 +28,21 @@ _CURRENCY_UNITS = frozenset([*CURRENCIES.values(), "yuan"])
 # Letters side by side are a product, except such a run straight after a number: nobody multiplies k and g.
 _TYPED_UNITS = frozenset(
     """cm mm km kg ft yd lb lbs oz hr hrs sec min deg rad gal kW MW kJ Hz kHz MHz kPa USD EUR GBP Rs mph kmph
-    kph cup day ton cal men""".split()
+    kph cup day ton cal men per pct sq ml mL kWh KB MB GB TB""".split()
 ) | {name for name in _UNITS if len(name) > 3}
 
+_FRACTIONS = {"halve": 2, "third": 3, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
+              "tenth": 10, "ten-thousandth": 10**4, "hundred-thousandth": 10**5, "hundredth": 10**2,
+              "thousandth": 10**3, "millionth": 10**6, "billionth": 10**9}  # fmt: skip
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
-           "quadrillion": 10**15, "dozen": 12, "lakh": 10**5, "crore": 10**7}  # fmt: skip
-_PERCENT = frozenset(["percent", "percentage", "pct", "per-cent"])
+           "quadrillion": 10**15, "dozen": 12, "lakh": 10**5, "crore": 10**7, "tausend": 10**3,
+           "millionen": 10**6, "millones": 10**6, "milliard": 10**9, "milliarde": 10**9, "milliarden": 10**9,
+           "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "만": 10**4,
+           "亿": 10**8, "億": 10**8, "억": 10**8,
+           **{name: Fraction(1, part) for name, part in _FRACTIONS.items()}}  # fmt: skip
+_SCALE_CHARACTERS = "万萬만亿億억"  # no unit begins with one, as kilometres in Chinese do with a thousand
+_PERCENT = frozenset(["%", "percent", "percentage", "pct", "per-cent"])
+_PERCENT_PAIRS = frozenset([("per", "cent"), ("percentage", "point"), ("percentage", "points")])
 _FILLERS = frozenset(
     "old long wide tall high deep away the a an each total in altogether of all exactly".split()
 )
@@ -45,7 +54,8 @@ _CHANGING = frozenset(
     """or and if when unless not no but to than more less fewer most least over under above below between
     from through minus plus times divided mod modulo is are maybe perhaps nor either neither except without
     half quarter third where with negative squared cubed factorial root possibly remainder points up down
-    loss short otherwise only can cannot never since because let base""".split()
+    loss short otherwise only can cannot never since because let base bn mn tn mil mill mio
+    mrd double twice""".split()
 )
 
 _ANSWER_WORDS = frozenset(
@@ -63,7 +73,11 @@ def is_typed_word(run: str) -> bool:
 def is_typed_unit(run: str) -> bool:
     """Whether letters that follow a number outside any text group are a unit."""
     return (
-        run in _TYPED_UNITS or (len(run) > 3 and run.islower()) or run.lower() in _SCALES or not run.isascii()
+        run in _TYPED_UNITS
+        or (len(run) > 3 and run.islower())
+        or run.lower() in _SCALES
+        or run.lower() in _PERCENT
+        or not run.isascii()
     )
 
 
@@ -94,8 +108,10 @@ def scale(words: Sequence[str]) -> tuple[Fraction, int]:
     return factor, count
 
 
-def is_percent(word: str) -> bool:
-    return word.lower() in _PERCENT
+def percent(words: Sequence[str]) -> int:
+    """How many of the first words say percent."""
+    first = tuple(word.lower() for word in words[:2])
+    return 2 if first in _PERCENT_PAIRS else int(first[:1] != () and first[0] in _PERCENT)
 
 
 def unit(tokens: Sequence[Token]) -> str:
@@ -111,8 +127,9 @@ def unit(tokens: Sequence[Token]) -> str:
         position += 1
         if token.text in ("/", "per"):
             sign = -1
-        elif token.text == "^" and name and (found := _power(tokens, position)):
-            powers[name] *= found[0]
+        elif token.text == "^" and position > 1 and (found := _power(tokens, position)):
+            if name:
+                powers[name] *= found[0]
             position = found[1]
         elif token.text == "°":
             powers["degree"] = sign
@@ -150,7 +167,7 @@ def _power(tokens: Sequence[Token], position: int) -> tuple[int, int] | None:
 def _unit_name(word: str) -> str:
     """One spelling of a unit's or a noun's name, "" for words without weight."""
     lower = word.lower()
-    if lower in _CHANGING or lower in _SCALES or is_percent(word):
+    if lower in _CHANGING or lower in _SCALES or percent([word]) or word[0] in _SCALE_CHARACTERS:
         raise Unreadable(f"{word} after a number")
     if lower in _FILLERS or lower in _GENERIC:
         return ""

@@ -1,8 +1,9 @@
 """The form in which a quote and a text are compared: what a reader sees, without how it is set.
 
 Equal are: runs of white space; case; canonically equal and full-width forms; ligatures; kinds of quotation
-marks, of dashes and of minus signs; `<=` and `≤` and their like, as characters, in ASCII or as LaTeX
-commands. Markup, escapes and characters without width are left out as text/markup.py says.
+marks, of dashes, of minus signs and of signs of multiplication; `<=` and `≤` and their like, as characters,
+in ASCII or as LaTeX commands; `x²`, `x^2` and `x^{2}`. Markup, escapes and characters without width are left
+out as text/markup.py says.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _GREEK = (
 _CAPITALS = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
 _COMMANDS = {
     "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "ne": "≠", "neq": "≠",
-    "lt": "<", "gt": ">", "times": "*", "ast": "*", "cdot": "·", "div": "/", "pm": "±", "mp": "∓",
+    "lt": "<", "gt": ">", "times": "*", "ast": "*", "cdot": "*", "div": "/", "pm": "±", "mp": "∓",
     "to": "→", "rightarrow": "→", "longrightarrow": "→", "Rightarrow": "⇒", "Longrightarrow": "⇒",
     "implies": "⇒", "iff": "⇔", "Leftrightarrow": "⇔", "leftrightarrow": "↔", "approx": "≈", "sim": "~",
     "equiv": "≡", "infty": "∞", "dots": "...", "ldots": "...", "cdots": "...", "in": "∈", "partial": "∂",
@@ -40,8 +41,8 @@ _SIGNS = {
     "\\,": " ", "\\;": " ", "\\:": " ", "\\!": "", "″": "''", "‴": "'''",
 }  # fmt: skip
 _ALIKE = {
-    "-": "‐‑‒–—―−﹣﹘⁃", "'": "’‘‚‛′´ʼʹ`", '"': "“”„‟«»「」『』〝〞", "≤": "≦⩽", "≥": "≧⩾", "*": "×✕✖∗⨯",
-    "·": "⋅∙", "/": "÷∕⁄", ":": "∶", "~": "∼", "→": "⟶➔➜", "⇒": "⟹", "⇔": "⟺", "↔": "⟷",
+    "-": "‐‑‒–—―−﹣﹘⁃", "'": "’‘‚‛′´ʼʹ`", '"': "“”„‟«»「」『』〝〞", "≤": "≦⩽", "≥": "≧⩾", "*": "×✕✖∗⨯·⋅∙",
+    "/": "÷∕⁄", ":": "∶", "~": "∼", "→": "⟶➔➜", "⇒": "⟹", "⇔": "⟺", "↔": "⟷",
 }  # fmt: skip
 _SIGNS |= {character: sign for sign, characters in _ALIKE.items() for character in characters}
 _SIGN = re.compile(
@@ -49,6 +50,7 @@ _SIGN = re.compile(
     r"|<==?>|<--?>|--?>|==?>|<=|>=|(?<!\S)!="  # not "5!=120", which may be a factorial
     r"|(?<=[^\W\d_]{2}[ ])---?(?=[ ])|(?<=[^\W\d_]{2})---?(?=[^\W\d_]{2})"  # not "x--3"
     r"|(?<=\d)\{,\}(?=\d)"
+    r"|(?P<raised>[⁰¹²³⁴⁵⁶⁷⁸⁹]+)(?!\d)|\^\{(?P<power>\d{1,4})\}(?!\d)"
     rf"|[″‴{''.join(_ALIKE.values())}]"
 )
 
@@ -66,6 +68,8 @@ def finish(folded: Folded) -> Folded:
     for match in _SIGN.finditer(folded.text):
         if match["command"]:
             new = _COMMANDS.get(match["command"])
+        elif match["raised"] or match["power"]:
+            new = "^" + unicodedata.normalize("NFKC", match["raised"] or match["power"])
         else:
             new = match["escaped"] or _SIGNS[match[0]]
         if new is not None:

@@ -17,7 +17,9 @@ from rosd_jax.types import Span
 CONTEXT = 31  # characters looked at before a mark
 WIDE = 0xFEE0  # from an ASCII character to its full-width form
 
-_INVISIBLE = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060\u2066-\u206f\ufe00-\ufe0f\ufeff"
+_INVISIBLE = (
+    "\x00-\x08\x0e-\x1b\x7f\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
+)
 _UNSEEN = re.compile(
     r"(?P<open><!\[CDATA\[)|(?P<close>\]\]>)"
     r"|&(?:amp;)*(?P<entity>#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
@@ -36,8 +38,12 @@ _FUNCTIONS = frozenset(
     "mod inf sup arg deg dim ker tr sgn abs sum prod int frac dfrac tfrac cdot times pi".split()
 )
 
-_INLINE = re.compile(r"\*+|_+|`+|\$\$?|\n[ \t\r]*\n|\n")
+_INLINE = re.compile(r"\*+|_+|`+|~~|\$\$?|\n[ \t\r]*\n|\n")
 _MARKS = "*_`$#>+-~\\"
+_SET_COMMAND = re.compile(
+    r"(?P<command>\\(?:boxed|fbox|text|text(?:bf|it|rm|sf|tt|normal|up)|emph|underline|math(?:rm|bf|it|sf|tt)"
+    r"|boldsymbol|bm)\s{0,9}\{)|\\[\\{}]|[{}]"
+)
 _MATH = re.compile(r"(?:(?<!\\)\\[()\[\]])+")
 
 
@@ -62,7 +68,8 @@ def unescape(text: str) -> Folded:
     """
     edits, opened = [], 0
     for match in _UNSEEN.finditer(text):
-        new: str | None = ""
+        operates = match[0] in "\u2062\u2063\u2064"  # unseen, yet digits around it are no one number
+        new: str | None = " " if operates and _between_digits(text, match) else ""
         if match["open"]:
             opened += 1
         elif match["close"]:
@@ -84,6 +91,7 @@ def strip_markup(folded: Folded, *, numbers: bool = True, first: bool = True) ->
     marks = line_marks(folded.text, numbers=numbers)
     folded = _drop(folded, (mark for mark in marks if first or mark[0]))
     folded = _drop(folded, _inline_marks(folded.text))
+    folded = _drop(folded, _set_commands(folded.text))
     return _drop(folded, (match.span() for match in _MATH.finditer(folded.text)))
 
 
@@ -175,6 +183,18 @@ def _inline_marks(text: str) -> list[Span]:
     return sorted(marks)
 
 
+def _set_commands(text: str) -> list[Span]:
+    """Where commands that say how their braces are set stand, and where those braces close."""
+    opened: list[Span | None] = []
+    marks = []
+    for match in _SET_COMMAND.finditer(text):
+        if match["command"] or match[0] == "{":
+            opened.append(match.span() if match["command"] else None)
+        elif match[0] == "}" and opened and (command := opened.pop()):
+            marks += [command, match.span()]
+    return sorted(marks)
+
+
 def _may_open(text: str, span: Span) -> bool:
     mark, before, after = text[slice(*span)], _before(text, span[0]), text[span[1] : span[1] + 1]
     if mark == "$$":
@@ -200,6 +220,10 @@ def _may_close(text: str, span: Span) -> bool:
 
 def _before(text: str, at: int) -> str:
     return text[max(0, at - 1) : at]
+
+
+def _between_digits(text: str, match: re.Match[str]) -> bool:
+    return _before(text, match.start()).isdigit() and text[match.end() : match.end() + 1].isdigit()
 
 
 def _entity(name: str) -> str | None:

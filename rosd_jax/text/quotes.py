@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,11 +11,16 @@ from rosd_jax.text.fold import finish
 from rosd_jax.text.markup import Folded, has_list_numbers, line_marks, strip_markup, strip_rules, unescape
 
 QUOTATION_MARKS = (
-    '""', "''", "“”", "‘’", "„“", "„”", "”“", "‚‘", "«»", "»«", "「」", "『』", "〝〞", "《》", "【】", "＂＂"
+    '""', "''", "“”", "‘’", "„“", "„”", "”“", "‚‘", "«»", "»«", "「」", "『』", "〝〞", "｢｣", "❝❞", "❮❯",
+    "´´", "＇＇", "＂＂", "《》", "【】"
 )  # fmt: skip
-BRACKETS = ("()", "[]", "{}", "（）", "［］", "〔〕", "〈〉", "<>", "‹›")
+BRACKETS = (
+    "()", "[]", "{}", "（）", "［］", "〔〕", "〈〉", "<>", "‹›", "⟨⟩", "⟦⟧", "〖〗", "〘〙", "｛｝", "＜＞"
+)  # fmt: skip
+DOUBLE_MARKS = '"“”„«»'  # any opens and any closes: people mix straight and curly ones
 END_MARKS = ".,;:?。、।．，；：？"
 LONE_MARKS = tuple('"“”„«»')
+_DOT_BRACKETS = {pair[0]: pair[1] for pair in BRACKETS}
 LAYERS = 8  # of marks around a quote that are taken off
 
 
@@ -36,12 +42,23 @@ def needles(quote: str) -> Iterator[Needle]:
     """The quote folded, then with one layer after another taken off; those with a letter or digit.
 
     Layers are quotation marks, a pair or one that was left alone, brackets, tags, an ellipsis before or
-    behind, and marks at the end. Last comes the same without the numbers of a list.
+    behind, and marks at the end. Then comes the same without the numbers of a list, and last as JSON text.
     """
     plain = strip_rules(unescape(quote)).text.replace('\\"', '"').strip()
     yield from _layers(plain, numbers=True)
     if has_list_numbers(plain):
         yield from _layers(plain, numbers=False)
+    if (inside := _from_json(plain)) != plain:
+        yield from _layers(inside, numbers=True)
+
+
+def _from_json(text: str) -> str:
+    """What the text stands for where it is the inside of a JSON string: `\\\\frac`, `\\n`, `\\u00e9`."""
+    try:
+        inside = json.loads('"' + text.replace('"', '\\"') + '"', strict=False).strip()
+    except ValueError:
+        return text
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", inside)
 
 
 def _layers(plain: str, *, numbers: bool) -> Iterator[Needle]:
@@ -76,11 +93,17 @@ def _peel(text: str) -> str:
         inner = _without_trailing_dots(text)
     if inner == text and len(text) > 2 and text[0] + text[-1] in QUOTATION_MARKS + BRACKETS:
         inner = _without_tags(text) or text[1:-1]
+    if inner == text and len(text) > 2 and text[0] in DOUBLE_MARKS and text[-1] in DOUBLE_MARKS:
+        inner = text[1:-1]
+    if inner == text and text.startswith("``") and text.endswith("''"):  # as LaTeX sets them
+        inner = text[2:-2]
     if inner == text:
         inner = _without_lone_mark(text)
     if inner == text:
         inner = text.rstrip(END_MARKS)
-    if inner == text and text.endswith(("!", "！")) and text[-3:-1].isalpha():  # no factorial
+    if inner == text and text.endswith("！"):
+        inner = text[:-1]
+    if inner == text and text.endswith("!") and text[-3:-1].isalpha():  # no factorial
         inner = text[:-1]
     return inner.strip()
 
@@ -97,9 +120,10 @@ def _without_lone_mark(text: str) -> str:
 
 
 def _without_leading_dots(text: str) -> str:
-    """Without "...", "…", "[...]" or "(...)" at the beginning."""
-    bracket = text[:1] in ("(", "[") and text.find(")" if text[0] == "(" else "]")
-    if bracket and _is_ellipsis(text[1:bracket]):
+    """Without "...", "…", "[...]", "(...)" or the like at the beginning."""
+    closes = _DOT_BRACKETS.get(text[:1])
+    bracket = text.find(closes) if closes else 0
+    if bracket > 0 and _is_ellipsis(text[1:bracket]):
         return text[bracket + 1 :]
     rest = text.lstrip(".… ")
     dots = text[: len(text) - len(rest)]
@@ -110,8 +134,9 @@ def _without_leading_dots(text: str) -> str:
 
 def _without_trailing_dots(text: str) -> str:
     """The same at the end."""
-    bracket = text[-1:] in (")", "]") and text.rfind("(" if text[-1] == ")" else "[")
-    if bracket and _is_ellipsis(text[bracket + 1 : -1]):
+    opens = next((left for left, right in _DOT_BRACKETS.items() if text.endswith(right)), None)
+    bracket = text.rfind(opens) if opens else 0
+    if bracket > 0 and _is_ellipsis(text[bracket + 1 : -1]):
         return text[:bracket]
     rest = text.rstrip(".… ")
     return rest if _is_ellipsis(text[len(rest) :]) else text

@@ -24,6 +24,7 @@ IDEA_TAGS = ("explaination", "explanation", "reflection")  # the first is a rele
 QUOTE_TAG = "error_quote"
 NUMBER_GAPS = ("\u00a0", "\u2007", "\u2009", "\u202f", "\\,")  # inside "12 345"
 OPERATORS = "+-*/^·±∓√_\\()[]{}'!%=<>≤≥~→"
+_SAYS_NOTHING = re.compile(r"[.…\s]*|[\W_]*(?:and|or|to|then)[\W_]*", re.IGNORECASE)
 SUPERSCRIPTS = "⁺⁻⁼⁽⁾₊₋₌₍₎"
 _TAG = re.compile(rf"<(/?)({'|'.join((*IDEA_TAGS, QUOTE_TAG))})>", re.IGNORECASE)
 
@@ -42,7 +43,7 @@ def parse_reflection(raw: str) -> tuple[str | None, str | None]:
 
     Quote: the first `error_quote` block that says something; idea: such a block of `explaination`, else
     of `explanation`, else of `reflection`. Untagged text is no idea (as released). Tags in any case,
-    outer white space trimmed; white space and dots say nothing.
+    outer white space trimmed; white space, dots and a lone "and" between two named tags say nothing.
 
     A block ends at the first close of its tag and begins at the last opening before that, so tags that
     are named ahead of the blocks do no harm; a tag in marks (`<error_quote>`) is only named. A quote
@@ -62,7 +63,7 @@ def parse_reflection(raw: str) -> tuple[str | None, str | None]:
             blocks.append(_Block(name, first.start(), tag.end(), text.strip()))
     said: dict[str, str] = {}
     for block in blocks:
-        if block.text.strip(".… \t\r\n"):
+        if not _SAYS_NOTHING.fullmatch(block.text):
             said.setdefault(block.name, block.text)
     idea = next((said[name] for name in IDEA_TAGS if name in said), None)
     return idea, said.get(QUOTE_TAG)
