@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rosd_jax.kernels.flash_attention import xla
 from rosd_jax.models import decoder, qwen3
 from rosd_jax.models.qwen3 import Qwen3Config
 
@@ -134,7 +135,7 @@ def test_long_prompts_are_prefilled_as_short_ones(monkeypatch):
     params = params_of(SMALL)
     weights, store, _ = decoding(params, SMALL)
     at_once = decoder.prefill(weights, SMALL, TOKENS[:, :6], np.full(3, 6), store, FIRST)
-    monkeypatch.setattr(decoder, "QUERIES", 2)
+    monkeypatch.setattr(xla, "QUERIES", 2)
     in_pieces = decoder.prefill(weights, SMALL, TOKENS[:, :6], np.full(3, 6), store, FIRST)
     np.testing.assert_allclose(in_pieces, at_once, atol=5e-6, rtol=0)  # processors round differently
     assert np.abs(np.asarray(at_once)).max() > 0.1

@@ -75,7 +75,7 @@ def lowered(topology: str, shape: tuple[int, int, int]):
     lesson = lesson_shapes()
     rows = jax.tree.map(lambda _: row_sharding(mesh), lesson)
     update = make_update(config, NANO, optimizer, mesh, places)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):  # as runs have it
         return update.lower(abstract(state, places), abstract(frozen, places.params), abstract(lesson, rows))
 
 
