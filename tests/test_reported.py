@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_export import ask, old_python  # noqa: F401  (a fixture)
-from test_run import run  # noqa: F401  (a fixture)
+from test_run import cache, run  # noqa: F401  (fixtures)
 from worded import (
     change,
     change_rows,
@@ -204,7 +204,7 @@ def export(case, grader, tmp_path, old_python):  # noqa: F811
 # --- runs described in words ---
 
 
-def resume_on_changed(case, grader, tmp_path):
+def resume_on_changed(case, grader, tmp_path, cache):  # noqa: F811
     """`...; then CHANGE; same command with larger steps`"""
     model = copy_of(ROOT / "models" / "gym", tmp_path)
     files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "eval")}
@@ -220,18 +220,18 @@ def resume_on_changed(case, grader, tmp_path):
             f"--config.steps={steps}", f"--config.eval.sets=jsonl:{files['eval']}",
             "--config.validation.sets=",
         ]  # fmt: skip
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | cache
         done = subprocess.run(
             [sys.executable, ROOT / "run.py", *arguments], env=environment, capture_output=True, text=True
         )
         return done.returncode, done.stderr
 
-    assert train_to(2)[0] == 0
+    assert train_to(1)[0] == 0
     words = case["input"].partition("; then ")[2].partition(";")[0]
     file = files["eval" if re.search(r"eval|validation|test", words) else "train"]
     if not (change_tokenizer(model, words) or change_rows(file, words)):
         pytest.fail(f"no reader for {words!r}")
-    status, said = train_to(4)
+    status, said = train_to(2)
     refused = status == 2 and said.startswith("error: ") and "changed since this run" in said
     return case["expected"] if refused else said or "goes on"
 
@@ -267,7 +267,7 @@ def parameters():
 def test_reported(case, grader, tmp_path, request):
     runs = [runner for prefix, runner in KINDS.items() if case["kind"].startswith(prefix)]
     assert len(runs) == 1, f"KINDS must have one entry for {case['kind']}"
-    wanted = {blames_the_right_file: "run", export: "old_python"}.get(runs[0])
+    wanted = {blames_the_right_file: "run", export: "old_python", resume_on_changed: "cache"}.get(runs[0])
     extra = {wanted: request.getfixturevalue(wanted)} if wanted else {}
     assert runs[0](case, grader, tmp_path, **extra) == case.get("ours", case["expected"])
 
