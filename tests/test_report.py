@@ -197,10 +197,17 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_what_became_of_the_rollouts_and_what_went_wrong_is_said(tmp_path):
-    counts = {"taught": 30, "out_all_right": 60, "out_quote_missing": 10}
+    counts = {
+        "taught": 30,
+        "out_all_right": 60,
+        "out_quote_missing": 10,
+        "quote_found": 0.8,
+        "quote_exact": 0.5,
+    }
     metrics(tmp_path, [{**trained(step), "active_tokens": 0, **counts} for step in range(1, 7)])
     text = write_report(tmp_path, ["gym:chain"])
     assert "rollouts 600: 30% taught, 60% group all right, 10% quote not found" in text
+    assert "80% of the quotes were found, 50% were exact (mean over steps)" in text
     said = " ".join(text.split())
     assert "Warning: 6 of 6 steps (the last: step 6) did not change the weights" in said
     assert max(map(len, text.split("\n"))) <= 80

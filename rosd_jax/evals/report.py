@@ -86,17 +86,28 @@ def _training_lines(train: Sequence[Row]) -> list[str]:
 
 
 def _findings_lines(train: Sequence[Row]) -> list[str]:
-    """What became of the rollouts, and what went wrong."""
+    """What became of the rollouts and of the quotes, and what went wrong."""
+    said = [*_rollouts_said(train), *_quotes_said(train)]
+    said += [f"Warning: {sentence}" for sentence in findings(train).values()]
+    return [line for text in said for line in textwrap.wrap(text, 80, subsequent_indent="    ")]
+
+
+def _rollouts_said(train: Sequence[Row]) -> list[str]:
     taught = sum(row.get("taught") or 0 for row in train)
     left_out = {words: sum(row.get(f"out_{note}") or 0 for row in train) for note, words in NOTES.items()}
     rows = taught + sum(left_out.values())
-    said = []
-    if rows:
-        shares = [f"{taught / rows:.0%} taught"]
-        shares += [f"{count / rows:.0%} {words}" for words, count in left_out.items() if count]
-        said.append(f"  rollouts {rows}: {', '.join(shares)}")
-    said += [f"Warning: {sentence}" for sentence in findings(train).values()]
-    return [line for text in said for line in textwrap.wrap(text, 80, subsequent_indent="    ")]
+    if rows == 0:
+        return []
+    shares = [f"{taught / rows:.0%} taught"]
+    shares += [f"{count / rows:.0%} {words}" for words, count in left_out.items() if count]
+    return [f"  rollouts {rows}: {', '.join(shares)}"]
+
+
+def _quotes_said(train: Sequence[Row]) -> list[str]:
+    named = {"quote_found": "of the quotes were found", "quote_exact": "were exact"}
+    shares = {words: mean(train, field) for field, words in named.items()}
+    known = [f"{share:.0%} {words}" for words, share in shares.items() if math.isfinite(share)]
+    return [f"  {', '.join(known)} (mean over steps)"] if known else []
 
 
 def _at_best(
