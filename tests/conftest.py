@@ -24,3 +24,15 @@ def own_matmul_precision():
     before = jax.config.jax_default_matmul_precision
     yield
     jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Environment under which runs keep their compiled programs, where a test is not about compiling."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # one directory for all workers
+    return dict(
+        JAX_COMPILATION_CACHE_DIR=str(shared / "compiled"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+    )

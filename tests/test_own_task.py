@@ -372,7 +372,7 @@ DOC = ROOT / "docs" / "own_task.md"
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory):
+def example(tmp_path_factory, cache):
     """Its files in a folder of their own, and what runs its commands there by their number."""
     folder = tmp_path_factory.mktemp("own")
     files = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", DOC.read_text(), re.DOTALL | re.MULTILINE))
@@ -386,6 +386,7 @@ def example(tmp_path_factory):
         "PATH": path,
         "XLA_FLAGS": "",
         "XDG_CACHE_HOME": str(folder / "cache"),
+        **cache,
     }
 
     def run(*numbers, then=""):

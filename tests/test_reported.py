@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_export import ask, old_python  # noqa: F401  (a fixture)
-from test_run import cache, run  # noqa: F401  (fixtures)
+from test_run import run  # noqa: F401  (a fixture)
 from worded import (
     change,
     change_rows,
@@ -204,7 +204,7 @@ def export(case, grader, tmp_path, old_python):  # noqa: F811
 # --- runs described in words ---
 
 
-def resume_on_changed(case, grader, tmp_path, cache):  # noqa: F811
+def resume_on_changed(case, grader, tmp_path, cache):
     """`...; then CHANGE; same command with larger steps`"""
     model = copy_of(ROOT / "models" / "gym", tmp_path)
     files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "eval")}

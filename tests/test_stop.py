@@ -29,15 +29,6 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return dict(
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("compiled")),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
-    )
-
-
-@pytest.fixture(scope="module")
 def finished(model, cache, tmp_path_factory):
     """The directory of a run that nothing disturbed."""
     path = tmp_path_factory.mktemp("finished")
@@ -71,10 +62,13 @@ def wait_for_lines(run, count):
 
 
 def send(run, number):
-    """Signals the run; its answer must come soon."""
+    """Signals the run; its answer must come soon, or its good end, where it had nothing left to do."""
     before = run.err.read_text()
     run.signal(number)
-    wait_until(lambda: f"{NAMES[number]}: " in run.err.read_text().removeprefix(before), ANSWER_S)
+    answer = f"{NAMES[number]}: "
+    wait_until(
+        lambda: run.process.poll() == 0 or answer in run.err.read_text().removeprefix(before), ANSWER_S
+    )
 
 
 def assert_stopped(run, number):
@@ -291,7 +285,8 @@ def test_a_run_stopped_while_it_exports_or_reports_is_made_whole(delay, finished
     wait_for_lines(run, 1)
     time.sleep(delay)
     send(run, signal.SIGINT)
-    assert_stopped(run, signal.SIGINT)
+    if run.end() != (0, ""):
+        assert_stopped(run, signal.SIGINT)
     finish(command, tmp_path, **cache)
     assert_same_run(directory, finished)
 
