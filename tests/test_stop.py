@@ -19,7 +19,7 @@ from rosd_jax.types import Problem
 from support import ROOT
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-ANSWER_S = 2  # for the answer to a signal, on a busy machine
+ANSWER_S = 5  # for the answer to a signal, on a busy machine
 FIRST_LINE = 3  # printed lines: the headline, two of evaluation, then a step's
 
 
@@ -61,14 +61,12 @@ def wait_for_lines(run, count):
     assert run.process.poll() is None, run.err.read_text()
 
 
-def send(run, number):
+def send(run, number, within=ANSWER_S):
     """Signals the run; its answer must come soon, or its good end, where it had nothing left to do."""
     before = run.err.read_text()
     run.signal(number)
     answer = f"{NAMES[number]}: "
-    wait_until(
-        lambda: run.process.poll() == 0 or answer in run.err.read_text().removeprefix(before), ANSWER_S
-    )
+    wait_until(lambda: run.process.poll() == 0 or answer in run.err.read_text().removeprefix(before), within)
 
 
 def assert_stopped(run, number):
@@ -284,7 +282,8 @@ def test_a_run_stopped_while_it_exports_or_reports_is_made_whole(delay, finished
     run = Run(command, tmp_path, **cache)
     wait_for_lines(run, 1)
     time.sleep(delay)
-    send(run, signal.SIGINT)
+    # While matplotlib is imported or Python ends, the thread that answers may wait.
+    send(run, signal.SIGINT, within=60)
     if run.end() != (0, ""):
         assert_stopped(run, signal.SIGINT)
     finish(command, tmp_path, **cache)
