@@ -258,7 +258,7 @@ def evaluate_only(config: Config, directory: Path) -> None:
     """Evaluates the newest checkpoint in `directory`, or the model as it came where nothing was trained.
 
     Where the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier
-    evaluation of that step give way to the new ones; all else stays.
+    evaluation of that step are replaced by the new ones; all else stays.
     """
     exported = history.export_to_evaluate(directory, config)
     if exported:
