@@ -39,7 +39,8 @@ PRESETS = ("paper", "span", "official")
 #
 # paper     arXiv 2605.28014v1 as two independent reading notes give it (the PDF was not at hand while
 #           this was written): where the loss lies and what it is, equations 7 to 9; settings, table 4;
-#           reflecting, appendix B (places assigned by subject, not checked). Where they are silent, the released code's value if it is sound.
+#           reflecting, appendix B (places assigned by subject, not checked). Where they are silent, the
+#           released code's value if it is sound.
 # span      v1's abstract to the letter, "the first erroneous span" ("paper" but for the two lines marked *)
 # official  the released PyTorch code (ZiqiZhao1/ROSD) as it runs; docs/differences.md has its defects
 METHOD: dict[str, tuple[Any, Any, Any]] = {
