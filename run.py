@@ -144,4 +144,6 @@ def fail(sentence: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    stopping.done()
+    sys.exit(status)

@@ -4,6 +4,7 @@
     with deferred(directory):    in here the first signal asks, and a second ends the process at once
         check()                  raises Stopped where a signal has asked
         polled(call)             `call`, with a check before it
+    done()                       once, at the end of the process: signals are ignored from now on
     reader_left()                nobody reads stdout any more: asks, as a signal does
     tell(text)                   a line on stderr
 
@@ -72,6 +73,12 @@ def watch() -> None:
             signal.signal(number, _do_nothing)  # CPython writes to the descriptor for signals with a handler
             signal.siginterrupt(number, False)  # no system call of a C++ library fails with EINTR
     threading.Thread(target=_listen, args=(reading,), name="signals", daemon=True).start()
+
+
+def done() -> None:
+    """Nothing is left to stop: signals are ignored from here on, else one would kill Python as it ends."""
+    for number in WATCHED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
