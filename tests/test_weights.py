@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rosd_jax.config import UserError
-from rosd_jax.models import qwen3, sharding, weights
+from rosd_jax.models import families, qwen3, sharding, weights
 from rosd_jax.models.qwen3 import Qwen3Config
 
 CONFIG = Qwen3Config(
@@ -71,7 +71,7 @@ def saved(tmp_path):
 CASES = {
     "grouped": {},
     "tied": {"tie_word_embeddings": True},
-    "biased": {"attention_bias": True, "num_key_value_heads": 1},
+    "biased": {"attention_bias": True, "output_bias": True, "num_key_value_heads": 1},
     "ungrouped": {"num_key_value_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-3},
 }
 
@@ -90,7 +90,8 @@ def test_a_transformers_model_gives_the_same_logits_here(case, tmp_path):
     torch.manual_seed(0)
     config = CONFIG.replace(**CASES[case])
     theirs = transformers.Qwen3Config(
-        **{name: getattr(config, name) for name in (*weights.SIZES, "head_dim", *weights.OPTIONAL)},
+        **{name: getattr(config, name) for name in (*families.SIZES, "head_dim", *families.OPTIONAL)},
+        attention_bias=config.attention_bias,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         initializer_range=0.2,
     )
@@ -101,7 +102,7 @@ def test_a_transformers_model_gives_the_same_logits_here(case, tmp_path):
     for size in ("1GB", "20KB"):  # one file, then several with an index
         model.save_pretrained(tmp_path / size, max_shard_size=size)
         assert (tmp_path / size / "model.safetensors.index.json").exists() == (size == "20KB")
-        read = weights.read_config(tmp_path / size, **EXACT)
+        read = families.read_config(tmp_path / size, **EXACT)
         assert read == config
         params = weights.load_params(tmp_path / size, read)
         np.testing.assert_allclose(our_logits(params, read), their_logits(model), atol=1e-5)
@@ -129,7 +130,7 @@ def test_save_then_load_gives_equal_bits(case, limit, tmp_path):
     config = CONFIG.replace(**CASES[case])
     params = params_of(config)
     weights.save_pretrained(tmp_path, params, config, max_shard_bytes=limit)
-    assert weights.read_config(tmp_path, **EXACT) == config
+    assert families.read_config(tmp_path, **EXACT) == config
     assert_equal_trees(weights.load_params(tmp_path, config), params)
 
 
@@ -199,12 +200,12 @@ def test_the_sources_config_is_kept_but_for_the_dtype(saved, tmp_path):
 
 def test_the_copied_config_states_what_its_source_left_to_defaults(saved, tmp_path):
     saved.fields(rope_theta="absent", head_dim="absent", rms_norm_eps="absent", architectures="absent")
-    read = weights.read_config(saved.path, **EXACT)
+    read = families.read_config(saved.path, **EXACT)
     weights.save_pretrained(tmp_path / "out", params_of(read), read, source=saved.path)
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (after["rope_theta"], after["head_dim"], after["rms_norm_eps"]) == (5e5, 8, 1e-6)
     assert after["architectures"] == ["Qwen3ForCausalLM"]
-    assert weights.read_config(tmp_path / "out", **EXACT) == read
+    assert families.read_config(tmp_path / "out", **EXACT) == read
 
 
 def test_a_tied_models_stray_head_is_ignored(saved):
@@ -225,19 +226,23 @@ ROPES = [
 @pytest.mark.parametrize("fields", ROPES)
 def test_rope_theta_is_read_from_either_field(fields, saved):
     saved.fields(**fields)
-    assert weights.read_config(saved.path, **EXACT).rope_theta == 1e4
+    assert families.read_config(saved.path, **EXACT).rope_theta == 1e4
 
 
 def test_defaults_and_arguments_of_the_config(saved):
     saved.fields(head_dim="absent")
-    config = weights.read_config(saved.path, num_tokens=60, dtype="bfloat16", remat=True)
+    config = families.read_config(saved.path, num_tokens=60, dtype="bfloat16", remat=True)
     assert config == CONFIG.replace(head_dim=8, num_tokens=60, dtype="bfloat16", remat=True)
 
 
 WRONG_FIELDS = [
-    ({"model_type": "llama"}, "model_type in .*config.json is 'llama'; it must be 'qwen3'"),
-    ({"model_type": "absent"}, "model_type in .* is None; it must be 'qwen3'"),
-    ({"use_sliding_window": True}, "use_sliding_window in .* is True; it must be False"),
+    ({"model_type": "gemma3"}, "model_type in .*config.json is 'gemma3'; .* 'qwen3', 'qwen2', 'llama'; "),
+    ({"model_type": "absent"}, "model_type in .* is None; it must be one of 'qwen3'"),
+    (
+        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2},
+        "use_sliding_window in .* is True; it must be False",
+    ),
+    ({"use_sliding_window": True, "sliding_window": "absent", "max_window_layers": "absent"}, "window"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types in .* is .*'full_attention'"),
     ({"head_dim": 15}, "head_dim in .* is 15; it must be even"),
     ({"num_attention_heads": 3}, "num_attention_heads in .* is 3; it must be a multiple"),
@@ -255,6 +260,9 @@ WRONG_FIELDS = [
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type in .* is 'yarn'"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type in .* 'linear'"),
     ({"rope_theta": "absent", "rope_parameters": None}, "rope_theta in .* is None"),
+    ({"mlp_bias": True}, "mlp_bias in .* is True; it must be False"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in .* is 0.5; it must be 1"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor in"),
 ]
 
 
@@ -262,23 +270,23 @@ WRONG_FIELDS = [
 def test_a_config_that_is_not_supported_is_named(fields, sentence, saved):
     saved.fields(**fields)
     with pytest.raises(UserError, match=sentence) as error:
-        weights.read_config(saved.path, **EXACT)
+        families.read_config(saved.path, **EXACT)
     assert "--config.model.path=DIR" in str(error.value)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(saved):
     with pytest.raises(UserError, match="a model whose vocabulary does not fit its tokenizer.*61.*62"):
-        weights.read_config(saved.path, num_tokens=62, dtype="float32", remat=False)
+        families.read_config(saved.path, num_tokens=62, dtype="float32", remat=False)
 
 
 @pytest.mark.parametrize("path", ["", "missing"])
 def test_a_missing_model_says_what_to_pass(path, tmp_path):
     with pytest.raises(UserError, match="holds no config.json; pass --config.model.path=DIR"):
-        weights.read_config(path and tmp_path / path, **EXACT)
+        families.read_config(path and tmp_path / path, **EXACT)
 
 
-READ = (*weights.SIZES, *weights.OPTIONAL, "head_dim", "rope_theta", "rope_parameters", "rope_scaling",
-        "model_type", "hidden_act", "use_sliding_window", "layer_types")  # fmt: skip
+READ = (*families.SIZES, *families.OPTIONAL, "attention_bias", "head_dim", "rope_theta", "rope_parameters",
+        "rope_scaling", "model_type", "hidden_act", "use_sliding_window", "layer_types")  # fmt: skip
 ANYTHING = [None, "", "x", "32", 0, -1, 1, 1.5, 10**400, float("inf"), float("nan"), True, False,
             [], [1], [[1]], {}, {"a": 1}, {"rope_type": 5}, {"rope_theta": "x"}, {"rope_theta": None},
             {"type": None}]  # fmt: skip
@@ -290,7 +298,7 @@ def test_a_field_of_any_kind_is_read_or_named_with_its_file(field, saved):
     for value in ANYTHING:
         saved.fields(**{field: value})
         try:
-            config = weights.read_config(saved.path, **EXACT)
+            config = families.read_config(saved.path, **EXACT)
             shapes_of(config)
         except UserError as error:
             refused += 1
@@ -304,7 +312,7 @@ def test_a_field_of_any_kind_is_read_or_named_with_its_file(field, saved):
 def test_a_broken_config_is_named(text, saved):
     (saved.path / "config.json").write_bytes(text)
     with pytest.raises(UserError, match="config.json is not"):
-        weights.read_config(saved.path, **EXACT)
+        families.read_config(saved.path, **EXACT)
 
 
 # --- wrong tensors
@@ -333,7 +341,7 @@ def test_more_layers_or_biases_than_the_config_asks_for_are_refused(saved):
     with pytest.raises(UserError, match="model.layers.2.* has no place"):
         weights.load_params(saved.path, CONFIG.replace(num_hidden_layers=2))
     with pytest.raises(UserError, match="lacks tensor model.layers.0.self_attn.k_proj.bias"):
-        weights.load_params(saved.path, CONFIG.replace(attention_bias=True))
+        weights.load_params(saved.path, CONFIG.replace(attention_bias=True, output_bias=True))
 
 
 def test_pickled_weights_are_refused(saved):
