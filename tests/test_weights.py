@@ -190,6 +190,95 @@ def test_loading_straight_onto_a_mesh_and_saving_from_it(tmp_path):
     assert a == b
 
 
+class Counted:
+    """An open file that can be read by slices alone, and notes how much each took."""
+
+    def __init__(self, file, reads):
+        self.file, self.reads = file, reads
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, name):
+        whole, reads = self.file.get_slice(name), self.reads
+
+        class Slice:
+            get_shape, get_dtype = whole.get_shape, whole.get_dtype
+
+            def __getitem__(self, index):
+                reads.append((name, whole[index].size))
+                return whole[index]
+
+        return Slice()
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2), (8, 1, 1)], ids=str)
+def test_each_shard_is_read_by_itself_and_once(mesh, tmp_path, monkeypatch):
+    params = params_of(CONFIG.replace(vocab_size=64))
+    config = CONFIG.replace(vocab_size=64)
+    weights.save_pretrained(tmp_path, params, config)
+    reads, opened = [], weights._open
+    monkeypatch.setattr(weights, "_open", lambda file: Counted(opened(file), reads))
+    mesh = sharding.make_mesh(*mesh)
+    places = sharding.param_shardings(params, mesh)
+    assert_equal_trees(jax.device_get(weights.load_params(tmp_path, config, places)), params)
+    shards = {}  # of each tensor
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        place = places
+        for key in path:
+            place = place[key.key]
+        count = leaf.size // np.prod(place.shard_shape(leaf.shape), dtype=int)
+        shards |= dict.fromkeys(weights._names(weights._path(path), leaf.shape), count)
+    stored = {name: value.size for name, value in load_file(tmp_path / "model.safetensors").items()}
+    for name, size in reads:
+        assert size == stored[name] // shards[name], name
+    assert sum(size for _, size in reads) == sum(stored.values())
+    assert max(shards.values()) == mesh.shape["fsdp"] * mesh.shape["tensor"]
+
+
+def test_a_host_reads_nothing_of_a_shard_that_its_devices_do_not_have(tmp_path):
+    """The shard of one device of eight, as each host of several asks for its own."""
+    params = params_of(CONFIG)
+    weights.save_pretrained(tmp_path, params, CONFIG, max_shard_bytes=20_000)
+    reads = []
+    with weights.ExitStack() as stack:
+        tensors = weights._open_tensors(stack, tmp_path, CONFIG, shapes_of(CONFIG))
+        tensors = {name: (Counted(file, reads), where) for name, (file, where) in tensors.items()}
+        for path, ranges in (
+            ("blocks/attention/q_proj/kernel", ((0, 3), (8, 16), (32, 64))),
+            ("blocks/down_proj/kernel", ((1, 2), (0, 24), (0, 8))),
+            ("blocks/attention/k_norm/scale", ((2, 3), (0, 16))),
+            ("head", ((10, 20), (8, 16))),
+        ):
+            leaf = params
+            for key in path.split("/"):
+                leaf = leaf[key]
+            part = leaf[tuple(slice(*r) for r in ranges)]
+            got = weights._read_shard(tensors, path, leaf.shape, ranges, np.dtype("float32"))
+            np.testing.assert_array_equal(got, part)
+            assert sum(size for _, size in reads) == part.size
+            reads.clear()
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_loading_at_the_compute_type_equals_a_cast_of_the_master_weights(stored, tmp_path):
+    weights.save_pretrained(tmp_path, params_of(CONFIG), CONFIG, dtype=stored)
+    places = sharding.param_shardings(shapes_of(CONFIG), sharding.make_mesh(2, 2, 2))
+    master = weights.load_params(tmp_path, CONFIG, places)
+    frozen = weights.load_params(tmp_path, CONFIG, places, dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(frozen)} == {jax.numpy.dtype("bfloat16")}
+    cast = jax.tree.map(lambda x: x.astype("bfloat16"), master)
+    assert jax.tree.map(lambda x: x.sharding, frozen) == places == jax.tree.map(lambda x: x.sharding, cast)
+    assert_equal_trees(jax.device_get(frozen), jax.device_get(cast))
+
+
 def test_the_sources_config_is_kept_but_for_the_dtype(saved, tmp_path):
     saved.fields(eos_token_id=7, torch_dtype="float16", dtype="absent", note={"a": [1]})
     weights.save_pretrained(tmp_path / "out", params_of(CONFIG), CONFIG, source=saved.path, dtype="bfloat16")
@@ -362,7 +451,7 @@ def test_no_weights_and_broken_files_are_named(saved):
 
 
 def test_checking_weights_passes_what_loads_and_reads_no_tensor(saved, monkeypatch):
-    monkeypatch.setattr(weights, "_read_leaf", None)
+    monkeypatch.setattr(weights, "_read_shard", None)
     weights.check_weights(saved.path, CONFIG)
 
 

@@ -1,11 +1,11 @@
 """A model in and out of a Hugging Face directory: safetensors, never pickle (config.json: families.py).
 
 One table, LEAVES, maps the leaves of the params tree to the names of Hugging Face; loading and
-saving both walk it. At most one stacked leaf (all layers of one matrix) is on the host at a time,
-plus, when saving, the file being filled.
+saving both walk it. Loading, a host reads of each stacked leaf (all layers of one matrix) what its own
+devices need, one leaf at a time. Saving, it has one whole leaf and the file being filled.
 
     check_weights(path, config)                           raises for what load_params would refuse
-    load_params(path, config, shardings)                  -> params (float32)
+    load_params(path, config, shardings, dtype=)          -> params
     save_pretrained(path, params, config, source=, dtype=)
 """
 
@@ -16,6 +16,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ LEAVES = {
     "blocks/up_proj/kernel": ("model.layers.{}.mlp.up_proj.weight", True),
     "blocks/down_proj/kernel": ("model.layers.{}.mlp.down_proj.weight", True),
 }
+Ranges = tuple[tuple[int, int], ...]  # [start, stop) of each dimension
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STORED = ("F32", "BF16", "F16")  # the storage types that load
@@ -71,21 +73,27 @@ def check_weights(path: str | Path, config: Qwen3Config) -> None:
         _open_tensors(stack, Path(path), config, shapes)
 
 
-def load_params(path: str | Path, config: Qwen3Config, shardings: Any = None) -> Params:
-    """A float32 tree of `init_params`' structure; `shardings`, a tree like it, places the leaves.
+def load_params(
+    path: str | Path, config: Qwen3Config, shardings: Any = None, *, dtype: str = "float32"
+) -> Params:
+    """A tree of `init_params`' structure in `dtype`; `shardings`, a tree like it, places the leaves.
 
-    Stored bfloat16, float16 and float32 are read. Every name and shape is checked before any tensor
-    is read. Raises UserError for a missing, extra or mis-shaped tensor, and for pickled weights.
+    Each shard is read by itself, once, and only where one of this host's devices has it. Stored bfloat16,
+    float16 and float32 are read. Every name and shape is checked before any tensor is read. Raises
+    UserError for a missing, extra or mis-shaped tensor, and for pickled weights.
     """
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     with ExitStack() as stack:
         tensors = _open_tensors(stack, Path(path), config, shapes)
 
         def leaf(key_path, shape, sharding=None):
-            host = _read_leaf(tensors, _path(key_path), shape.shape)
+            name = _path(key_path)
+            # Devices that have the same shard share what was read.
+            read = cache(lambda *ranges: _read_shard(tensors, name, shape.shape, ranges, jnp.dtype(dtype)))
             if sharding is None:
-                return jnp.asarray(host)
-            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+                return jnp.asarray(read(*((0, n) for n in shape.shape)))
+            part = lambda index: read(*(i.indices(n)[:2] for i, n in zip(index, shape.shape, strict=True)))
+            return jax.make_array_from_callback(shape.shape, sharding, part)
 
         rest = () if shardings is None else (shardings,)
         return jax.tree_util.tree_map_with_path(leaf, shapes, *rest)
@@ -194,12 +202,19 @@ def _check_tensors(tensors: dict, shapes: Params, folder: Path) -> None:
         raise UserError(f"tensor {name} in {file} has no place in its config.json; {PASS}")
 
 
-def _read_leaf(tensors: dict, path: str, shape: tuple[int, ...]) -> np.ndarray:
+def _read_shard(
+    tensors: dict, path: str, shape: tuple[int, ...], ranges: Ranges, dtype: np.dtype
+) -> np.ndarray:
+    """Positions [start, stop) of each dimension of a leaf; of no tensor more than that is read."""
     name, transposed = LEAVES[path]
-    host = np.empty(shape, np.float32)
-    slots = host if "{}" in name else host[None]
-    for slot, tensor in zip(slots, _names(path, shape), strict=True):
-        value = tensors[tensor][0].get_tensor(tensor)
+    stacked = "{}" in name
+    inner = [slice(start, stop) for start, stop in ranges[stacked:]]
+    index = tuple(inner[::-1] if transposed else inner)
+    host = np.empty([stop - start for start, stop in ranges], dtype)
+    slots = host if stacked else host[None]
+    names = _names(path, shape)[slice(*ranges[0])] if stacked else _names(path, shape)
+    for slot, tensor in zip(slots, names, strict=True):
+        value = tensors[tensor][0].get_slice(tensor)[index]
         slot[...] = value.T if transposed else value
     return host
 
