@@ -20,7 +20,7 @@ from rosd_jax.models.qwen3 import Llama3Scaling
 from rosd_jax.models.sharding import make_mesh, param_shardings, validate_mesh_for
 from rosd_jax.rollout.loop import make_generate
 
-EXACT = {"num_tokens": None, "dtype": "float32", "remat": False}
+EXACT = {"num_tokens": None, "dtype": "float32", "remat": "none"}
 SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, hidden_act="silu", max_position_embeddings=256)  # fmt: skip
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,

@@ -57,7 +57,7 @@ def path():
 def loaded(path):
     """Tokenizer, config, parameters."""
     tokenizer = load_tokenizer(path)
-    config = families.read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat=False)
+    config = families.read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat="none")
     return tokenizer, config, weights.load_params(path, config)
 
 
