@@ -38,6 +38,7 @@ from rosd_jax.rollout.stops import Stops, make_stops
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.text.wording import read_wording
+from rosd_jax.train.compiling import keep_programs
 from rosd_jax.train.step import Tools
 from rosd_jax.train.stopping import polled
 from rosd_jax.train.trees import Trees
@@ -205,6 +206,7 @@ def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]
     """The tools of a run, and what makes its trees. Loads no weights yet."""
     if config.model.dtype == "float32":  # else an accelerator rounds float32 operands to 10 bits or fewer
         jax.config.update("jax_default_matmul_precision", "highest")
+    keep_programs(config.compile_cache)
     deal_cores(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = inputs.model
