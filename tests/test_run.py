@@ -19,7 +19,8 @@ from absl import flags
 import tiny
 from rosd_jax.config import default_config
 from rosd_jax.data import gym
-from rosd_jax.models.weights import load_params, read_config
+from rosd_jax.models.families import read_config
+from rosd_jax.models.weights import load_params
 from rosd_jax.rewards import mcq
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train import workdir

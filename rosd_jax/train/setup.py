@@ -22,6 +22,7 @@ from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.data.rows import same_data, set_name
 from rosd_jax.evals import health
+from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import (
     make_mesh,
@@ -29,7 +30,6 @@ from rosd_jax.models.sharding import (
     row_devices,
     validate_mesh_for,
 )
-from rosd_jax.models.weights import read_config
 from rosd_jax.rewards import Grader, Mode
 from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
@@ -130,8 +130,8 @@ def model_path(config: Config) -> Path:
     """The model's directory. Raises UserError when none is named or it does not exist."""
     if not config.model.path:
         raise UserError(
-            "model.path is empty; it must be a Hugging Face directory of a Qwen3 model, so pass "
-            "--config.model.path=DIR"
+            "model.path is empty; it must be a Hugging Face directory of a Qwen3, Qwen2 or Llama model, so "
+            "pass --config.model.path=DIR"
         )
     path = Path(config.model.path)
     if not path.is_dir():
