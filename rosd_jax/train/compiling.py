@@ -26,7 +26,7 @@ def keep_programs(directory: str) -> None:
 
     Raises UserError where it cannot be made.
     """
-    if not directory or jax.config.jax_compilation_cache_dir:
+    if not directory or jax.config.values["jax_compilation_cache_dir"]:
         return
     path = Path(directory).expanduser() / processor()
     try:

@@ -88,11 +88,8 @@ class Trees:
 
     def frozen(self, first: TrainState | None) -> Params:
         """The model as it came, at the compute type: it is never updated, so it needs no master copy."""
+        dtype, places = self.model.dtype, self.frozen_shardings
         if first is None or self.config.model.lora.rank:
-            places = param_shardings(self.base, self.mesh)
-            path = Path(self.config.model.path)
-            params = load_params(path, self.model, places, dtype=self.model.dtype)
-        else:
-            cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(self.model.dtype), tree))
-            params = cast(first.params)
-        return jax.device_put(params, self.frozen_shardings)
+            return load_params(Path(self.config.model.path), self.model, places, dtype=dtype)
+        cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
+        return jax.device_put(cast(first.params), places)
