@@ -253,7 +253,8 @@ def trained(source, path, dtype):
     tokenizer = load_tokenizer(source)
     model = families.read_config(source, num_tokens=tokenizer.num_tokens, dtype=dtype, remat="none")
     params = jax.tree.map(lambda x: x * 1.01, weights.load_params(source, model))
-    config = types.SimpleNamespace(model=types.SimpleNamespace(path=str(source), dtype=dtype))
+    lora = types.SimpleNamespace(rank=0)
+    config = types.SimpleNamespace(model=types.SimpleNamespace(path=str(source), dtype=dtype, lora=lora))
     inputs = types.SimpleNamespace(model=model, tokenizer=tokenizer)
     loop.export(types.SimpleNamespace(config=config, inputs=inputs), params, path / "export", 1)
     return path / "export"

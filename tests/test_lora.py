@@ -98,7 +98,7 @@ def test_new_adapters_change_nothing_and_are_drawn_as_peft_draws_them():
     np.testing.assert_allclose(forward(lora.combine(base(), adapters)), forward(base()), atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param(None, marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_decoding_with_adapters_is_decoding_of_the_merged_model(shape):
     mesh = None if shape is None else make_mesh(*shape)
     prompt = np.random.default_rng(0).integers(0, 60, (2, 6)).astype(np.int32)
@@ -146,7 +146,15 @@ def full_gradient():
     return updated(merged(base(), adapters_of()), rank=0)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 1, 1), marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), marks=pytest.mark.slow),
+        (2, 2, 2),
+    ],
+    ids=str,
+)
 def test_gradients_are_the_merged_models_by_the_chain_rule(shape):
     state, metrics = updated(adapters_of(), shape)
     whole, plain = full_gradient()
@@ -291,6 +299,7 @@ def test_exported_adapters_merge_into_the_model_by_their_files_alone(exported):
     np.testing.assert_allclose(logits(loaded, model), want, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers is about to rename
 def test_peft_loads_the_adapters_with_equal_logits(exported):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM

@@ -76,3 +76,15 @@ def test_what_is_kept_off_the_chips_is_off_them():
     whole = used(plain["teach"]).argument_size_in_bytes
     assert used(host["teach"]).argument_size_in_bytes < whole / 4
     assert used(host["teach"]).host_argument_size_in_bytes > whole / 2
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_adapters_take_no_memory_for_what_does_not_learn(shape):
+    """No gradient, no moment and no float32 copy of a weight of the frozen model."""
+    plain, adapted = lowered(shape), lowered(shape, **{"model.lora.rank": 8})
+    used = lambda program: program.compile().memory_analysis()
+    for name in ("learn", "apply"):
+        whole, own = used(plain[name]), used(adapted[name])
+        assert own.output_size_in_bytes < whole.output_size_in_bytes / 5
+        assert own.argument_size_in_bytes < whole.argument_size_in_bytes * {"learn": 0.5, "apply": 0.2}[name]
+        assert own.temp_size_in_bytes < 1.25 * whole.temp_size_in_bytes + 2**20
