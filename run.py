@@ -145,7 +145,9 @@ def run(config) -> None:
     if _MODE.value == "plan":
         plan.plan(config, directory, asked)
     elif asked != plan.Asked():
-        raise UserError("--topology, --compile and --json are of --mode=plan; leave them out, or add that mode")
+        raise UserError(
+            "--topology, --compile and --json are of --mode=plan; leave them out, or add that mode"
+        )
     else:
         {"train": loop.train, "eval": loop.evaluate_only}[_MODE.value](config, directory)
 

@@ -2,7 +2,8 @@
 
 What lies in memory between stages is exact: the sizes of its shards. What a stage holds besides is
 arithmetic over the arrays that it cannot do without at its fullest; XLA decides about the rest. So a plan
-is an estimate until a stage is compiled, which docs/performance.md compares ("The plan against the compiler").
+is an estimate until a stage is compiled (docs/performance.md compares the two: "The plan against the
+compiler").
 
     resident(job)                    -> bytes by kind between the stages of an update
     decoding(job, how, ...), teacher(job), student(job), optimizer(job)
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from rosd_jax.config import Config
+from rosd_jax.kernels.flash_attention.xla import QUERIES
 from rosd_jax.models.decoder import fuse
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import decoder_specs, row_devices
@@ -29,13 +31,14 @@ from rosd_jax.rollout.floor import position_bytes
 from rosd_jax.rollout.loop import Decoding
 from rosd_jax.train.roofline import layer_weights
 from rosd_jax.train.trees import Trees
-from rosd_jax.train.update import Update, longest_rows
+from rosd_jax.train.update import Update
 
 Bytes = dict[str, int]
 KINDS = (
-    "parameters", "optimizer", "frozen", "gradients", "decoding weights", "cache", "activations", "temporaries"
+    "parameters", "optimizer", "frozen", "gradients", "decoding weights", "cache", "activations",
+    "temporaries",
 )  # fmt: skip
-BACKWARD_BLOCKS = 3  # a layer computed again, and the gradients of what it computes
+BACKWARD_BLOCKS = 2  # a layer computed again, and the gradients of what it computes
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,12 @@ def decoding(job: Job, how: Decoding, prompts_N: int, longest: int, rows: int) -
 
 def teacher(job: Job) -> Bytes:
     """One trip's forward pass over teacher's rows of the greatest width, and the hidden states it gives."""
-    S, T = longest_rows(job.config)
+    S, T = job.update.longest
     rows = job.config.batch.device_rows
     hidden = rows * (T + S) * job.model.hidden_size * job.item
     brought = 0 if job.config.model.frozen == "device" else frozen_bytes(job)
-    return {"frozen": brought, "activations": block_bytes(job, rows * T) + hidden}
+    block = block_bytes(job, rows * T) + scores_bytes(job, rows, T)
+    return {"frozen": brought, "activations": block + hidden}
 
 
 def student(job: Job) -> Bytes:
@@ -127,12 +131,13 @@ def student(job: Job) -> Bytes:
     gradients next to their sum.
     """
     model, config = job.model, job.config
-    S, _ = longest_rows(config)
+    S, _ = job.update.longest
     tokens = config.batch.device_rows * S
-    stream, block = tokens * model.hidden_size * job.item, block_bytes(job, tokens)
+    stream = tokens * model.hidden_size * job.item
+    block = block_bytes(job, tokens) + scores_bytes(job, config.batch.device_rows, S)
     attended = tokens * model.num_attention_heads * model.head_dim * job.item // job.tensor
     kept = {
-        "none": model.num_hidden_layers * block,
+        "none": model.num_hidden_layers * kept_bytes(job, config.batch.device_rows, S),
         "block": model.num_hidden_layers * stream,
         "attention": model.num_hidden_layers * (stream + attended),
         "offload": 2 * stream,
@@ -140,19 +145,20 @@ def student(job: Job) -> Bytes:
     params, places = job.trees.state.params, job.trees.shardings.params
     cast = 0 if job.item == 4 else shard_bytes(params["blocks"], places["blocks"], model.dtype)
     logits = min(config.loss.chunk, tokens) * job.table // model.hidden_size * (8 + job.item)
-    # Heads of student and teacher and the student's gradient, which is summed in float32.
-    loss = {"activations": kept + 2 * stream, "temporaries": cast + job.table * (3 * job.item + 4) + logits}
-    tables = job.table * (job.item + (4 if model.tie_word_embeddings else 0))
+    # Heads of student and teacher, and the gradient of the student's, summed in float32.
+    loss = {"activations": kept + stream, "temporaries": cast + job.table * (2 * job.item + 4) + logits}
     backward = {
         "activations": kept + BACKWARD_BLOCKS * block,
-        "temporaries": cast + shard_bytes(params, places) + tables + job.layer * (2 * job.item + 4),
+        "temporaries": cast + shard_bytes(params["blocks"], places["blocks"]) + job.table * 4,
     }
     return max(loss, backward, key=lambda some: sum(some.values()))
 
 
 def optimizer(job: Job) -> Bytes:
-    """AdamW's step writes over the state that it is given, number by number."""
-    return {"temporaries": 0}
+    """AdamW's step. XLA for TPU writes over the state that it is given; for CPU it keeps two trees beside."""
+    if job.mesh.devices.flat[0].platform == "tpu":
+        return {"temporaries": 0}
+    return {"temporaries": 2 * shard_bytes(job.trees.state.params, job.trees.shardings.params)}
 
 
 def frozen_bytes(job: Job) -> int:
@@ -168,3 +174,17 @@ def block_bytes(job: Job, tokens: int) -> int:
     norm = 4 * D  # float32
     return tokens * (2 * D * job.item + norm + max(heads, 3 * F) * job.item)
 
+
+def scores_bytes(job: Job, rows: int, T: int) -> int:
+    """Of a block of queries, where attention has no kernel: in float32 (kernels/flash_attention)."""
+    if job.item < 4:
+        return 0
+    return 2 * 4 * rows * (job.model.num_attention_heads // job.tensor) * min(T, QUERIES) * T
+
+
+def kept_bytes(job: Job, rows: int, T: int) -> int:
+    """What one layer keeps for its backward pass where nothing is computed again."""
+    model = job.model
+    D, F = model.hidden_size, model.intermediate_size // job.tensor
+    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim // job.tensor
+    return rows * T * (8 * D + 2 * heads + 5 * F) * job.item + scores_bytes(job, rows, T)

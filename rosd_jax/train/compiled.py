@@ -1,6 +1,6 @@
 """A stage compiled for chips that may not be there, and what its program says of itself.
 
-    compile_stage(lowered, platform)  -> Compiled
+compile_stage(lowered, platform)  -> Compiled
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def compile_stage(lowered: Any, platform: str) -> Compiled:
         text = _dumped(Path(dump)) if platform == "tpu" else program.as_text()
     memory = program.memory_analysis()
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = 0 if platform == "cpu" else memory.generated_code_size_in_bytes
     return Compiled(
         seconds=seconds,
         arguments=memory.argument_size_in_bytes,
-        working=memory.temp_size_in_bytes + fresh + memory.generated_code_size_in_bytes,
+        working=memory.temp_size_in_bytes + fresh + code,
         collectives=tuple(count(text)) if text else None,
     )
 

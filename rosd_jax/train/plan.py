@@ -16,19 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import logging
 
 from rosd_jax.config import Config, UserError
-from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.weights import check_weights
 from rosd_jax.rollout.stops import Stops
-from rosd_jax.train import budget, planned
-from rosd_jax.train.budget import Bytes, Job
+from rosd_jax.train import planned
+from rosd_jax.train.budget import Job
 from rosd_jax.train.chips import Slice, read_topology
 from rosd_jax.train.compiled import Compiled, compile_stage
 from rosd_jax.train.planned import Plan, StagePlan
-from rosd_jax.train.roofline import at_limits, realistic
+from rosd_jax.train.roofline import Work, at_limits, realistic
 from rosd_jax.train.setup import Inputs, deal_cores, read_inputs, trained_on
 from rosd_jax.train.stages import STAGES, Stage, lower, make_job, stages
 
@@ -86,9 +84,8 @@ def make_plan(
     stops: Stops | None,
     evaluated: int,
     compiled: Sequence[str] = (),
-    lowered: Sequence[str] = STAGES,
 ) -> Plan:
-    """The plan of all stages; those named in `lowered` are lowered, those in `compiled` compiled as well.
+    """The plan of all stages, lowered where the chips' compiler is at hand; those named are compiled.
 
     Raises UserError where stages are to be compiled for GPUs that are not there.
     """
@@ -100,7 +97,7 @@ def make_plan(
     lengths = at_limits(job.config), realistic(job.config)
     done = []
     for stage in stages(job, stop_ids, stops, evaluated):
-        made = _lower(stage, job, chips, stage.name in compiled) if stage.name in lowered else (None, None)
+        made = _lower(stage, job, chips, stage.name in compiled) if chips.compiles else (None, None)
         done.append(_stage_plan(stage, chips, *made, {n.name: stage.work(n) for n in lengths}))
     settled = Plan(job, chips, lengths, tuple(done), ())
     if settled.fits is False:
@@ -112,12 +109,14 @@ def _lower(stage: Stage, job: Job, chips: Slice, compiled: bool) -> tuple[float,
     """Seconds that lowering took, and the compiled stage where it is asked for."""
     logging.info("lowering %s", stage.name)
     began = time.perf_counter()
-    program = lower(stage, job, chips.platform)
+    program = lower(stage, job)
     seconds = time.perf_counter() - began
     return seconds, compile_stage(program, chips.platform) if compiled else None
 
 
-def _stage_plan(stage: Stage, chips: Slice, lowered: float | None, compiled: Compiled | None, work) -> StagePlan:
+def _stage_plan(
+    stage: Stage, chips: Slice, lowered: float | None, compiled: Compiled | None, work: dict[str, Work]
+) -> StagePlan:
     limit = None if chips.chip is None else chips.chip.memory
     held = sum(stage.bytes.values())
     if compiled is not None and not compiled.refused:
@@ -126,39 +125,45 @@ def _stage_plan(stage: Stage, chips: Slice, lowered: float | None, compiled: Com
     return StagePlan(stage.name, stage.bytes, held, fits, lowered, compiled, work)
 
 
-def _changes(job: Job, stop_ids, stops, evaluated: int, done: Sequence[StagePlan]) -> list[str]:
+def _changes(
+    job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int, done: Sequence[StagePlan]
+) -> list[str]:
     """Fields to change, those first that leave the fullest stage the least; only such as help it."""
     fullest = max((plan for plan in done if plan.fits is False), key=lambda plan: plan.held)
     before = sum(fullest.bytes.values())
     found: list[tuple[int, str]] = []
     for field, change in LEVERS:
-        config = job.config.copy_and_resolve_references()
-        above, last = field.split(".")
-        value = change(config[above][last])
-        if value == config[above][last]:
+        config = _changed(job.config, field, change)
+        if config is None:
             continue
-        config[above][last] = value
+        model = job.model.replace(remat=config.model.remat)
         try:
-            smaller = make_job(_with_rows(config), _model(job.model, config), job.mesh.devices.flatten().tolist())
-            others = stages(smaller, stop_ids, stops, evaluated)
+            smaller = make_job(config, model, job.mesh.devices.flatten().tolist())
+            others = {stage.name: stage for stage in stages(smaller, stop_ids, stops, evaluated)}
         except UserError:  # the change would break another rule
             continue
-        after = sum(next(stage for stage in others if stage.name == fullest.name).bytes.values())
+        after = sum(others[fullest.name].bytes.values())
         if after < before:
-            gained = f"{field}={value}: {fullest.name} at {after / 1e9:.1f} GB a chip for {before / 1e9:.1f}"
-            found.append((after, gained))
+            gain = f"{fullest.name} at {after / 1e9:.1f} GB a chip for {before / 1e9:.1f}"
+            found.append((after, f"{field} to {_value(config, field)}: {gain}"))
     return [sentence for _, sentence in sorted(found)]
 
 
-def _with_rows(config: Config) -> Config:
-    """More tensor parallelism takes row devices, where the config names their number."""
-    if config.mesh.fsdp != -1 and config.mesh.data != -1:
-        config.mesh.fsdp = -1
-    return config
+def _changed(config: Config, field: str, change: Callable[[Any], Any]) -> Config | None:
+    """The config with that change, or None where the field has that value already."""
+    changed = config.copy_and_resolve_references()
+    section, name = field.split(".")
+    changed[section][name] = change(config[section][name])
+    if changed[section][name] == config[section][name]:
+        return None
+    if field == "mesh.tensor" and changed.mesh.data != -1:  # at the cost of row devices
+        changed.mesh.fsdp = -1
+    return changed
 
 
-def _model(model: Qwen3Config, config: Config) -> Qwen3Config:
-    return model.replace(remat=config.model.remat)
+def _value(config: Config, field: str) -> Any:
+    section, name = field.split(".")
+    return config[section][name]
 
 
 def _most_items(inputs: Inputs) -> int:

@@ -1,6 +1,6 @@
 """A finished plan, as text and as JSON.
 
-    as_text(plan), as_json(plan)  -> str
+as_text(plan), as_json(plan)  -> str
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from rosd_jax.train.compiled import Compiled
 from rosd_jax.train.roofline import Lengths, Work
 
 GPU_NOTE = (
-    "JAX takes 75 % of a GPU's memory unless told otherwise: set XLA_CLIENT_MEM_FRACTION=0.95, as counted here"
+    "JAX takes 75 % of a GPU's memory unless told otherwise: set XLA_CLIENT_MEM_FRACTION=0.95, as is "
+    "counted here"
 )
 
 
@@ -142,7 +143,11 @@ def _roofline(plan: Plan, lengths: Lengths) -> str:
         work = stage.work[lengths.name]
         at_least = f"{seconds[stage.name]:.3g}" if seconds else "-"
         rows.append(
-            [stage.name, *(f"{n:.3g}" for n in (work.flops / 1e12, work.bytes / 1e9, work.sent / 1e9)), at_least]
+            [
+                stage.name,
+                *(f"{n:.3g}" for n in (work.flops / 1e12, work.bytes / 1e9, work.sent / 1e9)),
+                at_least,
+            ]
         )
     if seconds:
         rows.append(["step", "", "", "", f"{seconds['step']:.3g}"])
@@ -185,7 +190,9 @@ def _verdict(plan: Plan) -> str:
     full = max(plan.stages, key=lambda stage: stage.held)
     chip = plan.chips.chip
     assert chip is not None
-    line = f"verdict     {plan.verdict}: {full.name} takes {full.held / 1e9:.1f} of {chip.memory / 1e9:.1f} GB"
+    line = (
+        f"verdict     {plan.verdict}: {full.name} takes {full.held / 1e9:.1f} of {chip.memory / 1e9:.1f} GB"
+    )
     return "\n".join([line, *(f"            change {change}" for change in plan.changes)])
 
 

@@ -162,12 +162,12 @@ class Split:
 def decode_work(
     model: Qwen3Config, split: Split, prompts: int, prompt: int, length_B: Sequence[int], at_once: int
 ) -> Work:
-    """Prefilling a shard's prompts and decoding its rows. Rows are dealt out so that all shards have equal work.
+    """Prefilling a shard's prompts and decoding its rows, of which every shard gets an equal share.
 
     at_once: rows of a shard that decode together. Steps are as many as the longest row has tokens, or
     more where the rows do not all fit at once; each reads the weights, and every live row's positions.
     """
-    mine = sorted(length_B)[:: split.shards]  # every so manieth, from the shortest on
+    mine = sorted(length_B)[:: split.shards]  # every shards-th, from the shortest on
     mine = [*mine[:-1], max(length_B)]  # the slowest shard has the longest row
     tokens = sum(mine)
     steps = max(max(mine), math.ceil(tokens / at_once))

@@ -1,14 +1,15 @@
 """Every compiled stage of a run, from its config alone: what it holds, what it works, how it is lowered.
 
-    make_job(config, model, devices)              -> Job
-    stages(job, stop_ids, stops, evaluated)       -> a Stage each, in the order of a step
-    lower(stage, job, platform)                   -> jax.stages.Lowered; no weights, no device
+make_job(config, model, devices)              -> Job
+stages(job, stop_ids, stops, evaluated)       -> a Stage each, in the order of a step
+lower(stage, job)                             -> jax.stages.Lowered; no weights, no device
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from rosd_jax.config import Config
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.models.sharding import make_mesh, row_devices, row_sharding, validate_mesh_for
+from rosd_jax.models.sharding import make_mesh, row_devices, validate_mesh_for
 from rosd_jax.rollout import loop, prompts
 from rosd_jax.rollout.loop import Decoding
 from rosd_jax.rollout.stops import Stops
@@ -27,8 +28,8 @@ from rosd_jax.train.budget import Bytes, Job
 from rosd_jax.train.roofline import Lengths, Split, Work
 from rosd_jax.train.setup import cache_pages, check_rows
 from rosd_jax.train.trees import Trees
-from rosd_jax.train.trips import Trip, width
-from rosd_jax.train.update import SUMS, longest_rows, make_optimizer, make_update
+from rosd_jax.train.trips import width
+from rosd_jax.train.update import make_optimizer, make_update
 
 STAGES = ("rollouts", "reflections", "evaluation", "teacher", "student", "optimizer")
 
@@ -41,7 +42,7 @@ class Stage:
     resident: Bytes  # what lies in memory whatever the stage does
     working: Bytes  # what it holds besides, by arithmetic
     work: Callable[[Lengths], Work]  # of one chip in one step
-    trace: Callable[[], Any]  # -> jax.stages.Traced
+    lower: Callable[[], Any]  # -> jax.stages.Lowered, under the job's mesh
 
     @property
     def bytes(self) -> Bytes:
@@ -65,11 +66,11 @@ def stages(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: 
     return [*_decoding(job, stop_ids, stops, evaluated), *_updating(job)]
 
 
-def lower(stage: Stage, job: Job, platform: str) -> Any:
-    """The stage as a program for the platform, which need not be this machine's."""
-    # As a run has it (train/loop.py): the mesh in context.
-    with jax.set_mesh(job.mesh), jax.numpy_dtype_promotion("standard"):
-        return stage.trace().lower(lowering_platforms=(platform,))
+def lower(stage: Stage, job: Job) -> Any:
+    """The stage's program, as a run makes it (train/loop.py, train/setup.py); needs no weights."""
+    precision = "highest" if job.model.dtype == "float32" else None
+    with jax.set_mesh(job.mesh), jax.default_matmul_precision(precision):
+        return stage.lower()
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -144,18 +145,22 @@ def _decoding_stage(job: Job, call: _Call) -> Stage:
         resident,
         budget.decoding(job, call.how, call.prompts, call.longest, call.rows),
         work,
-        lambda: _trace_decoding(job, call),
+        lambda: _lower_decoding(job, call),
     )
 
 
-def _trace_decoding(job: Job, call: _Call) -> Any:
+def _lower_decoding(job: Job, call: _Call) -> Any:
     whole = NamedSharding(job.mesh, P())
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
-    params = _frozen(job, "device") if call.frozen else job.trees.like.params
+    params = job.trees.like.params
+    if call.frozen:
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, job.model.dtype, sharding=x.sharding), params
+        )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     given = ints(call.prompts, call.longest), ints(call.prompts), *[ints(call.rows)] * 3
-    return loop.jit_generate(job.mesh).trace(params, *given, key, call.stops, how=call.how)
+    return loop.jit_generate(job.mesh).lower(params, *given, key, call.stops, how=call.how)
 
 
 def split(job: Job) -> Split:
@@ -168,11 +173,16 @@ def split(job: Job) -> Split:
 
 def _updating(job: Job) -> list[Stage]:
     resident = budget.resident(job) | budget.gradients(job)
+    trees, (S, T) = job.trees, job.update.longest
+    programs = cache(lambda: job.update.lower(trees.like, trees.frozen_like, S, T))
+    stage = lambda name, held, work, function: Stage(
+        name, resident, held, partial(work, job), lambda: programs()[function]
+    )
     return [
-        Stage("teacher", resident, budget.teacher(job), lambda n: _teaching(job, n), lambda: _trace_teach(job)),
-        Stage("student", resident, budget.student(job), lambda n: _learning(job, n), lambda: _trace_learn(job)),
-        Stage("optimizer", resident, budget.optimizer(job), lambda n: _applying(job), lambda: _trace_apply(job)),
-    ]  # fmt: skip
+        stage("teacher", budget.teacher(job), _teaching, "teach"),
+        stage("student", budget.student(job), _learning, "learn"),
+        stage("optimizer", budget.optimizer(job), _applying, "apply"),
+    ]
 
 
 def trip_widths(job: Job, lengths: Lengths) -> list[tuple[int, int, int]]:
@@ -180,7 +190,7 @@ def trip_widths(job: Job, lengths: Lengths) -> list[tuple[int, int, int]]:
 
     As train/trips.py lays them out where every response is taught in full, the most that can be.
     """
-    longest = longest_rows(job.config)
+    longest = job.update.longest
     at_once = row_devices(job.mesh) * job.config.batch.device_rows
     ordered = sorted(lengths.response_B, reverse=True)
     groups = [ordered[i : i + at_once] for i in range(0, len(ordered), at_once)]
@@ -211,52 +221,6 @@ def _learning(job: Job, lengths: Lengths) -> Work:
     return sum(trips, Work())
 
 
-def _applying(job: Job) -> Work:
+def _applying(job: Job, lengths: Lengths) -> Work:
     kept = budget.resident(job)
     return roofline.apply_work(kept["parameters"] + kept["optimizer"], budget.gradients(job)["gradients"])
-
-
-def _trace_teach(job: Job) -> Any:
-    _, T = longest_rows(job.config)
-    return job.update.teach.trace(_frozen(job), _rows(job, "int32", T))
-
-
-def _trace_learn(job: Job) -> Any:
-    S, T = longest_rows(job.config)
-    trip = Trip(
-        student_BS=_rows(job, "int32", S),
-        teacher_BT=_rows(job, "int32", T),
-        shift_B=_rows(job, "int32"),
-        target_BS=_rows(job, "int32", S),
-        weight_BS=_rows(job, "float32", S),
-        sampler_logp_BS=_rows(job, "float32", S),
-    )
-    hidden_BSD = _rows(job, job.model.dtype, S, job.model.hidden_size)
-    given = job.trees.like.params, _frozen(job), *_sums(job), hidden_BSD, trip
-    return job.update.learn.trace(*given)
-
-
-def _trace_apply(job: Job) -> Any:
-    total = jax.ShapeDtypeStruct((), jnp.float32)
-    return job.update.apply.trace(job.trees.like, *_sums(job), total)
-
-
-def _rows(job: Job, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    """An array of one trip's rows."""
-    rows = row_devices(job.mesh) * job.config.batch.device_rows
-    return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=row_sharding(job.mesh))
-
-
-def _frozen(job: Job, where: str | None = None) -> Any:
-    """The frozen tree's shapes; where: "device" in place of the config's."""
-    places = job.trees.shardings.params if where == "device" else job.trees.frozen_shardings
-    put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, job.model.dtype, sharding=sharding)
-    return jax.tree.map(put, job.trees.state.params, places)
-
-
-def _sums(job: Job) -> tuple[Any, dict[str, Any]]:
-    """Sums of gradients and of numbers, as shapes."""
-    dtype, whole = job.config.optimizer.grad_dtype, NamedSharding(job.mesh, P())
-    put = lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-    numbers = {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole) for name in SUMS}
-    return jax.tree.map(put, job.trees.like.params), numbers
