@@ -10,15 +10,14 @@ Command     python run.py --config=configs/qwen3_science.py:physics \\
                 --config.model.path=DIR --config.data.dir=DIR
 Variants    biology | chemistry | material | physics (default: biology)
             paper | span | official (default: paper; rosd_jax/config.py: METHOD has each, field by field)
-            4b | 8b: which Qwen3 the directory holds (default: 8b); it is read from there, and named here for
-            the slice alone
+            4b | 8b: which Qwen3 model.path holds; named so that a slice that does not hold it is refused
             v5p-8 | v5p-64 | v6e-16 | v6e-64 | v5e-64 | h100x8 | h200: mesh and memory for that slice, as
             `--mode=plan` counts them (SLICES). Cloud TPU counts v5p in TensorCores: v5p-8 is 2x2x1 = 4
             chips and v5p-64 is 2x4x4 = 32; v6e-16 is 4x4, v6e-64 and v5e-64 are 8x8 chips
             debug: small batch, short texts, two steps
-Smallest    slices that hold all of it at these lengths, by the plan: 8B takes v5p-8, v6e-8 with mesh.tensor=4,
-            v5e-32 with mesh.tensor=4 or four H100 (not one H200: trained whole it needs 148 GB there); 4B
-            takes v6e-4 with mesh.tensor=2, v5e-8 with mesh.tensor=8, two H100 or one H200.
+Smallest    slices that hold all of it at these lengths, by the plan: 8B takes v5p-8, v6e-8 with
+            mesh.tensor=4, v5e-32 with mesh.tensor=4 or four H100 (not one H200: trained whole it needs 148
+            GB there); 4B takes v6e-4 with mesh.tensor=2, v5e-8 with mesh.tensor=8, two H100 or one H200.
             Nothing was run on them yet, and runs over several hosts (more than 4 chips of v5p or 8 of v5e and
             v6e) are not built.
 """
@@ -45,13 +44,13 @@ def get_config(arg=None):
     variants = parse_variant(arg, (*EPOCH_STEPS, *PRESETS, *SIZES, *SLICES, "debug"))
     domain = choose_one(variants, EPOCH_STEPS, default="biology")
     preset = choose_one(variants, PRESETS, default="paper")
-    size, chips = choose_one(variants, SIZES, default="8b"), choose_one(variants, SLICES, default="")
+    size, chips = choose_one(variants, SIZES, default=""), choose_one(variants, SLICES, default="")
     if (size, chips) in TOO_LARGE:
         raise UserError(
-            f"config variants are {size} and {chips}, which does not hold it; take 4b or a larger slice"
+            f"config variants are {size} and {chips}, which is too small for it; take 4b, or a larger slice"
         )
     c = use_preset(default_config(), preset)
-    c.name = f"qwen3_science-{domain}-{preset}"
+    c.name = "-".join(name for name in ("qwen3_science", size, domain, preset) if name)
     c.steps = 10 * EPOCH_STEPS[domain]
     c.data.train = domain
     c.eval.sets = ",".join([*EPOCH_STEPS, "tooluse", "aime24"])
