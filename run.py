@@ -146,7 +146,7 @@ def run(config) -> None:
         plan.plan(config, directory, asked)
     elif asked != plan.Asked():
         raise UserError(
-            "--topology, --compile and --json are of --mode=plan; leave them out, or add that mode"
+            "--topology, --compile and --json are for --mode=plan; leave them out, or add that mode"
         )
     else:
         {"train": loop.train, "eval": loop.evaluate_only}[_MODE.value](config, directory)
