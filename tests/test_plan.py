@@ -13,9 +13,9 @@ from test_run import run  # noqa: F401  (a fixture)
 import tiny
 from configs import quickstart, qwen3_science
 from rosd_jax.config import UserError
+from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params
 from rosd_jax.models.sharding import row_devices
-from rosd_jax.models.families import read_config
 from rosd_jax.train import plan as plans
 from rosd_jax.train import planned, roofline
 from rosd_jax.train.budget import gradients, resident

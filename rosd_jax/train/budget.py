@@ -103,13 +103,14 @@ def decoding(job: Job, how: Decoding, prompts_N: int, longest: int, rows: int) -
     shapes = jax.eval_shape(partial(fuse, config=model), job.trees.state.params)
     places = jax.tree.map(lambda spec: NamedSharding(job.mesh, spec), decoder_specs(model, job.mesh))
     pinned, own, slots = how.room(prompts_N, longest, mine)
-    tokens = min(max(prompts.PASS_TOKENS, prompts.pass_widths(longest)[0]), prompts_N * longest)
+    width = prompts.pass_widths(longest)[0]
+    at_once = max(1, min(prompts_N, prompts.PASS_TOKENS // width))
     logits = 4 * slots * job.table // model.hidden_size
     texts = 5 * 4 * mine * how.max_new  # random numbers, tokens and log-probs, and the last two once more
     return {
         "decoding weights": shard_bytes(shapes, places),
         "cache": (own + pinned) * how.page * position_bytes(model) // job.tensor,
-        "activations": block_bytes(job, tokens),
+        "activations": block_bytes(job, at_once * width) + scores_bytes(job, at_once, width),
         "temporaries": (job.table + job.layer) * job.item + 2 * logits + texts,
     }
 
