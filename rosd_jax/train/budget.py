@@ -98,21 +98,26 @@ def gradients(job: Job) -> Bytes:
 
 
 def decoding(job: Job, how: Decoding, prompts_N: int, longest: int, rows: int) -> Bytes:
-    """Rollouts, reflections or an evaluation: so many rows, and prompts of up to `longest` tokens."""
+    """Rollouts, reflections or an evaluation: so many rows, and prompts of up to `longest` tokens.
+
+    Next to weights and cache there is either a pass over prompts or a step's logits, and a copy of the
+    table and of a layer that they are multiplied by.
+    """
     model, mine = job.model, rows // row_devices(job.mesh)
     shapes = jax.eval_shape(partial(fuse, config=model), job.trees.state.params)
     places = jax.tree.map(lambda spec: NamedSharding(job.mesh, spec), decoder_specs(model, job.mesh))
     pinned, own, slots = how.room(prompts_N, longest, mine)
-    width = prompts.pass_widths(longest)[0]
-    at_once = max(1, min(prompts_N, prompts.PASS_TOKENS // width))
-    logits = 4 * slots * job.table // model.hidden_size
-    texts = 5 * 4 * mine * how.max_new  # random numbers, tokens and log-probs, and the last two once more
-    return {
+    held = {
         "decoding weights": shard_bytes(shapes, places),
         "cache": (own + pinned) * how.page * position_bytes(model) // job.tensor,
-        "activations": block_bytes(job, at_once * width) + scores_bytes(job, at_once, width),
-        "temporaries": (job.table + job.layer) * job.item + 2 * logits + texts,
     }
+    width = prompts.pass_widths(longest)[0]
+    at_once = max(1, min(prompts_N, prompts.PASS_TOKENS // width))
+    texts = 5 * 4 * mine * how.max_new  # random numbers, tokens and log-probs, and the last two once more
+    logits = 2 * 4 * slots * job.table // model.hidden_size
+    prefill = {"activations": block_bytes(job, at_once * width) + scores_bytes(job, at_once, width)}
+    step = {"temporaries": (job.table + job.layer) * job.item + logits + texts}
+    return held | max(prefill, step, key=_total)
 
 
 def teacher(job: Job) -> Bytes:
@@ -152,7 +157,7 @@ def student(job: Job) -> Bytes:
         "activations": kept + BACKWARD_BLOCKS * block,
         "temporaries": cast + shard_bytes(params["blocks"], places["blocks"]) + job.table * 4,
     }
-    return max(loss, backward, key=lambda some: sum(some.values()))
+    return max(loss, backward, key=_total)
 
 
 def optimizer(job: Job) -> Bytes:
@@ -189,3 +194,7 @@ def kept_bytes(job: Job, rows: int, T: int) -> int:
     D, F = model.hidden_size, model.intermediate_size // job.tensor
     heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim // job.tensor
     return rows * T * (8 * D + 2 * heads + 5 * F) * job.item + scores_bytes(job, rows, T)
+
+
+def _total(some: Bytes) -> int:
+    return sum(some.values())

@@ -151,7 +151,8 @@ def _roofline(plan: Plan, lengths: Lengths) -> str:
         )
     if seconds:
         rows.append(["step", "", "", "", f"{seconds['step']:.3g}"])
-    return f"Of one chip in a step. {lengths}\n{_table(rows)}"
+    rule = "every response taught in full; evaluation is of eval.batch rows, and not part of the step"
+    return f"One chip, one step, {lengths}; {rule}\n{_table(rows)}"
 
 
 def _compiling(plan: Plan) -> str:
