@@ -14,6 +14,7 @@ Variants    biology | chemistry | material | physics (default: biology)
             v5p-8 | v5p-64 | v6e-16 | v6e-64 | v5e-64 | h100x8 | h200: mesh and memory for that slice, as
             `--mode=plan` counts them (SLICES). Cloud TPU counts v5p in TensorCores: v5p-8 is 2x2x1 = 4
             chips and v5p-64 is 2x4x4 = 32; v6e-16 is 4x4, v6e-64 and v5e-64 are 8x8 chips
+            lora: adapters of rank 64 learn in place of the whole model; 8B then fits one H100 (h100:1)
             debug: small batch, short texts, two steps
 Smallest    slices that hold all of it at these lengths, by the plan: 8B takes v5p-8, v6e-8 with
             mesh.tensor=4, v5e-32 with mesh.tensor=4 or four H100 (not one H200: trained whole it needs 148
@@ -41,19 +42,22 @@ TOO_LARGE = {("8b", "h200")}
 
 
 def get_config(arg=None):
-    variants = parse_variant(arg, (*EPOCH_STEPS, *PRESETS, *SIZES, *SLICES, "debug"))
+    variants = parse_variant(arg, (*EPOCH_STEPS, *PRESETS, *SIZES, *SLICES, "lora", "debug"))
     domain = choose_one(variants, EPOCH_STEPS, default="biology")
     preset = choose_one(variants, PRESETS, default="paper")
     size, chips = choose_one(variants, SIZES, default=""), choose_one(variants, SLICES, default="")
-    if (size, chips) in TOO_LARGE:
+    if (size, chips) in TOO_LARGE and "lora" not in variants:
         raise UserError(
-            f"config variants are {size} and {chips}, which is too small for it; take 4b, or a larger slice"
+            f"config variants are {size} and {chips}, which is too small for it; add lora, or take 4b or a "
+            "larger slice"
         )
     c = use_preset(default_config(), preset)
     c.name = "-".join(name for name in ("qwen3_science", size, domain, preset) if name)
     c.steps = 10 * EPOCH_STEPS[domain]
     c.data.train = domain
     c.eval.sets = ",".join([*EPOCH_STEPS, "tooluse", "aime24"])
+    if "lora" in variants:
+        c.model.lora.update(rank=64, alpha=128.0)
     if chips:
         c.mesh.data, c.mesh.fsdp, c.mesh.tensor = SLICES[chips][1]
     if "debug" in variants:

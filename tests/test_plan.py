@@ -131,6 +131,26 @@ def test_every_preset_fits_its_slice_at_the_paper_s_lengths(size, chips_name):
     assert found.parameters == pytest.approx(PARAMETERS[size], rel=1e-3)
 
 
+def test_adapters_of_8b_fit_one_gpu_of_80_gb():
+    job = job_of("8b", "h100:1", "lora")
+    found = planned_of(job, "h100:1")
+    assert found.fits and found.parameters == pytest.approx(PARAMETERS["8b"], rel=1e-3)
+    held = {stage.name: stage.bytes for stage in found.stages}
+    assert held["student"]["frozen"] == pytest.approx(2 * PARAMETERS["8b"], rel=1e-3)
+    assert held["student"]["gradients"] == pytest.approx(4 * 174.6e6, rel=1e-2)  # adapters of rank 64
+    assert planned_of(job_of("8b", "h200:1", "8b", "h200", "lora"), "h200:1").fits
+
+
+def test_adapters_take_no_gradients_of_the_weights():
+    model, one = MODELS["8b"], roofline.Split(shards=1, tensor=1, fsdp=1, item=2)
+    learn = partial(
+        roofline.learn_work, model, one, rows=1, width=4096, active=1000, remat="block", grad_bytes=0
+    )
+    saved = learn().flops - learn(adapters=True).flops
+    matrices = PARAMETERS["8b"] - 2 * 151936 * 4096
+    assert saved == pytest.approx(2 * matrices * 4096 + 2 * 1000 * 151936 * 4096, rel=1e-3)
+
+
 def test_what_does_not_fit_is_said_with_fields_that_help():
     """8B trained whole on one H200, which the presets refuse, and which no single field makes fit."""
     job = job_of("8b", "h200:1")

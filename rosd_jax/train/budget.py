@@ -62,6 +62,11 @@ class Job:
         return self.mesh.shape["tensor"]
 
     @property
+    def adapters(self) -> bool:
+        """Whether adapters learn, in place of the whole model."""
+        return self.config.model.lora.rank > 0
+
+    @property
     def table(self) -> int:
         """Numbers of the embedding, or the head, on one chip where it is gathered along fsdp."""
         V = self.model.vocab_size
@@ -104,7 +109,7 @@ def decoding(job: Job, how: Decoding, prompts_N: int, longest: int, rows: int) -
     table and of a layer that they are multiplied by.
     """
     model, mine = job.model, rows // row_devices(job.mesh)
-    shapes = jax.eval_shape(partial(fuse, config=model), job.trees.state.params)
+    shapes = jax.eval_shape(partial(fuse, config=model), job.trees.base)
     places = jax.tree.map(lambda spec: NamedSharding(job.mesh, spec), decoder_specs(model, job.mesh))
     pinned, own, slots = how.room(prompts_N, longest, mine)
     held = {
@@ -149,13 +154,15 @@ def student(job: Job) -> Bytes:
         "offload": 2 * stream,
     }[config.model.remat]
     params, places = job.trees.state.params, job.trees.shardings.params
-    cast = 0 if job.item == 4 else shard_bytes(params["blocks"], places["blocks"], model.dtype)
+    learning = params["blocks"], places["blocks"]
+    cast = 0 if job.item == 4 else shard_bytes(*learning, model.dtype)
+    # Heads of student and teacher, which adapters leave one and frozen, and the gradient of the student's.
+    head, gradient = (job.item, 0) if job.adapters else (2 * job.item, 4)
     logits = min(config.loss.chunk, tokens) * job.table // model.hidden_size * (8 + job.item)
-    # Heads of student and teacher, and the gradient of the student's, summed in float32.
-    loss = {"activations": kept + stream, "temporaries": cast + job.table * (2 * job.item + 4) + logits}
+    loss = {"activations": kept + stream, "temporaries": cast + job.table * (head + gradient) + logits}
     backward = {
         "activations": kept + BACKWARD_BLOCKS * block,
-        "temporaries": cast + shard_bytes(params["blocks"], places["blocks"]) + job.table * 4,
+        "temporaries": cast + shard_bytes(*learning) + job.table * gradient,
     }
     return max(loss, backward, key=_total)
 
@@ -169,7 +176,7 @@ def optimizer(job: Job) -> Bytes:
 
 def frozen_bytes(job: Job) -> int:
     """Of the frozen tree's shards."""
-    return shard_bytes(job.trees.state.params, job.trees.shardings.params, job.model.dtype)
+    return shard_bytes(job.trees.base, job.trees.frozen_shardings, job.model.dtype)
 
 
 def block_bytes(job: Job, tokens: int) -> int:

@@ -69,7 +69,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Of the model."""
-        return sum(x.size for x in jax.tree.leaves(self.job.trees.state.params))
+        return sum(x.size for x in jax.tree.leaves(self.job.trees.base))
 
 
 def as_json(plan: Plan) -> str:

@@ -198,22 +198,32 @@ def teach_work(model: Qwen3Config, split: Split, rows: int, width: int) -> Work:
 
 
 def learn_work(
-    model: Qwen3Config, split: Split, rows: int, width: int, active: int, remat: str, grad_bytes: float
+    model: Qwen3Config,
+    split: Split,
+    rows: int,
+    width: int,
+    active: int,
+    remat: str,
+    grad_bytes: float,
+    adapters: bool = False,
 ) -> Work:
     """One trip of the student: forward, loss, backward.
 
     active: tokens of the loss; grad_bytes: of the chip's share of the sum of gradients. Under
     rematerialisation every layer goes forward once more, but for its attention where that is kept.
+    adapters: no gradients of the weights and the head are taken, and the adapters' own work is left out.
     """
     tokens = rows * width
     again = {"none": 0.0, "attention": rows * matrix_flops(model, width)}
     forward = rows * forward_flops(model, width)
     flops = forward + again.get(remat, forward) + rows * backward_flops(model, width)
     flops += 4 * head_flops(model, active)  # both logits, and both gradients
+    if adapters:
+        flops -= rows * matrix_flops(model, width) + head_flops(model, active)
     passes = 2 if remat == "none" else 3
     moved = passes * split.weights(model) + passes * _activation_bytes(model, split, tokens) + 2 * grad_bytes
     # Weights are gathered forward and backward, and gradients scattered, in the compute type.
-    sent = 3 * split.gathered(model) + passes * split.reduced(model, tokens)
+    sent = (2 if adapters else 3) * split.gathered(model) + passes * split.reduced(model, tokens)
     return Work(flops / split.tensor, moved, sent)
 
 

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rosd_jax.config import Config
+from rosd_jax.models.lora import combine
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh, row_devices, validate_mesh_for
 from rosd_jax.rollout import loop, prompts
@@ -152,11 +153,13 @@ def _decoding_stage(job: Job, call: _Call) -> Stage:
 def _lower_decoding(job: Job, call: _Call) -> Any:
     whole = NamedSharding(job.mesh, P())
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
-    params = job.trees.like.params
-    if call.frozen:
-        params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, job.model.dtype, sharding=x.sharding), params
-        )
+    frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("device")),
+        job.trees.frozen_like,
+    )
+    params = frozen if call.frozen else job.trees.like.params
+    if job.adapters and not call.frozen:
+        params = combine(frozen, params)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     given = ints(call.prompts, call.longest), ints(call.prompts), *[ints(call.rows)] * 3
@@ -215,7 +218,7 @@ def _learning(job: Job, lengths: Lengths) -> Work:
     rows, remat = job.config.batch.device_rows, job.config.model.remat
     grads = budget.gradients(job)["gradients"]
     trips = (
-        roofline.learn_work(job.model, split(job), rows, S, active, remat, grads)
+        roofline.learn_work(job.model, split(job), rows, S, active, remat, grads, job.adapters)
         for S, _, active in trip_widths(job, lengths)
     )
     return sum(trips, Work())
