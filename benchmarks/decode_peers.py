@@ -34,9 +34,7 @@ Call = Callable[[], dict[str, Any]]  # returns when its work is done, with the p
 class Peer:
     """A worker process, which runs `module`, and the versions of what it uses."""
 
-    def __init__(
-        self, name: str, python: str, folder: str, module: str = "benchmarks.decode_peers"
-    ) -> None:
+    def __init__(self, name: str, python: str, folder: str, module: str = "benchmarks.decode_peers") -> None:
         self.process = subprocess.Popen(
             [os.path.abspath(python), "-m", module, name, folder],
             stdin=subprocess.PIPE,

@@ -1,16 +1,18 @@
-"""One update side by side with plain Flax, tunix and TRL: the same random weights, the same rows, the same CPU.
+"""One update side by side with plain Flax, tunix and TRL on one CPU, and a whole step stage by stage.
 
     JAX_PLATFORMS=cpu python -m benchmarks.step --out=DIR [--tunix-python=FILE] [--trl-python=FILE]
-        [--preset=span] [--rounds=3] [--contestants=ours,plain,tunix,trl]
+        [--cases=update,stages] [--preset=span] [--rows=24] [--rounds=3] [--contestants=ours,plain,tunix,trl]
 
-Every contestant is a process of its own (benchmarks/step_peers.py says what each computes) and makes whole
-updates: forward, backward, clip and AdamW. Rows are those of one step that have a token with loss
-(benchmarks/step_rows.py draws them), at an eighth of the paper's lengths; a contestant that pads, pads to
-the longest of them. One without an interpreter is left out.
+    update   the same random weights and rows for all: whole updates with forward, backward, clip and AdamW.
+             Every contestant is a process of its own (benchmarks/step_peers.py says what each computes);
+             one without an interpreter is left out
+    stages   rollouts, reflections and update of ours (benchmarks/step_stages.py)
 
-The losses of the first update must be ours within `TOLERANCE`, those of the next, which see the gradient,
-are reported. Then contestants take turns; the first update, which compiles, is reported by itself. DIR
-gets step.json and step.md.
+Rows are drawn at an eighth of the paper's lengths (benchmarks/step_rows.py). For `update` they are those of
+one step of 32 x 8 that have a token with loss, or `--rows` of them in even steps from the longest to the
+shortest: so who pads to the longest, pads as it would for all. The losses of the first update must be ours
+within `TOLERANCE`; those of the next, which see the gradient, are reported. Then contestants take turns; the
+first update, which compiles, is reported by itself. DIR gets step.json and step.md.
 """
 
 import argparse
@@ -27,10 +29,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import step_stages
 from benchmarks.decode_peers import Peer, seconds
-from benchmarks.step_rows import PRESETS, Lengths, Sizes, draw, lesson
+from benchmarks.step_flops import ideal
+from benchmarks.step_rows import PRESETS, Lengths, Preset, Sizes, draw, lesson
 from benchmarks.timing import cells, interleaved, summary, table
+from rosd_jax.config import default_config
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.sharding import make_mesh
 from rosd_jax.models.weights import save_pretrained
 
 CONTESTANTS = ("ours", "plain", "tunix", "trl")
@@ -43,12 +49,12 @@ class Contest:
     """The model, the rows, and what all contestants are told."""
 
     model: Qwen3Config = Qwen3Config(8192, 256, 768, 4, 4, 2, 64, tie_word_embeddings=True)
-    sizes: Sizes = Sizes().scaled(1 / 8, prompts=6)
-    rows: int = 24  # of the step's, those that are taught
+    sizes: Sizes = Sizes().scaled(1 / 8, prompts=32)
     micro: int = 4  # rows of a forward and backward pass of a contestant that pads
     devices: int = 2  # of ours
     k: int = 100
     lr: float = 1e-4
+    slots: int = 64  # of decoding
 
     def settings(self) -> dict[str, Any]:
         """What settings.json holds."""
@@ -56,19 +62,40 @@ class Contest:
         return how | dict(lr=self.lr, b2=0.999, weight_decay=0.01, clip=1.0)
 
 
-def main(argv: list[str] | None = None, contest: Contest = Contest()) -> None:  # noqa: B008
+CONTEST = Contest()
+
+
+def main(argv: list[str] | None = None, contest: Contest = CONTEST) -> None:
     """Runs what the arguments say."""
     parser = argparse.ArgumentParser(description="The update against plain Flax, tunix and TRL")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tunix-python")
     parser.add_argument("--trl-python")
+    parser.add_argument("--cases", default="update,stages")
     parser.add_argument("--preset", choices=PRESETS, default="span")
+    parser.add_argument("--rows", type=int, default=24, help="of the taught ones; 0: all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contestants", default=",".join(CONTESTANTS))
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "preset": args.preset,
+        "contest": asdict(contest), "load": [os.getloadavg()],
+        "matmul_flops_s": step_stages.matmul_rate("float32", make_mesh(-1, 1, 1)),
+    }  # fmt: skip
+    cases = {"update": update, "stages": stages}
+    for case in args.cases.split(","):
+        record[case] = cases[case](contest, args)
+        record["load"].append(os.getloadavg())
+        (args.out / "step.json").write_text(json.dumps(record, indent=1) + "\n")
+        (args.out / "step.md").write_text(render(record) + "\n")
+
+
+def update(contest: Contest, args: argparse.Namespace) -> dict[str, Any]:
+    """The contest."""
     pythons = {"ours": sys.executable, "plain": sys.executable}
     pythons |= {"tunix": args.tunix_python, "trl": args.trl_python}
-    lengths = taught_rows(contest, args.preset)
+    lengths = taught_rows(contest, args.preset, args.rows)
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder), contest, lengths)
         peers = {
@@ -76,27 +103,40 @@ def main(argv: list[str] | None = None, contest: Contest = Contest()) -> None:  
             for name in args.contestants.split(",")
             if pythons[name]
         }
-        record = {
-            "date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "preset": args.preset,
-            "contest": asdict(contest), "lengths": describe(lengths), "load": [os.getloadavg()],
-            "versions": {name: peer.versions for name, peer in peers.items()},
-            "results": measure(peers, args.rounds),
-        }  # fmt: skip
+        results = measure(peers, args.rounds)
         for peer in peers.values():
             peer.close()
-    record["load"].append(os.getloadavg())
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "step.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.out / "step.md").write_text(render(record) + "\n")
+    versions = {name: peer.versions for name, peer in peers.items()}
+    flops = ideal(contest.model, lengths).total(remat=False)
+    return {"rows": describe(lengths), "ideal_flops": flops, "versions": versions, "results": results}
 
 
-def taught_rows(contest: Contest, preset: Any) -> Lengths:
-    """The first rows that have a token with loss; raises ValueError where a step has too few."""
+def stages(contest: Contest, args: argparse.Namespace) -> dict[str, Any]:
+    """A whole step of 32 x 8 rows."""
+    config, sizes = default_config(), contest.sizes
+    config.mesh.update(data=-1, fsdp=1)
+    config.model.update(dtype="float32", remat="none")
+    config.loss.topk = contest.k
+    config.rollout.max_new_tokens = sizes.most
+    config.data.max_prompt_tokens = sizes.prompt_limits[1]
+    config.lesson.max_teacher_tokens = sizes.prompt_limits[1] + sizes.frame + sizes.idea_limits[1]
+    config.rollout.slots = contest.slots
+    workload = step_stages.Workload(sizes, args.preset, answer=25.0, most_answer=128)
+    return step_stages.measure(workload, config, contest.model, args.rounds)
+
+
+def taught_rows(contest: Contest, preset: Preset, rows: int) -> Lengths:
+    """Rows that have a token with loss, the longest first; `rows` of them in even steps, 0: all.
+
+    As many as are a multiple of a padding contestant's. Raises ValueError where they are too few.
+    """
     lengths = draw(contest.sizes, preset, seed=0)
-    rows = np.flatnonzero(lengths.active_B)[: contest.rows]
-    if len(rows) < contest.rows:
-        raise ValueError(f"{len(rows)} rows of a step are taught, for {contest.rows}")
-    return lengths.only(rows)
+    taught = np.flatnonzero(lengths.active_B)
+    taught = taught[np.argsort(-lengths.response_B[taught], kind="stable")]
+    rows = (rows or len(taught)) // contest.micro * contest.micro
+    if not 0 < rows <= len(taught):
+        raise ValueError(f"{len(taught)} rows of a step are taught, for {rows}")
+    return lengths.only(taught[np.linspace(0, len(taught) - 1, rows).round().astype(int)])
 
 
 def write_inputs(folder: Path, contest: Contest, lengths: Lengths) -> None:
@@ -143,23 +183,38 @@ def measure(peers: dict[str, Peer], rounds: int) -> dict[str, Any]:
 
 
 def render(record: dict[str, Any]) -> str:
+    """Both tables."""
+    load = ", ".join(f"{load[0]:.1f}" for load in record["load"])
+    rate = record["matmul_flops_s"] / 1e9
+    parts = [
+        f"{record['date']}, {record['preset']}; load {load}; a matrix product reaches {rate:.0f} GFLOP/s"
+    ]
+    if "update" in record:
+        parts.append(render_update(record["update"]))
+    if "stages" in record:
+        parts.append(step_stages.render(record["stages"]))
+    return "\n\n".join(parts)
+
+
+def render_update(found: dict[str, Any]) -> str:
     """One row a contestant."""
-    head = ["contestant", "s", "p20 - p80", "n", "x ours", "CPU s", "x ours in CPU s", "first update s",
-            "peak GB", "losses"]  # fmt: skip
+    head = ["contestant", "s", "p20 - p80", "n", f"x ours (goal {GOAL:g})", "CPU s", "x ours in CPU s",
+            "GFLOP/s of the ideal's", "first update s", "peak GB", "losses"]  # fmt: skip
     medians = lambda result: [float(np.median(result[key])) for key in ("s", "cpu_s")]
-    base = medians(next(iter(record["results"].values())))
+    base = medians(next(iter(found["results"].values())))
     rows = []
-    for name, result in record["results"].items():
+    for name, result in found["results"].items():
         s, cpu_s = medians(result)
         losses = ", ".join(f"{loss:.6f}" for loss in result["losses"][:3])
         rows.append([
             name, *cells(summary(result["s"]), 2), f"{s / base[0]:.2f}", f"{cpu_s:.1f}",
-            f"{cpu_s / base[1]:.2f}", f"{result['first_s']:.1f}", f"{result['peak_bytes'] / 1e9:.2f}", losses,
+            f"{cpu_s / base[1]:.2f}", f"{found['ideal_flops'] / s / 1e9:.1f}", f"{result['first_s']:.1f}",
+            f"{result['peak_bytes'] / 1e9:.2f}", losses,
         ])  # fmt: skip
-    load = ", ".join(f"{load[0]:.1f}" for load in record["load"])
-    what = ", ".join(f"{name} {n}" for name, n in record["lengths"].items())
-    return f"{record['date']}, {record['preset']}: {what}; load {load}\n\n{table(head, rows)}"
+    what = ", ".join(f"{name} {n}" for name, n in found["rows"].items())
+    return f"{what}\n\n{table(head, rows)}"
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", Contest.devices)
     main()

@@ -40,25 +40,22 @@ def ours(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
 
     jax.config.update("jax_num_cpu_devices", settings["devices"])
     from rosd_jax.config import default_config
-    from rosd_jax.models.sharding import make_mesh, param_shardings
-    from rosd_jax.models.weights import load_params, read_config
-    from rosd_jax.train.update import init_state, make_optimizer, make_update
+    from rosd_jax.models.sharding import make_mesh
+    from rosd_jax.models.weights import read_config
+    from rosd_jax.train.trees import Trees
+    from rosd_jax.train.update import make_optimizer, make_update
     from rosd_jax.types import Lesson
 
     config = default_config()
+    config.model.update(path=str(folder / "model"), dtype="float32", remat="none")
     config.loss.update(topk=settings["k"], ratio_cap=settings["cap"])
     config.optimizer.update(lr=settings["lr"], warmup_steps=0)
-    config.batch.micro = settings["rows"]
-    mesh = make_mesh(-1, 1, 1)
-    model = read_config(folder / "model", num_tokens=None, dtype="float32", remat=False)
-    optimizer = make_optimizer(config)
-    start = lambda params: init_state(params, optimizer)
-    shapes = jax.eval_shape(lambda: load_params(folder / "model", model, None))
-    state_shapes = jax.eval_shape(start, shapes)
-    shardings = param_shardings(state_shapes, mesh)
-    load = lambda: load_params(folder / "model", model, shardings.params)
-    frozen, state = load(), jax.jit(start, out_shardings=shardings)(load())
-    update = make_update(config, model, optimizer, mesh, shardings)
+    model = read_config(folder / "model", num_tokens=None, dtype="float32", remat="none")
+    mesh, optimizer = make_mesh(-1, 1, 1), make_optimizer(config)
+    trees = Trees(config, model, mesh, optimizer)
+    state = trees.first()
+    frozen = trees.frozen(state)
+    update = make_update(config, model, optimizer, mesh, trees.shardings)
     lesson = Lesson(**rows)
 
     def step() -> float:
@@ -83,7 +80,7 @@ def plain(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     from rosd_jax.models.weights import load_params, read_config
 
     qwen3.attend = lambda q, k, v: causal_attention(q, k, v, implementation="reference")
-    model = read_config(folder / "model", num_tokens=None, dtype="float32", remat=False)
+    model = read_config(folder / "model", num_tokens=None, dtype="float32", remat="none")
     params, frozen = (load_params(folder / "model", model) for _ in range(2))
     optimizer = optax_optimizer(settings)
     weight_BR = rows["weight_BR"] / rows["weight_BR"].sum()
@@ -277,7 +274,10 @@ def trl_batches(rows: Rows, size: int) -> list[dict[str, Any]]:
 
 
 def sequences(rows: Rows, who: str, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts with their responses [B, P + R], and the prompts' lengths, or where prompts are padded on the left a mask."""
+    """Prompts with their responses [B, P + R], and the prompts' lengths.
+
+    left: prompts are padded on the left, and a mask stands for the lengths.
+    """
     prompt = rows["teacher_prompt_BQ" if who else "prompt_BP"]
     length_B, response_BR = rows[f"{who}prompt_len_B"], rows["response_BR"]
     (B, P), R = prompt.shape, response_BR.shape[1]

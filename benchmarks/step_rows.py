@@ -98,7 +98,7 @@ def draw(sizes: Sizes, preset: Preset, seed: int) -> Lengths:
 
 
 def needs(lengths: Lengths) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens that the student and the teacher must read of rows with loss: up to the last one's predecessor."""
+    """Tokens that student and teacher must read of rows with loss: up to the last one's predecessor."""
     live_B = lengths.active_B > 0
     need = lambda prompt_B: (prompt_B + lengths.last_B - 1)[live_B].astype(np.int64)
     return need(lengths.prompt_B), need(lengths.teacher_prompt_B)
