@@ -33,7 +33,7 @@ def main() -> None:
 def measure(path: str, problems: int) -> dict[str, float]:
     """Shares over `problems` held-out problems a row."""
     tokenizer = load_tokenizer(path)
-    model = read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat=False)
+    model = read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat="none")
     params = load_params(path, model)
     rng = np.random.default_rng(1)
 

@@ -21,9 +21,9 @@ def get_config(arg=None):
     c.steps = 8
     c.wording = "gym"
     c.mesh.update(data=-1, fsdp=1)  # a model so small is whole on every device; a CPU's cores share the rows
-    c.model.update(path="models/gym", dtype="float32", remat=False)
+    c.model.update(path="models/gym", dtype="float32", remat="none")
     c.data.update(train="gym:chain", max_prompt_tokens=64)
-    c.batch.update(prompts=16, samples=8, micro=32)
+    c.batch.update(prompts=16, samples=8, device_rows=16)
     c.rollout.max_new_tokens = 48
     c.reflect.update(max_prompt_tokens=128, max_new_tokens=64)
     if preset is None:
@@ -44,7 +44,7 @@ def get_config(arg=None):
     c.checkpoint.update(every=4)
     if "debug" in variants:
         c.steps = 2
-        c.batch.update(prompts=4, micro=8)
+        c.batch.update(prompts=4, device_rows=4)
         c.validation.every = 1
         c.eval.update(limit=16, samples=2, batch=32)
         c.checkpoint.every = 1

@@ -29,9 +29,9 @@ def get_config(arg=None):
     c.eval.sets = ",".join([*EPOCH_STEPS, "tooluse", "aime24"])
     if "debug" in variants:
         c.steps = 2
-        c.model.update(dtype="float32", remat=False)
+        c.model.update(dtype="float32", remat="none")
         c.data.max_prompt_tokens = 1280
-        c.batch.update(prompts=2, samples=2, micro=2)
+        c.batch.update(prompts=2, samples=2, device_rows=2)
         c.rollout.max_new_tokens = 16
         c.reflect.update(max_prompt_tokens=1536, max_new_tokens=16)
         c.lesson.max_teacher_tokens = 1536

@@ -29,6 +29,10 @@ CHOICES = {
     "loss.tail": ("bucket", "renorm"),
     "optimizer.empty_batch": ("skip", "step"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "block", "attention", "offload"),
+    "model.frozen": ("device", "host"),
+    "optimizer.mu_dtype": ("float32", "bfloat16"),
+    "optimizer.grad_dtype": ("float32", "bfloat16"),
     "method": ("rosd",),
     "rollout.attention": (None, "xla", "ragged_tpu", "pallas_tpu", "pallas_gpu"),
 }
@@ -109,9 +113,12 @@ def default_config() -> Config:
             reward_timeout=5.0,  # CPU seconds to grade a response; over it the response scores 0
             # -1: all remaining devices. Under data=-1 each core of a CPU is a device, where rows suffice.
             mesh=dict(data=1, fsdp=-1, tensor=1),
-            model=dict(path="", dtype="bfloat16", remat=True),
+            # remat: what the backward pass computes again. none: nothing; block: each layer; attention: each
+            # layer but its attention; offload: each layer, whose inputs wait in the host's memory.
+            # frozen: where the frozen tree lies; on the host it takes no memory of the device but in use.
+            model=dict(path="", dtype="bfloat16", remat="block", frozen="device"),
             data=dict(dir="", train=""),
-            batch=dict(micro=16),  # rows of one forward-backward pass
+            batch=dict(device_rows=1),  # rows of each row device in one forward and backward pass
             thinking=dict(),
             # slots: rollouts (and reflections) decoded together, those that end make room; null: all
             # cache_tokens: response tokens with room in the cache of each row device, in evaluation too;
@@ -126,7 +133,9 @@ def default_config() -> Config:
             reflect=dict(),
             lesson=dict(),
             loss=dict(chunk=1024),
-            optimizer=dict(),
+            # of AdamW's first moment, and of the sum of gradients
+            optimizer=dict(mu_dtype="float32", grad_dtype="float32"),
+            compile_cache="~/.cache/rosd_jax/compiled",  # compiled programs, for later starts; "": none
             # Sets whose mean avg@k chooses the best step, on a split that is neither trained on nor
             # reported; "": no step is chosen. Scored before, every so many steps (0: never) and at the end.
             validation=dict(sets="", every=10),
@@ -181,7 +190,7 @@ def validate(config: Config) -> None:
         value = _get(config, field)
         if value not in allowed:
             raise UserError(f"{field} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
-    positive = ("batch.prompts", "batch.samples", "batch.micro", "rollout.max_new_tokens",
+    positive = ("batch.prompts", "batch.samples", "batch.device_rows", "rollout.max_new_tokens",
                 "reflect.max_new_tokens", "reflect.max_prompt_tokens", "data.max_prompt_tokens",
                 "lesson.max_teacher_tokens", "loss.topk", "loss.chunk", "eval.samples", "eval.batch",
                 "eval.max_new_tokens", "rollout.cache_tokens", "rollout.prompt_tokens",
@@ -239,12 +248,6 @@ def _validate_batch(config: Config) -> None:
     if config.batch.samples < 2:
         raise UserError(
             f"batch.samples is {config.batch.samples}; the reflector compares siblings, so give at least 2"
-        )
-    rows = config.batch.prompts * config.batch.samples
-    if rows % config.batch.micro:
-        raise UserError(
-            f"batch.micro is {config.batch.micro}; it must divide batch.prompts x batch.samples = "
-            f"{rows}, so choose a divisor"
         )
 
 

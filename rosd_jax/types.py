@@ -117,16 +117,16 @@ class Reflected:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lesson:
-    """What the update consumes (device). Response ids are the sampled ones, never re-tokenised."""
+    """What the update consumes (host). Response ids are the sampled ones, never re-tokenised."""
 
-    prompt_BP: Array  # int32, right-padded: what the student saw
-    prompt_len_B: Array  # int32
-    teacher_prompt_BQ: Array  # int32, right-padded: what the teacher sees
-    teacher_prompt_len_B: Array  # int32
-    response_BR: Array  # int32
-    response_len_B: Array  # int32
-    weight_BR: Array  # float32: 1 where the loss lies, 0 elsewhere
-    sampler_logp_BR: Array  # float32: log-probs that the sampler reported
+    prompt_BP: np.ndarray  # int32, right-padded: what the student saw
+    prompt_len_B: np.ndarray  # int32
+    teacher_prompt_BQ: np.ndarray  # int32, right-padded: what the teacher sees
+    teacher_prompt_len_B: np.ndarray  # int32
+    response_BR: np.ndarray  # int32
+    response_len_B: np.ndarray  # int32
+    weight_BR: np.ndarray  # float32: 1 where the loss lies, 0 elsewhere
+    sampler_logp_BR: np.ndarray  # float32: log-probs that the sampler reported
 
 
 @jax.tree_util.register_dataclass

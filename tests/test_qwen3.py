@@ -95,7 +95,7 @@ def programs(config: Qwen3Config):
     yield jax.make_jaxpr(step)(params, store, table)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "block", "attention", "offload"])
 def test_program_size_does_not_grow_with_depth(remat):
     shallow, deep = (
         [count_equations(p.jaxpr) for p in programs(SMALL.replace(num_hidden_layers=n, remat=remat))]
@@ -125,7 +125,7 @@ def test_every_parameter_gets_a_gradient_and_remat_gives_the_same():
 
         return jax.jit(jax.grad(loss))(params)
 
-    plain, remat = grads(config), grads(config.replace(remat=True))
+    plain, remat = grads(config), grads(config.replace(remat="block"))
     for path, g in jax.tree_util.tree_leaves_with_path(plain):
         assert np.abs(g).max() > 1e-4, path
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
@@ -143,7 +143,7 @@ def test_long_prompts_are_prefilled_as_short_ones(monkeypatch):
 
 @jax.numpy_dtype_promotion("standard")  # JAX's own attention promotes bfloat16 to float32
 def test_bfloat16_activations_stay_near_float32_and_parameters_stay_float32():
-    config = SMALL.replace(dtype="bfloat16", remat=True)
+    config = SMALL.replace(dtype="bfloat16", remat="block")
     params = params_of(config)
     z, exact = full_logits(params, config, TOKENS), full_logits(params, SMALL, TOKENS)
     assert z.dtype == np.float32

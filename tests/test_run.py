@@ -30,7 +30,7 @@ QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}:debug"
 STEPS, SETS = 6, ("gym:chain", "gym:words")
 FIELDS = dict(
     seed=2, steps=STEPS,
-    batch__samples=32, batch__prompts=2, batch__micro=16,
+    batch__samples=32, batch__prompts=2, batch__device_rows=16,
     rollout__max_new_tokens=16, reflect__max_new_tokens=16, eval__max_new_tokens=16,
     eval__sets=",".join(SETS), eval__limit=8, eval__batch=16, eval__every=2, checkpoint__every=2,
     validation__sets="",
@@ -185,7 +185,7 @@ def test_rollouts_are_records_that_agree_with_themselves_and_the_metrics(finishe
 def test_the_export_is_the_trained_model(finished, model):
     path = finished[0] / "export"
     tokenizer = load_tokenizer(path)
-    read = lambda path: read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat=False)
+    read = lambda path: read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat="none")
     config = read(path)
     assert config == read(model)
     assert tokenizer.stop_ids == load_tokenizer(model).stop_ids
@@ -616,7 +616,10 @@ FLAG_MISTAKES = {
     "wrong value": ([QUICKSTART, "--config.loss.alpha=2"], "loss.alpha is 2.0; it must lie in [0, 1]"),
     "not a number": ([QUICKSTART, "--config.optimizer.lr=nan"], "optimizer.lr is nan"),
     "wrong choice": ([QUICKSTART, "--config.lesson.region=word"], "one of span, suffix, full"),
-    "micro": ([QUICKSTART, "--config.batch.micro=5"], "it must divide batch.prompts x batch.samples = 32"),
+    "no rows": (
+        [QUICKSTART, "--config.batch.device_rows=0"],
+        "batch.device_rows is 0; it must be at least 1",
+    ),
     "one sample": ([QUICKSTART, "--config.batch.samples=1"], "batch.samples is 1"),
     "no model": ([QUICKSTART, "--config.model.path="], "pass --config.model.path=DIR"),
     "missing model": ([QUICKSTART, "--config.model.path=/no/such"], "'/no/such', which is no directory"),

@@ -22,7 +22,7 @@ def asked(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("cores, devices", [(1, 1), (2, 2), (3, 2), (4, 4), (64, 4)])
+@pytest.mark.parametrize("cores, devices", [(1, 1), (2, 2), (3, 2), (4, 4), (64, 8)])
 def test_cores_share_the_rows_while_each_has_eight(asked, monkeypatch, cores, devices):
     monkeypatch.setattr(setup, "cores", lambda: cores)
     setup.deal_cores(get_config())
@@ -30,7 +30,7 @@ def test_cores_share_the_rows_while_each_has_eight(asked, monkeypatch, cores, de
 
 
 @pytest.mark.parametrize(
-    "field, rows, devices", [("batch.micro", 7, 1), ("batch.micro", 64, 8), ("eval.batch", 6, 2)]
+    "field, rows, devices", [("batch.prompts", 7, 2), ("batch.device_rows", 64, 2), ("eval.batch", 6, 2)]
 )
 def test_every_batch_can_be_dealt_out(asked, monkeypatch, field, rows, devices):
     monkeypatch.setattr(setup, "cores", lambda: 64)

@@ -1,4 +1,4 @@
-"""The update against a plain float64 loss, and equal for any micro-batch, mesh and idle row."""
+"""The update against a plain float64 loss, and equal for any trips, mesh and idle row."""
 
 import itertools
 from functools import cache
@@ -15,7 +15,17 @@ from rosd_jax.models import qwen3
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import AXES, make_mesh, param_shardings, row_sharding
 from rosd_jax.rollout.loop import make_generate
-from rosd_jax.train.update import init_state, loss_sharding, make_optimizer, make_update, micro_loss
+from rosd_jax.train.trees import Trees
+from rosd_jax.train.trips import plan_trips
+from rosd_jax.train.update import (
+    align,
+    init_state,
+    loss_sharding,
+    make_optimizer,
+    make_update,
+    teach,
+    trip_loss,
+)
 from rosd_jax.types import Lesson
 
 MODEL = Qwen3Config(
@@ -36,10 +46,10 @@ SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 
 slow = lambda value, often: pytest.param(value, marks=[] if value in often else pytest.mark.slow)
 
 
-def make_config(micro=8, **optimizer):
+def make_config(device_rows=8, **optimizer):
     """Adam's eps is large, so that rounding of a tiny gradient does not turn into a whole step."""
     config = default_config()
-    config.batch.micro = micro
+    config.batch.device_rows = device_rows
     config.rollout.temperature = TEMPERATURE
     config.loss.update(topk=TOPK, ratio_cap=CAP, chunk=16)
     config.optimizer.update(lr=LR, warmup_steps=WARMUP, eps=1e-3, clip_norm=0.05)
@@ -85,10 +95,10 @@ def make_lesson(seed=0, **fields):
 
 
 @cache
-def prepared(shape=(1, 1, 1), micro=8, model=MODEL, **optimizer):
+def prepared(shape=(1, 1, 1), device_rows=8, model=MODEL, **optimizer):
     """The update of one mesh, a function that lays its three arguments, and the mesh."""
     mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-    config = make_config(micro, **optimizer)
+    config = make_config(device_rows, **optimizer)
     tx = with_gradient(config)
     start = lambda params: init_state(params, tx)
     places = param_shardings(jax.eval_shape(start, trees()[0]), mesh)
@@ -96,24 +106,14 @@ def prepared(shape=(1, 1, 1), micro=8, model=MODEL, **optimizer):
     def lay(lesson, frozen=None):
         state = jax.device_put(start(trees()[0]), places)
         frozen = jax.device_put(trees()[1] if frozen is None else frozen, places.params)
-        return state, frozen, jax.device_put(lesson, row_sharding(mesh))
+        return state, frozen, lesson
 
     return make_update(config, model, tx, mesh, places), lay, mesh
 
 
-@cache
-def compiled(**options):
-    """The same; other than the plain one it is compiled with less optimisation, to save time."""
-    update, lay, mesh = prepared(**options)
-    if options:
-        with jax.set_mesh(mesh):
-            update = update.lower(*lay(make_lesson())).compile(compiler_options=QUICK)
-    return update, lay, mesh
-
-
 def step(lesson, *, frozen=None, **options):
     """State and metrics after one update, on the host. As in a run, the mesh is in context."""
-    update, lay, mesh = compiled(**options)
+    update, lay, mesh = prepared(**options)
     with jax.set_mesh(mesh):
         return jax.device_get(update(*lay(lesson, frozen)))
 
@@ -217,9 +217,9 @@ def test_the_gradient_is_that_of_the_loss():
 # --- what must not matter ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("micro", [slow(n, [2, 16]) for n in (2, 4, 16)])
-def test_the_micro_batch_does_not_matter(micro):
-    assert_same_update(step(make_lesson(), micro=micro), plain())
+@pytest.mark.parametrize("rows", [slow(n, [2, 16]) for n in (1, 2, 4, 16)])
+def test_the_rows_of_a_trip_do_not_matter(rows):
+    assert_same_update(step(make_lesson(), device_rows=rows), plain())
 
 
 @pytest.mark.parametrize("shape", [slow(s, [(2, 4, 1), (1, 2, 4)]) for s in SHAPES], ids=str)
@@ -239,27 +239,28 @@ def test_the_loss_splits_the_vocabulary_as_the_head_lies(shape, rows, vocab):
 
 @pytest.mark.slow
 def test_rematerialising_does_not_matter():
-    assert_same_update(step(make_lesson(), model=MODEL.replace(remat=True)), plain())
+    assert_same_update(step(make_lesson(), model=MODEL.replace(remat="block")), plain())
 
 
 @pytest.mark.slow
 def test_under_its_mesh_every_device_holds_its_own_rows_only():
     model = MODEL.replace(hidden_size=48, intermediate_size=96)
-    params = jax.eval_shape(lambda: qwen3.init_params(model, jax.random.key(0)))
-    config = make_config(micro=B)
-    tx = make_optimizer(config)
-    state = jax.eval_shape(lambda p: init_state(p, tx), params)
-    wide = lambda x: jax.ShapeDtypeStruct((B, 64) if x.ndim > 1 else (B,), x.dtype)
+    lesson = make_lesson()
+    trip = plan_trips(lesson, B, 1, (64, 64))[0]
+    wide = lambda x: jax.ShapeDtypeStruct((B, 128) if x.ndim > 1 else (B,), x.dtype)
 
     def memory(count):
         mesh = make_mesh(1, -1, 1, devices=jax.devices()[:count])
-        places = param_shardings(state, mesh)
-        args = state, params, jax.tree.map(wide, make_lesson())
-        shardings = places, places.params, jax.tree.map(lambda x: row_sharding(mesh), args[2])
-        put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        trees = Trees(make_config(B // count), model, mesh, make_optimizer(make_config()))
+        update = make_update(trees.config, model, trees.optimizer, mesh, trees.shardings)
+        rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding(mesh))
+        params, sums = trees.like.params, jax.eval_shape(update.zeros)[1]
+        hidden = jax.ShapeDtypeStruct((B, 128, 48), np.float32)
         with jax.set_mesh(mesh):
-            lowered = make_update(config, model, tx, mesh, places).lower(*jax.tree.map(put, args, shardings))
-            return lowered.compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
+            learn = update.learn.lower(
+                params, params, params, sums, rows(hidden), jax.tree.map(rows, jax.tree.map(wide, trip))
+            )
+        return learn.compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
 
     assert memory(8) < memory(1) / 4
 
@@ -333,12 +334,17 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(where):
 
 
 def test_the_teacher_takes_no_gradient_and_is_left_as_it_was():
-    update, lay, mesh = compiled()
+    update, lay, mesh = prepared()
     state, frozen, lesson = lay(make_lesson())
     with jax.set_mesh(mesh):
         update(state, frozen, lesson)
     assert_same(jax.device_get(frozen), trees()[1])
-    loss = lambda student, frozen: micro_loss(student, frozen, make_lesson(), 1.0, make_config(), MODEL)[0]
+    trip = plan_trips(lesson, B, 1, (64, 64))[0]
+
+    def loss(student, frozen):
+        hidden = align(teach(frozen, trip.teacher_BT, model=MODEL), trip.shift_B, 64)
+        return trip_loss(student, frozen, hidden, trip, make_config(), MODEL, mesh)[0]
+
     own, other = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)(*trees())
     assert optax.tree.norm(own) > 0 and optax.tree.norm(other) == 0
 
@@ -371,7 +377,7 @@ def test_the_gradient_is_clipped_to_the_norm_before_adam_sees_it():
 
 
 def test_on_policy_rollouts_have_ratio_one():
-    mesh = compiled()[2]
+    mesh = prepared()[2]
     lesson = make_lesson()
     sample = make_generate(MODEL, mesh, max_new=R, temperature=TEMPERATURE, top_p=1.0, stop_ids=(1, 2, 3, 4))
     rows = np.arange(B, dtype=np.int32)
@@ -398,6 +404,7 @@ def test_lessons_of_one_shape_are_compiled_once_and_the_state_goes_on():
     with jax.set_mesh(mesh):
         for lesson in (make_lesson(), make_lesson(1), make_lesson(weight_BR=np.zeros((B, R), np.float32))):
             state, metrics = update(state, frozen, lay(lesson)[2])
-    assert update._cache_size() <= 1  # 0: pushed out of the cache that all of JAX shares
+    for function in (update.teach, update.learn, update.apply):
+        assert function._cache_size() <= 1  # 0: pushed out of the cache that all of JAX shares
     assert state.step == 3 and metrics["skipped_empty"] == 1
     assert state.opt_state[1][1][0].count == 2

@@ -2,18 +2,17 @@
 
 import importlib.util
 import os
-from functools import partial
+from functools import cache
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
 from rosd_jax.config import default_config
-from rosd_jax.models.qwen3 import Qwen3Config, init_params
-from rosd_jax.models.sharding import make_mesh, param_shardings, row_sharding
-from rosd_jax.train.update import init_state, make_optimizer, make_update
-from rosd_jax.types import Lesson
+from rosd_jax.models.qwen3 import Qwen3Config
+from rosd_jax.models.sharding import make_mesh
+from rosd_jax.train.trees import Trees
+from rosd_jax.train.update import make_optimizer, make_update
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,57 +33,46 @@ NANO = Qwen3Config(
     head_dim=128,
     num_tokens=2000,
     dtype="bfloat16",
-    remat=True,
 )
-ROWS, MICRO, PROMPT, TEACHER, RESPONSE = 32, 8, 256, 1024, 2048
-LONGEST = TEACHER + RESPONSE
+S, T = 1536, 3072
 
 
-def abstract(tree, shardings):
-    put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.tree.map(put, tree, shardings)
-
-
-def lesson_shapes():
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    return Lesson(
-        prompt_BP=ints(ROWS, PROMPT),
-        prompt_len_B=ints(ROWS),
-        teacher_prompt_BQ=ints(ROWS, TEACHER),
-        teacher_prompt_len_B=ints(ROWS),
-        response_BR=ints(ROWS, RESPONSE),
-        response_len_B=ints(ROWS),
-        weight_BR=floats(ROWS, RESPONSE),
-        sampler_logp_BR=floats(ROWS, RESPONSE),
-    )
-
-
-def lowered(topology: str, shape: tuple[int, int, int]):
+@cache
+def chips(topology: str):
+    """One list for each topology: devices of two descriptions of it are not equal."""
     os.environ.update(COMPILE_ONLY)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(*shape, devices)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def lowered(shape: tuple[int, int, int], **fields):
+    """The update's functions, lowered for eight chips."""
     config = default_config()
-    config.batch.micro = MICRO
     config.loss.chunk = 256
-    params = jax.eval_shape(partial(init_params, NANO), jax.random.key(0))
-    optimizer = make_optimizer(config)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
-    places = param_shardings(state, mesh)
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
-    lesson = lesson_shapes()
-    rows = jax.tree.map(lambda _: row_sharding(mesh), lesson)
-    update = make_update(config, NANO, optimizer, mesh, places)
+    config.update_from_flattened_dict(fields)
+    model = NANO.replace(remat=config.model.remat)
+    mesh = make_mesh(*shape, chips("v5p:2x2x2"))
+    trees = Trees(config, model, mesh, make_optimizer(config))
+    update = make_update(config, model, trees.optimizer, mesh, trees.shardings)
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):  # as runs have it
-        return update.lower(abstract(state, places), abstract(frozen, places.params), abstract(lesson, rows))
+        return update.lower(trees.like, trees.frozen_like, S, T)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)])
 def test_the_update_compiles_on_every_mesh_of_eight_chips(shape):
-    program = lowered("v5p:2x2x2", shape)
-    assert "splash" in program.as_text()
-    memory = program.compile().memory_analysis()
-    rows = MICRO // (shape[0] * shape[1])  # a micro-batch's, on one chip
+    programs = lowered(shape)
     heads = NANO.num_attention_heads // shape[2]
-    scores = 4 * rows * heads * LONGEST**2  # bytes that float32 scores of one layer would take
-    assert memory.temp_size_in_bytes < scores
+    for name, length in (("teach", T), ("learn", S)):
+        assert "splash" in programs[name].as_text()
+        temporaries = programs[name].compile().memory_analysis().temp_size_in_bytes
+        assert temporaries < 4 * heads * length**2  # bytes that float32 scores of one layer would take
+    for name in ("align", "apply"):
+        programs[name].compile()
+
+
+@pytest.mark.slow
+def test_what_is_kept_off_the_chips_is_off_them():
+    plain, host = lowered((1, 8, 1)), lowered((1, 8, 1), **{"model.frozen": "host"})
+    used = lambda program: program.compile().memory_analysis()
+    whole = used(plain["teach"]).argument_size_in_bytes
+    assert used(host["teach"]).argument_size_in_bytes < whole / 4
+    assert used(host["teach"]).host_argument_size_in_bytes > whole / 2

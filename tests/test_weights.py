@@ -24,7 +24,7 @@ CONFIG = Qwen3Config(
     rope_theta=5e5,
 )
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 40)).astype(np.int32)
-EXACT = {"num_tokens": None, "dtype": "float32", "remat": False}
+EXACT = {"num_tokens": None, "dtype": "float32", "remat": "none"}
 
 
 def shapes_of(config):
@@ -230,8 +230,8 @@ def test_rope_theta_is_read_from_either_field(fields, saved):
 
 def test_defaults_and_arguments_of_the_config(saved):
     saved.fields(head_dim="absent")
-    config = weights.read_config(saved.path, num_tokens=60, dtype="bfloat16", remat=True)
-    assert config == CONFIG.replace(head_dim=8, num_tokens=60, dtype="bfloat16", remat=True)
+    config = weights.read_config(saved.path, num_tokens=60, dtype="bfloat16", remat="block")
+    assert config == CONFIG.replace(head_dim=8, num_tokens=60, dtype="bfloat16", remat="block")
 
 
 WRONG_FIELDS = [
@@ -268,7 +268,7 @@ def test_a_config_that_is_not_supported_is_named(fields, sentence, saved):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(saved):
     with pytest.raises(UserError, match="a model whose vocabulary does not fit its tokenizer.*61.*62"):
-        weights.read_config(saved.path, num_tokens=62, dtype="float32", remat=False)
+        weights.read_config(saved.path, num_tokens=62, dtype="float32", remat="none")
 
 
 @pytest.mark.parametrize("path", ["", "missing"])

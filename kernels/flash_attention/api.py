@@ -10,8 +10,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from . import gpu, reference, tpu, xla
+from .reference import SAVED
 
 Implementation = Literal["xla", "splash_tpu", "cudnn_gpu", "reference"]
 _IMPLEMENTATIONS = {
@@ -41,19 +43,21 @@ def causal_attention(
         "reference" does. None takes, of bfloat16 operands, "splash_tpu" where it is compiled for a TPU and
         "cudnn_gpu" on a GPU from Ampere on; else "xla".
 
+    Under `jax.checkpoint` the result bears the name SAVED, for policies that keep it.
+
     Returns:
       [B, T, H, E] in the queries' dtype. Raises ValueError on shapes or dtypes that do not fit.
     """
     _check(q_BTHE, k_BTKE, v_BTKE, implementation)
     operands = (q_BTHE, k_BTKE, v_BTKE)
     if implementation:
-        return _IMPLEMENTATIONS[implementation](*operands)
-    if q_BTHE.dtype != jnp.bfloat16:
-        return xla.attend(*operands)
-    kernels = {"tpu": tpu.attend}
-    if gpu.fits(q_BTHE):
-        kernels["cuda"] = gpu.attend
-    return lax.platform_dependent(*operands, **kernels, default=xla.attend)
+        out = _IMPLEMENTATIONS[implementation](*operands)
+    elif q_BTHE.dtype != jnp.bfloat16:
+        out = xla.attend(*operands)
+    else:
+        kernels = {"tpu": tpu.attend} | ({"cuda": gpu.attend} if gpu.fits(q_BTHE) else {})
+        out = lax.platform_dependent(*operands, **kernels, default=xla.attend)
+    return checkpoint_name(out, SAVED)
 
 
 def _check(q_BTHE, k_BTKE, v_BTKE, implementation) -> None:

@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+SAVED = "attention"  # the name under which policies of `jax.checkpoint` know the result
+
 
 def working_dtype(x: jax.Array) -> jnp.dtype:
     """float32, or float64 of float64."""

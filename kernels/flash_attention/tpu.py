@@ -13,6 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
 
+from .reference import SAVED
+
 LANES = 128  # blocks and heads come in multiples of a TPU vector's width
 BLOCK = 512  # queries, and keys, of one block
 
@@ -56,4 +58,5 @@ def _kernel(heads: int, T: int, block: int, interpret: bool):
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name=SAVED,  # of the sums that the backward pass reads, too
     )

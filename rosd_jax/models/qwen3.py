@@ -21,12 +21,24 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from rosd_jax.kernels.flash_attention import causal_attention
+from rosd_jax.kernels.flash_attention import SAVED, causal_attention
 from rosd_jax.types import Params
 
 ROWS = ("data", "fsdp")  # the mesh axes along which rows lie
+# What the backward pass finds of a block whose rest it computes again; its input is there in any case.
+POLICIES = {
+    "block": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Qwen3Config:
     max_position_embeddings: int = 40960
     num_tokens: int | None = None  # ids at or above it are padding rows: never sampled, never scored
     dtype: str = "float32"  # of activations; parameters stay float32
-    remat: bool = False
+    remat: str = "none"  # what the backward pass computes again; config.py says which there are
 
     replace = dataclasses.replace
 
@@ -143,6 +155,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, position_BT):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = checkpoint_name(x, "block_input")
         dense = lambda width, name: nn.Dense(
             width, use_bias=False, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name
         )
@@ -165,7 +178,7 @@ class Qwen3(nn.Module):
         if not c.tie_word_embeddings:
             self.param("head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), jnp.float32)
         x = pin_rows(embed[tokens_BT].astype(c.dtype))
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=POLICIES[c.remat])
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -10,6 +10,7 @@ its rule, so one function places params, optimizer moments and a whole train sta
     replicated_dims(tree, mesh)       -> sentences to log: dimensions that an axis does not divide
     row_devices(mesh)                 -> how many shards rows are split into
     row_sharding(mesh)                -> NamedSharding of arrays whose first axis is rows
+    on_device(tree)                   -> the tree in the devices' memory, wherever it lay
     tensor_specs(params, mesh)        -> specs of params whole on every row device
     decoder_specs(config, mesh)       -> specs of the decoder's weights
 """
@@ -109,6 +110,11 @@ def row_devices(mesh: Mesh) -> int:
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays [B, ...]: rows over data and fsdp, the rest whole."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def on_device(tree: Any) -> Any:
+    """The tree in the memory of the devices that its shardings name; where it lies there, itself."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
 
 
 def tensor_specs(params: Any, mesh: Mesh) -> Any:

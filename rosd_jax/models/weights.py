@@ -73,7 +73,7 @@ PASS = "pass --config.model.path=DIR, a Hugging Face directory of a Qwen3 model"
 # --- config.json ----------------------------------------------------------------------------------
 
 
-def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: bool) -> Qwen3Config:
+def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: str) -> Qwen3Config:
     """The architecture from config.json; `num_tokens` is the size of the tokenizer's vocabulary.
 
     Raises UserError where the directory is missing, where a field is missing or of the wrong kind,

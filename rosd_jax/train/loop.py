@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from rosd_jax.train.metrics import Console, MetricsLog
 from rosd_jax.train.plan import headline
 from rosd_jax.train.setup import Inputs, Split, build, read_inputs, trained_on
 from rosd_jax.train.step import Tools, train_step
+from rosd_jax.train.trees import Trees
 from rosd_jax.types import Params, Reflected, TrainState
 
 
@@ -63,10 +64,11 @@ def train(config: Config, directory: Path) -> None:
     origins = history.origins(config, inputs)
     with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         history.require_checkpoint(directory, config)
-        tools, frozen_params, like, fresh = build(config, inputs, grader)
+        tools, trees = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory)
-        check_disk(directory, manager, like, config)
-        state, start = begin(config, manager, like, fresh, origins)
+        check_disk(directory, manager, trees.like, config)
+        state, start = begin(config, manager, trees, origins)
+        frozen_params = trees.frozen(None if start else state)
         console = Console(config.steps, start)
         log = resume(directory, config, inputs, start, console)
         run = Run(tools, inputs, directory, log, console, manager, checkpoint.run_meta(config, origins))
@@ -75,7 +77,7 @@ def train(config: Config, directory: Path) -> None:
             stopping.check()
             export(run, state.params, directory / "export", config.steps)
             del state  # the best step's parameters take its place
-            export_best(run, like)
+            export_best(run, trees.like)
             manager.close()
             console.close()
             print(write_report(directory, trained_on(config)))
@@ -267,14 +269,14 @@ def evaluate_only(config: Config, directory: Path) -> None:
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
     with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
-        tools, _, like, fresh = build(config, inputs, grader)
+        tools, trees = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory)
         if exported:
-            state, at = fresh(), history.exported_step(directory) or 0
+            state, at = trees.first(), history.exported_step(directory) or 0
         else:
             origins = history.origins(config, inputs)
             asked = {name: origins[name] for name in ("model", "tokenizer")}  # what an evaluation depends on
-            state, at = begin(config, manager, like, fresh, asked)
+            state, at = begin(config, manager, trees, asked)
         console = Console(config.steps, at)
         what = f"the checkpoint of step {at}" if at else f"the model of {config.model.path} as it came"
         if exported:
@@ -288,16 +290,14 @@ def evaluate_only(config: Config, directory: Path) -> None:
             print(write_report(directory, trained_on(config)))
 
 
-def begin(
-    config: Config, manager: Any, like: TrainState, fresh: Callable[[], TrainState], origins: dict[str, Any]
-) -> tuple[TrainState, int]:
+def begin(config: Config, manager: Any, trees: Trees, origins: dict[str, Any]) -> tuple[TrainState, int]:
     """The newest checkpoint's state and step, or the first state and 0.
 
     Raises UserError when the checkpoint was made from anything else than `origins`.
     """
-    restored = checkpoint.restore_latest(manager, like)
+    restored = checkpoint.restore_latest(manager, trees.like)
     if restored is None:
-        return fresh(), 0
+        return trees.first(), 0
     state, kept = restored
     history.require_same_origins(kept, origins, config)
     return state, int(kept["step"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,15 +22,14 @@ from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.data.rows import same_data, set_name
 from rosd_jax.evals import health
-from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import (
     make_mesh,
-    param_shardings,
     replicated_dims,
     row_devices,
     validate_mesh_for,
 )
-from rosd_jax.models.weights import load_params, read_config
+from rosd_jax.models.weights import read_config
 from rosd_jax.rewards import Grader, Mode
 from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
@@ -41,12 +40,13 @@ from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.text.wording import read_wording
 from rosd_jax.train.step import Tools
 from rosd_jax.train.stopping import polled
-from rosd_jax.train.update import init_state, make_optimizer, make_update
-from rosd_jax.types import Params, Problem, TrainState
+from rosd_jax.train.trees import Trees
+from rosd_jax.train.update import make_optimizer, make_update
+from rosd_jax.types import Problem
 
 Split = Literal["eval", "validation"]  # of what is scored, as lines of metrics.jsonl begin
 FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that is read for it
-LEAST_ROWS = 8  # that are worth a CPU device of their own
+LEAST_ROWS = 8  # of a training batch that are worth a CPU device of their own
 HOST_DEVICES = "xla_force_host_platform_device_count"
 WORDINGS = {"english": ENGLISH, "gym": gym.WORDING}
 
@@ -73,7 +73,7 @@ class Inputs:
 def read_inputs(config: Config) -> Inputs:
     """Model config, tokenizer and problems. Raises UserError for the first thing that does not fit."""
     path = model_path(config)
-    read_config(path, num_tokens=None, dtype=config.model.dtype, remat=False)  # before the tokenizer
+    read_config(path, num_tokens=None, dtype=config.model.dtype, remat="none")  # before the tokenizer
     tokenizer = load_tokenizer(path)
     model = read_config(
         path,
@@ -201,33 +201,19 @@ def check_lengths(config: Config, model: Qwen3Config) -> None:
             )
 
 
-def build(
-    config: Config, inputs: Inputs, grader: Grader
-) -> tuple[Tools, Params, TrainState, Callable[[], TrainState]]:
-    """Tools, the frozen tree, the state as shapes with shardings, and what makes the first state.
-
-    The state is made late, so that a resumed run never holds two of them.
-    """
+def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]:
+    """The tools of a run, and what makes its trees. Loads no weights yet."""
     if config.model.dtype == "float32":  # else an accelerator rounds float32 operands to 10 bits or fewer
         jax.config.update("jax_default_matmul_precision", "highest")
     deal_cores(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model, path = inputs.model, Path(config.model.path)
+    model = inputs.model
     validate_mesh_for(model, mesh)
     check_rows(config, row_devices(mesh))
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    for leaf in replicated_dims(shapes, mesh):
-        logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
-    load = lambda: load_params(path, model, param_shardings(shapes, mesh))
-    # The frozen tree is kept at the compute type: it is never updated, so it needs no master copy.
-    frozen_params = jax.tree.map(lambda x: x.astype(model.dtype), load())
     optimizer = make_optimizer(config)
-    state_shapes = jax.eval_shape(lambda p: init_state(p, optimizer), shapes)
-    shardings = param_shardings(state_shapes, mesh)
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, shardings
-    )
-    first = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
+    trees = Trees(config, model, mesh, optimizer)
+    for leaf in replicated_dims(trees.state.params, mesh):
+        logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
     generate = lambda section, top_p, slots, stops: polled(make_generate(
         model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
         stop_ids=inputs.tokenizer.stop_ids, slots=slots, stops=stops,
@@ -247,9 +233,9 @@ def build(
         sample=generate(config.rollout, config.rollout.top_p, config.rollout.slots, inputs.stops),
         reflect=generate(config.reflect, 1.0, config.rollout.slots, None),
         evaluate=generate(config.eval, config.eval.top_p, config.eval.batch, inputs.stops),
-        update=make_update(config, model, optimizer, mesh, shardings),
+        update=make_update(config, model, optimizer, mesh, trees.shardings),
     )
-    return tools, frozen_params, like, lambda: first(load())
+    return tools, trees
 
 
 def cache_pages(config: Config, max_new: int) -> int:
@@ -273,18 +259,20 @@ def deal_cores(config: Config) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if config.mesh.data != -1 or "JAX_NUM_CPU_DEVICES" in os.environ or HOST_DEVICES in flags:
         return
-    devices = cpu_devices(config.batch.micro, math.gcd(*batches(config).values()))
+    rows = config.batch.prompts * config.batch.samples
+    devices = cpu_devices(
+        rows // max(LEAST_ROWS, config.batch.device_rows), math.gcd(*batches(config).values())
+    )
     with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def cpu_devices(rows: int, divisor: int) -> int:
-    """A power of two, at most a device for each core, that leaves each LEAST_ROWS of the rows.
+def cpu_devices(most: int, divisor: int) -> int:
+    """A power of two, at most `most` and a device for each core, that divides `divisor`.
 
-    It divides `divisor`, a divisor of all batches. XLA for CPU attends to one row after another in one
-    thread, and each device has its own.
+    XLA for CPU attends to one row after another in one thread, and each device has its own.
     """
-    most = max(1, min(cores(), rows // LEAST_ROWS))
+    most = max(1, min(cores(), most))
     return min(divisor & -divisor, 1 << most.bit_length() - 1)
 
 
@@ -297,7 +285,6 @@ def batches(config: Config) -> dict[str, int]:
     """Rows of each batch that is laid over the row devices, by field."""
     return {
         "batch.prompts x batch.samples": config.batch.prompts * config.batch.samples,
-        "batch.micro": config.batch.micro,
         "eval.batch": config.eval.batch,
     }
 

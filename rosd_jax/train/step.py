@@ -25,13 +25,14 @@ from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.distill import reflect, teacher
 from rosd_jax.evals.localize import quote_exact
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.models.sharding import row_devices, row_sharding
+from rosd_jax.models.sharding import on_device, row_devices
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.floor import Floor
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.text.prompts import Wording
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.train import stopping
+from rosd_jax.train.update import Update
 from rosd_jax.types import Graded, Lesson, Params, Prompts, Reflected, Rollout, TrainState
 
 Numbers = dict[str, float]
@@ -54,7 +55,7 @@ class Tools:
     evaluate: Callable[..., Rollout]  # evaluation's answers
     student_thinking_open: bool  # the student's prompts end inside <think>
     reflector_thinking_open: bool  # the reflector's prompts do
-    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    update: Update
 
 
 def train_step(
@@ -76,19 +77,18 @@ def train_step(
     with clock("grade"):
         graded = grade(tools, prompts, rollout)
     with clock("reflect"):
-        reflector = state.params if tools.config.reflect.weights == "student" else frozen_params
+        reflector = state.params if tools.config.reflect.weights == "student" else on_device(frozen_params)
         reflected = reflect_rollouts(tools, reflector, graded, step)
     with clock("lesson"):
         reflected, lesson = make_lesson(tools, reflected)
-        weight_BR = np.asarray(lesson.weight_BR)
     with clock("update"):
         state, metrics = tools.update(state, frozen_params, lesson)
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    numbers = {**describe(graded), **describe_reflections(reflected, weight_BR), **metrics}
+    numbers = {**describe(graded), **describe_reflections(reflected, lesson.weight_BR), **metrics}
     numbers["unknown_tokens"] = tools.tokenizer.unknown_share(prompt_ids(prompts))
     numbers |= describe_decoding(rollout, tools.floor, clock.spent["rollout"], "rollout")
     numbers |= describe_decoding(reflected.answers, tools.floor, clock.spent["reflect"], "reflect")
-    return state, {**numbers, **clock.seconds()}, reflected, weight_BR
+    return state, {**numbers, **clock.seconds()}, reflected, lesson.weight_BR
 
 
 def sample_rollouts(tools: Tools, params: Params, prompts: Prompts, step: int) -> Rollout:
@@ -175,12 +175,12 @@ def make_lesson(tools: Tools, reflected: Reflected) -> tuple[Reflected, Lesson]:
         prompt_len_B=np.repeat(prompts.length_N, G),
         teacher_prompt_BQ=teacher_prompt_BQ,
         teacher_prompt_len_B=teacher_prompt_len_B,
-        response_BR=graded.rollout.tokens_BR,
-        response_len_B=graded.rollout.length_B,
+        response_BR=np.asarray(graded.rollout.tokens_BR),
+        response_len_B=np.asarray(graded.rollout.length_B),
         weight_BR=teacher.region_weights(reflected, config.lesson, R),
-        sampler_logp_BR=graded.rollout.logp_BR,
+        sampler_logp_BR=np.asarray(graded.rollout.logp_BR),
     )
-    return reflected, jax.device_put(lesson, row_sharding(tools.mesh))
+    return reflected, lesson
 
 
 def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:

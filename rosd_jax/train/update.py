@@ -1,20 +1,31 @@
-"""One optimizer step from one lesson: micro-batched, rematerialised, with a global active-token mean.
+"""One optimizer step from one lesson, trip by trip, with a global active-token mean.
 
-    takes  TrainState, the frozen tree, a Lesson of B rows
+    takes  TrainState, the frozen tree, a Lesson of B rows (host)
     gives  the next TrainState and a dict of float32 scalars
-    right  when loss and gradients do not depend on the micro-batch size or the number of devices
+    right  when loss and gradients do not depend on the trips or the number of devices
 
-Rows without an active token cost nothing: rows are sorted by activity and the loop over micro-batches
-stops after the last active one. The release averages per micro-batch of two sequences instead, which
-makes its gradient depend on the number of devices.
+The host cuts the rows (train/trips.py) and calls four compiled functions:
+
+    teach(frozen, teacher_BT)                             -> hidden_BTD     once for each width T
+    align(hidden_BTD, shift_B, S)                         -> hidden_BSD     at the student's positions
+    learn(params, frozen, grads, sums, hidden_BSD, trip)  -> grads, sums    once for each width S
+    apply(state, grads, sums, total)                      -> state, metrics
+
+Each width compiles by itself when it first occurs, and is found in the compilation cache from then on.
+The mean is over the active tokens of the whole lesson. The release averages per micro-batch of two
+sequences instead, which makes its gradient depend on the number of devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -22,10 +33,12 @@ from rosd_jax.config import Config
 from rosd_jax.distill.loss import span_loss
 from rosd_jax.kernels.topk_jsd import Sharding
 from rosd_jax.models import qwen3
-from rosd_jax.models.sharding import AXES, row_sharding
+from rosd_jax.models.sharding import AXES, on_device, row_devices, row_sharding
+from rosd_jax.train.trips import Trip, plan_trips
 from rosd_jax.types import Lesson, Params, TrainState
 
 Metrics = dict[str, jax.Array]
+SUMS = ("loss", "divergence", "ratio", "logp_gap", "student_topk_mass", "teacher_topk_mass")
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -38,7 +51,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     rate = lambda k: c.lr * jnp.minimum(1.0, (k + first) / max(c.warmup_steps, 1))
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
-        optax.adamw(rate if c.warmup_steps else c.lr, c.b1, c.b2, c.eps, weight_decay=c.weight_decay),
+        optax.adamw(
+            rate if c.warmup_steps else c.lr,
+            c.b1,
+            c.b2,
+            c.eps,
+            weight_decay=c.weight_decay,
+            mu_dtype=c.mu_dtype,
+        ),
     )
 
 
@@ -47,20 +67,102 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+@dataclass(frozen=True)
+class Update:
+    """The update's compiled functions (the module says what each takes and gives) and their call in order.
+
+    The state is donated: its buffers become the next state's.
+    """
+
+    zeros: Callable[[], tuple[Params, Metrics]]  # where gradients and sums begin
+    teach: Any
+    align: Any
+    learn: Any
+    apply: Any
+    model: qwen3.Qwen3Config
+    mesh: Mesh
+    device_rows: int
+    longest: tuple[int, int]  # positions of a student's and of a teacher's row
+
+    @property
+    def rows(self) -> int:
+        """Rows of one trip."""
+        return row_devices(self.mesh) * self.device_rows
+
+    def lower(self, like: TrainState, frozen_like: Params, S: int, T: int) -> dict[str, Any]:
+        """The functions by name, lowered for these widths; no device is touched, and no weights are needed.
+
+        like, frozen_like: shapes with shardings. Call it with the mesh in context.
+        """
+
+        def rows(dtype, *shape) -> Any:
+            return jax.ShapeDtypeStruct((self.rows, *shape), dtype, sharding=row_sharding(self.mesh))
+
+        ints, floats, teacher_BT, shift_B = (
+            rows("int32", S),
+            rows("float32", S),
+            rows("int32", T),
+            rows("int32"),
+        )
+        trip = Trip(ints, teacher_BT, shift_B, ints, floats, floats)
+        D, dtype = self.model.hidden_size, self.model.dtype
+        grads, sums = jax.eval_shape(self.zeros)
+        as_params = lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding)
+        grads = jax.tree.map(as_params, grads, like.params)
+        total = jax.ShapeDtypeStruct((), jnp.float32)
+        return {
+            "teach": self.teach.lower(frozen_like, teacher_BT),
+            "align": self.align.lower(rows(dtype, T, D), shift_B, S),
+            "learn": self.learn.lower(like.params, frozen_like, grads, sums, rows(dtype, S, D), trip),
+            "apply": self.apply.lower(like, grads, sums, total),
+        }
+
+    def __call__(
+        self, state: TrainState, frozen_params: Params, lesson: Lesson
+    ) -> tuple[TrainState, Metrics]:
+        """The next state, and the step's numbers."""
+        total = np.float32(lesson.weight_BR.sum())
+        grads, sums = self.zeros()
+        devices = row_devices(self.mesh)
+        for trip in plan_trips(lesson, devices, self.device_rows, self.longest):
+            before = sums
+            trip = jax.device_put(scaled(trip, total), row_sharding(self.mesh))
+            teacher_BTD = self.teach(frozen_params, trip.teacher_BT)
+            teacher_BSD = self.align(teacher_BTD, trip.shift_B, trip.student_BS.shape[1])
+            grads, sums = self.learn(state.params, frozen_params, grads, sums, teacher_BSD, trip)
+            jax.block_until_ready(before)  # else trips queue up, and with them their hidden states
+        return self.apply(state, grads, sums, total)
+
+
+def scaled(trip: Trip, total: np.float32) -> Trip:
+    """The trip with its weights over the active tokens of the whole lesson."""
+    return replace(trip, weight_BS=trip.weight_BS / total)
+
+
 def make_update(
     config: Config,
     model: qwen3.Qwen3Config,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     state_shardings: TrainState,
-) -> Callable[[TrainState, Params, Lesson], tuple[TrainState, Metrics]]:
-    """The jitted update. The state it is given is donated: its buffers become the next state's."""
+) -> Update:
+    """The update of one experiment on one mesh."""
+    places = state_shardings.params
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda: qwen3.init_params(model, jax.random.key(0)))
 
-    def update(state: TrainState, frozen_params: Params, lesson: Lesson):
-        total = lesson.weight_BR.sum()
-        grads, sums = accumulate(
-            state.params, frozen_params, lesson, total, config=config, model=model, mesh=mesh
-        )
+    def zeros() -> tuple[Params, Metrics]:
+        grads = jax.tree.map(lambda x: jnp.zeros(x.shape, config.optimizer.grad_dtype), shapes)
+        return grads, dict.fromkeys(SUMS, jnp.zeros((), jnp.float32))
+
+    def learn(params, frozen_params, grads, sums, teacher_BSD, trip):
+        objective = lambda p: trip_loss(p, frozen_params, teacher_BSD, trip, config, model, mesh)
+        (_, more), by = jax.value_and_grad(objective, has_aux=True)(params)
+        add = lambda carry, x: carry + x.astype(carry.dtype)
+        return jax.tree.map(add, grads, by), jax.tree.map(add, sums, more)
+
+    def apply(state, grads, sums, total):
+        grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count into floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -71,46 +173,76 @@ def make_update(
         state = TrainState(state.step + 1, pick(params, state.params), pick(opt_state, state.opt_state))
         return state, summarise(sums, total, norm, keep, empty)
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, replicated))
+    return Update(
+        zeros=jax.jit(zeros, out_shardings=(places, replicated)),
+        teach=jax.jit(partial(teach, model=model), out_shardings=row_sharding(mesh)),
+        align=jax.jit(align, static_argnums=2, out_shardings=row_sharding(mesh)),
+        learn=jax.jit(learn, donate_argnums=2, out_shardings=(places, replicated)),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, replicated)),
+        model=model,
+        mesh=mesh,
+        device_rows=config.batch.device_rows,
+        longest=longest_rows(config),
+    )
 
 
-def accumulate(
+def longest_rows(config: Config) -> tuple[int, int]:
+    """The most positions of a student's and of a teacher's row."""
+    R = config.rollout.max_new_tokens
+    return config.data.max_prompt_tokens + R, config.lesson.max_teacher_tokens + R
+
+
+def teach(frozen_params: Params, teacher_BT: jax.Array, *, model: qwen3.Qwen3Config) -> jax.Array:
+    """The teacher's hidden states [B, T, D]."""
+    return qwen3.hidden_states(on_device(frozen_params), model, teacher_BT)
+
+
+def align(teacher_BTD: jax.Array, shift_B: jax.Array, S: int) -> jax.Array:
+    """The teacher's hidden states [B, S, D] at the student's positions; elsewhere any."""
+    at_BS = jnp.clip(jnp.arange(S) + shift_B[:, None], 0, teacher_BTD.shape[1] - 1)
+    return jnp.take_along_axis(teacher_BTD, at_BS[..., None], axis=1)
+
+
+def trip_loss(
     params: Params,
     frozen_params: Params,
-    lesson: Lesson,
-    total: jax.Array,
-    *,
+    teacher_BSD: jax.Array,
+    trip: Trip,
     config: Config,
     model: qwen3.Qwen3Config,
     mesh: Mesh,
-) -> tuple[Params, Metrics]:
-    """Gradients of the active-token mean over the whole lesson, and sums for the metrics."""
-    rows, micro = lesson.weight_BR.shape[0], config.batch.micro
-    active_B = (lesson.weight_BR != 0).any(axis=1)
-    order_B = jnp.argsort(~active_B, stable=True)
-    groups = jax.tree.map(lambda x: x[order_B].reshape(rows // micro, micro, *x.shape[1:]), lesson)
-    denominator = jnp.maximum(total, 1.0)
-    split = loss_sharding(mesh, model.vocab_size)
-
-    def body(i, carry):
-        group = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[i], row_sharding(mesh)), groups)
-        objective = lambda p: micro_loss(p, frozen_params, group, denominator, config, model, split)
-        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        # Without the barrier XLA for TPU moves the gradients' all-reduce out of the loop, and fails on it.
-        grads = jax.lax.optimization_barrier(grads)
-        return jax.tree.map(jnp.add, carry, (grads, sums))
-
-    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), groups)
-    _, sums = jax.eval_shape(
-        lambda p, f, g: micro_loss(p, f, g, denominator, config, model, split),
-        params,
-        frozen_params,
-        first,
+) -> tuple[jax.Array, Metrics]:
+    """The part of the loss that one trip carries, and sums over its active tokens."""
+    student_BSD = qwen3.hidden_states(params, model, jnp.asarray(trip.student_BS))
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    head = lambda tree: qwen3.head_VD(tree).astype(model.dtype)
+    loss, aux = span_loss(
+        flat(student_BSD),
+        head(params),
+        flat(teacher_BSD),
+        jax.lax.stop_gradient(on_device(head(frozen_params))),
+        flat(trip.weight_BS),
+        flat(trip.target_BS),
+        flat(trip.sampler_logp_BS),
+        k=config.loss.topk,
+        alpha=config.loss.alpha,
+        tail=config.loss.tail,
+        ratio_cap=config.loss.ratio_cap,
+        chunk=config.loss.chunk,
+        num_tokens=model.num_tokens,
+        temperature=config.rollout.temperature,
+        sharding=loss_sharding(mesh, model.vocab_size),
     )
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, sums))
-    trips = -(-active_B.sum() // micro)
-    return jax.lax.fori_loop(0, trips, body, zeros)
+    active_N = flat(trip.weight_BS) != 0
+    per_token = {
+        "divergence": aux.divergence_N,
+        "ratio": aux.ratio_N,
+        "logp_gap": jnp.abs(aux.student_logp_N - flat(trip.sampler_logp_BS)),
+        "student_topk_mass": aux.student_mass_N,
+        "teacher_topk_mass": aux.teacher_mass_N,
+    }
+    sums = {name: jnp.where(active_N, x, 0.0).sum() for name, x in per_token.items()}
+    return loss, {"loss": loss, **jax.lax.stop_gradient(sums)}
 
 
 def loss_sharding(mesh: Mesh, vocab: int) -> Sharding | None:
@@ -124,74 +256,6 @@ def loss_sharding(mesh: Mesh, vocab: int) -> Sharding | None:
     if tensor > 1 and vocab % tensor == 0:
         return Sharding(mesh, rows=("data", "fsdp"), vocab="tensor")
     return Sharding(mesh, rows=AXES)
-
-
-def micro_loss(
-    params: Params,
-    frozen_params: Params,
-    lesson: Lesson,
-    denominator: jax.Array,
-    config: Config,
-    model: qwen3.Qwen3Config,
-    sharding: Sharding | None = None,
-) -> tuple[jax.Array, Metrics]:
-    """The part of the loss that one micro-batch carries, and sums over its active tokens."""
-    student_BRD = response_hidden(params, model, lesson.prompt_BP, lesson.prompt_len_B, lesson.response_BR)
-    teacher_BRD = response_hidden(
-        frozen_params,
-        model,
-        lesson.teacher_prompt_BQ,
-        lesson.teacher_prompt_len_B,
-        lesson.response_BR,
-    )
-    flat = lambda x: x.reshape(-1, *x.shape[2:])
-    head = lambda tree: qwen3.head_VD(tree).astype(model.dtype)
-    loss, aux = span_loss(
-        flat(student_BRD),
-        head(params),
-        flat(jax.lax.stop_gradient(teacher_BRD)),
-        jax.lax.stop_gradient(head(frozen_params)),
-        flat(lesson.weight_BR) / denominator,
-        flat(lesson.response_BR),
-        flat(lesson.sampler_logp_BR),
-        k=config.loss.topk,
-        alpha=config.loss.alpha,
-        tail=config.loss.tail,
-        ratio_cap=config.loss.ratio_cap,
-        chunk=config.loss.chunk,
-        num_tokens=model.num_tokens,
-        temperature=config.rollout.temperature,
-        sharding=sharding,
-    )
-    active_N = flat(lesson.weight_BR) != 0
-    per_token = {
-        "divergence": aux.divergence_N,
-        "ratio": aux.ratio_N,
-        "logp_gap": jnp.abs(aux.student_logp_N - flat(lesson.sampler_logp_BR)),
-        "student_topk_mass": aux.student_mass_N,
-        "teacher_topk_mass": aux.teacher_mass_N,
-    }
-    sums = {name: jnp.where(active_N, x, 0.0).sum() for name, x in per_token.items()}
-    return loss, {"loss": loss, **jax.lax.stop_gradient(sums)}
-
-
-def response_hidden(
-    params: Params, model: qwen3.Qwen3Config, prompt_BP, prompt_len_B, response_BR
-) -> jax.Array:
-    """Hidden states [B, R, D] from which response tokens 0..R-1 are predicted."""
-    tokens_BT = join(prompt_BP, prompt_len_B, response_BR)
-    hidden_BTD = qwen3.hidden_states(params, model, tokens_BT)
-    before_BR = prompt_len_B[:, None] - 1 + jnp.arange(response_BR.shape[1])
-    return jnp.take_along_axis(hidden_BTD, before_BR[..., None], axis=1)
-
-
-def join(prompt_BP: jax.Array, prompt_len_B: jax.Array, response_BR: jax.Array) -> jax.Array:
-    """tokens [B, P + R]: each row's prompt, its response right behind it, then padding."""
-    P, R = prompt_BP.shape[1], response_BR.shape[1]
-    at_BT = jnp.arange(P + R) - prompt_len_B[:, None]
-    response = jnp.take_along_axis(response_BR, jnp.clip(at_BT, 0, R - 1), axis=1)
-    prompt = jnp.pad(prompt_BP, ((0, 0), (0, R)))
-    return jnp.where(at_BT < 0, prompt, jnp.where(at_BT < R, response, 0))
 
 
 def summarise(sums: Metrics, total, norm, keep, empty) -> Metrics:

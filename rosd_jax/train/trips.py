@@ -1,0 +1,89 @@
+"""The rows of a lesson as trips: the rows that go through one forward and backward pass together.
+
+    takes  a Lesson of B rows (host), row devices, rows a device in one trip
+    gives  Trips (host): every row with an active token once, longest first
+    right  when each active token keeps its position, its prediction and all that it attends to
+
+Attention is causal, so a row ends at its last active token: nothing behind it reaches the loss. Rows
+without an active token are left out. Rows of like lengths share a trip, which is as wide as its longest
+row needs, in one of few widths, since each is compiled by itself; the student's width and the teacher's
+are chosen separately.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from rosd_jax.types import Array, Lesson
+
+SHORTEST = 64  # the least width
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Trip:
+    """B rows as student (S positions) and teacher (T positions) read them. Padding weighs 0."""
+
+    student_BS: Array  # int32: prompt and response
+    teacher_BT: Array  # int32: the teacher's prompt and the same response
+    shift_B: Array  # int32: a response token's position in the teacher's row less that in the student's
+    target_BS: Array  # int32: the response token that each position predicts, 0 where it predicts none
+    weight_BS: Array  # float32: that token's weight
+    sampler_logp_BS: Array  # float32: its log-prob as the sampler reported it
+
+
+def plan_trips(lesson: Lesson, devices: int, device_rows: int, longest: tuple[int, int]) -> list[Trip]:
+    """Trips of devices x device_rows rows, spare ones of weight 0 behind the last.
+
+    longest: the most positions that a student's and a teacher's row may have, which are widths too.
+    """
+    student_B, teacher_B = needs(lesson)
+    # A student's position goes forward, forward again and backward; a teacher's forward alone.
+    order_B = np.argsort(-(4 * student_B + teacher_B), kind="stable")
+    order_B = order_B[: np.count_nonzero(student_B)]
+    rows = devices * device_rows
+    trips = []
+    for first in range(0, len(order_B), rows):
+        some = order_B[first : first + rows]
+        S = width(int(student_B[some].max()), longest[0])
+        T = width(int(teacher_B[some].max()), longest[1])
+        trips.append(make_trip(lesson, some, rows, S, T))
+    return trips
+
+
+def needs(lesson: Lesson) -> tuple[np.ndarray, np.ndarray]:
+    """Positions that the student's and the teacher's forward passes need of each row; 0: it is inactive."""
+    R = lesson.weight_BR.shape[1]
+    cut_B = np.where(np.asarray(lesson.weight_BR) != 0, np.arange(1, R + 1), 0).max(axis=1)
+    # The last active token is predicted by the position before it, and need not be read itself.
+    need = lambda prompt_len_B: np.where(cut_B > 0, prompt_len_B + cut_B - 1, 0)
+    return need(lesson.prompt_len_B), need(lesson.teacher_prompt_len_B)
+
+
+def width(positions: int, longest: int) -> int:
+    """The least of 2^n, 3 x 2^n and `longest` that holds so many positions."""
+    power = 1 << (positions - 1).bit_length()
+    three = power // 4 * 3
+    return min(max(three if positions <= three else power, SHORTEST), longest)
+
+
+def make_trip(lesson: Lesson, chosen: np.ndarray, rows: int, S: int, T: int) -> Trip:
+    """The chosen rows of a lesson at widths S and T, and spare ones up to `rows`."""
+    student_BS, teacher_BT, target_BS = (np.zeros((rows, width), np.int32) for width in (S, T, S))
+    weight_BS, sampler_logp_BS = (np.zeros((rows, S), np.float32) for _ in range(2))
+    shift_B = np.zeros(rows, np.int32)
+    for b, row in enumerate(chosen):
+        P, Q = int(lesson.prompt_len_B[row]), int(lesson.teacher_prompt_len_B[row])
+        cut = int(np.flatnonzero(lesson.weight_BR[row])[-1]) + 1
+        read = lesson.response_BR[row, : cut - 1]
+        student_BS[b, : P + cut - 1] = np.concatenate([lesson.prompt_BP[row, :P], read])
+        teacher_BT[b, : Q + cut - 1] = np.concatenate([lesson.teacher_prompt_BQ[row, :Q], read])
+        shift_B[b] = Q - P
+        predicts = slice(P - 1, P - 1 + cut)
+        target_BS[b, predicts] = lesson.response_BR[row, :cut]
+        weight_BS[b, predicts] = lesson.weight_BR[row, :cut]
+        sampler_logp_BS[b, predicts] = lesson.sampler_logp_BR[row, :cut]
+    return Trip(student_BS, teacher_BT, shift_B, target_BS, weight_BS, sampler_logp_BS)

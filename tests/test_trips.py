@@ -1,0 +1,86 @@
+"""Rows cut at their last active token and grouped: nothing is lost, and few widths occur."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rosd_jax.train.trips import needs, plan_trips, width
+from rosd_jax.types import Lesson
+
+
+def make_lesson(seed, rows=13, P=40, Q=90, R=300):
+    rng = np.random.default_rng(seed)
+    weight_BR = np.zeros((rows, R), np.float32)
+    for row in range(rows):
+        start, stop = np.sort(rng.integers(0, R + 1, 2))
+        weight_BR[row, start:stop] = row % 4 != 3
+    return Lesson(
+        prompt_BP=rng.integers(1, 99, (rows, P)).astype(np.int32),
+        prompt_len_B=rng.integers(1, P + 1, rows).astype(np.int32),
+        teacher_prompt_BQ=rng.integers(1, 99, (rows, Q)).astype(np.int32),
+        teacher_prompt_len_B=rng.integers(1, Q + 1, rows).astype(np.int32),
+        response_BR=rng.integers(1, 99, (rows, R)).astype(np.int32),
+        response_len_B=np.full(rows, R, np.int32),
+        weight_BR=weight_BR,
+        sampler_logp_BR=rng.normal(-3, 1, (rows, R)).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("devices, device_rows", [(1, 1), (4, 1), (2, 3)])
+def test_every_active_token_is_in_one_trip_behind_all_that_it_attends_to(seed, devices, device_rows):
+    lesson = make_lesson(seed)
+    wanted = set()
+    for row, at in np.argwhere(lesson.weight_BR):
+        response = tuple(lesson.response_BR[row, :at])
+        student = (*lesson.prompt_BP[row, : lesson.prompt_len_B[row]], *response)
+        teacher = (*lesson.teacher_prompt_BQ[row, : lesson.teacher_prompt_len_B[row]], *response)
+        wanted.add((student, teacher, lesson.response_BR[row, at], lesson.sampler_logp_BR[row, at]))
+    found = []
+    for trip in plan_trips(lesson, devices, device_rows, (340, 390)):
+        assert trip.weight_BS.shape[0] == devices * device_rows
+        for b, s in np.argwhere(trip.weight_BS):
+            student, teacher = trip.student_BS[b, : s + 1], trip.teacher_BT[b, : s + trip.shift_B[b] + 1]
+            found.append((tuple(student), tuple(teacher), trip.target_BS[b, s], trip.sampler_logp_BS[b, s]))
+    assert len(found) == np.count_nonzero(lesson.weight_BR)
+    assert set(found) == wanted
+
+
+def test_a_row_ends_at_its_last_active_token_and_one_without_is_left_out():
+    lesson = make_lesson(0, rows=4, P=10, Q=20, R=300)
+    lesson.weight_BR[:] = 0
+    lesson.weight_BR[1, 2:5] = 1
+    student_B, teacher_B = needs(lesson)
+    assert student_B.tolist() == [0, lesson.prompt_len_B[1] + 4, 0, 0]
+    assert teacher_B.tolist() == [0, lesson.teacher_prompt_len_B[1] + 4, 0, 0]
+    (trip,) = plan_trips(lesson, 1, 1, (310, 320))
+    assert trip.student_BS.shape == trip.teacher_BT.shape == (1, 64)
+    assert np.count_nonzero(trip.weight_BS) == 3
+
+
+def test_a_lesson_without_active_tokens_has_no_trips():
+    lesson = make_lesson(0)
+    lesson.weight_BR[:] = 0
+    assert plan_trips(lesson, 4, 1, (340, 390)) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 30000))
+def test_a_width_holds_its_row_and_wastes_at_most_half_of_it(positions):
+    found = width(positions, 30000)
+    assert positions <= found <= max(64, 1.5 * positions + 1)
+    assert found in {64, 30000} or found & (found - 1) == 0 or (found // 3) & (found // 3 - 1) == 0
+
+
+def test_there_are_few_widths_and_the_longest_row_is_one():
+    widths = {width(n, 18432) for n in range(1, 18433)}
+    assert len(widths) == 18 and max(widths) == 18432
+
+
+def test_long_rows_run_first_and_each_model_has_its_own_width():
+    lesson = make_lesson(1, Q=900)
+    trips = plan_trips(lesson, 2, 1, (340, 1200))
+    widths = [trip.student_BS.shape[1] for trip in trips]
+    assert widths[0] == max(widths) and len(set(widths)) > 1
+    assert any(trip.teacher_BT.shape[1] > trip.student_BS.shape[1] for trip in trips)
