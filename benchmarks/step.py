@@ -52,13 +52,14 @@ class Contest:
     sizes: Sizes = Sizes().scaled(1 / 8, prompts=32)
     micro: int = 4  # rows of a forward and backward pass of a contestant that pads
     devices: int = 2  # of ours
+    chunk: int = 128  # tokens of our loss at a time
     k: int = 100
     lr: float = 1e-4
     slots: int = 64  # of decoding
 
     def settings(self) -> dict[str, Any]:
         """What settings.json holds."""
-        how = dict(k=self.k, cap=2.0, rows=self.micro, devices=self.devices)
+        how = dict(k=self.k, cap=2.0, rows=self.micro, devices=self.devices, chunk=self.chunk)
         return how | dict(lr=self.lr, b2=0.999, weight_decay=0.01, clip=1.0)
 
 

@@ -62,25 +62,26 @@ def ideal(model: Qwen3Config, lengths: Lengths) -> Flops:
     return Flops(student, teacher, heads(model, int(lengths.active_B.sum())))
 
 
-def planned(model: Qwen3Config, trips: list[Trip], rows: int, active: int) -> Flops:
-    """Of these trips, `rows` rows each, and so many tokens with loss."""
+def planned(model: Qwen3Config, trips: list[Trip], rows: int, lengths: Lengths) -> Flops:
+    """What these trips compute, `rows` rows each."""
     widths_of = lambda trip: (trip.student_BS.shape[1], trip.teacher_BT.shape[1])
     student, teacher = rows * forward(model, np.array([widths_of(trip) for trip in trips])).sum(axis=0)
-    return Flops(float(student), float(teacher), heads(model, active))
+    return Flops(float(student), float(teacher), heads(model, int(lengths.active_B.sum())))
 
 
 def waste(
-    model: Qwen3Config, preset: Preset, devices: int, draws: int, remat: bool = True, device_rows: int = 1
-) -> tuple[float, float]:
-    """Planned FLOPs over the ideal's, and trips a step; means over so many steps."""
-    ratios, counts, longest = [], [], longest_rows(default_config())
+    model: Qwen3Config, preset: Preset, devices: int, draws: int, device_rows: int = 1
+) -> tuple[float, float, float]:
+    """Planned FLOPs over the ideal's, without and with rematerialisation, and trips; means of the steps."""
+    found, longest = [], longest_rows(default_config())
     for seed in range(draws):
         lengths = draw(Sizes(), preset, seed)
         trips = plan_trips(lesson(lengths, model.vocab_size), devices, device_rows, longest)
-        found = planned(model, trips, devices * device_rows, int(lengths.active_B.sum()))
-        ratios.append(found.total(remat) / ideal(model, lengths).total(remat))
-        counts.append(len(trips))
-    return float(np.mean(ratios)), float(np.mean(counts))
+        least, plan = ideal(model, lengths), planned(model, trips, devices * device_rows, lengths)
+        ratios = [plan.total(remat) / least.total(remat) for remat in (False, True)]
+        found.append((*ratios, len(trips)))
+    plain, remat, count = np.mean(found, axis=0)
+    return float(plain), float(remat), float(count)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,13 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--devices", default="1,4,8,16,64", help="row devices")
     args = parser.parse_args(argv)
-    model, rows = QWEN3[args.model], []
+    rows = []
     for devices in map(int, args.devices.split(",")):
         cells = [str(devices)]
         for preset in PRESETS:
-            (plain, trips), (remat, _) = (
-                waste(model, preset, devices, args.draws, remat) for remat in (False, True)
-            )
+            plain, remat, trips = waste(QWEN3[args.model], preset, devices, args.draws)
             cells += [f"{plain:.2f}", f"{remat:.2f}", f"{trips:.0f}"]
         rows.append(cells)
     head = [text for preset in PRESETS for text in (preset, f"{preset}, remat", "trips")]

@@ -48,7 +48,7 @@ def ours(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
 
     config = default_config()
     config.model.update(path=str(folder / "model"), dtype="float32", remat="none")
-    config.loss.update(topk=settings["k"], ratio_cap=settings["cap"])
+    config.loss.update(topk=settings["k"], ratio_cap=settings["cap"], chunk=settings["chunk"])
     config.optimizer.update(lr=settings["lr"], warmup_steps=0)
     model = read_config(folder / "model", num_tokens=None, dtype="float32", remat="none")
     mesh, optimizer = make_mesh(-1, 1, 1), make_optimizer(config)
