@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from rosd_jax.data import gym, pretrain
-from rosd_jax.models.weights import load_params, read_config
+from rosd_jax.models.families import read_config
+from rosd_jax.models.weights import load_params
 from rosd_jax.rollout.loop import make_generate
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.text import prompts, spans

@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from rosd_jax.train.compiling import processor  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # A shell's background job starts with Ctrl-C ignored, and so would the runs that tests start.
@@ -32,7 +34,7 @@ def cache(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # one directory for all workers
     return dict(
-        JAX_COMPILATION_CACHE_DIR=str(shared / "compiled"),
+        JAX_COMPILATION_CACHE_DIR=str(shared / "compiled" / processor()),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
     )

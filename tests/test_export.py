@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from rosd_jax.config import UserError
-from rosd_jax.models import weights
+from rosd_jax.models import families, weights
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train import loop
 from support import ROOT, data_dir
@@ -251,7 +251,7 @@ def test_what_is_exported_is_in_transformers_4_what_its_source_is_in_5(old_pytho
 def trained(source, path, dtype):
     """What a run on `source` leaves in its export/, the weights moved a little."""
     tokenizer = load_tokenizer(source)
-    model = weights.read_config(source, num_tokens=tokenizer.num_tokens, dtype=dtype, remat="none")
+    model = families.read_config(source, num_tokens=tokenizer.num_tokens, dtype=dtype, remat="none")
     params = jax.tree.map(lambda x: x * 1.01, weights.load_params(source, model))
     config = types.SimpleNamespace(model=types.SimpleNamespace(path=str(source), dtype=dtype))
     inputs = types.SimpleNamespace(model=model, tokenizer=tokenizer)
@@ -282,7 +282,7 @@ def test_an_exported_model_is_the_same_in_both(make, dtype, old_python, tmp_path
     np.testing.assert_allclose(model.pop("logits") or 0, same.pop("logits") or 0, atol=1e-5)
     assert model == same
     assert (
-        model["theta"] == weights.read_config(source, num_tokens=None, dtype=dtype, remat="none").rope_theta
+        model["theta"] == families.read_config(source, num_tokens=None, dtype=dtype, remat="none").rope_theta
     )
     assert old["stops"] == new["stops"] == sorted(load_tokenizer(source).stop_ids)
 

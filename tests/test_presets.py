@@ -13,6 +13,8 @@ from rosd_jax.kernels.topk_jsd import topk_jsd_from_logits
 
 # Fields of these sections that say how a run is carried out, not what it computes.
 NOT_METHOD = {
+    "optimizer.mu_dtype",
+    "optimizer.grad_dtype",
     "loss.chunk",
     "rollout.slots",
     "rollout.cache_tokens",

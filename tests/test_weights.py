@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rosd_jax.config import UserError
-from rosd_jax.models import qwen3, sharding, weights
+from rosd_jax.models import families, qwen3, sharding, weights
 from rosd_jax.models.qwen3 import Qwen3Config
 
 CONFIG = Qwen3Config(
@@ -71,7 +71,7 @@ def saved(tmp_path):
 CASES = {
     "grouped": {},
     "tied": {"tie_word_embeddings": True},
-    "biased": {"attention_bias": True, "num_key_value_heads": 1},
+    "biased": {"attention_bias": True, "output_bias": True, "num_key_value_heads": 1},
     "ungrouped": {"num_key_value_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-3},
 }
 
@@ -90,7 +90,8 @@ def test_a_transformers_model_gives_the_same_logits_here(case, tmp_path):
     torch.manual_seed(0)
     config = CONFIG.replace(**CASES[case])
     theirs = transformers.Qwen3Config(
-        **{name: getattr(config, name) for name in (*weights.SIZES, "head_dim", *weights.OPTIONAL)},
+        **{name: getattr(config, name) for name in (*families.SIZES, "head_dim", *families.OPTIONAL)},
+        attention_bias=config.attention_bias,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         initializer_range=0.2,
     )
@@ -101,7 +102,7 @@ def test_a_transformers_model_gives_the_same_logits_here(case, tmp_path):
     for size in ("1GB", "20KB"):  # one file, then several with an index
         model.save_pretrained(tmp_path / size, max_shard_size=size)
         assert (tmp_path / size / "model.safetensors.index.json").exists() == (size == "20KB")
-        read = weights.read_config(tmp_path / size, **EXACT)
+        read = families.read_config(tmp_path / size, **EXACT)
         assert read == config
         params = weights.load_params(tmp_path / size, read)
         np.testing.assert_allclose(our_logits(params, read), their_logits(model), atol=1e-5)
@@ -129,7 +130,7 @@ def test_save_then_load_gives_equal_bits(case, limit, tmp_path):
     config = CONFIG.replace(**CASES[case])
     params = params_of(config)
     weights.save_pretrained(tmp_path, params, config, max_shard_bytes=limit)
-    assert weights.read_config(tmp_path, **EXACT) == config
+    assert families.read_config(tmp_path, **EXACT) == config
     assert_equal_trees(weights.load_params(tmp_path, config), params)
 
 
@@ -189,6 +190,95 @@ def test_loading_straight_onto_a_mesh_and_saving_from_it(tmp_path):
     assert a == b
 
 
+class Counted:
+    """An open file that can be read by slices alone, and notes how much each took."""
+
+    def __init__(self, file, reads):
+        self.file, self.reads = file, reads
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, name):
+        whole, reads = self.file.get_slice(name), self.reads
+
+        class Slice:
+            get_shape, get_dtype = whole.get_shape, whole.get_dtype
+
+            def __getitem__(self, index):
+                reads.append((name, whole[index].size))
+                return whole[index]
+
+        return Slice()
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2), (8, 1, 1)], ids=str)
+def test_each_shard_is_read_by_itself_and_once(mesh, tmp_path, monkeypatch):
+    params = params_of(CONFIG.replace(vocab_size=64))
+    config = CONFIG.replace(vocab_size=64)
+    weights.save_pretrained(tmp_path, params, config)
+    reads, opened = [], weights._open
+    monkeypatch.setattr(weights, "_open", lambda file: Counted(opened(file), reads))
+    mesh = sharding.make_mesh(*mesh)
+    places = sharding.param_shardings(params, mesh)
+    assert_equal_trees(jax.device_get(weights.load_params(tmp_path, config, places)), params)
+    shards = {}  # of each tensor
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        place = places
+        for key in path:
+            place = place[key.key]
+        count = leaf.size // np.prod(place.shard_shape(leaf.shape), dtype=int)
+        shards |= dict.fromkeys(weights._names(weights._path(path), leaf.shape), count)
+    stored = {name: value.size for name, value in load_file(tmp_path / "model.safetensors").items()}
+    for name, size in reads:
+        assert size == stored[name] // shards[name], name
+    assert sum(size for _, size in reads) == sum(stored.values())
+    assert max(shards.values()) == mesh.shape["fsdp"] * mesh.shape["tensor"]
+
+
+def test_a_host_reads_nothing_of_a_shard_that_its_devices_do_not_have(tmp_path):
+    """The shard of one device of eight, as each host of several asks for its own."""
+    params = params_of(CONFIG)
+    weights.save_pretrained(tmp_path, params, CONFIG, max_shard_bytes=20_000)
+    reads = []
+    with weights.ExitStack() as stack:
+        tensors = weights._open_tensors(stack, tmp_path, CONFIG, shapes_of(CONFIG))
+        tensors = {name: (Counted(file, reads), where) for name, (file, where) in tensors.items()}
+        for path, ranges in (
+            ("blocks/attention/q_proj/kernel", ((0, 3), (8, 16), (32, 64))),
+            ("blocks/down_proj/kernel", ((1, 2), (0, 24), (0, 8))),
+            ("blocks/attention/k_norm/scale", ((2, 3), (0, 16))),
+            ("head", ((10, 20), (8, 16))),
+        ):
+            leaf = params
+            for key in path.split("/"):
+                leaf = leaf[key]
+            part = leaf[tuple(slice(*r) for r in ranges)]
+            got = weights._read_shard(tensors, path, leaf.shape, ranges, np.dtype("float32"))
+            np.testing.assert_array_equal(got, part)
+            assert sum(size for _, size in reads) == part.size
+            reads.clear()
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_loading_at_the_compute_type_equals_a_cast_of_the_master_weights(stored, tmp_path):
+    weights.save_pretrained(tmp_path, params_of(CONFIG), CONFIG, dtype=stored)
+    places = sharding.param_shardings(shapes_of(CONFIG), sharding.make_mesh(2, 2, 2))
+    master = weights.load_params(tmp_path, CONFIG, places)
+    frozen = weights.load_params(tmp_path, CONFIG, places, dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(frozen)} == {jax.numpy.dtype("bfloat16")}
+    cast = jax.tree.map(lambda x: x.astype("bfloat16"), master)
+    assert jax.tree.map(lambda x: x.sharding, frozen) == places == jax.tree.map(lambda x: x.sharding, cast)
+    assert_equal_trees(jax.device_get(frozen), jax.device_get(cast))
+
+
 def test_the_sources_config_is_kept_but_for_the_dtype(saved, tmp_path):
     saved.fields(eos_token_id=7, torch_dtype="float16", dtype="absent", note={"a": [1]})
     weights.save_pretrained(tmp_path / "out", params_of(CONFIG), CONFIG, source=saved.path, dtype="bfloat16")
@@ -199,12 +289,12 @@ def test_the_sources_config_is_kept_but_for_the_dtype(saved, tmp_path):
 
 def test_the_copied_config_states_what_its_source_left_to_defaults(saved, tmp_path):
     saved.fields(rope_theta="absent", head_dim="absent", rms_norm_eps="absent", architectures="absent")
-    read = weights.read_config(saved.path, **EXACT)
+    read = families.read_config(saved.path, **EXACT)
     weights.save_pretrained(tmp_path / "out", params_of(read), read, source=saved.path)
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (after["rope_theta"], after["head_dim"], after["rms_norm_eps"]) == (5e5, 8, 1e-6)
     assert after["architectures"] == ["Qwen3ForCausalLM"]
-    assert weights.read_config(tmp_path / "out", **EXACT) == read
+    assert families.read_config(tmp_path / "out", **EXACT) == read
 
 
 def test_a_tied_models_stray_head_is_ignored(saved):
@@ -225,19 +315,23 @@ ROPES = [
 @pytest.mark.parametrize("fields", ROPES)
 def test_rope_theta_is_read_from_either_field(fields, saved):
     saved.fields(**fields)
-    assert weights.read_config(saved.path, **EXACT).rope_theta == 1e4
+    assert families.read_config(saved.path, **EXACT).rope_theta == 1e4
 
 
 def test_defaults_and_arguments_of_the_config(saved):
     saved.fields(head_dim="absent")
-    config = weights.read_config(saved.path, num_tokens=60, dtype="bfloat16", remat="block")
+    config = families.read_config(saved.path, num_tokens=60, dtype="bfloat16", remat="block")
     assert config == CONFIG.replace(head_dim=8, num_tokens=60, dtype="bfloat16", remat="block")
 
 
 WRONG_FIELDS = [
-    ({"model_type": "llama"}, "model_type in .*config.json is 'llama'; it must be 'qwen3'"),
-    ({"model_type": "absent"}, "model_type in .* is None; it must be 'qwen3'"),
-    ({"use_sliding_window": True}, "use_sliding_window in .* is True; it must be False"),
+    ({"model_type": "gemma3"}, "model_type in .*config.json is 'gemma3'; .* 'qwen3', 'qwen2', 'llama'; "),
+    ({"model_type": "absent"}, "model_type in .* is None; it must be one of 'qwen3'"),
+    (
+        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2},
+        "use_sliding_window in .* is True; it must be False",
+    ),
+    ({"use_sliding_window": True, "sliding_window": "absent", "max_window_layers": "absent"}, "window"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types in .* is .*'full_attention'"),
     ({"head_dim": 15}, "head_dim in .* is 15; it must be even"),
     ({"num_attention_heads": 3}, "num_attention_heads in .* is 3; it must be a multiple"),
@@ -255,6 +349,9 @@ WRONG_FIELDS = [
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type in .* is 'yarn'"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type in .* 'linear'"),
     ({"rope_theta": "absent", "rope_parameters": None}, "rope_theta in .* is None"),
+    ({"mlp_bias": True}, "mlp_bias in .* is True; it must be False"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in .* is 0.5; it must be 1"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor in"),
 ]
 
 
@@ -262,23 +359,23 @@ WRONG_FIELDS = [
 def test_a_config_that_is_not_supported_is_named(fields, sentence, saved):
     saved.fields(**fields)
     with pytest.raises(UserError, match=sentence) as error:
-        weights.read_config(saved.path, **EXACT)
+        families.read_config(saved.path, **EXACT)
     assert "--config.model.path=DIR" in str(error.value)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(saved):
     with pytest.raises(UserError, match="a model whose vocabulary does not fit its tokenizer.*61.*62"):
-        weights.read_config(saved.path, num_tokens=62, dtype="float32", remat="none")
+        families.read_config(saved.path, num_tokens=62, dtype="float32", remat="none")
 
 
 @pytest.mark.parametrize("path", ["", "missing"])
 def test_a_missing_model_says_what_to_pass(path, tmp_path):
     with pytest.raises(UserError, match="holds no config.json; pass --config.model.path=DIR"):
-        weights.read_config(path and tmp_path / path, **EXACT)
+        families.read_config(path and tmp_path / path, **EXACT)
 
 
-READ = (*weights.SIZES, *weights.OPTIONAL, "head_dim", "rope_theta", "rope_parameters", "rope_scaling",
-        "model_type", "hidden_act", "use_sliding_window", "layer_types")  # fmt: skip
+READ = (*families.SIZES, *families.OPTIONAL, "attention_bias", "head_dim", "rope_theta", "rope_parameters",
+        "rope_scaling", "model_type", "hidden_act", "use_sliding_window", "layer_types")  # fmt: skip
 ANYTHING = [None, "", "x", "32", 0, -1, 1, 1.5, 10**400, float("inf"), float("nan"), True, False,
             [], [1], [[1]], {}, {"a": 1}, {"rope_type": 5}, {"rope_theta": "x"}, {"rope_theta": None},
             {"type": None}]  # fmt: skip
@@ -290,7 +387,7 @@ def test_a_field_of_any_kind_is_read_or_named_with_its_file(field, saved):
     for value in ANYTHING:
         saved.fields(**{field: value})
         try:
-            config = weights.read_config(saved.path, **EXACT)
+            config = families.read_config(saved.path, **EXACT)
             shapes_of(config)
         except UserError as error:
             refused += 1
@@ -304,7 +401,7 @@ def test_a_field_of_any_kind_is_read_or_named_with_its_file(field, saved):
 def test_a_broken_config_is_named(text, saved):
     (saved.path / "config.json").write_bytes(text)
     with pytest.raises(UserError, match="config.json is not"):
-        weights.read_config(saved.path, **EXACT)
+        families.read_config(saved.path, **EXACT)
 
 
 # --- wrong tensors
@@ -333,7 +430,7 @@ def test_more_layers_or_biases_than_the_config_asks_for_are_refused(saved):
     with pytest.raises(UserError, match="model.layers.2.* has no place"):
         weights.load_params(saved.path, CONFIG.replace(num_hidden_layers=2))
     with pytest.raises(UserError, match="lacks tensor model.layers.0.self_attn.k_proj.bias"):
-        weights.load_params(saved.path, CONFIG.replace(attention_bias=True))
+        weights.load_params(saved.path, CONFIG.replace(attention_bias=True, output_bias=True))
 
 
 def test_pickled_weights_are_refused(saved):
@@ -354,7 +451,7 @@ def test_no_weights_and_broken_files_are_named(saved):
 
 
 def test_checking_weights_passes_what_loads_and_reads_no_tensor(saved, monkeypatch):
-    monkeypatch.setattr(weights, "_read_leaf", None)
+    monkeypatch.setattr(weights, "_read_shard", None)
     weights.check_weights(saved.path, CONFIG)
 
 

@@ -1,4 +1,4 @@
-"""Qwen3 one token at a time: the same layers as qwen3.py, as pure functions that share one store.
+"""The model one token at a time: the same layers as qwen3.py, as pure functions that share one store.
 
 The store [L x pages, P, 2 K, E] holds keys and values of every layer and is carried through the scan
 over the layers, so that XLA writes it in place (kernels/paged_attention states its layout). All of it
@@ -9,6 +9,7 @@ vocabulary are split; a dimension that the axis does not divide is whole on ever
     prefill(weights, config, tokens_NP, length_N, store, first_N, axis)     -> store
     decode_step(weights, config, token_B, position_B, store, table_BM, axis) -> hidden_BD, store
     local_logits(weights, config, hidden_BD, axis)                    -> float32, this device's ids
+    kv_heads(qkv, config)                                             -> how many are on this device
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jax import lax
 
 from rosd_jax.kernels.flash_attention import causal_attention
 from rosd_jax.kernels.paged_attention import Implementation, write_and_attend
-from rosd_jax.models.qwen3 import Qwen3Config, angles, head_VD, turn
+from rosd_jax.models.qwen3 import Qwen3Config, angles, frequencies, head_VD, turn
 from rosd_jax.types import Params
 
 Weights = dict[str, Any]
@@ -49,10 +50,13 @@ def fuse(params: Params, config: Qwen3Config) -> Weights:
         down=cast(blocks["down_proj"]["kernel"]),
         input_norm=blocks["input_norm"]["scale"],
         post_norm=blocks["post_norm"]["scale"],
-        head_norm=jnp.concatenate([heads("q_norm", H), heads("k_norm", K)], axis=1),
     )
+    if config.qk_norm:
+        joined["head_norm"] = jnp.concatenate([heads("q_norm", H), heads("k_norm", K)], axis=1)
     if config.attention_bias:
-        joined |= dict(qkv_bias=join([x["bias"] for x in qkv]), out_bias=cast(attention["o_proj"]["bias"]))
+        joined["qkv_bias"] = join([x["bias"] for x in qkv])
+    if config.output_bias:
+        joined["out_bias"] = cast(attention["o_proj"]["bias"])
     tables = {name: cast(params[name]) for name in ("embed", "head") if name in params}  # no head: tied
     return dict(tables, final_norm=params["final_norm"]["scale"], blocks=joined)
 
@@ -133,7 +137,7 @@ def local_logits(
 
 def _layers(weights, config: Qwen3Config, x, position, store_XPWE, attend: Attend, axis: str | None):
     """All blocks over activations [..., D]; `attend` stores the keys and values and reads what it may."""
-    cos, sin = angles(position, config.head_dim, config.rope_theta)
+    cos, sin = angles(position, frequencies(config))
 
     def block(carry, scanned):
         x, store_XPWE = carry
@@ -142,7 +146,7 @@ def _layers(weights, config: Qwen3Config, x, position, store_XPWE, attend: Atten
         out, store_XPWE = attend(q, k, v, store_XPWE, layer)
         out = out.reshape(*x.shape[:-1], -1)
         out = _summed(out @ w["out"], out.shape[-1], config.num_attention_heads * config.head_dim, axis)
-        x = x + (out + w["out_bias"] if config.attention_bias else out)
+        x = x + (out + w["out_bias"] if config.output_bias else out)
         gate, up = jnp.split(_norm(x, w["post_norm"], config) @ w["gate_up"], 2, axis=-1)
         down = (jax.nn.silu(gate) * up) @ w["down"]
         return (x + _summed(down, gate.shape[-1], config.intermediate_size, axis), store_XPWE), None
@@ -151,15 +155,24 @@ def _layers(weights, config: Qwen3Config, x, position, store_XPWE, attend: Atten
     return lax.scan(block, (x, store_XPWE), scanned)[0]
 
 
+def kv_heads(qkv: jax.Array, config: Qwen3Config) -> int:
+    """Key-value heads on this device, of its part [..., columns] of the joined matrix."""
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    return qkv.shape[-1] // config.head_dim * K // (H + 2 * K)
+
+
 def _heads(w, config: Qwen3Config, x, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys (both normed and rotated) and values of this device's heads: [..., heads, E]."""
+    """Queries, keys (both rotated) and values of this device's heads: [..., heads, E]."""
     qkv = x @ w["qkv"]
     if config.attention_bias:
         qkv = qkv + w["qkv_bias"]
     qkv = qkv.reshape(*qkv.shape[:-1], -1, config.head_dim)
-    HK = w["head_norm"].shape[0]
-    qk = turn(_norm(qkv[..., :HK, :], w["head_norm"], config), cos, sin)
-    K = qkv.shape[-2] - HK
+    K = kv_heads(w["qkv"], config)
+    HK = qkv.shape[-2] - K
+    qk = qkv[..., :HK, :]
+    if config.qk_norm:
+        qk = _norm(qk, w["head_norm"], config)
+    qk = turn(qk, cos, sin)
     return qk[..., : HK - K, :], qk[..., HK - K :, :], qkv[..., HK:, :]
 
 

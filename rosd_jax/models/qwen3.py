@@ -1,4 +1,6 @@
-"""Qwen3 dense: a Flax Linen module, used only through pure functions over an explicit params tree.
+"""Qwen3, Qwen2 and Llama: a Flax Linen module, used only through pure functions over an explicit params tree.
+
+Fields of the config say in what the families differ: norms on query and key heads, biases, RoPE's scaling.
 
 Linen rather than NNX because its parameters are a plain nested dict that travels as an argument, so the
 learning tree and the frozen tree are two arguments of the same function.
@@ -21,6 +23,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
@@ -42,8 +45,21 @@ POLICIES = {
 
 
 @dataclass(frozen=True)
+class Llama3Scaling:
+    """RoPE of type llama3: wavelengths that the first training saw whole stay, long ones are stretched."""
+
+    factor: float  # by which frequencies with a long wavelength are divided
+    low_freq_factor: float  # long: above original_max_position_embeddings / low_freq_factor
+    high_freq_factor: float  # short: below original_max_position_embeddings / high_freq_factor
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
 class Qwen3Config:
-    """The architecture's numbers, by the names of Hugging Face's config.json (hashable)."""
+    """The architecture's numbers, by the names of Hugging Face's config.json (hashable).
+
+    The defaults are Qwen3's. Qwen2 has `attention_bias` and no `qk_norm`, Llama neither.
+    """
 
     vocab_size: int  # rows of the embedding, padding rows included
     hidden_size: int
@@ -53,9 +69,12 @@ class Qwen3Config:
     num_key_value_heads: int
     head_dim: int
     rope_theta: float = 1e6
+    rope_scaling: Llama3Scaling | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    qk_norm: bool = True  # a norm on every query and key head
+    attention_bias: bool = False  # on queries, keys and values
+    output_bias: bool = False  # on the attention's output
     max_position_embeddings: int = 40960
     num_tokens: int | None = None  # ids at or above it are padding rows: never sampled, never scored
     dtype: str = "float32"  # of activations; parameters stay float32
@@ -77,14 +96,32 @@ class RMSNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
-def rotate(x_BTHE: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
+def rotate(x_BTHE: jax.Array, position_BT: jax.Array, frequency: np.ndarray) -> jax.Array:
     """Rotary position embedding, halves convention (RoPE, arXiv 2104.09864), in float32."""
-    return turn(x_BTHE, *angles(position_BT, x_BTHE.shape[-1], theta))
+    return turn(x_BTHE, *angles(position_BT, frequency))
 
 
-def angles(position: jax.Array, E: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def frequencies(config: Qwen3Config) -> np.ndarray:
+    """Radians a position [E / 2], float32.
+
+    On the host, in transformers' order of operations: at position 20,000 an error of the last bit turns by
+    a thousandth, and accelerators round powers worse than that.
+    """
+    E = config.head_dim
+    exponent = np.arange(0, E, 2, dtype=np.float32) / np.float32(E)
+    frequency = np.float32(1) / np.float32(config.rope_theta) ** exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    wavelength = np.float32(2 * np.pi) / frequency
+    turns = scaling.original_max_position_embeddings / wavelength
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)  # 1 for short wavelengths, 0 for long ones
+    return ((1 - kept) * frequency / scaling.factor + kept * frequency).astype(np.float32)
+
+
+def angles(position: jax.Array, frequency: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [..., 1, E / 2] (float32) of integer positions [...]."""
-    frequency = theta ** (-jnp.arange(E // 2, dtype=jnp.float32) / (E // 2))
     angle = position[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -96,7 +133,7 @@ def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with a norm on every query and key head."""
+    """Grouped-query attention."""
 
     config: Qwen3Config
 
@@ -113,10 +150,13 @@ class Attention(nn.Module):
         q = heads(c.num_attention_heads, "q_proj")
         k = heads(c.num_key_value_heads, "k_proj")
         v = heads(c.num_key_value_heads, "v_proj")
-        q = rotate(RMSNorm(c.rms_norm_eps, name="q_norm")(q), position_BT, c.rope_theta)
-        k = rotate(RMSNorm(c.rms_norm_eps, name="k_norm")(k), position_BT, c.rope_theta)
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
+        frequency = frequencies(c)
+        q, k = rotate(q, position_BT, frequency), rotate(k, position_BT, frequency)
         out = attend(q, k, v).reshape(B, T, c.num_attention_heads * c.head_dim)
-        return dense(c.hidden_size, "o_proj", c.attention_bias)(out)
+        return dense(c.hidden_size, "o_proj", c.output_bias)(out)
 
 
 def attend(q_BTHE: jax.Array, k_BTKE: jax.Array, v_BTKE: jax.Array) -> jax.Array:

@@ -138,10 +138,13 @@ def decoder_specs(config: Qwen3Config, mesh: Mesh) -> dict[str, Any]:
         down=P(None, inner, None),
         input_norm=P(),
         post_norm=P(),
-        head_norm=P(None, "tensor", None),
     )
+    if config.qk_norm:
+        blocks["head_norm"] = P(None, "tensor", None)
     if config.attention_bias:
-        blocks |= dict(qkv_bias=P(None, "tensor"), out_bias=P())
+        blocks["qkv_bias"] = P(None, "tensor")
+    if config.output_bias:
+        blocks["out_bias"] = P()
     tables = dict(embed=vocabulary) if config.tie_word_embeddings else dict(embed=vocabulary, head=vocabulary)
     return dict(tables, final_norm=P(), blocks=blocks)
 

@@ -1,12 +1,11 @@
-"""Qwen3 in and out of a Hugging Face directory: config.json and safetensors, never pickle.
+"""A model in and out of a Hugging Face directory: safetensors, never pickle (config.json: families.py).
 
 One table, LEAVES, maps the leaves of the params tree to the names of Hugging Face; loading and
-saving both walk it. At most one stacked leaf (all layers of one matrix) is on the host at a time,
-plus, when saving, the file being filled.
+saving both walk it. Loading, a host reads of each stacked leaf (all layers of one matrix) what its own
+devices need, one leaf at a time. Saving, it has one whole leaf and the file being filled.
 
-    read_config(path, num_tokens=, dtype=, remat=)        -> Qwen3Config
     check_weights(path, config)                           raises for what load_params would refuse
-    load_params(path, config, shardings)                  -> params (float32)
+    load_params(path, config, shardings, dtype=)          -> params
     save_pretrained(path, params, config, source=, dtype=)
 """
 
@@ -17,6 +16,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from safetensors.numpy import save_file
 
 from rosd_jax.config import UserError
 from rosd_jax.models import files
-from rosd_jax.models.files import Fields, wrong
+from rosd_jax.models.families import PASS, config_fields, stated_fields
+from rosd_jax.models.files import wrong
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.types import Params
 
@@ -55,105 +56,11 @@ LEAVES = {
     "blocks/up_proj/kernel": ("model.layers.{}.mlp.up_proj.weight", True),
     "blocks/down_proj/kernel": ("model.layers.{}.mlp.down_proj.weight", True),
 }
+Ranges = tuple[tuple[int, int], ...]  # [start, stop) of each dimension
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STORED = ("F32", "BF16", "F16")  # the storage types that load
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads")  # fmt: skip
-OPTIONAL = {
-    "rms_norm_eps": files.positive,
-    "tie_word_embeddings": files.flag,
-    "attention_bias": files.flag,
-    "max_position_embeddings": files.whole_number,
-}
-STATED = ("architectures", *SIZES, "head_dim", *OPTIONAL, "rope_theta")  # in every config.json we write
-PASS = "pass --config.model.path=DIR, a Hugging Face directory of a Qwen3 model"
-
-
-# --- config.json ----------------------------------------------------------------------------------
-
-
-def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: str) -> Qwen3Config:
-    """The architecture from config.json; `num_tokens` is the size of the tokenizer's vocabulary.
-
-    Raises UserError where the directory is missing, where a field is missing or of the wrong kind,
-    where the model is no plain Qwen3, and where the tokenizer has more tokens than the model has rows.
-    """
-    if not str(path) or not (Path(path) / "config.json").is_file():
-        raise UserError(f"model.path is {str(path)!r}, which holds no config.json; {PASS}")
-    file = Path(path) / "config.json"
-    fields = files.read_json(file)
-    _check_architecture(fields, file)
-    sizes = {name: files.whole_number(fields, name, file) for name in SIZES}
-    _check_heads(fields, file)
-    if num_tokens is not None and num_tokens > sizes["vocab_size"]:
-        raise UserError(
-            f"model.path is {str(path)!r}, a model whose vocabulary does not fit its tokenizer "
-            f"({sizes['vocab_size']} rows for {num_tokens} tokens); {PASS} with its own tokenizer"
-        )
-    return Qwen3Config(
-        **sizes,
-        **{name: read(fields, name, file) for name, read in OPTIONAL.items() if name in fields},
-        head_dim=_head_dim(fields, file),
-        rope_theta=_rope_theta(fields, file),
-        num_tokens=num_tokens,
-        dtype=dtype,
-        remat=remat,
-    )
-
-
-def _check_architecture(fields: Fields, file: Path) -> None:
-    """Raises UserError for what would change the forward pass and is not built here."""
-    if fields.get("model_type") != "qwen3":
-        raise wrong(file, "model_type", fields.get("model_type"), "'qwen3'")
-    if fields.get("hidden_act", "silu") != "silu":
-        raise wrong(file, "hidden_act", fields["hidden_act"], "'silu'")
-    if fields.get("use_sliding_window", False) is not False:
-        raise wrong(file, "use_sliding_window", fields["use_sliding_window"], "False")
-    kinds = fields.get("layer_types")
-    full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
-    if kinds is not None and not full:
-        raise wrong(file, "layer_types", kinds, "null, or 'full_attention' for every layer")
-
-
-def _check_heads(fields: Fields, file: Path) -> None:
-    groups = fields["num_key_value_heads"]
-    if fields["num_attention_heads"] % groups:
-        rule = f"a multiple of num_key_value_heads = {groups}"
-        raise wrong(file, "num_attention_heads", fields["num_attention_heads"], rule)
-
-
-def _head_dim(fields: Fields, file: Path) -> int:
-    implied = fields["hidden_size"] // fields["num_attention_heads"]
-    head_dim = files.whole_number({"head_dim": implied} | fields, "head_dim", file)
-    if head_dim % 2:
-        raise wrong(file, "head_dim", head_dim, "even, as rotary positions turn pairs of dimensions")
-    return head_dim
-
-
-def _rope_theta(fields: Fields, file: Path) -> float:
-    """RoPE's base, from the field of transformers 5 or the older top-level one."""
-    named = {}
-    if fields.get("rope_theta") is not None:
-        named["rope_theta"] = files.positive(fields, "rope_theta", file)
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = files.section(fields, name, file)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise wrong(file, f"{name}.rope_type", kind, "'default'")
-        nested = [key for key, value in rope.items() if isinstance(value, dict)]
-        if nested:
-            raise wrong(file, f"{name}.{nested[0]}", rope[nested[0]], "absent: all layers turn alike")
-        if "rope_theta" in rope:
-            inner = f"{name}.rope_theta"
-            named[inner] = files.positive({inner: rope["rope_theta"]}, inner, file)
-    if not named:
-        raise wrong(file, "rope_theta", None, "a number above 0")
-    first, *others = named
-    for other in others:
-        if named[other] != named[first]:
-            raise wrong(file, other, named[other], f"{first} = {named[first]}, since programs read either")
-    return named[first]
+BUFFERS = ".self_attn.rotary_emb.inv_freq"  # in old Llama files; config.json says what they are
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -166,21 +73,27 @@ def check_weights(path: str | Path, config: Qwen3Config) -> None:
         _open_tensors(stack, Path(path), config, shapes)
 
 
-def load_params(path: str | Path, config: Qwen3Config, shardings: Any = None) -> Params:
-    """A float32 tree of `init_params`' structure; `shardings`, a tree like it, places the leaves.
+def load_params(
+    path: str | Path, config: Qwen3Config, shardings: Any = None, *, dtype: str = "float32"
+) -> Params:
+    """A tree of `init_params`' structure in `dtype`; `shardings`, a tree like it, places the leaves.
 
-    Stored bfloat16, float16 and float32 are read. Every name and shape is checked before any tensor
-    is read. Raises UserError for a missing, extra or mis-shaped tensor, and for pickled weights.
+    Each shard is read by itself, once, and only where one of this host's devices has it. Stored bfloat16,
+    float16 and float32 are read. Every name and shape is checked before any tensor is read. Raises
+    UserError for a missing, extra or mis-shaped tensor, and for pickled weights.
     """
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     with ExitStack() as stack:
         tensors = _open_tensors(stack, Path(path), config, shapes)
 
         def leaf(key_path, shape, sharding=None):
-            host = _read_leaf(tensors, _path(key_path), shape.shape)
+            name = _path(key_path)
+            # Devices that have the same shard share what was read.
+            read = cache(lambda *ranges: _read_shard(tensors, name, shape.shape, ranges, jnp.dtype(dtype)))
             if sharding is None:
-                return jnp.asarray(host)
-            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+                return jnp.asarray(read(*((0, n) for n in shape.shape)))
+            part = lambda index: read(*(i.indices(n)[:2] for i, n in zip(index, shape.shape, strict=True)))
+            return jax.make_array_from_callback(shape.shape, sharding, part)
 
         rest = () if shardings is None else (shardings,)
         return jax.tree_util.tree_map_with_path(leaf, shapes, *rest)
@@ -224,7 +137,7 @@ def _open_tensors(stack: ExitStack, folder: Path, config: Qwen3Config, shapes: P
     tensors = {}
     for file in _weight_files(folder):
         handle = stack.enter_context(_open(file))
-        tensors |= dict.fromkeys(handle.keys(), (handle, file))
+        tensors |= {name: (handle, file) for name in handle.keys() if not name.endswith(BUFFERS)}
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     _check_tensors(tensors, shapes, folder)
@@ -289,12 +202,19 @@ def _check_tensors(tensors: dict, shapes: Params, folder: Path) -> None:
         raise UserError(f"tensor {name} in {file} has no place in its config.json; {PASS}")
 
 
-def _read_leaf(tensors: dict, path: str, shape: tuple[int, ...]) -> np.ndarray:
+def _read_shard(
+    tensors: dict, path: str, shape: tuple[int, ...], ranges: Ranges, dtype: np.dtype
+) -> np.ndarray:
+    """Positions [start, stop) of each dimension of a leaf; of no tensor more than that is read."""
     name, transposed = LEAVES[path]
-    host = np.empty(shape, np.float32)
-    slots = host if "{}" in name else host[None]
-    for slot, tensor in zip(slots, _names(path, shape), strict=True):
-        value = tensors[tensor][0].get_tensor(tensor)
+    stacked = "{}" in name
+    inner = [slice(start, stop) for start, stop in ranges[stacked:]]
+    index = tuple(inner[::-1] if transposed else inner)
+    host = np.empty([stop - start for start, stop in ranges], dtype)
+    slots = host if stacked else host[None]
+    names = _names(path, shape)[slice(*ranges[0])] if stacked else _names(path, shape)
+    for slot, tensor in zip(slots, names, strict=True):
+        value = tensors[tensor][0].get_slice(tensor)[index]
         slot[...] = value.T if transposed else value
     return host
 
@@ -319,11 +239,10 @@ def save_pretrained(
     cannot be written (a full disk, say).
     """
     folder = Path(path)
-    fields = _config_fields(config)
+    fields = config_fields(config)
     if source is not None:
-        # What is not stated here each program fills in by a default of its own.
-        stated = {name: fields[name] for name in STATED}
         given = files.read_json(Path(source) / "config.json")
+        stated = stated_fields(config)
         fields = given | {name: value for name, value in stated.items() if given.get(name) is None}
     fields.pop("torch_dtype", None)  # the older name of the same field
     shards = _plan(params, jnp.dtype(dtype).itemsize, max_shard_bytes)
@@ -335,24 +254,6 @@ def save_pretrained(
         raise UserError(
             f"{folder} cannot be written ({error}); free disk space or choose another directory"
         ) from error
-
-
-def _config_fields(config: Qwen3Config) -> dict[str, Any]:
-    names = (*SIZES, "head_dim", *OPTIONAL)
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        **{name: getattr(config, name) for name in names},
-        "rope_theta": config.rope_theta,  # read by transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": config.num_hidden_layers,
-        "use_cache": True,
-    }
 
 
 def _plan(params: Params, itemsize: int, limit: float) -> dict[str, list[tuple[str, int]]]:

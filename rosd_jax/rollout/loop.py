@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from rosd_jax.config import UserError
 from rosd_jax.kernels.paged_attention import Implementation
-from rosd_jax.models.decoder import Weights, decode_step, fuse, local_logits
+from rosd_jax.models.decoder import Weights, decode_step, fuse, kv_heads, local_logits
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import decoder_specs, row_devices, row_sharding, tensor_specs
 from rosd_jax.rollout import pages, prompts
@@ -270,9 +270,8 @@ def _all_seated(how: Decoding, B: int) -> bool:
 
 def _empty_store(how: Decoding, weights: Weights, pages_a_layer: int) -> jax.Array:
     model = how.model
-    heads = weights["blocks"]["head_norm"].shape[1]  # of queries and keys, on this device
-    K = heads * model.num_key_value_heads // (model.num_attention_heads + model.num_key_value_heads)
-    shape = model.num_hidden_layers * pages_a_layer, how.page, 2 * K, model.head_dim
+    width = 2 * kv_heads(weights["blocks"]["qkv"], model)
+    shape = model.num_hidden_layers * pages_a_layer, how.page, width, model.head_dim
     return jnp.zeros(shape, model.dtype)
 
 

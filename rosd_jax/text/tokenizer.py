@@ -41,6 +41,7 @@ from rosd_jax.types import Message  # noqa: E402
 
 # Words, numbers, marks, white space and other scripts, to see how a tokenizer splits them.
 PROBE = "The 3 foxes' 1,024 naps:\n\n\tx_1 = -(a + b)^2 / 7.5e-3  # na\u00efve \u4e2d\u6587 \U0001f600"
+TODAY = "26 Jul 2024"  # to every template: a run that is resumed another day has the same prompts
 CONTEXT = 4  # tokens of left context when a decoder is asked for the text of one token
 
 
@@ -133,11 +134,16 @@ class Tokenizer:
         return tokens.count(unknown) / len(tokens) if tokens else 0.0
 
     def render(self, messages: Iterable[Message], thinking: bool) -> str:
-        """The chat template's text, up to where the assistant begins to write."""
+        """The chat template's text, up to where the assistant begins to write.
+
+        Templates of Llama 3 state a date, the newer ones the day's unless they are given one. They are
+        given TODAY, which is what the older ones state.
+        """
         try:
             return self.inner.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-            )
+                list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking,
+                date_string=TODAY,
+            )  # fmt: skip
         except Exception as error:  # a template is a program that came with the model
             raise UserError(
                 f"the chat template of {self.source} fails on a prompt ({_one_line(error)}); {REMEDY}"

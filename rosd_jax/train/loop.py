@@ -32,6 +32,7 @@ from rosd_jax.models.weights import check_weights, save_pretrained
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.train import checkpoint, history, stopping, workdir
+from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.metrics import Console, MetricsLog
 from rosd_jax.train.plan import headline
 from rosd_jax.train.setup import Inputs, Split, build, read_inputs, trained_on
@@ -50,6 +51,7 @@ class Run:
     log: MetricsLog
     console: Console
     manager: Any  # Orbax's, of the checkpoints
+    compiled: Compiled
     meta: dict[str, Any]  # what a checkpoint says of the run
 
     @property
@@ -62,6 +64,7 @@ def train(config: Config, directory: Path) -> None:
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
     origins = history.origins(config, inputs)
+    compiled = Compiled()
     with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         history.require_checkpoint(directory, config)
         tools, trees = build(config, inputs, grader)
@@ -71,7 +74,8 @@ def train(config: Config, directory: Path) -> None:
         frozen_params = trees.frozen(None if start else state)
         console = Console(config.steps, start)
         log = resume(directory, config, inputs, start, console)
-        run = Run(tools, inputs, directory, log, console, manager, checkpoint.run_meta(config, origins))
+        meta = checkpoint.run_meta(config, origins)
+        run = Run(tools, inputs, directory, log, console, manager, compiled, meta)
         with jax.set_mesh(tools.mesh), stopping.deferred(directory):  # the model lays activations along it
             state = take_steps(run, state, frozen_params, start)
             stopping.check()
@@ -141,6 +145,7 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
     workdir.write_rollouts(run.directory, step + 1, rollout_rows(reflected, weight_BR))
     numbers["grader_timeouts"] = run.tools.grader.timeouts - timeouts
     numbers["seconds"] = time.perf_counter() - began
+    numbers["programs_compiled"], numbers["seconds_compiling"] = run.compiled.since()
     run.log.write(step + 1, "train", numbers)
     run.console.line(step + 1, numbers)
     train_rows = [row for row in read_metrics(run.log.path) if row["split"] == "train"]
@@ -283,7 +288,7 @@ def evaluate_only(config: Config, directory: Path) -> None:
             what = f"{config.model.path}, the model of step {at}, since the checkpoints are gone"
         console.say(f"{config.name}: evaluates {what}, in {directory}")
         log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: True)
-        run = Run(tools, inputs, directory, log, console, manager, {})
+        run = Run(tools, inputs, directory, log, console, manager, Compiled(), {})
         with jax.set_mesh(tools.mesh), stopping.deferred(directory):
             score(run, "eval", inputs.evals, state.params, at)
             console.close()

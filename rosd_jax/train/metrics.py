@@ -31,6 +31,7 @@ from rosd_jax.train.workdir import write_atomic
 
 RESERVED = ("step", "split")
 BAR_WIDTH = 20
+NOTED = 10  # seconds of compiling that a step says
 
 
 class MetricsLog:
@@ -93,9 +94,9 @@ class Console:
         """What `format_step` picks from the numbers of step `step`, and why rollouts were not taught."""
         self.step = step
         self.say(format_step(step, self.total, numbers))
-        left_out = format_left_out(numbers)
-        if left_out:
-            self.say(f"  {left_out}")
+        for more in (format_left_out(numbers), format_compiled(numbers)):
+            if more:
+                self.say(f"  {more}")
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -148,6 +149,12 @@ def format_left_out(numbers: Mapping[str, Any]) -> str:
     """`not taught: 40 group all right, 24 group all wrong`; empty where every rollout was taught."""
     counts = [f"{count} {NOTES[note]}" for note, count in left_out(numbers).items() if count]
     return f"not taught: {', '.join(counts)}" if counts else ""
+
+
+def format_compiled(numbers: Mapping[str, Any]) -> str:
+    """`compiled 7 programs in 81 s`; empty where that is not worth a line."""
+    programs, seconds = numbers.get("programs_compiled") or 0, numbers.get("seconds_compiling") or 0.0
+    return f"compiled {programs} programs in {seconds:.0f} s" if seconds >= NOTED else ""
 
 
 def format_bar(step: int, start: int, total: int, elapsed: float, stage: str) -> str:

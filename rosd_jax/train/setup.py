@@ -22,6 +22,7 @@ from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.data.rows import same_data, set_name
 from rosd_jax.evals import health
+from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import (
     make_mesh,
@@ -29,7 +30,6 @@ from rosd_jax.models.sharding import (
     row_devices,
     validate_mesh_for,
 )
-from rosd_jax.models.weights import read_config
 from rosd_jax.rewards import Grader, Mode
 from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
@@ -38,6 +38,7 @@ from rosd_jax.rollout.stops import Stops, make_stops
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.text.wording import read_wording
+from rosd_jax.train.compiling import keep_programs
 from rosd_jax.train.step import Tools
 from rosd_jax.train.stopping import polled
 from rosd_jax.train.trees import Trees
@@ -129,8 +130,8 @@ def model_path(config: Config) -> Path:
     """The model's directory. Raises UserError when none is named or it does not exist."""
     if not config.model.path:
         raise UserError(
-            "model.path is empty; it must be a Hugging Face directory of a Qwen3 model, so pass "
-            "--config.model.path=DIR"
+            "model.path is empty; it must be a Hugging Face directory of a Qwen3, Qwen2 or Llama model, so "
+            "pass --config.model.path=DIR"
         )
     path = Path(config.model.path)
     if not path.is_dir():
@@ -205,6 +206,7 @@ def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]
     """The tools of a run, and what makes its trees. Loads no weights yet."""
     if config.model.dtype == "float32":  # else an accelerator rounds float32 operands to 10 bits or fewer
         jax.config.update("jax_default_matmul_precision", "highest")
+    keep_programs(config.compile_cache)
     deal_cores(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = inputs.model

@@ -44,7 +44,7 @@ WRITTEN = (
     "export",
 )  # what a run leaves once it has begun
 # Between two runs; with a dot: all below.
-MAY_CHANGE = ("checkpoint.keep", "eval.", "model.path", "steps", "validation.")
+MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "validation.")
 CONFIG, LOCK, TEMPORARY = "config.json", ".lock", ".tmp"
 ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
 ABSENT = object()
