@@ -1,13 +1,15 @@
 """Attention, updates and a whole step at real shapes on one GPU, with random weights: one run of minutes.
 
-    python -m benchmarks.step_gpu --out=DIR [--parts=attention,update-0.6b,update-1.7b,step,loss]
-        [--step-model=4b] [--scale=0.25] [--minutes=9] [--tiny]
+    python -m benchmarks.step_gpu --out=DIR [--parts=attention,update-0.6b,update-1.7b,loss,step-1.7b]
+        [--scale=0.25] [--prompts=32] [--minutes=9] [--tiny]
 
     attention    `cudnn_gpu` and `xla` against `reference`: how far each is from float32, and times
     update-*     one update of rows of 8,192 tokens, all parameters: MFU, compile seconds, peak memory
-    step         rollouts, reflections and update of 32 x 8 rows at `scale` of the paper's lengths: seconds
-                 and share of each stage, share of the decode floor, MFU
     loss         benchmarks/topk_jsd.py with 2560 x 16384: beside torch and Liger, where they are installed
+    step-*       rollouts, reflections and update of `prompts` x 8 rows at `scale` of the paper's lengths:
+                 seconds and share of each stage, share of the decode floor, MFU
+
+`*` is 0.6b, 1.7b, 4b or 8b. With all parameters 0.6b takes some 15 GB, 1.7b 40 to 50, 4b 100.
 
 Each part is a process of its own, so that its peak memory is its own and a failure stops no other; DIR's
 step_gpu.json and step_gpu.md are written again after each. `--tiny` shrinks everything, to try it on a CPU.
@@ -65,9 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description="The update and a whole step on one GPU")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parts", default="attention,update-0.6b,update-1.7b,step,loss")
-    parser.add_argument("--step-model", choices=QWEN3, default="4b")
+    parser.add_argument("--parts", default="attention,update-0.6b,update-1.7b,loss,step-1.7b")
     parser.add_argument("--scale", type=float, default=0.25, help="of the step's lengths to the paper's")
+    parser.add_argument("--prompts", type=int, default=32, help="of the step")
     parser.add_argument("--minutes", type=float, default=9.0, help="no part goes on after these")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -77,7 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def work(part: str, args: argparse.Namespace, left: float) -> Record:
     """One part in a process of its own; a failure is a record too."""
     command = [sys.executable, "-m", "benchmarks.step_gpu", f"--part={part}", f"--out={args.out.absolute()}"]
-    command += [f"--step-model={args.step_model}", f"--scale={args.scale}", *["--tiny"] * args.tiny]
+    command += [f"--prompts={args.prompts}", f"--scale={args.scale}", *["--tiny"] * args.tiny]
     env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     start = time.monotonic()
     try:
@@ -92,10 +94,11 @@ def work(part: str, args: argparse.Namespace, left: float) -> Record:
 def run_part(part: str, args: argparse.Namespace) -> Record:
     """What one part measures."""
     kind, _, name = part.partition("-")
+    model = lambda: TINY if args.tiny else QWEN3[name]
     parts: dict[str, Callable[[], Record]] = {
         "attention": lambda: attention(args.tiny),
-        "update": lambda: update(TINY if args.tiny else QWEN3[name], args.tiny),
-        "step": lambda: whole_step(TINY if args.tiny else QWEN3[args.step_model], args.scale, args.tiny),
+        "update": lambda: update(model(), args.tiny),
+        "step": lambda: whole_step(model(), args.scale, args.prompts, args.tiny),
         "loss": lambda: loss(args.out, args.tiny),
     }
     return parts[kind]()
@@ -104,37 +107,43 @@ def run_part(part: str, args: argparse.Namespace) -> Record:
 def attention(tiny: bool) -> Record:
     """Values, gradients and times of each implementation, one row of 8,192 tokens of Qwen3-4B and 8B."""
     T, H, K, E = (96, 4, 2, 16) if tiny else (8192, 32, 8, 128)
-    names = ("xla", "reference") if jax.default_backend() == "cpu" else ("cudnn_gpu", "xla", "reference")
+    names: tuple[Any, ...] = (
+        ("xla", "reference") if jax.default_backend() == "cpu" else ("cudnn_gpu", "xla", "reference")
+    )
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = (1, T, H, E), (1, T, K, E), (1, T, K, E), (1, T, H, E)
     *operands, weight = (
         jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
     )
 
-    def with_grads(name: str) -> Callable[..., Any]:
+    def with_grads(name: Any) -> Callable[..., Any]:
         out = partial(causal_attention, implementation=name)
         scalar = lambda *qkv: jnp.vdot(out(*qkv).astype(jnp.float32), weight.astype(jnp.float32))
         return jax.jit(lambda *qkv: (out(*qkv), *jax.grad(scalar, argnums=(0, 1, 2))(*qkv)))
 
-    exact = with_grads("reference")(*(x.astype(jnp.float32) for x in operands))
+    with jax.default_matmul_precision("highest"):
+        exact = with_grads("reference")(*(x.astype(jnp.float32) for x in operands))
     found: Record = {"device": jax.devices()[0].device_kind, "shape": [1, T, H, K, E]}
     products = 4 * T * T * H * E / 2  # causal, forward; backward as implemented takes 2.5 times that
     for name in names:
-        forward = jax.jit(partial(causal_attention, implementation=name))
-        both, errors = with_grads(name), {}
-        for what, got, want in zip("out dq dk dv".split(), both(*operands), exact, strict=True):
-            gap = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
-            errors[what] = float(gap)
-        times = {
-            what: summary(
-                1e3 * seconds(lambda call=call: jax.block_until_ready(call(*operands))) for _ in range(10)
-            )
-            for what, call in (("forward_ms", forward), ("forward_backward_ms", both))
-            if jax.block_until_ready(call(*operands)) is not None
-        }
+        forward, both = jax.jit(partial(causal_attention, implementation=name)), with_grads(name)
+        pairs = zip("out dq dk dv".split(), both(*operands), exact, strict=True)
+        errors = {what: relative_error(got, want) for what, got, want in pairs}
+        times = {"forward_ms": timed(forward, operands), "forward_backward_ms": timed(both, operands)}
         rate = 3.5 * products / times["forward_backward_ms"]["median"] * 1e3
         found[name] = {"error": errors, **times, "flops_s": rate}
     return found
+
+
+def relative_error(got: jax.Array, want: jax.Array) -> float:
+    """Norm of the difference over the norm."""
+    return float(jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want))
+
+
+def timed(call: Callable[..., Any], operands: list[jax.Array]) -> dict[str, float]:
+    """Milliseconds of ten calls, after one."""
+    times = [1e3 * seconds(lambda: jax.block_until_ready(call(*operands))) for _ in range(11)]
+    return summary(times[1:])
 
 
 def settings(model: Qwen3Config, tiny: bool) -> tuple[Config, Qwen3Config]:
@@ -175,15 +184,17 @@ def update(model: Qwen3Config, tiny: bool, rows: int = 4, rounds: int = 3) -> Re
     } | step_stages.mfu(model, lengths, took, mesh)  # fmt: skip
 
 
-def whole_step(model: Qwen3Config, scale: float, tiny: bool) -> Record:
-    """Two steps of the paper's 32 x 8 rows; the second is timed."""
+def whole_step(model: Qwen3Config, scale: float, prompts: int, tiny: bool) -> Record:
+    """Two steps; the second is timed."""
     config, model = settings(model, tiny)
-    sizes = Sizes().scaled(1 / 64, prompts=2) if tiny else Sizes().scaled(scale, prompts=32)
-    answer = dict(answer=4.0, most_answer=16) if tiny else {}
+    sizes = Sizes().scaled(1 / 64, prompts=2) if tiny else Sizes().scaled(scale, prompts)
+    workload = step_stages.Workload(sizes)
+    if tiny:
+        workload = step_stages.Workload(sizes, answer=4.0, most_answer=16)
     config.rollout.max_new_tokens = sizes.most
     config.data.max_prompt_tokens = sizes.prompt_limits[1]
     config.lesson.max_teacher_tokens = sizes.prompt_limits[1] + sizes.frame + sizes.idea_limits[1]
-    return step_stages.measure(step_stages.Workload(sizes, **answer), config, model)
+    return step_stages.measure(workload, config, model)
 
 
 def loss(out: Path, tiny: bool) -> Record:
@@ -203,7 +214,7 @@ def render(results: Record) -> str:
             lines.append(found["outcome"])
         elif part == "attention":
             lines.append(render_attention(found))
-        elif part == "step":
+        elif part.startswith("step"):
             lines.append(step_stages.render(found))
         else:
             lines.append(table(["", "value"], [[key, str(value)] for key, value in found.items()]))

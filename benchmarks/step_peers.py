@@ -40,8 +40,8 @@ def ours(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
 
     jax.config.update("jax_num_cpu_devices", settings["devices"])
     from rosd_jax.config import default_config
+    from rosd_jax.models.families import read_config
     from rosd_jax.models.sharding import make_mesh
-    from rosd_jax.models.weights import read_config
     from rosd_jax.train.trees import Trees
     from rosd_jax.train.update import make_optimizer, make_update
     from rosd_jax.types import Lesson
@@ -77,12 +77,14 @@ def plain(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     from benchmarks.step_loss import plain_loss
     from rosd_jax.kernels.flash_attention import causal_attention
     from rosd_jax.models import qwen3
-    from rosd_jax.models.weights import load_params, read_config
+    from rosd_jax.models.families import read_config
+    from rosd_jax.models.weights import load_params
 
     qwen3.attend = lambda q, k, v: causal_attention(q, k, v, implementation="reference")
     model = read_config(folder / "model", num_tokens=None, dtype="float32", remat="none")
     params, frozen = (load_params(folder / "model", model) for _ in range(2))
     optimizer = optax_optimizer(settings)
+    which = dict(k=settings["k"], cap=settings["cap"])
     weight_BR = rows["weight_BR"] / rows["weight_BR"].sum()
     student, teacher = sequences(rows, "", left=False), sequences(rows, "teacher_", left=False)
     given = *student, *teacher, rows["response_BR"], rows["sampler_logp_BR"], weight_BR
@@ -98,7 +100,7 @@ def plain(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
         R = response_BR.shape[1]
         student_BRV = logits(params, tokens_BT, length_B, R)
         teacher_BRV = logits(frozen, teacher_BT, teacher_length_B, R)
-        return plain_loss(student_BRV, teacher_BRV, response_BR, *rest, settings["k"], settings["cap"])
+        return plain_loss(student_BRV, teacher_BRV, response_BR, *rest, **which)
 
     def update(params, moments, frozen, groups):
         def add(sums, group):
@@ -136,7 +138,7 @@ def tunix(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
 
     config = tunix_config(folder / "model")
     load = lambda: weights.create_model_from_safe_tensors(str(folder / "model"), config, dtype=jnp.float32)
-    size = settings["rows"]
+    size, which = settings["rows"], dict(k=settings["k"], cap=settings["cap"])
     turns = len(rows["weight_BR"]) // size
     weight_BR = turns * rows["weight_BR"] / rows["weight_BR"].sum()  # its trainer takes the turns' mean
     R = weight_BR.shape[1]
@@ -145,7 +147,7 @@ def tunix(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
         """Our loss: none of its own is it."""
 
         def compute_loss(self, student_output, teacher_output, labels):
-            value = plain_loss(student_output, teacher_output, *labels, settings["k"], settings["cap"])
+            value = plain_loss(student_output, teacher_output, *labels, **which)
             return value, {"loss": value}
 
         def compute_eval_loss(self, student_output, labels):

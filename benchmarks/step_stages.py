@@ -33,6 +33,7 @@ from rosd_jax.models.sharding import make_mesh, row_devices
 from rosd_jax.rollout.floor import Floor, measure_floor
 from rosd_jax.rollout.loop import make_generate
 from rosd_jax.rollout.rows import decode_rows
+from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.setup import cache_pages
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import init_state, make_optimizer, make_update
@@ -132,13 +133,14 @@ def measure(workload: Workload, config: Config, model: Qwen3Config, rounds: int 
     """Seconds of each stage, in a first step that compiles and in `rounds` more, and what they amount to."""
     step, device = Step(workload, config, model), jax.devices()[0]
     spent: dict[str, list[float]] = {stage: [] for stage in STAGES}
-    peaks: dict[str, int] = {}
+    compiled, compiles, peaks = Compiled(), {}, {}
 
     def timed(stage: str, call: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         result = call()
         spent[stage].append(time.perf_counter() - start)
         peaks[stage] = peak_bytes()
+        compiles.setdefault(stage, compiled.since())
         return result
 
     for _ in range(rounds + 1):
@@ -153,7 +155,7 @@ def measure(workload: Workload, config: Config, model: Qwen3Config, rounds: int 
     found = {
         stage: {
             "s": times[stage], "share": times[stage] / whole, "all_s": spent[stage][1:],
-            "first_s": spent[stage][0], "peak_bytes": peaks[stage],
+            "first_s": spent[stage][0], "compiles": compiles[stage], "peak_bytes": peaks[stage],
         }
         for stage in STAGES
     }  # fmt: skip
@@ -205,13 +207,14 @@ def peak_bytes() -> int:
 
 def render(record: dict[str, Any]) -> str:
     """One row a stage."""
-    head = ["stage", "s", "share", "first s", "tokens", "tokens/s", "share of the decode floor", "MFU",
-            "peak GB"]  # fmt: skip
+    head = ["stage", "s", "share", "first s", "programs compiled, s", "tokens", "tokens/s",
+            "share of the decode floor", "MFU", "peak GB"]  # fmt: skip
     rows = []
     for stage, found in record["stages"].items():
         used = found.get("mfu", found.get("mfu_of_measured"))
         rows.append([
             stage, f"{found['s']:.2f}", f"{found['share']:.0%}", f"{found['first_s']:.1f}",
+            "{} in {:.1f}".format(*found["compiles"]),
             f"{found['tokens']:,}", f"{found['tokens_s']:,.0f}",
             f"{found['floor_share']:.0%}" if "floor_share" in found else "",
             f"{used:.0%}" if used else "", f"{found['peak_bytes'] / 1e9:.2f}",
