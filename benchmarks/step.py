@@ -60,6 +60,7 @@ class Contest:
     def settings(self) -> dict[str, Any]:
         """What settings.json holds."""
         how = dict(k=self.k, cap=2.0, rows=self.micro, devices=self.devices, chunk=self.chunk)
+        how |= dict(limits=self.sizes.limits)
         return how | dict(lr=self.lr, b2=0.999, weight_decay=0.01, clip=1.0)
 
 
@@ -118,9 +119,7 @@ def stages(contest: Contest, args: argparse.Namespace) -> dict[str, Any]:
     config.mesh.update(data=-1, fsdp=1)
     config.model.update(dtype="float32", remat="none")
     config.loss.topk = contest.k
-    config.rollout.max_new_tokens = sizes.most
-    config.data.max_prompt_tokens = sizes.prompt_limits[1]
-    config.lesson.max_teacher_tokens = sizes.prompt_limits[1] + sizes.frame + sizes.idea_limits[1]
+    config.update_from_flattened_dict(sizes.limits)
     config.rollout.slots = contest.slots
     workload = step_stages.Workload(sizes, args.preset, answer=25.0, most_answer=128)
     return step_stages.measure(workload, config, contest.model, args.rounds)

@@ -191,9 +191,7 @@ def whole_step(model: Qwen3Config, scale: float, prompts: int, tiny: bool) -> Re
     workload = step_stages.Workload(sizes)
     if tiny:
         workload = step_stages.Workload(sizes, answer=4.0, most_answer=16)
-    config.rollout.max_new_tokens = sizes.most
-    config.data.max_prompt_tokens = sizes.prompt_limits[1]
-    config.lesson.max_teacher_tokens = sizes.prompt_limits[1] + sizes.frame + sizes.idea_limits[1]
+    config.update_from_flattened_dict(sizes.limits)
     return step_stages.measure(workload, config, model)
 
 

@@ -50,6 +50,7 @@ def ours(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     config.model.update(path=str(folder / "model"), dtype="float32", remat="none")
     config.loss.update(topk=settings["k"], ratio_cap=settings["cap"], chunk=settings["chunk"])
     config.optimizer.update(lr=settings["lr"], warmup_steps=0)
+    config.update_from_flattened_dict(settings["limits"])
     model = read_config(folder / "model", num_tokens=None, dtype="float32", remat="none")
     mesh, optimizer = make_mesh(-1, 1, 1), make_optimizer(config)
     trees = Trees(config, model, mesh, optimizer)

@@ -46,6 +46,16 @@ class Sizes:
         """Of one step."""
         return self.prompts * self.samples
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """The fields of a run with such rows, for its config's `update_from_flattened_dict`."""
+        prompt, idea = self.prompt_limits[1], self.idea_limits[1]
+        return {
+            "data.max_prompt_tokens": prompt,
+            "lesson.max_teacher_tokens": prompt + self.frame + idea,
+            "rollout.max_new_tokens": self.most,
+        }
+
     def scaled(self, by: float, prompts: int) -> "Sizes":
         """Lengths `by` times as long, and another number of prompts."""
         times = lambda n: max(1, round(by * n))
