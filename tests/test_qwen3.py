@@ -114,7 +114,8 @@ def test_padded_vocabulary_rows_are_never_likely():
     np.testing.assert_array_equal(z[..., :50], whole[..., :50])
 
 
-def test_every_parameter_gets_a_gradient_and_remat_gives_the_same():
+@pytest.mark.parametrize("remat", ["block", "attention", "offload"])
+def test_every_parameter_gets_a_gradient_and_remat_gives_the_same(remat):
     config = SMALL.replace(attention_bias=True)
     params = params_of(config)
 
@@ -125,10 +126,10 @@ def test_every_parameter_gets_a_gradient_and_remat_gives_the_same():
 
         return jax.jit(jax.grad(loss))(params)
 
-    plain, remat = grads(config), grads(config.replace(remat="block"))
+    plain, again = grads(config), grads(config.replace(remat=remat))
     for path, g in jax.tree_util.tree_leaves_with_path(plain):
         assert np.abs(g).max() > 1e-4, path
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, again)
 
 
 def test_long_prompts_are_prefilled_as_short_ones(monkeypatch):

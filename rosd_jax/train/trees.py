@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
@@ -75,9 +74,8 @@ class Trees:
 
     def frozen(self, first: TrainState | None) -> Params:
         """The model as it came, at the compute type: it is never updated, so it needs no master copy."""
-        if first is not None:
-            params: Any = first.params
-        else:
-            params = load_params(Path(self.config.model.path), self.model, self.shardings.params)
-        cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(self.model.dtype), tree))
-        return jax.device_put(cast(params), self.frozen_shardings)
+        dtype, places = self.model.dtype, self.frozen_shardings
+        if first is None:
+            return load_params(Path(self.config.model.path), self.model, places, dtype=dtype)
+        cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
+        return jax.device_put(cast(first.params), places)
