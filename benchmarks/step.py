@@ -13,6 +13,9 @@ one step of 32 x 8 that have a token with loss, or `--rows` of them in even step
 shortest: so who pads to the longest, pads as it would for all. The losses of the first update must be ours
 within `TOLERANCE`; those of the next, which see the gradient, are reported. Then contestants take turns; the
 first update, which compiles, is reported by itself. DIR gets step.json and step.md.
+
+The peers were google-tunix 0.1.7 with jax 0.10.2, and trl 1.16.0 with torch 2.13.0, each in an environment
+of its own under Python 3.11.
 """
 
 import argparse
