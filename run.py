@@ -2,6 +2,7 @@
 
     python run.py --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan]
                   [--config.FIELD=VALUE ...]
+    python run.py --mode=plan --topology=v5p:2x2x2 [--compile=all|STAGE,...] [--json] --config=...
 
 The same command on the same DIR goes on where the run stopped, and without --config by the config that DIR
 holds.
@@ -37,6 +38,11 @@ from rosd_jax.config import UserError, validate  # noqa: E402
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "local", "Chips to plan for: local, a TPU slice such as v5p:2x2x2, or GPUs such as h100:8"
+)
+_COMPILE = flags.DEFINE_list("compile", [], "Stages that a plan compiles, separated by commas; all: all")
+_JSON = flags.DEFINE_bool("json", False, "Print the plan as one JSON object")
 
 STORED = Path(__file__).resolve().parent / "rosd_jax" / "train" / "stored.py"
 MISSING = (
@@ -135,7 +141,15 @@ def run(config) -> None:
     from rosd_jax.train import loop, plan, workdir  # after the flags, so that --help is quick
 
     directory = Path(_WORKDIR.value or workdir.default_workdir(config.name))
-    {"train": loop.train, "eval": loop.evaluate_only, "plan": plan.plan}[_MODE.value](config, directory)
+    asked = plan.Asked(_TOPOLOGY.value, tuple(_COMPILE.value), _JSON.value)
+    if _MODE.value == "plan":
+        plan.plan(config, directory, asked)
+    elif asked != plan.Asked():
+        raise UserError(
+            "--topology, --compile and --json are for --mode=plan; leave them out, or add that mode"
+        )
+    else:
+        {"train": loop.train, "eval": loop.evaluate_only}[_MODE.value](config, directory)
 
 
 def fail(sentence: str) -> int:

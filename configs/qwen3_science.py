@@ -10,23 +10,56 @@ Command     python run.py --config=configs/qwen3_science.py:physics \\
                 --config.model.path=DIR --config.data.dir=DIR
 Variants    biology | chemistry | material | physics (default: biology)
             paper | span | official (default: paper; rosd_jax/config.py: METHOD has each, field by field)
+            4b | 8b: which Qwen3 model.path holds; named so that a slice that does not hold it is refused
+            v5p-8 | v5p-64 | v6e-16 | v6e-64 | v5e-64 | h100x8 | h200: mesh and memory for that slice, as
+            `--mode=plan` counts them (SLICES). Cloud TPU counts v5p in TensorCores: v5p-8 is 2x2x1 = 4
+            chips and v5p-64 is 2x4x4 = 32; v6e-16 is 4x4, v6e-64 and v5e-64 are 8x8 chips
+            lora: adapters of rank 64 learn in place of the whole model; 8B then fits one H100 (h100:1)
             debug: small batch, short texts, two steps
+Smallest    slices that hold all of it at these lengths, by the plan: 8B takes v5p-8, v6e-8 with
+            mesh.tensor=4, v5e-32 with mesh.tensor=4 or four H100 (not one H200: trained whole it needs 148
+            GB there); 4B takes v6e-4 with mesh.tensor=2, v5e-8 with mesh.tensor=8, two H100 or one H200.
+            Nothing was run on them yet, and runs over several hosts (more than 4 chips of v5p or 8 of v5e and
+            v6e) are not built.
 """
 
-from rosd_jax.config import PRESETS, choose_one, default_config, parse_variant, use_preset
+from rosd_jax.config import PRESETS, UserError, choose_one, default_config, parse_variant, use_preset
 
 EPOCH_STEPS = {"biology": 14, "chemistry": 59, "material": 26, "physics": 22}
+SIZES = ("4b", "8b")
+# The slice as --topology names it, and mesh.data, mesh.fsdp, mesh.tensor. Up to 16 row devices: with more,
+# the last trips of an update are mostly empty rows. The rest splits heads, so that decoding's weights fit.
+SLICES = {
+    "v5p-8": ("v5p:2x2x1", (1, 4, 1)),
+    "v5p-64": ("v5p:2x4x4", (1, 16, 2)),
+    "v6e-16": ("v6e:4x4", (1, 8, 2)),
+    "v6e-64": ("v6e:8x8", (1, 16, 4)),
+    "v5e-64": ("v5e:8x8", (1, 16, 4)),
+    "h100x8": ("h100:8", (1, 8, 1)),
+    "h200": ("h200:1", (1, 1, 1)),
+}
+TOO_LARGE = {("8b", "h200")}
 
 
 def get_config(arg=None):
-    variants = parse_variant(arg, (*EPOCH_STEPS, *PRESETS, "debug"))
+    variants = parse_variant(arg, (*EPOCH_STEPS, *PRESETS, *SIZES, *SLICES, "lora", "debug"))
     domain = choose_one(variants, EPOCH_STEPS, default="biology")
     preset = choose_one(variants, PRESETS, default="paper")
+    size, chips = choose_one(variants, SIZES, default=""), choose_one(variants, SLICES, default="")
+    if (size, chips) in TOO_LARGE and "lora" not in variants:
+        raise UserError(
+            f"config variants are {size} and {chips}, which is too small for it; add lora, or take 4b or a "
+            "larger slice"
+        )
     c = use_preset(default_config(), preset)
-    c.name = f"qwen3_science-{domain}-{preset}"
+    c.name = "-".join(name for name in ("qwen3_science", size, domain, preset) if name)
     c.steps = 10 * EPOCH_STEPS[domain]
     c.data.train = domain
     c.eval.sets = ",".join([*EPOCH_STEPS, "tooluse", "aime24"])
+    if "lora" in variants:
+        c.model.lora.update(rank=64, alpha=128.0)
+    if chips:
+        c.mesh.data, c.mesh.fsdp, c.mesh.tensor = SLICES[chips][1]
     if "debug" in variants:
         c.steps = 2
         c.model.update(dtype="float32", remat="none")

@@ -37,6 +37,7 @@ CHOICES = {
     "rollout.attention": (None, "xla", "ragged_tpu", "pallas_tpu", "pallas_gpu"),
 }
 
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that may adapt
 PRESETS = ("paper", "span", "official")
 
 # The method, field by field: one column a preset, in the order of PRESETS. Sources of the columns:
@@ -116,7 +117,14 @@ def default_config() -> Config:
             # remat: what the backward pass computes again. none: nothing; block: each layer; attention: each
             # layer but its attention; offload: each layer, whose inputs wait in the host's memory.
             # frozen: where the frozen tree lies; on the host it takes no memory of the device but in use.
-            model=dict(path="", dtype="bfloat16", remat="block", frozen="device"),
+            # lora: rank 0: all weights learn; else adapters beside the targets' kernels, times alpha / rank.
+            model=dict(
+                path="",
+                dtype="bfloat16",
+                remat="block",
+                frozen="device",
+                lora=dict(rank=0, alpha=32.0, targets=LAYERS),
+            ),
             data=dict(dir="", train=""),
             batch=dict(device_rows=1),  # rows of each row device in one forward and backward pass
             thinking=dict(),
@@ -202,6 +210,7 @@ def validate(config: Config) -> None:
     for field in ("eval.limit", "eval.every", "validation.every", "optimizer.warmup_steps", "seed"):
         _require(config, field, _get(config, field) >= 0, "be 0 or more")
     _validate_own(config)
+    _validate_lora(config)
     _validate_ranges(config)
     _validate_batch(config)
 
@@ -216,6 +225,14 @@ def _validate_own(config: Config) -> None:
              "be english, gym or the path of a .toml file of your own")  # fmt: skip
     _require(config, "rollout.stop", all(map(_is_text, stop)), "hold strings of text that are not empty")
     _require(config, "reward_timeout", 0 < config.reward_timeout < float("inf"), "be above 0 and finite")
+
+
+def _validate_lora(config: Config) -> None:
+    lora = config.model.lora
+    _require(config, "model.lora.rank", lora.rank >= 0, "be 0 (all weights learn) or more")
+    _require(config, "model.lora.alpha", 0 < lora.alpha < float("inf"), "be above 0 and finite")
+    named = all(lora.targets.count(name) == (name in LAYERS) for name in lora.targets) and lora.targets
+    _require(config, "model.lora.targets", bool(named), f"name some of {', '.join(LAYERS)}, each once")
 
 
 def _is_text(value: Any) -> bool:

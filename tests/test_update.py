@@ -1,6 +1,7 @@
 """The update against a plain float64 loss, and equal for any trips, mesh and idle row."""
 
 import itertools
+from contextlib import contextmanager
 from functools import cache
 
 import jax
@@ -111,10 +112,23 @@ def prepared(shape=(1, 1, 1), device_rows=8, model=MODEL, **optimizer):
     return make_update(config, model, tx, mesh, places), lay, mesh
 
 
+@contextmanager
+def quickly(less):
+    """Compiles with less optimisation, to save time."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, less or before)
+    yield
+    jax.config.update(name, before)
+
+
 def step(lesson, *, frozen=None, **options):
-    """State and metrics after one update, on the host. As in a run, the mesh is in context."""
+    """State and metrics after one update, on the host. As in a run, the mesh is in context.
+
+    All but the plain update are compiled with less optimisation.
+    """
     update, lay, mesh = prepared(**options)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), quickly(bool(options)):
         return jax.device_get(update(*lay(lesson, frozen)))
 
 

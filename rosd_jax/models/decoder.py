@@ -23,6 +23,7 @@ from jax import lax
 
 from rosd_jax.kernels.flash_attention import causal_attention
 from rosd_jax.kernels.paged_attention import Implementation, write_and_attend
+from rosd_jax.models.lora import merged_kernel
 from rosd_jax.models.qwen3 import Qwen3Config, angles, frequencies, head_VD, turn
 from rosd_jax.types import Params
 
@@ -32,22 +33,23 @@ Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def fuse(params: Params, config: Qwen3Config) -> Weights:
-    """Matrices at the compute type, those that read the same input joined into one.
+    """Matrices at the compute type, adapters added, those that read the same input joined into one.
 
     A decoding step is many small operations, and each join saves one or two of them a layer.
     """
     cast = lambda x: x.astype(config.dtype)
     join = lambda leaves: jnp.concatenate([cast(x) for x in leaves], axis=-1)
+    kernel = lambda layer: merged_kernel(layer, config.lora_scale, config.dtype)
     blocks = params["blocks"]
     attention = blocks["attention"]
     qkv = [attention[name] for name in ("q_proj", "k_proj", "v_proj")]
     heads = lambda name, n: jnp.repeat(attention[name]["scale"][:, None], n, axis=1)
     H, K = (x["kernel"].shape[-1] // config.head_dim for x in qkv[:2])
     joined = dict(
-        qkv=join([x["kernel"] for x in qkv]),
-        out=cast(attention["o_proj"]["kernel"]),
-        gate_up=join([blocks["gate_proj"]["kernel"], blocks["up_proj"]["kernel"]]),
-        down=cast(blocks["down_proj"]["kernel"]),
+        qkv=join([kernel(x) for x in qkv]),
+        out=kernel(attention["o_proj"]),
+        gate_up=join([kernel(blocks[name]) for name in ("gate_proj", "up_proj")]),
+        down=kernel(blocks["down_proj"]),
         input_norm=blocks["input_norm"]["scale"],
         post_norm=blocks["post_norm"]["scale"],
     )

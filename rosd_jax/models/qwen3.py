@@ -77,6 +77,7 @@ class Qwen3Config:
     output_bias: bool = False  # on the attention's output
     max_position_embeddings: int = 40960
     num_tokens: int | None = None  # ids at or above it are padding rows: never sampled, never scored
+    lora_scale: float = 0.0  # of adapters, where the params have any (lora.py)
     dtype: str = "float32"  # of activations; parameters stay float32
     remat: str = "none"  # what the backward pass computes again; config.py says which there are
 
@@ -132,6 +133,27 @@ def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
+class Dense(nn.Module):
+    """A linear layer at the compute type; an adapter next to its kernel adds scale (x A) B (lora.py)."""
+
+    config: Qwen3Config
+    width: int
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = self.config.dtype
+        shape = x.shape[-1], self.width
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, jnp.float32)
+        y = x @ kernel.astype(dtype)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32).astype(dtype)
+        if not self.has_variable("params", "lora_a"):
+            return y
+        a, b = (self.get_variable("params", name).astype(dtype) for name in ("lora_a", "lora_b"))
+        return y + self.config.lora_scale * (x @ a @ b)
+
+
 class Attention(nn.Module):
     """Grouped-query attention."""
 
@@ -139,12 +161,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, position_BT):
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        c = self.config
         B, T, _ = x_BTD.shape
-        dense = lambda width, name, bias: nn.Dense(
-            width, use_bias=bias, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name
-        )
-        heads = lambda width, name: dense(width * c.head_dim, name, c.attention_bias)(x_BTD).reshape(
+        heads = lambda width, name: Dense(c, width * c.head_dim, c.attention_bias, name=name)(x_BTD).reshape(
             B, T, width, c.head_dim
         )
         q = heads(c.num_attention_heads, "q_proj")
@@ -156,7 +175,7 @@ class Attention(nn.Module):
         frequency = frequencies(c)
         q, k = rotate(q, position_BT, frequency), rotate(k, position_BT, frequency)
         out = attend(q, k, v).reshape(B, T, c.num_attention_heads * c.head_dim)
-        return dense(c.hidden_size, "o_proj", c.output_bias)(out)
+        return Dense(c, c.hidden_size, c.output_bias, name="o_proj")(out)
 
 
 def attend(q_BTHE: jax.Array, k_BTKE: jax.Array, v_BTKE: jax.Array) -> jax.Array:
@@ -194,11 +213,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, position_BT):
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        c = self.config
         x = checkpoint_name(x, "block_input")
-        dense = lambda width, name: nn.Dense(
-            width, use_bias=False, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name
-        )
+        dense = lambda width, name: Dense(c, width, False, name=name)
         x = x + Attention(c, name="attention")(RMSNorm(c.rms_norm_eps, name="input_norm")(x), position_BT)
         h = RMSNorm(c.rms_norm_eps, name="post_norm")(x)
         gate = nn.silu(dense(c.intermediate_size, "gate_proj")(h))

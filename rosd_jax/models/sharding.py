@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,17 +33,19 @@ AXES = ("data", "fsdp", "tensor")
 
 # Path suffix -> spec. The leading layer axis of stacked leaves is never split, since every device
 # runs every layer. Column kernels split their output over tensor, row kernels their input.
+# Of an adapter's pair, each has its kernel's split where it has its kernel's dimension.
 COLUMN, ROW = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROWS = ("o_proj", "down_proj")
 RULES = {
     "embed": P("tensor", "fsdp"),
     "head": P("tensor", "fsdp"),
-    "q_proj/kernel": COLUMN,
-    "k_proj/kernel": COLUMN,
-    "v_proj/kernel": COLUMN,
-    "gate_proj/kernel": COLUMN,
-    "up_proj/kernel": COLUMN,
-    "o_proj/kernel": ROW,
-    "down_proj/kernel": ROW,
+    **{f"{name}/kernel": COLUMN for name in COLUMNS},
+    **{f"{name}/lora_a": P(None, "fsdp", None) for name in COLUMNS},
+    **{f"{name}/lora_b": P(None, None, "tensor") for name in COLUMNS},
+    **{f"{name}/kernel": ROW for name in ROWS},
+    **{f"{name}/lora_a": P(None, "tensor", None) for name in ROWS},
+    **{f"{name}/lora_b": P(None, None, "fsdp") for name in ROWS},
     "q_proj/bias": P(None, "tensor"),
     "k_proj/bias": P(None, "tensor"),
     "v_proj/bias": P(None, "tensor"),
@@ -69,7 +72,9 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
             f"{text}: the product must be the number of devices, {count}; "
             "set one of them to -1 and let the others divide that number"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # An axis may lie along a part of a slice's side, as fsdp=8, tensor=2 do on 4 x 4 chips.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def validate_mesh_for(config: Qwen3Config, mesh: Mesh) -> None:

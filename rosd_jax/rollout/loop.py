@@ -11,7 +11,8 @@ along the "tensor" axis its devices split heads, inner widths and the vocabulary
 
     generate(params, prompt_NP, ..., key, *, model, ...)   -> Rollout; pure
     make_generate(model, mesh, ...)                        -> the same, compiled
-    begin, decode, finish                                  the three parts that both are made of
+    settings(model, mesh, ...), jit_generate(mesh)         what it is made of, for a plan that only compiles
+    begin, decode, finish                                  the three parts that all are made of
 """
 
 from __future__ import annotations
@@ -74,6 +75,18 @@ class Decoding:
     def axis(self) -> str | None:
         """The axis that heads and vocabulary are split along, under shard_map."""
         return None if self.mesh is None else "tensor"
+
+    def sized(self, rows: int, prompt_pages: int, waiting: int) -> Decoding:
+        """For a call of so many rows, of which a shard has at most `waiting` to decode."""
+        most, _ = _most_slots_and_pages(self, rows // self.shards)
+        return replace(self, prompt_pages=prompt_pages, enough=min(most, enough(waiting)))
+
+    def room(self, prompts: int, longest: int, rows: int) -> tuple[int, int, int]:
+        """Of a shard of so many rows: its pages for prompts and for responses, and its slots."""
+        most_prompts = min(prompts, rows) * -(-longest // self.page)
+        pinned = min(self.prompt_pages or most_prompts, most_prompts)
+        slots, most_pool = _most_slots_and_pages(self, rows)
+        return pinned, most_pool if self.pool is None else min(self.pool, most_pool), slots
 
 
 def generate(
@@ -149,25 +162,49 @@ def make_generate(
     each number of slots is compiled, so runs shorter than LONG do without. Params keep the sharding they
     come with; the rollout's rows lie along the mesh's "data" and "fsdp" axes.
     """
-    page = page or pages.page_length(max_new)
-    how = Decoding(
-        model, mesh, max_new, temperature, top_p, stop_ids, slots, page, pool,
-        implementation=implementation, compact=compact and max_new >= LONG,
+    how = settings(
+        model, mesh, max_new=max_new, temperature=temperature, top_p=top_p, stop_ids=stop_ids, slots=slots,
+        page=page, pool=pool, compact=compact, implementation=implementation,
     )  # fmt: skip
-    out = None if mesh is None else row_sharding(mesh)
-    on = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    options = GPU_OPTIONS if on == "gpu" else None
-    compiled = jax.jit(_generate, static_argnames="how", out_shardings=out, compiler_options=options)
+    compiled = jit_generate(mesh)
 
     def run(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key) -> Rollout:
         _check_rows(len(prompt_of_B), how)
         waiting = int(np.sum(np.reshape(np.asarray(limit_B), (how.shards, -1)) > 0, axis=1).max())
-        needed = prompts.room(prompt_len_N, prompt_of_B, limit_B, page, how.shards)
-        most, _ = _most_slots_and_pages(how, len(prompt_of_B) // how.shards)
+        needed = prompts.room(prompt_len_N, prompt_of_B, limit_B, how.page, how.shards)
         given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, stops
-        return compiled(*given, how=replace(how, prompt_pages=needed, enough=min(most, enough(waiting))))
+        return compiled(*given, how=how.sized(len(prompt_of_B), needed, waiting))
 
     return run
+
+
+def settings(
+    model: Qwen3Config,
+    mesh: Mesh | None,
+    *,
+    max_new: int,
+    temperature: float,
+    top_p: float,
+    stop_ids: tuple[int, ...],
+    slots: int | None = None,
+    page: int | None = None,
+    pool: int | None = None,
+    compact: bool = True,
+    implementation: Implementation | None = None,
+) -> Decoding:
+    """What `make_generate` fixes of an engine before it sees any prompts."""
+    return Decoding(
+        model, mesh, max_new, temperature, top_p, stop_ids, slots, page or pages.page_length(max_new), pool,
+        implementation=implementation, compact=compact and max_new >= LONG,
+    )  # fmt: skip
+
+
+def jit_generate(mesh: Mesh | None) -> Any:
+    """The engine under jit, of (params, prompt_NP, ..., key, stops, how=)."""
+    out = None if mesh is None else row_sharding(mesh)
+    on = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    options = GPU_OPTIONS if on == "gpu" else None
+    return jax.jit(_generate, static_argnames="how", out_shardings=out, compiler_options=options)
 
 
 def enough(left: int) -> int:
@@ -241,10 +278,7 @@ def _begin_shard(params, prompt_NP, prompt_len_N, key, stops, prompt_of_1B, uid_
     else:
         u_BR = jnp.zeros((B, how.max_new), jnp.float32)  # greedy decoding draws nothing
     rows = Rows(jnp.stack(given_B, axis=1), u_BR, stops)
-    most_prompts = min(N, B) * -(-T // how.page)
-    pinned = min(how.prompt_pages or most_prompts, most_prompts)
-    slots, most_pool = _most_slots_and_pages(how, B)
-    pool = most_pool if how.pool is None else min(how.pool, most_pool)
+    pinned, pool, slots = how.room(N, T, B)
     store = _empty_store(how, weights, pinned + pool)
     store = prompts.fill(weights, how.model, prompt_NP, layout, store, how.axis)
     # Longer prompts come in many lengths (`bucket_length`), and the loop is to be compiled for few.

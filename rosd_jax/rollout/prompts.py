@@ -7,6 +7,7 @@ first prompt needs, in halves of the longest of all.
     lay_out(length_N, wanted_N, page)                            -> Layout
     fill(weights, model, prompt_NP, layout, store, axis)         -> store
     room(length_N, prompt_of_B, limit_B, page, shards)           -> pages, on the host
+    rounded(pages, page)                                         -> pages
 """
 
 from __future__ import annotations
@@ -87,5 +88,9 @@ def room(length_N: Any, prompt_of_B: Any, limit_B: Any, page: int, shards: int) 
     pages_N = -(-np.asarray(length_N) // page)
     by_shard = (np.reshape(np.asarray(x), (shards, -1)) for x in (prompt_of_B, limit_B))
     wanted = (np.unique(of_B[limit_B > 0]) for of_B, limit_B in zip(*by_shard, strict=True))
-    most = max(int(pages_N[some].sum()) for some in wanted)
-    return 1 << (max(1, most, LEAST_TOKENS // page) - 1).bit_length()
+    return rounded(max(int(pages_N[some].sum()) for some in wanted), page)
+
+
+def rounded(pages: int, page: int) -> int:
+    """Pages that are made room for where so many are needed."""
+    return 1 << (max(1, pages, LEAST_TOKENS // page) - 1).bit_length()

@@ -27,6 +27,8 @@ from rosd_jax.evals.evaluate import evaluate_set, write_generations
 from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
 from rosd_jax.evals.report import write_report
+from rosd_jax.models.lora import merge
+from rosd_jax.models.peft_files import save_adapters
 from rosd_jax.models.sharding import row_devices
 from rosd_jax.models.weights import check_weights, save_pretrained
 from rosd_jax.rewards import Grader
@@ -38,6 +40,7 @@ from rosd_jax.train.plan import headline
 from rosd_jax.train.setup import Inputs, Split, build, read_inputs, trained_on
 from rosd_jax.train.step import Tools, train_step
 from rosd_jax.train.trees import Trees
+from rosd_jax.train.update import learner
 from rosd_jax.types import Params, Reflected, TrainState
 
 
@@ -69,7 +72,7 @@ def train(config: Config, directory: Path) -> None:
         history.require_checkpoint(directory, config)
         tools, trees = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory)
-        check_disk(directory, manager, trees.like, config)
+        check_disk(directory, manager, trees, config)
         state, start = begin(config, manager, trees, origins)
         frozen_params = trees.frozen(None if start else state)
         console = Console(config.steps, start)
@@ -79,9 +82,9 @@ def train(config: Config, directory: Path) -> None:
         with jax.set_mesh(tools.mesh), stopping.deferred(directory):  # the model lays activations along it
             state = take_steps(run, state, frozen_params, start)
             stopping.check()
-            export(run, state.params, directory / "export", config.steps)
+            export(run, learner(state.params, frozen_params, config), directory / "export", config.steps)
             del state  # the best step's parameters take its place
-            export_best(run, trees.like)
+            export_best(run, trees.like, frozen_params)
             manager.close()
             console.close()
             print(write_report(directory, trained_on(config)))
@@ -110,11 +113,11 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
     config = run.config
     done = start
     try:
-        score_if_due(run, state.params, start)
+        score_if_due(run, learner(state.params, frozen_params, config), start)
         for step in range(start, config.steps):
             state = one_step(run, state, frozen_params, step)
             done = step + 1
-            score_if_due(run, state.params, done)
+            score_if_due(run, learner(state.params, frozen_params, config), done)
             best = best_step(read_metrics(run.log.path))
             if is_due(done, config.checkpoint.every, config.steps) or done == best:
                 run.console.stage("checkpoint")
@@ -240,7 +243,7 @@ def save_unsaved(run: Run, state: TrainState, step: int) -> None:
         checkpoint.save(run.manager, state, step, run.meta)
 
 
-def export_best(run: Run, like: TrainState) -> None:
+def export_best(run: Run, like: TrainState, frozen_params: Params) -> None:
     """The model of the step that validation chose, scored and exported, unless it is the first or the last.
 
     Only steps whose checkpoint is there can be chosen.
@@ -252,6 +255,7 @@ def export_best(run: Run, like: TrainState) -> None:
         shutil.rmtree(path, ignore_errors=True)  # of a shorter run in this directory
         return
     params = checkpoint.restore_params(run.manager, best, like.params)
+    params = learner(params, frozen_params, run.config)
     score(run, "eval", unscored(run, "eval", best), params, best)
     export(run, params, path, best)
 
@@ -282,6 +286,9 @@ def evaluate_only(config: Config, directory: Path) -> None:
             origins = history.origins(config, inputs)
             asked = {name: origins[name] for name in ("model", "tokenizer")}  # what an evaluation depends on
             state, at = begin(config, manager, trees, asked)
+        params = state.params
+        if config.model.lora.rank:
+            params = learner(params, trees.frozen(None), config)
         console = Console(config.steps, at)
         what = f"the checkpoint of step {at}" if at else f"the model of {config.model.path} as it came"
         if exported:
@@ -290,7 +297,7 @@ def evaluate_only(config: Config, directory: Path) -> None:
         log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: True)
         run = Run(tools, inputs, directory, log, console, manager, Compiled(), {})
         with jax.set_mesh(tools.mesh), stopping.deferred(directory):
-            score(run, "eval", inputs.evals, state.params, at)
+            score(run, "eval", inputs.evals, params, at)
             console.close()
             print(write_report(directory, trained_on(config)))
 
@@ -308,7 +315,7 @@ def begin(config: Config, manager: Any, trees: Trees, origins: dict[str, Any]) -
     return state, int(kept["step"])
 
 
-def check_disk(directory: Path, manager: Any, like: TrainState, config: Config) -> None:
+def check_disk(directory: Path, manager: Any, trees: Trees, config: Config) -> None:
     """Raises UserError when the checkpoints still to be written and the export would not fit.
 
     A new checkpoint is written before the oldest goes, so there is one more than checkpoint.keep, and
@@ -317,13 +324,22 @@ def check_disk(directory: Path, manager: Any, like: TrainState, config: Config) 
     there = manager.all_steps()
     most = config.checkpoint.keep + 1 + bool(config.validation.sets)
     more = 0 if config.steps in there else max(1, most - len(there))
-    needed = more * checkpoint.state_bytes(like) + checkpoint.state_bytes(like.params)
+    needed = more * checkpoint.state_bytes(trees.like) + checkpoint.state_bytes(trees.base)
     checkpoint.check_space(directory, needed, f"{more} checkpoints and the exported model")
 
 
 def export(run: Run, params: Params, path: Path, step: int) -> None:
-    """The model of a step as a Hugging Face directory, with a note of the step."""
-    source = Path(run.config.model.path)
+    """The model of a step as a Hugging Face directory, with a note of the step.
+
+    Adapters are merged into it, and lie by themselves in its folder adapter/, as PEFT loads them.
+    """
+    source, lora = Path(run.config.model.path), run.config.model.lora
+    if lora.rank:
+        save_adapters(
+            path / "adapter", params, rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets),
+            base=str(source),
+        )  # fmt: skip
+        params = jax.jit(partial(merge, config=run.inputs.model))(params)
     save_pretrained(path, params, run.inputs.model, source=source, dtype=run.config.model.dtype)
     run.inputs.tokenizer.save(path)
     workdir.write_atomic(path / history.EXPORTED, [f"{step}\n"])

@@ -1,43 +1,193 @@
-"""What a run would do and hold in memory, said before any device is touched."""
+"""What a run would hold in memory and compute on chips that need not be there, stage by stage.
+
+Bytes are arithmetic until a stage is compiled (`--compile`), and the compiler's from then on; seconds are
+the least that the chips' peaks allow (train/roofline.py). Nothing is written but what is printed, no
+weights are read and nothing runs on a device.
+
+    plan(config, directory, Asked(...))    prints the plan of one experiment
+    make_plan(job, slice, ...)             -> Plan, without any data
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import jax
+from absl import logging
 
 from rosd_jax.config import Config, UserError
-from rosd_jax.models.qwen3 import init_params
 from rosd_jax.models.weights import check_weights
-from rosd_jax.rollout.floor import position_bytes
-from rosd_jax.train.setup import Inputs, read_inputs, trained_on
+from rosd_jax.rollout.stops import Stops
+from rosd_jax.train import planned
+from rosd_jax.train.budget import Job
+from rosd_jax.train.chips import Slice, read_topology
+from rosd_jax.train.compiled import Compiled, compile_stage
+from rosd_jax.train.planned import Plan, StagePlan
+from rosd_jax.train.roofline import Work, at_limits, realistic
+from rosd_jax.train.setup import Inputs, deal_cores, read_inputs, trained_on
+from rosd_jax.train.stages import STAGES, Stage, lower, make_job, stages
+
+# Fields that make a stage smaller, and what they are set to where it does not fit.
+LEVERS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    ("batch.device_rows", lambda n: 1),
+    ("model.remat", lambda remat: "block"),
+    ("model.remat", lambda remat: "offload"),
+    ("model.frozen", lambda where: "host"),
+    ("optimizer.grad_dtype", lambda dtype: "bfloat16"),
+    ("optimizer.mu_dtype", lambda dtype: "bfloat16"),
+    ("loss.chunk", lambda n: max(128, n // 2)),
+    ("rollout.cache_tokens", lambda n: n // 2),
+    ("rollout.prompt_tokens", lambda n: n // 2),
+    ("mesh.tensor", lambda n: 2 * n),
+)
 
 
-def plan(config: Config, directory: Path) -> None:
-    """Prints what a run would do and hold in memory; writes nothing and touches no device."""
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks of a plan."""
+
+    topology: str = "local"
+    compile: tuple[str, ...] = ()  # names of stages, or "all"
+    json: bool = False
+
+
+def plan(config: Config, directory: Path, asked: Asked) -> None:
+    """Prints the plan. Raises UserError for an unknown slice or stage, or a mesh that does not fit."""
+    wanted = compiled_stages(asked.compile)
+    if asked.topology == "local":
+        deal_cores(config)  # before JAX starts
+    chips = read_topology(asked.topology)
     inputs = read_inputs(config)
+    job = make_job(config, inputs.model, chips.devices)
+    found = make_plan(job, chips, inputs.tokenizer.stop_ids, inputs.stops, _most_items(inputs), wanted)
+    if asked.json:
+        print(planned.as_json(found))
+        return
+    print(f"{headline(inputs, config, directory, 0)}\n{_about(config, inputs)}\n\n{planned.as_text(found)}")
+
+
+def compiled_stages(names: Sequence[str]) -> tuple[str, ...]:
+    """The stages that --compile names. Raises UserError for one that does not exist."""
+    for name in names:
+        if name not in (*STAGES, "all"):
+            raise UserError(f"--compile names {name!r}; it must be all, or some of {', '.join(STAGES)}")
+    return STAGES if "all" in names else tuple(names)
+
+
+def make_plan(
+    job: Job,
+    chips: Slice,
+    stop_ids: tuple[int, ...],
+    stops: Stops | None,
+    evaluated: int,
+    compiled: Sequence[str] = (),
+) -> Plan:
+    """The plan of all stages, lowered where the chips' compiler is at hand; those named are compiled.
+
+    Raises UserError where stages are to be compiled for GPUs that are not there.
+    """
+    if compiled and not chips.compiles:
+        raise UserError(
+            f"--compile needs the compiler of {chips.name}, which is only where such GPUs are; leave it out, "
+            "or plan there with --topology=local"
+        )
+    lengths = at_limits(job.config), realistic(job.config)
+    done = []
+    for stage in stages(job, stop_ids, stops, evaluated):
+        made = _lower(stage, job, chips, stage.name in compiled) if chips.compiles else (None, None)
+        done.append(_stage_plan(stage, chips, *made, {n.name: stage.work(n) for n in lengths}))
+    settled = Plan(job, chips, lengths, tuple(done), ())
+    if settled.fits is False:
+        return Plan(job, chips, lengths, tuple(done), tuple(_changes(job, stop_ids, stops, evaluated, done)))
+    return settled
+
+
+def _lower(stage: Stage, job: Job, chips: Slice, compiled: bool) -> tuple[float, Compiled | None]:
+    """Seconds that lowering took, and the compiled stage where it is asked for."""
+    logging.info("lowering %s", stage.name)
+    began = time.perf_counter()
+    program = lower(stage, job)
+    seconds = time.perf_counter() - began
+    return seconds, compile_stage(program, chips.platform) if compiled else None
+
+
+def _stage_plan(
+    stage: Stage, chips: Slice, lowered: float | None, compiled: Compiled | None, work: dict[str, Work]
+) -> StagePlan:
+    limit = None if chips.chip is None else chips.chip.memory
+    held = sum(stage.bytes.values())
+    if compiled is not None and not compiled.refused:
+        held = sum(stage.resident.values()) + compiled.working
+    fits = None if limit is None else held <= limit and not (compiled and compiled.refused)
+    return StagePlan(stage.name, stage.bytes, held, fits, lowered, compiled, work)
+
+
+def _changes(
+    job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int, done: Sequence[StagePlan]
+) -> list[str]:
+    """Fields to change, those first that leave the fullest stage the least; only such as help it."""
+    fullest = max((plan for plan in done if plan.fits is False), key=lambda plan: plan.held)
+    before = sum(fullest.bytes.values())
+    found: list[tuple[int, str]] = []
+    for field, change in LEVERS:
+        config = _changed(job.config, field, change)
+        if config is None:
+            continue
+        model = job.model.replace(remat=config.model.remat)
+        try:
+            smaller = make_job(config, model, job.mesh.devices.flatten().tolist())
+            others = {stage.name: stage for stage in stages(smaller, stop_ids, stops, evaluated)}
+        except UserError:  # the change would break another rule
+            continue
+        after = sum(others[fullest.name].bytes.values())
+        if after < before:
+            gain = f"{fullest.name} at {after / 1e9:.1f} GB a chip for {before / 1e9:.1f}"
+            found.append((after, f"{field} to {_value(config, field)}: {gain}"))
+    return [sentence for _, sentence in sorted(found)]
+
+
+def _changed(config: Config, field: str, change: Callable[[Any], Any]) -> Config | None:
+    """The config with that change, or None where the field has that value already."""
+    changed = config.copy_and_resolve_references()
+    section, name = field.split(".")
+    changed[section][name] = change(config[section][name])
+    if changed[section][name] == config[section][name]:
+        return None
+    if field == "mesh.tensor" and changed.mesh.data != -1:  # at the cost of row devices
+        changed.mesh.fsdp = -1
+    return changed
+
+
+def _value(config: Config, field: str) -> Any:
+    section, name = field.split(".")
+    return config[section][name]
+
+
+def _most_items(inputs: Inputs) -> int:
+    """Of the sets that are evaluated."""
+    sets = [*inputs.evals.values(), *inputs.validation.values()]
+    return max(map(len, sets), default=1)
+
+
+def _about(config: Config, inputs: Inputs) -> str:
+    """What a run would read and do."""
     try:
         check_weights(config.model.path, inputs.model)
         weights = "can be loaded"
     except UserError as error:
         weights = f"cannot be loaded: {error}"
-    shapes = jax.eval_shape(lambda: init_params(inputs.model, jax.random.key(0)))
-    count = sum(x.size for x in jax.tree.leaves(shapes))
     rows = config.batch.prompts * config.batch.samples
-    frozen = count * (2 if config.model.dtype == "bfloat16" else 4)
-    cache = (config.rollout.cache_tokens + config.rollout.prompt_tokens) * position_bytes(inputs.model)
-    print(f"{headline(inputs, config, directory, 0)}\n"
-          f"weights           {weights}\n"
-          f"parameters        {count / 1e6:,.1f} M; master weights and AdamW {count * 12 / 1e9:.2f} GB, "
-          f"frozen tree {frozen / 1e9:.2f} GB, over all devices\n"
-          f"decoding          weights {frozen / 1e9:.2f} GB and up to {cache / 1e9:.2f} GB of keys and "
-          f"values on each row device, shared by its tensor devices\n"
-          f"a step            {config.batch.prompts} prompts x {config.batch.samples} samples = {rows} "
-          f"rollouts of up to {config.rollout.max_new_tokens} tokens\n"
-          f"evaluation        {', '.join(f'{k} {len(v)}' for k, v in inputs.evals.items()) or 'none'}; "
-          f"{config.eval.samples} samples an item\n"
-          f"left out          {sum(map(len, inputs.overlong.values()))} prompts above "
-          f"data.max_prompt_tokens")  # fmt: skip
+    sets = ", ".join(f"{name} {len(items)}" for name, items in inputs.evals.items()) or "none"
+    return (
+        f"weights     {weights}\n"
+        f"a step      {config.batch.prompts} prompts x {config.batch.samples} samples = {rows} rollouts of "
+        f"up to {config.rollout.max_new_tokens} tokens\n"
+        f"evaluation  {sets}; {config.eval.samples} samples an item\n"
+        f"left out    {sum(map(len, inputs.overlong.values()))} prompts above data.max_prompt_tokens"
+    )
 
 
 def headline(inputs: Inputs, config: Config, directory: Path, start: int) -> str:

@@ -82,6 +82,8 @@ def read_inputs(config: Config) -> Inputs:
         dtype=config.model.dtype,
         remat=config.model.remat,
     )
+    lora = config.model.lora
+    model = model.replace(lora_scale=lora.alpha / lora.rank if lora.rank else 0.0)
     check_lengths(config, model)
     wording = WORDINGS.get(config.wording) or read_wording(config.wording)
     stop = config.rollout.stop
@@ -214,7 +216,7 @@ def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]
     check_rows(config, row_devices(mesh))
     optimizer = make_optimizer(config)
     trees = Trees(config, model, mesh, optimizer)
-    for leaf in replicated_dims(trees.state.params, mesh):
+    for leaf in replicated_dims(trees.base, mesh):
         logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
     generate = lambda section, top_p, slots, stops: polled(make_generate(
         model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,

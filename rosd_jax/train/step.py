@@ -32,7 +32,7 @@ from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.text.prompts import Wording
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.train import stopping
-from rosd_jax.train.update import Update
+from rosd_jax.train.update import Update, learner
 from rosd_jax.types import Graded, Lesson, Params, Prompts, Reflected, Rollout, TrainState
 
 Numbers = dict[str, float]
@@ -73,12 +73,14 @@ def train_step(
     """
     clock = Clock(stage)
     with clock("rollout"):
-        rollout = sample_rollouts(tools, state.params, prompts, step)
+        student = learner(state.params, frozen_params, tools.config)
+        rollout = sample_rollouts(tools, student, prompts, step)
     with clock("grade"):
         graded = grade(tools, prompts, rollout)
     with clock("reflect"):
-        reflector = state.params if tools.config.reflect.weights == "student" else on_device(frozen_params)
+        reflector = student if tools.config.reflect.weights == "student" else on_device(frozen_params)
         reflected = reflect_rollouts(tools, reflector, graded, step)
+        del student, reflector  # copies on the device, where the frozen tree lies on the host
     with clock("lesson"):
         reflected, lesson = make_lesson(tools, reflected)
     with clock("update"):

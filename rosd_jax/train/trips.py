@@ -12,6 +12,7 @@ are chosen separately.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -41,15 +42,22 @@ def plan_trips(lesson: Lesson, devices: int, device_rows: int, longest: tuple[in
     longest: the most positions that a student's and a teacher's row may have, which are widths too.
     """
     student_B, teacher_B = needs(lesson)
-    # A student's position goes forward, forward again and backward; a teacher's forward alone.
-    order_B = np.argsort(-(4 * student_B + teacher_B), kind="stable")
-    order_B = order_B[: np.count_nonzero(student_B)]
-    rows = devices * device_rows
-    trips = []
-    for first in range(0, len(order_B), rows):
-        some = order_B[first : first + rows]
-        S = width(int(student_B[some].max()), longest[0])
-        T = width(int(teacher_B[some].max()), longest[1])
+    active = np.flatnonzero(student_B).tolist()
+    wide_B = {
+        row: (width(int(student_B[row]), longest[0]), width(int(teacher_B[row]), longest[1]))
+        for row in active
+    }
+
+    def cost(row: int) -> tuple[int, int]:
+        S, T = wide_B[row]
+        # A student's position goes forward, forward again and backward; a teacher's forward alone.
+        return 4 * S + T, int(student_B[row])
+
+    order = sorted(active, key=cost, reverse=True)
+    rows, trips = devices * device_rows, []
+    for first in range(0, len(order), rows):
+        some = order[first : first + rows]
+        S, T = (max(wide_B[row][side] for row in some) for side in (0, 1))
         trips.append(make_trip(lesson, some, rows, S, T))
     return trips
 
@@ -70,7 +78,7 @@ def width(positions: int, longest: int) -> int:
     return min(max(three if positions <= three else power, SHORTEST), longest)
 
 
-def make_trip(lesson: Lesson, chosen: np.ndarray, rows: int, S: int, T: int) -> Trip:
+def make_trip(lesson: Lesson, chosen: Sequence[int], rows: int, S: int, T: int) -> Trip:
     """The chosen rows of a lesson at widths S and T, and spare ones up to `rows`."""
     student_BS, teacher_BT, target_BS = (np.zeros((rows, width), np.int32) for width in (S, T, S))
     weight_BS, sampler_logp_BS = (np.zeros((rows, S), np.float32) for _ in range(2))

@@ -33,6 +33,7 @@ from rosd_jax.config import Config
 from rosd_jax.distill.loss import span_loss
 from rosd_jax.kernels.topk_jsd import Sharding
 from rosd_jax.models import qwen3
+from rosd_jax.models.lora import combine, init_adapters
 from rosd_jax.models.sharding import AXES, on_device, row_devices, row_sharding
 from rosd_jax.train.trips import Trip, plan_trips
 from rosd_jax.types import Lesson, Params, TrainState
@@ -60,6 +61,19 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             mu_dtype=c.mu_dtype,
         ),
     )
+
+
+def learning_params(config: Config, model: qwen3.Qwen3Config, key: jax.Array) -> Params:
+    """What learns, at random: adapters where model.lora asks for them, else the whole model."""
+    lora = config.model.lora
+    if lora.rank:
+        return init_adapters(model, lora.rank, tuple(lora.targets), key)
+    return qwen3.init_params(model, key)
+
+
+def learner(params: Params, frozen_params: Params, config: Config) -> Params:
+    """The model that learns: where params are adapters, the frozen tree with them; else params themselves."""
+    return combine(on_device(frozen_params), params) if config.model.lora.rank else params
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -149,7 +163,7 @@ def make_update(
     """The update of one experiment on one mesh."""
     places = state_shardings.params
     replicated = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.eval_shape(lambda: qwen3.init_params(model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: learning_params(config, model, jax.random.key(0)))
 
     def zeros() -> tuple[Params, Metrics]:
         grads = jax.tree.map(lambda x: jnp.zeros(x.shape, config.optimizer.grad_dtype), shapes)
@@ -212,13 +226,17 @@ def trip_loss(
     model: qwen3.Qwen3Config,
     mesh: Mesh,
 ) -> tuple[jax.Array, Metrics]:
-    """The part of the loss that one trip carries, and sums over its active tokens."""
-    student_BSD = qwen3.hidden_states(params, model, jnp.asarray(trip.student_BS))
+    """The part of the loss that one trip carries, and sums over its active tokens.
+
+    Where adapters learn, the head is constant, and XLA drops the loss's matmul for its gradient.
+    """
+    student = learner(params, frozen_params, config)
+    student_BSD = qwen3.hidden_states(student, model, jnp.asarray(trip.student_BS))
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     head = lambda tree: qwen3.head_VD(tree).astype(model.dtype)
     loss, aux = span_loss(
         flat(student_BSD),
-        head(params),
+        head(student),
         flat(teacher_BSD),
         jax.lax.stop_gradient(on_device(head(frozen_params))),
         flat(trip.weight_BS),

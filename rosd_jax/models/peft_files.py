@@ -1,0 +1,72 @@
+"""Adapters as a directory that Hugging Face's PEFT loads: adapter_config.json and safetensors.
+
+save_adapters(path, params, rank=, alpha=, targets=, base=)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from rosd_jax.config import UserError
+from rosd_jax.models import files
+from rosd_jax.models.weights import LEAVES
+from rosd_jax.types import Params
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+
+
+def save_adapters(
+    path: str | Path, params: Params, *, rank: int, alpha: float, targets: tuple[str, ...], base: str
+) -> None:
+    """Writes the adapters among the params; `base` is where PEFT finds the model they belong to.
+
+    Every leaf must be addressable from this process. Raises UserError where the directory cannot be
+    written (a full disk, say).
+    """
+    folder = Path(path)
+    tensors: dict[str, np.ndarray] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        *above, name = jax.tree_util.keystr(key_path, simple=True, separator="/").split("/")
+        if name in SUFFIX:
+            module = LEAVES["/".join([*above, "kernel"])][0].removesuffix("weight")
+            for layer, value in enumerate(np.asarray(leaf)):
+                stored = np.ascontiguousarray(value.T)  # [out, in], as all weights there
+                tensors[f"base_model.model.{module.format(layer)}{SUFFIX[name]}"] = stored
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, files.part_of(folder / WEIGHTS), metadata={"format": "pt"})
+        os.chmod(files.part_of(folder / WEIGHTS), 0o644)  # safetensors writes for the owner alone
+        os.replace(files.part_of(folder / WEIGHTS), folder / WEIGHTS)
+        files.write_json(folder / CONFIG, _config(rank, alpha, targets, base))
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} cannot be written ({error}); free disk space or choose another directory"
+        ) from error
+
+
+def _config(rank: int, alpha: float, targets: tuple[str, ...], base: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }

@@ -1,0 +1,229 @@
+"""Every compiled stage of a run, from its config alone: what it holds, what it works, how it is lowered.
+
+make_job(config, model, devices)              -> Job
+stages(job, stop_ids, stops, evaluated)       -> a Stage each, in the order of a step
+lower(stage, job)                             -> jax.stages.Lowered; no weights, no device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rosd_jax.config import Config
+from rosd_jax.models.lora import combine
+from rosd_jax.models.qwen3 import Qwen3Config
+from rosd_jax.models.sharding import make_mesh, row_devices, validate_mesh_for
+from rosd_jax.rollout import loop, prompts
+from rosd_jax.rollout.loop import Decoding
+from rosd_jax.rollout.stops import Stops
+from rosd_jax.train import budget, roofline
+from rosd_jax.train.budget import Bytes, Job
+from rosd_jax.train.roofline import Lengths, Split, Work
+from rosd_jax.train.setup import cache_pages, check_rows
+from rosd_jax.train.trees import Trees
+from rosd_jax.train.trips import width
+from rosd_jax.train.update import make_optimizer, make_update
+
+STAGES = ("rollouts", "reflections", "evaluation", "teacher", "student", "optimizer")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One compiled stage at its largest."""
+
+    name: str
+    resident: Bytes  # what lies in memory whatever the stage does
+    working: Bytes  # what it holds besides, by arithmetic
+    work: Callable[[Lengths], Work]  # of one chip in one step
+    lower: Callable[[], Any]  # -> jax.stages.Lowered, under the job's mesh
+
+    @property
+    def bytes(self) -> Bytes:
+        """By kind, all together."""
+        both = {kind: self.resident.get(kind, 0) + self.working.get(kind, 0) for kind in budget.KINDS}
+        return {kind: n for kind, n in both.items() if n}
+
+
+def make_job(config: Config, model: Qwen3Config, devices: Sequence[Any]) -> Job:
+    """The experiment on these devices. Raises UserError where the mesh does not fit them or the model."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    validate_mesh_for(model, mesh)
+    check_rows(config, row_devices(mesh))
+    optimizer = make_optimizer(config)
+    trees = Trees(config, model, mesh, optimizer)
+    return Job(config, model, mesh, trees, make_update(config, model, optimizer, mesh, trees.shardings))
+
+
+def stages(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int) -> list[Stage]:
+    """All stages. evaluated: items of the largest set that is evaluated."""
+    return [*_decoding(job, stop_ids, stops, evaluated), *_updating(job)]
+
+
+def lower(stage: Stage, job: Job) -> Any:
+    """The stage's program, as a run makes it (train/loop.py, train/setup.py); needs no weights."""
+    precision = "highest" if job.model.dtype == "float32" else None
+    with jax.set_mesh(job.mesh), jax.default_matmul_precision(precision):
+        return stage.lower()
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The largest call of one engine."""
+
+    name: str
+    how: Decoding
+    prompts: int
+    longest: int
+    rows: int
+    frozen: bool  # whose weights
+    stops: Stops | None
+
+
+def _decoding(job: Job, stop_ids, stops, evaluated: int) -> list[Stage]:
+    return [_decoding_stage(job, call) for call in _calls(job, stop_ids, stops, evaluated)]
+
+
+def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[_Call]:
+    """As train/setup.py builds the engines, and as train/step.py and train/loop.py call them."""
+    c, shards = job.config, row_devices(job.mesh)
+    rows = c.batch.prompts * c.batch.samples
+    items = evaluated * c.eval.samples
+    items += -items % c.eval.batch
+
+    def call(name, section, top_p, slots, rows, prompts_N, group, longest, frozen, stops) -> _Call:
+        how = loop.settings(
+            job.model, job.mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
+            stop_ids=stop_ids, slots=slots, pool=cache_pages(c, section.max_new_tokens),
+            implementation=c.rollout.attention,
+        )  # fmt: skip
+        mine = rows // shards
+        own = min(-(-mine // group) * -(-longest // how.page), c.rollout.prompt_tokens // how.page)
+        how = how.sized(rows, prompts.rounded(own, how.page), mine)
+        return _Call(name, how, prompts_N, longest, rows, frozen, stops)
+
+    longest, frozen = c.data.max_prompt_tokens, c.reflect.weights == "frozen"
+    return [
+        call("rollouts", c.rollout, c.rollout.top_p, c.rollout.slots, rows, c.batch.prompts, c.batch.samples,
+             longest, False, stops),
+        call("reflections", c.reflect, 1.0, c.rollout.slots, rows, rows, 1, c.reflect.max_prompt_tokens,
+             frozen, None),
+        call("evaluation", c.eval, c.eval.top_p, c.eval.batch, items, evaluated, c.eval.samples, longest,
+             False, stops),
+    ]  # fmt: skip
+
+
+def _decoding_stage(job: Job, call: _Call) -> Stage:
+    resident = budget.resident(job)
+    if call.frozen and job.config.model.frozen == "host":
+        resident["frozen"] = budget.frozen_bytes(job)  # brought to the devices for as long
+
+    def work(lengths: Lengths) -> Work:
+        c, shards = job.config, row_devices(job.mesh)
+        prompt, length_B, group = {
+            "rollouts": (lengths.prompt, lengths.response_B, c.batch.samples),
+            "reflections": (lengths.reflector, lengths.reflection_B, 1),
+            "evaluation": (lengths.prompt, lengths.evaluated_B, c.eval.samples),
+        }[call.name]
+        mine = len(length_B) // shards
+        _, pool, slots = call.how.room(call.prompts, call.longest, call.rows // shards)
+        mean = sum(length_B) / len(length_B)
+        at_once = max(1, min(slots, int(pool * call.how.page / mean)))
+        return roofline.decode_work(job.model, split(job), -(-mine // group), prompt, length_B, at_once)
+
+    return Stage(
+        call.name,
+        resident,
+        budget.decoding(job, call.how, call.prompts, call.longest, call.rows),
+        work,
+        lambda: _lower_decoding(job, call),
+    )
+
+
+def _lower_decoding(job: Job, call: _Call) -> Any:
+    whole = NamedSharding(job.mesh, P())
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
+    frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("device")),
+        job.trees.frozen_like,
+    )
+    params = frozen if call.frozen else job.trees.like.params
+    if job.adapters and not call.frozen:
+        params = combine(frozen, params)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    given = ints(call.prompts, call.longest), ints(call.prompts), *[ints(call.rows)] * 3
+    return loop.jit_generate(job.mesh).lower(params, *given, key, call.stops, how=call.how)
+
+
+def split(job: Job) -> Split:
+    """The mesh as the roofline wants it."""
+    return Split(row_devices(job.mesh), job.tensor, job.mesh.shape["fsdp"], job.item)
+
+
+# --- the update -----------------------------------------------------------------------------------
+
+
+def _updating(job: Job) -> list[Stage]:
+    resident = budget.resident(job) | budget.gradients(job)
+    trees, (S, T) = job.trees, job.update.longest
+    programs = cache(lambda: job.update.lower(trees.like, trees.frozen_like, S, T))
+    stage = lambda name, held, work, function: Stage(
+        name, resident, held, partial(work, job), lambda: programs()[function]
+    )
+    return [
+        stage("teacher", budget.teacher(job), _teaching, "teach"),
+        stage("student", budget.student(job), _learning, "learn"),
+        stage("optimizer", budget.optimizer(job), _applying, "apply"),
+    ]
+
+
+def trip_widths(job: Job, lengths: Lengths) -> list[tuple[int, int, int]]:
+    """Student's width, teacher's width and active tokens of a row device, trip by trip.
+
+    As train/trips.py lays them out where every response is taught in full, the most that can be.
+    """
+    longest = job.update.longest
+    at_once = row_devices(job.mesh) * job.config.batch.device_rows
+    ordered = sorted(lengths.response_B, reverse=True)
+    groups = [ordered[i : i + at_once] for i in range(0, len(ordered), at_once)]
+    read = lambda prompt, group, most: width(prompt + group[0] - 1, most)
+    return [
+        (
+            read(lengths.prompt, group, longest[0]),
+            read(lengths.teacher, group, longest[1]),
+            -(-sum(group) // row_devices(job.mesh)),
+        )
+        for group in groups
+    ]
+
+
+def _teaching(job: Job, lengths: Lengths) -> Work:
+    rows = job.config.batch.device_rows
+    trips = (roofline.teach_work(job.model, split(job), rows, T) for _, T, _ in trip_widths(job, lengths))
+    return sum(trips, Work())
+
+
+def _learning(job: Job, lengths: Lengths) -> Work:
+    rows, remat = job.config.batch.device_rows, job.config.model.remat
+    grads = budget.gradients(job)["gradients"]
+    trips = (
+        roofline.learn_work(job.model, split(job), rows, S, active, remat, grads, job.adapters)
+        for S, _, active in trip_widths(job, lengths)
+    )
+    return sum(trips, Work())
+
+
+def _applying(job: Job, lengths: Lengths) -> Work:
+    kept = budget.resident(job)
+    return roofline.apply_work(kept["parameters"] + kept["optimizer"], budget.gradients(job)["gradients"])

@@ -1,0 +1,45 @@
+"""A run whose adapters learn: it resumes exactly, is evaluated again, and exports one model in two ways."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_lora import numpy_merge
+from test_run import arguments, assert_same_run, finish, model, numbers  # noqa: F401  (model: a fixture)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+]
+FIELDS = dict(
+    model__lora__rank=4, model__lora__alpha=8.0, model__lora__targets="('q_proj', 'v_proj', 'down_proj')",
+    optimizer__lr=0.01, reflect__weights="student", eval__every=1, checkpoint__every=1, eval__limit=4,
+)  # fmt: skip
+
+
+def test_adapters_are_trained_resumed_evaluated_and_exported(model, cache, tmp_path):  # noqa: F811
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(arguments(model, whole, **FIELDS, steps=2), tmp_path, **cache)
+    for steps in (1, 2):
+        finish(arguments(model, cut, **FIELDS, steps=steps), tmp_path, **cache)
+    assert_same_run(cut, whole)
+
+    trained = [row for row in numbers(whole) if row["split"] == "train"]
+    assert [row["skipped_empty"] + row["skipped_nonfinite"] for row in trained] == [0, 0]
+    assert all(row["active_tokens"] > 0 and row["grad_norm"] > 0 for row in trained)
+    assert abs(trained[1]["ratio"] - 1) < 1e-3  # rollouts come from the adapters that learn
+
+    scored = numbers(whole)
+    finish(arguments(model, whole, mode="eval", **FIELDS, steps=2), tmp_path, **cache)
+    assert numbers(whole) == scored
+
+    before, after = (load_file(path / "model.safetensors") for path in (model, whole / "export"))
+    moved = {name for name in before if (before[name] != after[name]).any()}
+    assert {name.split(".")[-2] for name in moved} == {"q_proj", "v_proj", "down_proj"}
+    adapter = whole / "export" / "adapter"
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (4, 8.0, str(model))
+    numpy_merge(adapter, model, tmp_path / "merged")
+    for name, value in load_file(tmp_path / "merged" / "model.safetensors").items():
+        np.testing.assert_allclose(after[name], value, atol=1e-6)

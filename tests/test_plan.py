@@ -1,0 +1,370 @@
+"""The plan: slices that exist, what fits on them, bytes and FLOPs that can be checked, and what it prints."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import numpy as np
+import pytest
+from test_run import run  # noqa: F401  (a fixture)
+
+import tiny
+from configs import quickstart, qwen3_science
+from rosd_jax.config import UserError
+from rosd_jax.models.families import read_config
+from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params
+from rosd_jax.models.sharding import row_devices
+from rosd_jax.train import plan as plans
+from rosd_jax.train import planned, roofline
+from rosd_jax.train.budget import gradients, resident
+from rosd_jax.train.chips import CHIPS, Slice, read_topology
+from rosd_jax.train.plan import Asked, make_plan
+from rosd_jax.train.roofline import at_limits, realistic
+from rosd_jax.train.stages import STAGES, make_job, trip_widths
+from rosd_jax.train.trips import plan_trips
+from rosd_jax.types import Lesson
+from support import ROOT
+
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu compiles for TPUs; its wheel is Linux x86-64's",
+)
+# config.json of Qwen/Qwen3-4B and Qwen/Qwen3-8B, and the tokens of their tokenizer.
+COMMON = dict(
+    vocab_size=151936, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    num_tokens=151669, dtype="bfloat16", remat="block",
+)  # fmt: skip
+MODELS = {
+    "4b": Qwen3Config(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True, **COMMON),
+    "8b": Qwen3Config(hidden_size=4096, intermediate_size=12288, **COMMON),
+}
+PARAMETERS = {"4b": 4.022e9, "8b": 8.191e9}  # as their model cards round them: 4.0 and 8.2 billion
+STOP, ITEMS = (151645, 151643), 100
+
+
+@cache
+def chips(topology: str) -> Slice:
+    return read_topology(topology)
+
+
+def job_of(size: str, topology: str, *variants: str, **fields):
+    config = qwen3_science.get_config(",".join(variants))
+    config.update_from_flattened_dict(fields)
+    return make_job(config, MODELS[size].replace(remat=config.model.remat), chips(topology).devices)
+
+
+def planned_of(job, topology: str):
+    """By arithmetic alone."""
+    return make_plan(job, replace(chips(topology), compiles=False), STOP, None, ITEMS)
+
+
+# --- slices -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, count", [("v5p:2x2x2", 8), ("v5e:8x8", 64), ("v6e:4x4", 16)])
+@NEEDS_LIBTPU
+def test_a_tpu_slice_has_its_chips(name, count):
+    found = chips(name)
+    assert len(found.devices) == count and found.chip is CHIPS[name[:3]]
+    assert found.devices[0].device_kind in found.chip.kinds
+
+
+def test_gpus_are_planned_without_any():
+    assert len(chips("h100:8").devices) == 8 and not chips("h100:8").compiles
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("v9x:2x2", "it must be local, a TPU slice"),
+        ("v5p", "it must be local, a TPU slice"),
+        ("h100", "it must be local, a TPU slice"),
+        ("", "it must be local, a TPU slice"),
+        ("h100:0", "goes the number of GPUs"),
+        ("h100:2x2", "goes the number of GPUs"),
+        ("h100:2000", "plan in a new process"),
+        pytest.param("v5p:3x5", "which the TPU compiler does not take", marks=NEEDS_LIBTPU),
+        pytest.param("v6e:x", "which the TPU compiler does not take", marks=NEEDS_LIBTPU),
+    ],
+)
+def test_a_slice_that_does_not_exist_is_named(name, words):
+    with pytest.raises(UserError, match=words):
+        read_topology(name)
+
+
+def test_a_mesh_that_does_not_fit_the_slice_or_the_model_is_named():
+    with pytest.raises(UserError, match="the product must be the number of devices, 8"):
+        job_of("8b", "h100:8", **{"mesh.fsdp": 16})
+    with pytest.raises(UserError, match="must be a multiple of mesh.data x mesh.fsdp = 8"):
+        job_of("8b", "h100:8", **{"batch.prompts": 3, "batch.samples": 3})
+    config = qwen3_science.get_config()
+    config.mesh.tensor = 8
+    with pytest.raises(UserError, match="mesh.tensor is 8; it must divide"):
+        make_job(config, MODELS["8b"].replace(num_key_value_heads=4), chips("h100:8").devices)
+
+
+# --- what fits ----------------------------------------------------------------------------------------
+
+ON_TPU = [name for name, (topology, _) in qwen3_science.SLICES.items() if topology.startswith("v")]
+
+
+@pytest.mark.parametrize("size", MODELS)
+@pytest.mark.parametrize(
+    "chips_name",
+    [pytest.param(name, marks=NEEDS_LIBTPU) if name in ON_TPU else name for name in qwen3_science.SLICES],
+)
+def test_every_preset_fits_its_slice_at_the_paper_s_lengths(size, chips_name):
+    if (size, chips_name) in qwen3_science.TOO_LARGE:
+        with pytest.raises(UserError, match="too small for it"):
+            qwen3_science.get_config(f"{size},{chips_name}")
+        return
+    topology, mesh = qwen3_science.SLICES[chips_name]
+    job = job_of(size, topology, size, chips_name)
+    c = job.config
+    lengths = c.data.max_prompt_tokens, c.lesson.max_teacher_tokens, c.rollout.max_new_tokens
+    assert (*lengths, c.batch.prompts, c.batch.samples) == (2048, 10240, 8192, 32, 8)
+    assert tuple(job.mesh.shape.values()) == mesh and row_devices(job.mesh) <= 16
+    found = planned_of(job, topology)
+    assert found.fits and not found.changes
+    assert found.parameters == pytest.approx(PARAMETERS[size], rel=1e-3)
+
+
+def test_adapters_of_8b_fit_one_gpu_of_80_gb():
+    job = job_of("8b", "h100:1", "lora")
+    found = planned_of(job, "h100:1")
+    assert found.fits and found.parameters == pytest.approx(PARAMETERS["8b"], rel=1e-3)
+    held = {stage.name: stage.bytes for stage in found.stages}
+    assert held["student"]["frozen"] == pytest.approx(2 * PARAMETERS["8b"], rel=1e-3)
+    assert held["student"]["gradients"] == pytest.approx(4 * 174.6e6, rel=1e-2)  # adapters of rank 64
+    assert planned_of(job_of("8b", "h200:1", "8b", "h200", "lora"), "h200:1").fits
+
+
+def test_adapters_take_no_gradients_of_the_weights():
+    model, one = MODELS["8b"], roofline.Split(shards=1, tensor=1, fsdp=1, item=2)
+    learn = partial(
+        roofline.learn_work, model, one, rows=1, width=4096, active=1000, remat="block", grad_bytes=0
+    )
+    saved = learn().flops - learn(adapters=True).flops
+    matrices = PARAMETERS["8b"] - 2 * 151936 * 4096
+    assert saved == pytest.approx(2 * matrices * 4096 + 2 * 1000 * 151936 * 4096, rel=1e-3)
+
+
+def test_what_does_not_fit_is_said_with_fields_that_help():
+    """8B trained whole on one H200, which the presets refuse, and which no single field makes fit."""
+    job = job_of("8b", "h200:1")
+    found = planned_of(job, "h200:1")
+    assert found.fits is False and found.verdict == "does not fit"
+    fullest = max(found.stages, key=lambda stage: stage.held)
+    assert found.changes and all(fullest.name in change for change in found.changes)
+    fields = {change.split(" to ")[0] for change in found.changes}
+    assert "optimizer.mu_dtype" in fields and "batch.device_rows" not in fields
+    text = planned.as_text(found)
+    assert "verdict     does not fit" in text and f"change {found.changes[0]}" in text
+    assert "XLA_CLIENT_MEM_FRACTION" in text
+
+
+def test_a_named_change_does_what_it_says():
+    before = job_of("8b", "h200:1")
+    after = job_of("8b", "h200:1", **{"optimizer.mu_dtype": "bfloat16"})
+    saved = resident(before)["optimizer"] - resident(after)["optimizer"]
+    assert saved == pytest.approx(2 * PARAMETERS["8b"], rel=1e-3)
+
+
+# --- bytes --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The demo's job on a hand-made model, over two CPU devices."""
+    path = tiny.model_dir(tmp_path_factory)
+    config = quickstart.get_config("debug")
+    config.model.path = str(path)
+    model = read_config(path, num_tokens=None, dtype="float32", remat="none")
+    return make_job(config, model, jax.devices()[:2])
+
+
+def on_first_device(tree) -> int:
+    """Bytes of a tree's arrays on the first device."""
+    shards = (shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
+
+
+def test_what_is_resident_is_what_a_run_holds(small):
+    state = small.trees.first()
+    frozen = small.trees.frozen(state)
+    grads, _ = small.update.zeros()
+    planned_bytes = resident(small) | gradients(small)
+    used = {
+        "parameters": on_first_device(state.params),
+        "optimizer": on_first_device(state.opt_state),
+        "frozen": on_first_device(frozen),
+        "gradients": on_first_device(grads),
+    }
+    assert planned_bytes == used
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_demo_takes_what_is_planned_within_a_fifth():
+    """The shipped model over two CPU devices, each stage against what its compiled program takes."""
+    config = quickstart.get_config()
+    model = read_config(ROOT / config.model.path, num_tokens=None, dtype="float32", remat="none")
+    job = make_job(config, model, jax.devices()[:2])
+    local = Slice("local", None, jax.devices()[:2], "cpu", compiles=True)
+    found = make_plan(job, local, (5,), None, 256, compiled=STAGES)
+    assert found.fits is None
+    for stage in found.stages:
+        assert sum(stage.bytes.values()) == pytest.approx(stage.held, rel=0.2), stage.name
+    assert "unknown" in planned.as_text(found)
+
+
+@pytest.mark.slow
+@NEEDS_LIBTPU
+def test_the_student_of_8b_takes_what_is_planned_within_a_fifth():
+    """85 s of a CPU. docs/performance.md has all stages, on two slices."""
+    job = job_of("8b", "v5p:2x2x2")
+    found = make_plan(job, chips("v5p:2x2x2"), STOP, None, ITEMS, compiled=["student"])
+    student = next(stage for stage in found.stages if stage.name == "student")
+    assert student.compiled is not None and not student.compiled.refused
+    assert sum(student.bytes.values()) == pytest.approx(student.held, rel=0.2)
+    assert student.fits
+    kinds = {c.kind for c in student.compiled.collectives or ()}
+    assert {"all-gather", "all-reduce"} & kinds
+
+
+# --- FLOPs and lengths --------------------------------------------------------------------------------
+
+
+def test_flops_are_those_of_a_compiled_forward_pass():
+    """One layer, since the compiler counts a scan's body once; it makes all T x T products on a CPU."""
+    T = 128
+    model = Qwen3Config(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64,
+    )  # fmt: skip
+    shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, T), np.int32)
+    program = jax.jit(lambda p, t: hidden_states(p, model, t)).lower(shapes, tokens).compile()
+    half = roofline.attention_flops(model, T, T / 2)
+    counted = roofline.forward_flops(model, T) + half
+    assert counted == pytest.approx(program.cost_analysis()["flops"], rel=0.05)
+    assert half / counted > 0.05  # else the test would not see attention
+
+
+def test_flops_of_8b_by_hand():
+    """Six FLOPs a parameter and token of the usual estimate, two of them again; heads for active tokens."""
+    model, T = MODELS["8b"], 10240
+    one = roofline.Split(shards=1, tensor=1, fsdp=1, item=2)
+    matrices = PARAMETERS["8b"] - 2 * 151936 * 4096
+    attention = 2 * 36 * 32 * 128 * T**2  # half of 4 x layers x heads x width x T x T
+    work = roofline.learn_work(model, one, rows=1, width=T, active=0, remat="block", grad_bytes=0)
+    assert work.flops == pytest.approx(8 * matrices * T + 4.5 * attention, rel=1e-3)
+    kept = roofline.learn_work(model, one, rows=1, width=T, active=0, remat="none", grad_bytes=0)
+    assert kept.flops == pytest.approx(6 * matrices * T + 3.5 * attention, rel=1e-3)
+    heads = roofline.learn_work(model, one, rows=1, width=T, active=1000, remat="none", grad_bytes=0)
+    assert heads.flops - kept.flops == pytest.approx(4 * 2 * 1000 * 151936 * 4096)
+    half = roofline.learn_work(
+        model, replace(one, tensor=2), rows=1, width=T, active=1000, remat="none", grad_bytes=0
+    )
+    assert half.flops == heads.flops / 2 and half.sent > 0 == heads.sent
+
+
+def test_decoding_reads_the_weights_every_step_and_each_live_position():
+    model, one = MODELS["8b"], roofline.Split(shards=1, tensor=1, fsdp=1, item=2)
+    prefill = roofline.prefill_work(model, one, prompts=1, prompt=100)
+    work = roofline.decode_work(model, one, 1, 100, [50, 10], at_once=2)
+    positions = 50 * (100 + 25) + 10 * (100 + 5)
+    weights = 2 * (PARAMETERS["8b"] - 151936 * 4096)  # the embedding is looked up
+    assert work.bytes - prefill.bytes == pytest.approx(50 * weights + positions * 147456, rel=1e-3)
+    one_by_one = roofline.decode_work(model, one, 1, 100, [50, 10], at_once=1)
+    assert one_by_one.bytes - work.bytes == pytest.approx(10 * weights, rel=1e-3)
+
+
+def test_realistic_lengths_are_within_the_limits():
+    config = qwen3_science.get_config()
+    found, limits = realistic(config), at_limits(config)
+    assert np.mean(found.response_B) == pytest.approx(1536, rel=0.02) and len(found.response_B) == 256
+    assert max(found.response_B) <= 8192 and min(found.response_B) >= 1
+    assert set(limits.response_B) == {8192}
+    small = quickstart.get_config()
+    assert max(realistic(small).response_B) <= small.rollout.max_new_tokens
+    assert realistic(small).teacher <= small.lesson.max_teacher_tokens
+
+
+def test_trips_are_those_of_the_update(small):
+    """The same widths as train/trips.py chooses for rows of these lengths that are taught in full."""
+    lengths = realistic(small.config)
+    B, R = len(lengths.response_B), small.config.rollout.max_new_tokens
+    held = np.arange(R) < np.array(lengths.response_B)[:, None]
+    lesson = Lesson(
+        prompt_BP=np.ones((B, lengths.prompt), np.int32),
+        prompt_len_B=np.full(B, lengths.prompt),
+        teacher_prompt_BQ=np.ones((B, lengths.teacher), np.int32),
+        teacher_prompt_len_B=np.full(B, lengths.teacher),
+        response_BR=np.ones((B, R), np.int32),
+        response_len_B=np.array(lengths.response_B),
+        weight_BR=held.astype(np.float32),
+        sampler_logp_BR=np.zeros((B, R), np.float32),
+    )
+    update = small.update
+    trips = plan_trips(lesson, row_devices(small.mesh), update.device_rows, update.longest)
+    widths = [(trip.student_BS.shape[1], trip.teacher_BT.shape[1]) for trip in trips]
+    assert widths == [(S, T) for S, T, _ in trip_widths(small, lengths)]
+    active = sum(n for *_, n in trip_widths(small, lengths)) * row_devices(small.mesh)
+    assert active >= held.sum()
+
+
+# --- what is printed ----------------------------------------------------------------------------------
+
+
+@NEEDS_LIBTPU
+def test_a_plan_is_one_json_object_that_holds_what_the_text_does():
+    job = job_of("8b", "v6e:4x4", "v6e-16")
+    found = planned_of(job, "v6e:4x4")
+    told = json.loads(planned.as_json(found))
+    assert told["verdict"] == "fits" and told["chips"] == 16 and told["mesh"]["tensor"] == 2
+    assert [stage["name"] for stage in told["stages"]] == list(STAGES)
+    for stage in told["stages"]:
+        assert stage["held"] == sum(stage["bytes"].values()) < told["chip"]["memory"]
+        assert stage["counted_by"] == "arithmetic" and stage["compiled"] is None
+        at_least = told["seconds"]["limits"][stage["name"]]
+        assert at_least >= stage["work"]["limits"]["flops"] / told["chip"]["flops"]
+    step = told["seconds"]["realistic"]
+    assert step["step"] == pytest.approx(sum(s for n, s in step.items() if n not in ("step", "evaluation")))
+    assert step["step"] < told["seconds"]["limits"]["step"]
+    text = planned.as_text(found)
+    assert "mesh.fsdp=8 mesh.tensor=2" in text and "not lowered" in text and "fits" in text
+
+
+def test_a_plan_reads_no_weights(tmp_path_factory, tmp_path, capsys):
+    source = tiny.model_dir(tmp_path_factory)
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = quickstart.get_config("debug")
+    config.model.path = str(tmp_path)
+    plans.plan(config, tmp_path / "run", Asked("h100:8"))
+    printed = capsys.readouterr().out
+    assert "cannot be loaded" in printed and "verdict     fits" in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        (Asked(compile=("everything",)), "--compile names 'everything'; it must be all"),
+        (Asked("h100:8", compile=("all",)), "--compile needs the compiler of h100:8"),
+    ],
+)
+def test_what_cannot_be_compiled_is_named(asked, words, tmp_path_factory, tmp_path):
+    config = quickstart.get_config("debug")
+    config.model.path = str(tiny.model_dir(tmp_path_factory))
+    with pytest.raises(UserError, match=words):
+        plans.plan(config, tmp_path / "run", asked)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_flags_are_refused_without_a_plan(run):  # noqa: F811
+    status, printed = run(f"--config={ROOT / 'configs' / 'quickstart.py'}:debug", "--json")
+    assert status == 2 and "are for --mode=plan" in printed.err
