@@ -37,9 +37,10 @@ class Flops:
     teacher: float
     heads: float
 
-    def total(self, remat: bool) -> float:
-        """With the backward pass."""
-        return (4 if remat else 3) * self.student + self.teacher + self.heads
+    def total(self, remat: bool, lora: bool = False) -> float:
+        """With the backward pass; under adapters without the gradients of matrices."""
+        passes = (2 if lora else 3) + remat
+        return passes * self.student + self.teacher + (0.75 if lora else 1.0) * self.heads
 
 
 def forward(model: Qwen3Config, tokens: np.ndarray | int) -> np.ndarray:

@@ -1,15 +1,17 @@
 """Attention, updates and a whole step at real shapes on one GPU, with random weights: one run of minutes.
 
-    python -m benchmarks.step_gpu --out=DIR [--parts=attention,update-0.6b,update-1.7b,loss,step-1.7b]
+    python -m benchmarks.step_gpu --out=DIR
+        [--parts=attention,update-0.6b,update-1.7b,update-4b-lora,loss,step-4b-lora]
         [--scale=0.25] [--prompts=32] [--minutes=9] [--tiny]
 
     attention    `cudnn_gpu` and `xla` against `reference`: how far each is from float32, and times
-    update-*     one update of rows of 8,192 tokens, all parameters: MFU, compile seconds, peak memory
+    update-*     one update of rows of 8,192 tokens: MFU, compile seconds, peak memory
     loss         benchmarks/topk_jsd.py with 2560 x 16384: beside torch and Liger, where they are installed
     step-*       rollouts, reflections and update of `prompts` x 8 rows at `scale` of the paper's lengths:
                  seconds and share of each stage, share of the decode floor, MFU
 
-`*` is 0.6b, 1.7b, 4b or 8b. With all parameters 0.6b takes some 15 GB, 1.7b 40 to 50, 4b 100.
+`*` is 0.6b, 1.7b, 4b or 8b, with `-lora` behind it for adapters of rank 64 in place of all parameters. By
+arithmetic 0.6b takes some 15 GB, 1.7b 40 to 50, 4b 100 and with adapters 40.
 
 Each part is a process of its own, so that its peak memory is its own and a failure stops no other; DIR's
 step_gpu.json and step_gpu.md are written again after each. `--tiny` shrinks everything, to try it on a CPU.
@@ -42,7 +44,9 @@ from rosd_jax.models.sharding import make_mesh
 from rosd_jax.train.update import make_optimizer, make_update
 
 TINY = Qwen3Config(512, 64, 96, 2, 4, 2, 16, tie_word_embeddings=True)
+RANK = 64  # of adapters
 PROMPT = 512  # of a row of the update
+PARTS = "attention,update-0.6b,update-1.7b,update-4b-lora,loss,step-4b-lora"
 Record = dict[str, Any]
 
 
@@ -67,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description="The update and a whole step on one GPU")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parts", default="attention,update-0.6b,update-1.7b,loss,step-1.7b")
+    parser.add_argument("--parts", default=PARTS)
     parser.add_argument("--scale", type=float, default=0.25, help="of the step's lengths to the paper's")
     parser.add_argument("--prompts", type=int, default=32, help="of the step")
     parser.add_argument("--minutes", type=float, default=9.0, help="no part goes on after these")
@@ -93,12 +97,13 @@ def work(part: str, args: argparse.Namespace, left: float) -> Record:
 
 def run_part(part: str, args: argparse.Namespace) -> Record:
     """What one part measures."""
-    kind, _, name = part.partition("-")
+    kind, _, which = part.partition("-")
+    name, _, lora = which.partition("-")
     model = lambda: TINY if args.tiny else QWEN3[name]
     parts: dict[str, Callable[[], Record]] = {
         "attention": lambda: attention(args.tiny),
-        "update": lambda: update(model(), args.tiny),
-        "step": lambda: whole_step(model(), args.scale, args.prompts, args.tiny),
+        "update": lambda: update(model(), bool(lora), args.tiny),
+        "step": lambda: whole_step(model(), bool(lora), args.scale, args.prompts, args.tiny),
         "loss": lambda: loss(args.out, args.tiny),
     }
     return parts[kind]()
@@ -146,17 +151,20 @@ def timed(call: Callable[..., Any], operands: list[jax.Array]) -> dict[str, floa
     return summary(times[1:])
 
 
-def settings(model: Qwen3Config, tiny: bool) -> tuple[Config, Qwen3Config]:
+def settings(model: Qwen3Config, lora: bool, tiny: bool) -> tuple[Config, Qwen3Config]:
     """The paper's preset on one device, and the model as it asks for it."""
     config = default_config()
+    if lora:
+        config.model.lora.rank = RANK
+        model = model.replace(lora_scale=config.model.lora.alpha / RANK)
     config.model.update(dtype="float32" if tiny else "bfloat16", remat="block")
     config.loss.topk = 20 if tiny else 100
     return config, model.replace(dtype=config.model.dtype, remat=config.model.remat)
 
 
-def update(model: Qwen3Config, tiny: bool, rows: int = 4, rounds: int = 3) -> Record:
+def update(model: Qwen3Config, lora: bool, tiny: bool, rows: int = 4, rounds: int = 3) -> Record:
     """Whole updates of rows that need 8,192 positions, the last quarter of them with loss."""
-    config, model = settings(model, tiny)
+    config, model = settings(model, lora, tiny)
     need, prompt = (96, 16) if tiny else (8192, PROMPT)
     last = np.full(rows, need - prompt + 1)
     prompt_B = np.full(rows, prompt)
@@ -184,9 +192,9 @@ def update(model: Qwen3Config, tiny: bool, rows: int = 4, rounds: int = 3) -> Re
     } | step_stages.mfu(model, lengths, took, mesh)  # fmt: skip
 
 
-def whole_step(model: Qwen3Config, scale: float, prompts: int, tiny: bool) -> Record:
+def whole_step(model: Qwen3Config, lora: bool, scale: float, prompts: int, tiny: bool) -> Record:
     """Two steps; the second is timed."""
-    config, model = settings(model, tiny)
+    config, model = settings(model, lora, tiny)
     sizes = Sizes().scaled(1 / 64, prompts=2) if tiny else Sizes().scaled(scale, prompts)
     workload = step_stages.Workload(sizes)
     if tiny:

@@ -36,7 +36,7 @@ from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.setup import cache_pages
 from rosd_jax.train.trees import Trees
-from rosd_jax.train.update import init_state, make_optimizer, make_update
+from rosd_jax.train.update import init_state, learner, learning_params, make_optimizer, make_update
 from rosd_jax.types import Lesson, Params, Rollout, TrainState
 
 STAGES = ("rollouts", "reflections", "update")
@@ -81,8 +81,9 @@ class Step:
     def rollouts(self) -> Rollout:
         """One response a row."""
         rows, sizes = len(self.prompts), self.workload.sizes
+        student = learner(self.state.params, self.frozen, self.config)
         return decode_rows(
-            self.sample, self.state.params, self.prompts, np.arange(rows), self.lengths.response_B,
+            self.sample, student, self.prompts, np.arange(rows), self.lengths.response_B,
             jax.random.key(0), rows=rows, shards=row_devices(self.mesh), longest=sizes.prompt_limits[1],
             prompts=sizes.prompts, room=self.config.rollout.prompt_tokens,
         )  # fmt: skip
@@ -124,9 +125,10 @@ def random_trees(
 ) -> tuple[TrainState, Params, Trees]:
     """A first state and a frozen tree of random weights, made where they lie."""
     trees = Trees(config, model, mesh, optimizer)
-    start = lambda key: init_state(init_params(model, key), optimizer)
+    start = lambda key: init_state(learning_params(config, model, key), optimizer)
+    base = lambda key: jax.tree.map(lambda x: x.astype(model.dtype), init_params(model, key))
     state = jax.jit(start, out_shardings=trees.shardings)(jax.random.key(0))
-    return state, trees.frozen(state), trees
+    return state, jax.jit(base, out_shardings=trees.frozen_shardings)(jax.random.key(0)), trees
 
 
 def measure(workload: Workload, config: Config, model: Qwen3Config, rounds: int = 1) -> dict[str, Any]:
@@ -181,7 +183,7 @@ def describe_update(step: Step, took: float) -> dict[str, float]:
 
 def mfu(model: Qwen3Config, lengths: Lengths, took: float, mesh: Mesh) -> dict[str, float]:
     """The ideal's FLOPs a second over those of the mesh: a matrix product's, and the vendor's figure."""
-    rate = ideal(model, lengths).total(remat=False) / took
+    rate = ideal(model, lengths).total(remat=False, lora=model.lora_scale > 0) / took
     found = {"flops_s": rate, "mfu_of_measured": rate / matmul_rate(model.dtype, mesh)}
     kind = mesh.devices.flat[0].device_kind
     stated = [peak for name, peak in PEAKS.items() if name in kind]

@@ -45,6 +45,7 @@ def test_flops_are_those_of_the_matrices_and_of_causal_attention():
     products = 2 * weights * 64 + 2 * 2 * 3 * 4 * 16 * scores
     assert forward(model, 64) == pytest.approx(products, rel=0.01)
     assert heads(model, 5) == 4 * 2 * 5 * 32 * 96
+    assert Flops(10, 7, 4).total(remat=False, lora=True) == 30
     assert Flops(10, 7, 3).total(remat=False) == 40 and Flops(10, 7, 3).total(remat=True) == 50
 
 
@@ -159,7 +160,7 @@ def test_the_gpu_script_measures_attention_and_an_update(quick_compiles):
     found = step_gpu.attention(tiny=True)
     for name in ("xla", "reference"):
         assert max(found[name]["error"].values()) < 0.01 and found[name]["forward_backward_ms"]["n"] == 10
-    found = step_gpu.update(step_gpu.TINY, tiny=True, rows=1, rounds=1)
+    found = step_gpu.update(step_gpu.TINY, lora=True, tiny=True, rows=1, rounds=1)
     assert found["positions"] == 96 and found["s"]["n"] == 1 and found["mfu_of_measured"] > 0
     text = step_gpu.render({"date": "", "versions": {}, "parts": {"update-0.6b": found | {"wall_s": 1.0}}})
     assert "| positions | 96 |" in text
