@@ -1,6 +1,6 @@
 """The peers of the decoding benchmark, each in an interpreter of its own, and the handle to them.
 
-    PYTHON benchmarks/decode_peers.py {tunix,transformers} MODEL_DIR
+    PYTHON -m benchmarks.decode_peers {tunix,transformers} MODEL_DIR
 
 loads the weights, then answers each JSON line on stdin by one on stdout, marked so that nothing else
 there is taken for it; every answer holds the processor seconds that it took.
@@ -20,24 +20,27 @@ import sys
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[1]
 MARK = "@@"
 SIGMA = 0.8  # of the lengths' logarithms
 Call = Callable[[], dict[str, Any]]  # returns when its work is done, with the processor seconds "cpu_s"
 
 
 class Peer:
-    """A worker process, and the versions that it runs."""
+    """A worker process, which runs `module`, and the versions of what it uses."""
 
-    def __init__(self, name: str, python: str, model_dir: str) -> None:
+    def __init__(self, name: str, python: str, folder: str, module: str = "benchmarks.decode_peers") -> None:
         self.process = subprocess.Popen(
-            [python, __file__, name, model_dir],
+            [os.path.abspath(python), "-m", module, name, folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            cwd=ROOT,
             env=os.environ
             | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
         )
@@ -129,16 +132,13 @@ class Ids:
         return self.vocab + 8
 
 
-def tunix(path: str):
-    """(generate, top_p, versions) of tunix."""
-    import jax
+def tunix_config(path: str | Path) -> Any:
+    """tunix's form of a Hugging Face directory's config.json, in float32."""
     import jax.numpy as jnp
-    from tunix.generate import sampler
-    from tunix.models.qwen3 import model, params
+    from tunix.models.qwen3 import model
 
-    with open(f"{path}/config.json") as file:
-        hf = json.load(file)
-    config = model.ModelConfig(
+    hf = json.loads((Path(path) / "config.json").read_text())
+    return model.ModelConfig(
         num_layers=hf["num_hidden_layers"],
         vocab_size=hf["vocab_size"],
         embed_dim=hf["hidden_size"],
@@ -152,6 +152,16 @@ def tunix(path: str):
         dtype=jnp.float32,
         param_dtype=jnp.float32,
     )
+
+
+def tunix(path: str):
+    """(generate, top_p, versions) of tunix."""
+    import jax
+    import jax.numpy as jnp
+    from tunix.generate import sampler
+    from tunix.models.qwen3 import params
+
+    config = tunix_config(path)
     net = params.create_model_from_safe_tensors(path, config, dtype=jnp.float32)
 
     @cache

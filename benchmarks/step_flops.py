@@ -1,0 +1,107 @@
+"""FLOPs of one update as it is planned, over those of the ideal, which computes nothing in vain.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.step_flops [--model=8b] [--draws=20] [--devices=1,4,8,16,64]
+
+The ideal cuts each row at its last token with loss, pads nothing, has causal attention at half of T x T,
+and multiplies by the heads for tokens with loss alone. It costs three forward passes of the student (one
+forward, two backward; one more where the backward pass makes activations again) and one of the teacher.
+Nothing is compiled: what is counted are the trips that the update would make on rows drawn at the paper's
+lengths (benchmarks/step_rows.py says how).
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.step_rows import PRESETS, Lengths, Preset, Sizes, draw, lesson, needs
+from benchmarks.timing import table
+from rosd_jax.config import default_config
+from rosd_jax.models.qwen3 import Qwen3Config
+from rosd_jax.train.trips import Trip, plan_trips
+from rosd_jax.train.update import longest_rows
+
+QWEN3 = {
+    "0.6b": Qwen3Config(151936, 1024, 3072, 28, 16, 8, 128, tie_word_embeddings=True),
+    "1.7b": Qwen3Config(151936, 2048, 6144, 28, 16, 8, 128, tie_word_embeddings=True),
+    "4b": Qwen3Config(151936, 2560, 9728, 36, 32, 8, 128, tie_word_embeddings=True),
+    "8b": Qwen3Config(151936, 4096, 12288, 36, 32, 8, 128),
+}
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one update: one forward pass of each model, and the heads' four products with their gradients."""
+
+    student: float
+    teacher: float
+    heads: float
+
+    def total(self, remat: bool, lora: bool = False) -> float:
+        """With the backward pass; under adapters without the gradients of matrices."""
+        passes = (2 if lora else 3) + remat
+        return passes * self.student + self.teacher + (0.75 if lora else 1.0) * self.heads
+
+
+def forward(model: Qwen3Config, tokens: np.ndarray | int) -> np.ndarray:
+    """FLOPs of the layers for rows of so many tokens."""
+    c, T = model, np.asarray(tokens, np.float64)
+    heads = c.num_attention_heads * c.head_dim
+    weights = c.hidden_size * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
+    causal = 2 * heads * T  # queries by keys and weights by values, half of each
+    return c.num_hidden_layers * T * (2 * weights + causal)
+
+
+def heads(model: Qwen3Config, tokens: float) -> float:
+    """FLOPs of the loss's products: both models' logits, and the student's two gradients."""
+    return 8.0 * model.hidden_size * model.vocab_size * tokens
+
+
+def ideal(model: Qwen3Config, lengths: Lengths) -> Flops:
+    """What cannot be left out."""
+    student, teacher = (float(forward(model, need_B).sum()) for need_B in needs(lengths))
+    return Flops(student, teacher, heads(model, int(lengths.active_B.sum())))
+
+
+def planned(model: Qwen3Config, trips: list[Trip], rows: int, lengths: Lengths) -> Flops:
+    """What these trips compute, `rows` rows each."""
+    widths_of = lambda trip: (trip.student_BS.shape[1], trip.teacher_BT.shape[1])
+    student, teacher = rows * forward(model, np.array([widths_of(trip) for trip in trips])).sum(axis=0)
+    return Flops(float(student), float(teacher), heads(model, int(lengths.active_B.sum())))
+
+
+def waste(
+    model: Qwen3Config, preset: Preset, devices: int, draws: int, device_rows: int = 1
+) -> tuple[float, float, float]:
+    """Planned FLOPs over the ideal's, without and with rematerialisation, and trips; means of the steps."""
+    found, longest = [], longest_rows(default_config())
+    for seed in range(draws):
+        lengths = draw(Sizes(), preset, seed)
+        trips = plan_trips(lesson(lengths, model.vocab_size), devices, device_rows, longest)
+        least, plan = ideal(model, lengths), planned(model, trips, devices * device_rows, lengths)
+        ratios = [plan.total(remat) / least.total(remat) for remat in (False, True)]
+        found.append((*ratios, len(trips)))
+    plain, remat, count = np.mean(found, axis=0)
+    return float(plain), float(remat), float(count)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description="FLOPs of the update over the ideal's")
+    parser.add_argument("--model", choices=QWEN3, default="8b")
+    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--devices", default="1,4,8,16,64", help="row devices")
+    args = parser.parse_args(argv)
+    rows = []
+    for devices in map(int, args.devices.split(",")):
+        cells = [str(devices)]
+        for preset in PRESETS:
+            plain, remat, trips = waste(QWEN3[args.model], preset, devices, args.draws)
+            cells += [f"{plain:.2f}", f"{remat:.2f}", f"{trips:.0f}"]
+        rows.append(cells)
+    head = [text for preset in PRESETS for text in (preset, f"{preset}, remat", "trips")]
+    print(table(["row devices", *head], rows))
+
+
+if __name__ == "__main__":
+    main()

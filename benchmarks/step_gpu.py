@@ -1,0 +1,243 @@
+"""Attention, updates and a whole step at real shapes on one GPU, with random weights: one run of minutes.
+
+    python -m benchmarks.step_gpu --out=DIR
+        [--parts=attention,update-0.6b,update-1.7b,update-4b-lora,loss,step-4b-lora]
+        [--scale=0.25] [--prompts=32] [--minutes=9] [--tiny]
+
+    attention    `cudnn_gpu` and `xla` against `reference`: how far each is from float32, and times
+    update-*     one update of rows of 8,192 tokens: MFU, compile seconds, peak memory
+    loss         benchmarks/topk_jsd.py with 2560 x 16384: beside torch and Liger, where they are installed
+    step-*       rollouts, reflections and update of `prompts` x 8 rows at `scale` of the paper's lengths:
+                 seconds and share of each stage, share of the decode floor, MFU
+
+`*` is 0.6b, 1.7b, 4b or 8b, with `-lora` behind it for adapters of rank 64 in place of all parameters. By
+arithmetic 0.6b takes some 15 GB, 1.7b 40 to 50, 4b 100 and with adapters 40.
+
+Each part is a process of its own, so that its peak memory is its own and a failure stops no other; DIR's
+step_gpu.json and step_gpu.md are written again after each. `--tiny` shrinks everything, to try it on a CPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import step_stages
+from benchmarks.decode_peers import MARK, ROOT, seconds
+from benchmarks.step_flops import QWEN3
+from benchmarks.step_rows import Lengths, Sizes, lesson
+from benchmarks.timing import summary, table, versions
+from rosd_jax.config import Config, default_config
+from rosd_jax.kernels.flash_attention import causal_attention
+from rosd_jax.models.qwen3 import Qwen3Config
+from rosd_jax.models.sharding import make_mesh
+from rosd_jax.train.update import make_optimizer, make_update
+
+TINY = Qwen3Config(512, 64, 96, 2, 4, 2, 16, tie_word_embeddings=True)
+RANK = 64  # of adapters
+PROMPT = 512  # of a row of the update
+PARTS = "attention,update-0.6b,update-1.7b,update-4b-lora,loss,step-4b-lora"
+Record = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the parts, or the one that this process is for."""
+    args = parse(argv)
+    if args.part:
+        record = run_part(args.part, args)
+        print(MARK + json.dumps(record), flush=True)
+        return
+    stop_at = time.monotonic() + 60 * args.minutes
+    results: Record = {"date": time.strftime("%Y-%m-%d"), "versions": versions("jax", "jaxlib"), "parts": {}}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for part in args.parts.split(","):
+        results["parts"][part] = work(part, args, stop_at - time.monotonic())
+        (args.out / "step_gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+        (args.out / "step_gpu.md").write_text(render(results) + "\n")
+    print(render(results))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description="The update and a whole step on one GPU")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", default=PARTS)
+    parser.add_argument("--scale", type=float, default=0.25, help="of the step's lengths to the paper's")
+    parser.add_argument("--prompts", type=int, default=32, help="of the step")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no part goes on after these")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def work(part: str, args: argparse.Namespace, left: float) -> Record:
+    """One part in a process of its own; a failure is a record too."""
+    command = [sys.executable, "-m", "benchmarks.step_gpu", f"--part={part}", f"--out={args.out.absolute()}"]
+    command += [f"--prompts={args.prompts}", f"--scale={args.scale}", *["--tiny"] * args.tiny]
+    env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    start = time.monotonic()
+    try:
+        ran = subprocess.run(command, cwd=ROOT, env=env, timeout=max(left, 1), capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        return {"outcome": "out of time", "wall_s": time.monotonic() - start}
+    found = [line for line in ran.stdout.splitlines() if line.startswith(MARK)]
+    record = json.loads(found[-1].removeprefix(MARK)) if found else {"outcome": ran.stderr[-2000:]}
+    return record | {"wall_s": time.monotonic() - start}
+
+
+def run_part(part: str, args: argparse.Namespace) -> Record:
+    """What one part measures."""
+    kind, _, which = part.partition("-")
+    name, _, lora = which.partition("-")
+    model = lambda: TINY if args.tiny else QWEN3[name]
+    parts: dict[str, Callable[[], Record]] = {
+        "attention": lambda: attention(args.tiny),
+        "update": lambda: update(model(), bool(lora), args.tiny),
+        "step": lambda: whole_step(model(), bool(lora), args.scale, args.prompts, args.tiny),
+        "loss": lambda: loss(args.out, args.tiny),
+    }
+    return parts[kind]()
+
+
+def attention(tiny: bool) -> Record:
+    """Values, gradients and times of each implementation, one row of 8,192 tokens of Qwen3-4B and 8B."""
+    T, H, K, E = (96, 4, 2, 16) if tiny else (8192, 32, 8, 128)
+    names: tuple[Any, ...] = (
+        ("xla", "reference") if jax.default_backend() == "cpu" else ("cudnn_gpu", "xla", "reference")
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (1, T, H, E), (1, T, K, E), (1, T, K, E), (1, T, H, E)
+    *operands, weight = (
+        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
+    )
+
+    def with_grads(name: Any) -> Callable[..., Any]:
+        out = partial(causal_attention, implementation=name)
+        scalar = lambda *qkv: jnp.vdot(out(*qkv).astype(jnp.float32), weight.astype(jnp.float32))
+        return jax.jit(lambda *qkv: (out(*qkv), *jax.grad(scalar, argnums=(0, 1, 2))(*qkv)))
+
+    with jax.default_matmul_precision("highest"):
+        exact = with_grads("reference")(*(x.astype(jnp.float32) for x in operands))
+    found: Record = {"device": jax.devices()[0].device_kind, "shape": [1, T, H, K, E]}
+    products = 4 * T * T * H * E / 2  # causal, forward; backward as implemented takes 2.5 times that
+    for name in names:
+        forward, both = jax.jit(partial(causal_attention, implementation=name)), with_grads(name)
+        pairs = zip("out dq dk dv".split(), both(*operands), exact, strict=True)
+        errors = {what: relative_error(got, want) for what, got, want in pairs}
+        times = {"forward_ms": timed(forward, operands), "forward_backward_ms": timed(both, operands)}
+        rate = 3.5 * products / times["forward_backward_ms"]["median"] * 1e3
+        found[name] = {"error": errors, **times, "flops_s": rate}
+    return found
+
+
+def relative_error(got: jax.Array, want: jax.Array) -> float:
+    """Norm of the difference over the norm."""
+    return float(jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want))
+
+
+def timed(call: Callable[..., Any], operands: list[jax.Array]) -> dict[str, float]:
+    """Milliseconds of ten calls, after one."""
+    times = [1e3 * seconds(lambda: jax.block_until_ready(call(*operands))) for _ in range(11)]
+    return summary(times[1:])
+
+
+def settings(model: Qwen3Config, lora: bool, tiny: bool) -> tuple[Config, Qwen3Config]:
+    """The paper's preset on one device, and the model as it asks for it."""
+    config = default_config()
+    if lora:
+        config.model.lora.rank = RANK
+        model = model.replace(lora_scale=config.model.lora.alpha / RANK)
+    config.model.update(dtype="float32" if tiny else "bfloat16", remat="block")
+    config.loss.topk = 20 if tiny else 100
+    return config, model.replace(dtype=config.model.dtype, remat=config.model.remat)
+
+
+def update(model: Qwen3Config, lora: bool, tiny: bool, rows: int = 4, rounds: int = 3) -> Record:
+    """Whole updates of rows that need 8,192 positions, the last quarter of them with loss."""
+    config, model = settings(model, lora, tiny)
+    need, prompt = (96, 16) if tiny else (8192, PROMPT)
+    last = np.full(rows, need - prompt + 1)
+    prompt_B = np.full(rows, prompt)
+    lengths = Lengths(prompt_B, prompt_B, last, last - need // 4, last)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    optimizer = make_optimizer(config)
+    state, frozen, trees = step_stages.random_trees(config, model, mesh, optimizer)
+    run = make_update(config, model, optimizer, mesh, trees.shardings)
+    given, losses = lesson(lengths, model.vocab_size), []
+
+    def turn() -> None:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = run(state, frozen, given)
+        jax.block_until_ready(state)
+        losses.append(float(metrics["loss"]))
+
+    first, times = seconds(turn), [seconds(turn) for _ in range(rounds)]
+    if not np.isfinite(losses).all():
+        raise ValueError(f"the losses are {losses}")
+    took = float(np.median(times))
+    return {
+        "device": jax.devices()[0].device_kind, "rows": rows, "positions": need, "first_s": first,
+        "s": summary(times), "tokens_s": rows * need / took, "peak_bytes": step_stages.peak_bytes(),
+    } | step_stages.mfu(model, lengths, took, mesh)  # fmt: skip
+
+
+def whole_step(model: Qwen3Config, lora: bool, scale: float, prompts: int, tiny: bool) -> Record:
+    """Two steps; the second is timed."""
+    config, model = settings(model, lora, tiny)
+    sizes = Sizes().scaled(1 / 64, prompts=2) if tiny else Sizes().scaled(scale, prompts)
+    workload = step_stages.Workload(sizes)
+    if tiny:
+        workload = step_stages.Workload(sizes, answer=4.0, most_answer=16)
+    config.update_from_flattened_dict(sizes.limits)
+    return step_stages.measure(workload, config, model)
+
+
+def loss(out: Path, tiny: bool) -> Record:
+    """The loss kernel's own benchmark, in files of its own."""
+    quick = ["--quick", "--masks=1,0.3", "--minutes=3", "--only=time", f"--out={out / 'loss'}"]
+    small = ["--tiny", "--sizes=16x64"] if tiny else ["--sizes=2560x16384"]
+    ran = subprocess.run([sys.executable, "-m", "benchmarks.topk_jsd", *quick, *small], capture_output=True)
+    return {"files": str(out / "loss"), "rc": ran.returncode}
+
+
+def render(results: Record) -> str:
+    """A section a part."""
+    lines = [f"{results['date']}, {results['versions']}"]
+    for part, found in results["parts"].items():
+        lines.append(f"\n## {part}, {found['wall_s']:.0f} s\n")
+        if "outcome" in found:
+            lines.append(found["outcome"])
+        elif part == "attention":
+            lines.append(render_attention(found))
+        elif part.startswith("step"):
+            lines.append(step_stages.render(found))
+        else:
+            lines.append(table(["", "value"], [[key, str(value)] for key, value in found.items()]))
+    return "\n".join(lines)
+
+
+def render_attention(found: Record) -> str:
+    """One row an implementation."""
+    head = ["attention", "forward ms", "with backward ms", "TFLOP/s", "error of out, dq, dk, dv"]
+    rows = []
+    for name, got in found.items():
+        if isinstance(got, dict):
+            times = [f"{got[key]['median']:.3f}" for key in ("forward_ms", "forward_backward_ms")]
+            errors = ", ".join(f"{x:.1e}" for x in got["error"].values())
+            rows.append([name, *times, f"{got['flops_s'] / 1e12:.1f}", errors])
+    return f"{found['device']}, {found['shape']}\n\n{table(head, rows)}"
+
+
+if __name__ == "__main__":
+    main()

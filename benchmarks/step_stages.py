@@ -1,0 +1,225 @@
+"""A whole step with random weights, stage by stage: rollouts, reflections, update.
+
+    measure(workload, config, model, rounds)   -> a record
+    render(record)                             -> a table
+
+The stages are those of train/step.py without its text: prompts are random ids, rows end at drawn lengths
+(benchmarks/step_rows.py), and reflections answer prompts that hold the problem, the response and one that
+is right. What the update learns from are the rollouts' own tokens and log-probs.
+"""
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.decode_peers import lengths as lognormal
+from benchmarks.decode_peers import seconds
+from benchmarks.step_flops import ideal
+from benchmarks.step_rows import Lengths, Preset, Sizes, draw, needs
+from benchmarks.timing import table
+from rosd_jax.config import Config
+from rosd_jax.data.pipeline import pad_rows
+from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.sharding import make_mesh, row_devices
+from rosd_jax.rollout.floor import Floor, measure_floor
+from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.rows import decode_rows
+from rosd_jax.train.compiling import Compiled
+from rosd_jax.train.setup import cache_pages
+from rosd_jax.train.trees import Trees
+from rosd_jax.train.update import init_state, learner, learning_params, make_optimizer, make_update
+from rosd_jax.types import Lesson, Params, Rollout, TrainState
+
+STAGES = ("rollouts", "reflections", "update")
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, by part of the name
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The rows of a step, and the mean length of a reflection."""
+
+    sizes: Sizes
+    preset: Preset = "span"
+    answer: float = 200.0
+    most_answer: int = 1024
+
+    def lengths(self) -> Lengths:
+        """The same for every step."""
+        return draw(self.sizes, self.preset, seed=0)
+
+
+class Step:
+    """The compiled stages of one step, and the trees that they work on."""
+
+    def __init__(self, workload: Workload, config: Config, model: Qwen3Config) -> None:
+        self.workload, self.config, self.model = workload, config, model
+        self.lengths = workload.lengths()
+        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        optimizer = make_optimizer(config)
+        self.state, self.frozen, trees = random_trees(config, model, self.mesh, optimizer)
+        generate = lambda most, temperature: make_generate(
+            model, self.mesh, max_new=most, temperature=temperature, top_p=1.0, stop_ids=(),
+            slots=config.rollout.slots, pool=cache_pages(config, most),
+        )  # fmt: skip
+        self.sample, self.reflect = generate(workload.sizes.most, 1.0), generate(workload.most_answer, 0.0)
+        self.update = make_update(config, model, optimizer, self.mesh, trees.shardings)
+        rng = np.random.default_rng(0)
+        ids = lambda count: rng.integers(2, model.vocab_size, count).tolist()
+        G = workload.sizes.samples
+        self.prompts = [prompt for n in self.lengths.prompt_B[::G] for prompt in [ids(n)] * G]
+        self.teacher_prompts = [ids(n) for n in self.lengths.teacher_prompt_B]
+
+    def rollouts(self) -> Rollout:
+        """One response a row."""
+        rows, sizes = len(self.prompts), self.workload.sizes
+        student = learner(self.state.params, self.frozen, self.config)
+        return decode_rows(
+            self.sample, student, self.prompts, np.arange(rows), self.lengths.response_B,
+            jax.random.key(0), rows=rows, shards=row_devices(self.mesh), longest=sizes.prompt_limits[1],
+            prompts=sizes.prompts, room=self.config.rollout.prompt_tokens,
+        )  # fmt: skip
+
+    def reflections(self, rollout: Rollout) -> Rollout:
+        """The frozen model's answers about the taught rows."""
+        sizes, lengths = self.workload.sizes, self.lengths
+        rows = np.flatnonzero(lengths.active_B)
+        texts = [tokens[:n].tolist() for tokens, n in zip(rollout.tokens_BR, rollout.length_B, strict=True)]
+        frame = [1] * sizes.frame
+        asked = [self.prompts[row] + frame + texts[row] + texts[row - 1] for row in rows]
+        limits = lognormal(len(rows), self.workload.answer, self.workload.most_answer, seed=1)
+        return decode_rows(
+            self.reflect, self.frozen, asked, rows, limits, jax.random.key(1), rows=len(self.prompts),
+            shards=row_devices(self.mesh), longest=max(map(len, asked)),
+            room=self.config.rollout.prompt_tokens,
+        )  # fmt: skip
+
+    def learn(self, rollout: Rollout) -> float:
+        """One update; its loss."""
+        lengths, R = self.lengths, rollout.tokens_BR.shape[1]
+        at_BR = np.arange(R)
+        taught_BR = (lengths.first_B[:, None] <= at_BR) & (at_BR < lengths.last_B[:, None])
+        (prompt_BP, prompt_len_B), (teacher_BQ, teacher_len_B) = (
+            pad_rows(rows, max(map(len, rows))) for rows in (self.prompts, self.teacher_prompts)
+        )
+        lesson = Lesson(
+            prompt_BP, prompt_len_B, teacher_BQ, teacher_len_B, np.asarray(rollout.tokens_BR),
+            np.asarray(rollout.length_B), taught_BR.astype(np.float32), np.asarray(rollout.logp_BR),
+        )  # fmt: skip
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self.update(self.state, self.frozen, lesson)
+        jax.block_until_ready(self.state)
+        return float(metrics["loss"])
+
+
+def random_trees(
+    config: Config, model: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Params, Trees]:
+    """A first state and a frozen tree of random weights, made where they lie."""
+    trees = Trees(config, model, mesh, optimizer)
+    start = lambda key: init_state(learning_params(config, model, key), optimizer)
+    base = lambda key: jax.tree.map(lambda x: x.astype(model.dtype), init_params(model, key))
+    state = jax.jit(start, out_shardings=trees.shardings)(jax.random.key(0))
+    return state, jax.jit(base, out_shardings=trees.frozen_shardings)(jax.random.key(0)), trees
+
+
+def measure(workload: Workload, config: Config, model: Qwen3Config, rounds: int = 1) -> dict[str, Any]:
+    """Seconds of each stage, in a first step that compiles and in `rounds` more, and what they amount to."""
+    step, device = Step(workload, config, model), jax.devices()[0]
+    spent: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    compiled, compiles, peaks = Compiled(), {}, {}
+
+    def timed(stage: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        spent[stage].append(time.perf_counter() - start)
+        peaks[stage] = peak_bytes()
+        compiles.setdefault(stage, compiled.since())
+        return result
+
+    for _ in range(rounds + 1):
+        rollout = timed("rollouts", step.rollouts)
+        answers = timed("reflections", partial(step.reflections, rollout))
+        loss = timed("update", partial(step.learn, rollout))
+    if not np.isfinite(loss):
+        raise ValueError(f"the loss is {loss}")
+    times = {stage: float(np.median(some[1:])) for stage, some in spent.items()}
+    floor = measure_floor(model, step.mesh.shape["tensor"])
+    whole = sum(times.values())
+    found = {
+        stage: {
+            "s": times[stage], "share": times[stage] / whole, "all_s": spent[stage][1:],
+            "first_s": spent[stage][0], "compiles": compiles[stage], "peak_bytes": peaks[stage],
+        }
+        for stage in STAGES
+    }  # fmt: skip
+    for stage, decoded in (("rollouts", rollout), ("reflections", answers)):
+        found[stage] |= describe_decoding(decoded, floor, times[stage])
+    found["update"] |= describe_update(step, times["update"])
+    return {"device": device.device_kind, "rows": workload.sizes.rows, "step_s": whole, "stages": found}
+
+
+def describe_decoding(rollout: Rollout, floor: Floor, took: float) -> dict[str, float]:
+    """Tokens, and the share of what the memory's bandwidth allows."""
+    assert rollout.stats is not None
+    tokens = int(np.sum(rollout.length_B))
+    share = floor.seconds(rollout.stats) / took
+    return {"tokens": tokens, "tokens_s": tokens / took, "floor_share": share}
+
+
+def describe_update(step: Step, took: float) -> dict[str, float]:
+    """Tokens that the student must read, and the share of the peak that the ideal's FLOPs are."""
+    tokens = int(needs(step.lengths)[0].sum())
+    return {"tokens": tokens, "tokens_s": tokens / took} | mfu(step.model, step.lengths, took, step.mesh)
+
+
+def mfu(model: Qwen3Config, lengths: Lengths, took: float, mesh: Mesh) -> dict[str, float]:
+    """The ideal's FLOPs a second over those of the mesh: a matrix product's, and the vendor's figure."""
+    rate = ideal(model, lengths).total(remat=False, lora=model.lora_scale > 0) / took
+    found = {"flops_s": rate, "mfu_of_measured": rate / matmul_rate(model.dtype, mesh)}
+    kind = mesh.devices.flat[0].device_kind
+    stated = [peak for name, peak in PEAKS.items() if name in kind]
+    return found | ({"mfu": rate / stated[0] / mesh.size} if stated else {})
+
+
+def matmul_rate(dtype: str, mesh: Mesh, rounds: int = 5) -> float:
+    """FLOP/s of a large product on each device, all devices together; the best of some rounds."""
+    size = 8192 if mesh.devices.flat[0].platform == "gpu" else 1024
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    x = jax.device_put(jnp.ones((mesh.size * size, size), dtype), rows)
+    y = jax.device_put(jnp.ones((size, size), dtype), NamedSharding(mesh, PartitionSpec()))
+    product = jax.jit(lambda x, y: x @ y, out_shardings=rows)
+    times = [seconds(lambda: jax.block_until_ready(product(x, y))) for _ in range(rounds + 1)]
+    return 2 * mesh.size * size**3 / min(times[1:])
+
+
+def peak_bytes() -> int:
+    """The most memory so far, of the first device, or of the process where the device does not say."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def render(record: dict[str, Any]) -> str:
+    """One row a stage."""
+    head = ["stage", "s", "share", "first s", "programs compiled, s", "tokens", "tokens/s",
+            "share of the decode floor", "MFU", "peak GB"]  # fmt: skip
+    rows = []
+    for stage, found in record["stages"].items():
+        used = found.get("mfu", found.get("mfu_of_measured"))
+        rows.append([
+            stage, f"{found['s']:.2f}", f"{found['share']:.0%}", f"{found['first_s']:.1f}",
+            "{} in {:.1f}".format(*found["compiles"]),
+            f"{found['tokens']:,}", f"{found['tokens_s']:,.0f}",
+            f"{found['floor_share']:.0%}" if "floor_share" in found else "",
+            f"{used:.0%}" if used else "", f"{found['peak_bytes'] / 1e9:.2f}",
+        ])  # fmt: skip
+    text = f"{record['device']}, {record['rows']} rows, a step of {record['step_s']:.2f} s"
+    return f"{text}\n\n{table(head, rows)}"
