@@ -37,6 +37,7 @@ FIELDS = dict(
     eval__sets=",".join(SETS), eval__limit=8, eval__batch=16, eval__every=2, checkpoint__every=2,
     validation__sets="", compile_cache="",
 )  # fmt: skip
+OWN_FLAGS = ("config", "workdir", "mode", "topology", "compile", "json")
 TIMES = ("seconds", "tokens_per_second", "floor_share", "programs_compiled")
 
 
@@ -592,7 +593,7 @@ def is_one_sentence(printed):
 def load_run():
     """run.py as a module with flags of its own, so that one process can start it many times."""
     for name in list(flags.FLAGS):
-        if name in ("config", "workdir", "mode") or name.startswith("config."):
+        if name in OWN_FLAGS or name.startswith("config."):
             delattr(flags.FLAGS, name)
     spec = importlib.util.spec_from_file_location("run_once", ROOT / "run.py")
     module = importlib.util.module_from_spec(spec)
