@@ -138,13 +138,14 @@ def explain(error: BaseException) -> str:
 
 
 def run(config) -> None:
-    from rosd_jax.train import loop, plan, workdir  # after the flags, so that --help is quick
+    from rosd_jax.plan import command  # after the flags, so that --help is quick
+    from rosd_jax.train import loop, workdir
 
     directory = Path(_WORKDIR.value or workdir.default_workdir(config.name))
-    asked = plan.Asked(_TOPOLOGY.value, tuple(_COMPILE.value), _JSON.value)
+    asked = command.Asked(_TOPOLOGY.value, tuple(_COMPILE.value), _JSON.value)
     if _MODE.value == "plan":
-        plan.plan(config, directory, asked)
-    elif asked != plan.Asked():
+        command.plan(config, directory, asked)
+    elif asked != command.Asked():
         raise UserError(
             "--topology, --compile and --json are for --mode=plan; leave them out, or add that mode"
         )

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rosd_jax.models.sharding import make_mesh
-from rosd_jax.train.collectives import Collective, count
+from rosd_jax.plan.collectives import Collective, count
 
 MESH = make_mesh(1, 8, 1)
 

@@ -17,6 +17,7 @@ FLOORS = [
     {"distill"},
     {"evals"},
     {"train"},
+    {"plan"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PACKAGE = sorted((ROOT / "rosd_jax").glob("*.py")) + sorted((ROOT / "rosd_jax").glob("*/*.py"))

@@ -16,13 +16,13 @@ from rosd_jax.config import UserError
 from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params
 from rosd_jax.models.sharding import row_devices
-from rosd_jax.train import plan as plans
-from rosd_jax.train import planned, roofline
-from rosd_jax.train.budget import gradients, resident
-from rosd_jax.train.chips import CHIPS, Slice, read_topology
-from rosd_jax.train.plan import Asked, make_plan
-from rosd_jax.train.roofline import at_limits, realistic
-from rosd_jax.train.stages import STAGES, make_job, trip_widths
+from rosd_jax.plan import command as plans
+from rosd_jax.plan import printed, roofline
+from rosd_jax.plan.budget import gradients, resident
+from rosd_jax.plan.chips import CHIPS, Slice, read_topology
+from rosd_jax.plan.command import Asked, make_plan
+from rosd_jax.plan.roofline import at_limits, realistic
+from rosd_jax.plan.stages import STAGES, make_job, trip_widths
 from rosd_jax.train.trips import plan_trips
 from rosd_jax.types import Lesson
 from support import ROOT
@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_said_with_fields_that_help():
     assert found.changes and all(fullest.name in change for change in found.changes)
     fields = {change.split(" to ")[0] for change in found.changes}
     assert "optimizer.mu_dtype" in fields and "batch.device_rows" not in fields
-    text = planned.as_text(found)
+    text = printed.as_text(found)
     assert "verdict     does not fit" in text and f"change {found.changes[0]}" in text
     assert "XLA_CLIENT_MEM_FRACTION" in text
 
@@ -216,7 +216,7 @@ def test_every_stage_of_the_demo_takes_what_is_planned_within_a_fifth():
     assert found.fits is None
     for stage in found.stages:
         assert sum(stage.bytes.values()) == pytest.approx(stage.held, rel=0.2), stage.name
-    assert "unknown" in planned.as_text(found)
+    assert "unknown" in printed.as_text(found)
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_trips_are_those_of_the_update(small):
 def test_a_plan_is_one_json_object_that_holds_what_the_text_does():
     job = job_of("8b", "v6e:4x4", "v6e-16")
     found = planned_of(job, "v6e:4x4")
-    told = json.loads(planned.as_json(found))
+    told = json.loads(printed.as_json(found))
     assert told["verdict"] == "fits" and told["chips"] == 16 and told["mesh"]["tensor"] == 2
     assert [stage["name"] for stage in told["stages"]] == list(STAGES)
     for stage in told["stages"]:
@@ -333,7 +333,7 @@ def test_a_plan_is_one_json_object_that_holds_what_the_text_does():
     step = told["seconds"]["realistic"]
     assert step["step"] == pytest.approx(sum(s for n, s in step.items() if n not in ("step", "evaluation")))
     assert step["step"] < told["seconds"]["limits"]["step"]
-    text = planned.as_text(found)
+    text = printed.as_text(found)
     assert "mesh.fsdp=8 mesh.tensor=2" in text and "not lowered" in text and "fits" in text
 
 

@@ -169,6 +169,13 @@ def trained_on(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys(set_name(name) for name in (train, *same)))
 
 
+def headline(inputs: Inputs, config: Config, directory: Path, start: int) -> str:
+    """What runs, where, and from which step."""
+    begun = f"resumes after step {start}" if start else f"{config.steps} steps"
+    name = trained_on(config)[0]
+    return f"{config.name}: {len(inputs.train)} problems of {name}, {begun}, in {directory}"
+
+
 def check_kinds(config: Config, problems: Sequence[Problem]) -> None:
     """Raises UserError for the first problem that no built-in checker grades, where they are to grade."""
     own = next((problem.uid for problem in problems if problem.kind == "own"), None)

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-from rosd_jax.train.budget import KINDS, Bytes, Job
-from rosd_jax.train.chips import Slice
-from rosd_jax.train.collectives import KINDS as COLLECTIVES
-from rosd_jax.train.compiled import Compiled
-from rosd_jax.train.roofline import Lengths, Work
+from rosd_jax.plan.budget import KINDS, Bytes, Job
+from rosd_jax.plan.chips import Slice
+from rosd_jax.plan.collectives import KINDS as COLLECTIVES
+from rosd_jax.plan.programs import Program
+from rosd_jax.plan.roofline import Lengths, Work
 
 GPU_NOTE = (
     "JAX takes 75 % of a GPU's memory unless told otherwise: set XLA_CLIENT_MEM_FRACTION=0.95, as is "
@@ -33,7 +33,7 @@ class StagePlan:
     held: int  # in all: by the compiler where the stage is compiled, else by arithmetic
     fits: bool | None  # None: the chip's memory is not known
     lowered: float | None  # seconds; None: not lowered
-    compiled: Compiled | None
+    compiled: Program | None
     work: dict[str, Work]  # of one step, by the lengths' name
 
 
@@ -163,7 +163,7 @@ def _compiling(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _compiled(compiled: Compiled | None) -> str:
+def _compiled(compiled: Program | None) -> str:
     if compiled is None:
         return ", not compiled: what chips exchange is not counted"
     if compiled.refused:
@@ -187,7 +187,7 @@ def _compiled(compiled: Compiled | None) -> str:
 
 def _verdict(plan: Plan) -> str:
     if plan.fits is None:
-        return "verdict     unknown: the memory of this device is not in the table (rosd_jax/train/chips.py)"
+        return "verdict     unknown: the memory of this device is not in the table (rosd_jax/plan/chips.py)"
     full = max(plan.stages, key=lambda stage: stage.held)
     chip = plan.chips.chip
     assert chip is not None

@@ -19,7 +19,7 @@ from statistics import NormalDist
 
 from rosd_jax.config import Config
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.train.chips import Chip
+from rosd_jax.plan.chips import Chip
 
 # The lengths of a run as one sees them before it has run: a mean, and a long tail (lognormal).
 PROMPT, RESPONSE, TEACHER, REFLECTOR, REFLECTION = 512, 1536, 1024, 4096, 512

@@ -1,6 +1,6 @@
 """A stage compiled for chips that may not be there, and what its program says of itself.
 
-compile_stage(lowered, platform)  -> Compiled
+compile_stage(lowered, platform)  -> Program
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 
-from rosd_jax.train.collectives import Collective, count
+from rosd_jax.plan.collectives import Collective, count
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Program:
     """Bytes are those of one chip."""
 
     seconds: float  # that compiling took
@@ -27,7 +27,7 @@ class Compiled:
     refused: str = ""  # what the compiler said where the program does not fit the chip
 
 
-def compile_stage(lowered: Any, platform: str) -> Compiled:
+def compile_stage(lowered: Any, platform: str) -> Program:
     """Compiles it. A program that does not fit is an answer; whatever else goes wrong is raised."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="rosd-plan-") as dump:
@@ -38,13 +38,13 @@ def compile_stage(lowered: Any, platform: str) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return Compiled(time.perf_counter() - began, refused=" ".join(str(error).split())[:300])
+            return Program(time.perf_counter() - began, refused=" ".join(str(error).split())[:300])
         seconds = time.perf_counter() - began
         text = _dumped(Path(dump)) if platform == "tpu" else program.as_text()
     memory = program.memory_analysis()
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = 0 if platform == "cpu" else memory.generated_code_size_in_bytes
-    return Compiled(
+    return Program(
         seconds=seconds,
         arguments=memory.argument_size_in_bytes,
         working=memory.temp_size_in_bytes + fresh + code,

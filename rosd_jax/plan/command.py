@@ -1,7 +1,7 @@
 """What a run would hold in memory and compute on chips that need not be there, stage by stage.
 
 Bytes are arithmetic until a stage is compiled (`--compile`), and the compiler's from then on; seconds are
-the least that the chips' peaks allow (train/roofline.py). Nothing is written but what is printed, no
+the least that the chips' peaks allow (plan/roofline.py). Nothing is written but what is printed, no
 weights are read and nothing runs on a device.
 
     plan(config, directory, Asked(...))    prints the plan of one experiment
@@ -20,15 +20,15 @@ from absl import logging
 
 from rosd_jax.config import Config, UserError
 from rosd_jax.models.weights import check_weights
+from rosd_jax.plan import printed
+from rosd_jax.plan.budget import Job
+from rosd_jax.plan.chips import Slice, read_topology
+from rosd_jax.plan.printed import Plan, StagePlan
+from rosd_jax.plan.programs import Program, compile_stage
+from rosd_jax.plan.roofline import Work, at_limits, realistic
+from rosd_jax.plan.stages import STAGES, Stage, lower, make_job, stages
 from rosd_jax.rollout.stops import Stops
-from rosd_jax.train import planned
-from rosd_jax.train.budget import Job
-from rosd_jax.train.chips import Slice, read_topology
-from rosd_jax.train.compiled import Compiled, compile_stage
-from rosd_jax.train.planned import Plan, StagePlan
-from rosd_jax.train.roofline import Work, at_limits, realistic
-from rosd_jax.train.setup import Inputs, deal_cores, read_inputs, trained_on
-from rosd_jax.train.stages import STAGES, Stage, lower, make_job, stages
+from rosd_jax.train.setup import Inputs, deal_cores, headline, read_inputs
 
 # Fields that make a stage smaller, and what they are set to where it does not fit.
 LEVERS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
@@ -64,9 +64,9 @@ def plan(config: Config, directory: Path, asked: Asked) -> None:
     job = make_job(config, inputs.model, chips.devices)
     found = make_plan(job, chips, inputs.tokenizer.stop_ids, inputs.stops, _most_items(inputs), wanted)
     if asked.json:
-        print(planned.as_json(found))
+        print(printed.as_json(found))
         return
-    print(f"{headline(inputs, config, directory, 0)}\n{_about(config, inputs)}\n\n{planned.as_text(found)}")
+    print(f"{headline(inputs, config, directory, 0)}\n{_about(config, inputs)}\n\n{printed.as_text(found)}")
 
 
 def compiled_stages(names: Sequence[str]) -> tuple[str, ...]:
@@ -105,7 +105,7 @@ def make_plan(
     return settled
 
 
-def _lower(stage: Stage, job: Job, chips: Slice, compiled: bool) -> tuple[float, Compiled | None]:
+def _lower(stage: Stage, job: Job, chips: Slice, compiled: bool) -> tuple[float, Program | None]:
     """Seconds that lowering took, and the compiled stage where it is asked for."""
     logging.info("lowering %s", stage.name)
     began = time.perf_counter()
@@ -115,7 +115,7 @@ def _lower(stage: Stage, job: Job, chips: Slice, compiled: bool) -> tuple[float,
 
 
 def _stage_plan(
-    stage: Stage, chips: Slice, lowered: float | None, compiled: Compiled | None, work: dict[str, Work]
+    stage: Stage, chips: Slice, lowered: float | None, compiled: Program | None, work: dict[str, Work]
 ) -> StagePlan:
     limit = None if chips.chip is None else chips.chip.memory
     held = sum(stage.bytes.values())
@@ -188,10 +188,3 @@ def _about(config: Config, inputs: Inputs) -> str:
         f"evaluation  {sets}; {config.eval.samples} samples an item\n"
         f"left out    {sum(map(len, inputs.overlong.values()))} prompts above data.max_prompt_tokens"
     )
-
-
-def headline(inputs: Inputs, config: Config, directory: Path, start: int) -> str:
-    """What runs, where, and from which step."""
-    begun = f"resumes after step {start}" if start else f"{config.steps} steps"
-    name = trained_on(config)[0]
-    return f"{config.name}: {len(inputs.train)} problems of {name}, {begun}, in {directory}"

@@ -26,10 +26,10 @@ from rosd_jax.kernels.flash_attention.xla import QUERIES
 from rosd_jax.models.decoder import fuse
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import decoder_specs, row_devices
+from rosd_jax.plan.roofline import layer_weights
 from rosd_jax.rollout import prompts
 from rosd_jax.rollout.floor import position_bytes
 from rosd_jax.rollout.loop import Decoding
-from rosd_jax.train.roofline import layer_weights
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import Update
 

@@ -21,12 +21,12 @@ from rosd_jax.config import Config
 from rosd_jax.models.lora import combine
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh, row_devices, validate_mesh_for
+from rosd_jax.plan import budget, roofline
+from rosd_jax.plan.budget import Bytes, Job
+from rosd_jax.plan.roofline import Lengths, Split, Work
 from rosd_jax.rollout import loop, prompts
 from rosd_jax.rollout.loop import Decoding
 from rosd_jax.rollout.stops import Stops
-from rosd_jax.train import budget, roofline
-from rosd_jax.train.budget import Bytes, Job
-from rosd_jax.train.roofline import Lengths, Split, Work
 from rosd_jax.train.setup import cache_pages, check_rows
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.trips import width
