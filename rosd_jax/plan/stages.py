@@ -70,7 +70,8 @@ def stages(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: 
 def lower(stage: Stage, job: Job) -> Any:
     """The stage's program, as a run makes it (train/loop.py, train/setup.py); needs no weights."""
     precision = "highest" if job.model.dtype == "float32" else None
-    with jax.set_mesh(job.mesh), jax.default_matmul_precision(precision):
+    promoted = jax.numpy_dtype_promotion("standard")  # JAX's default, whatever the caller has
+    with jax.set_mesh(job.mesh), jax.default_matmul_precision(precision), promoted:
         return stage.lower()
 
 
