@@ -178,9 +178,9 @@ def split(job: Job) -> Split:
 def _updating(job: Job) -> list[Stage]:
     resident = budget.resident(job) | budget.gradients(job)
     trees, (S, T) = job.trees, job.update.longest
-    programs = cache(lambda: job.update.lower(trees.like, trees.frozen_like, S, T))
+    programs = cache(lambda: job.update.trace(trees.like, trees.frozen_like, S, T))
     stage = lambda name, held, work, function: Stage(
-        name, resident, held, partial(work, job), lambda: programs()[function]
+        name, resident, held, partial(work, job), lambda: programs()[function].lower()
     )
     return [
         stage("teacher", budget.teacher(job), _teaching, "teach"),

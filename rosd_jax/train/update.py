@@ -103,8 +103,8 @@ class Update:
         """Rows of one trip."""
         return row_devices(self.mesh) * self.device_rows
 
-    def lower(self, like: TrainState, frozen_like: Params, S: int, T: int) -> dict[str, Any]:
-        """The functions by name, lowered for these widths; no device is touched, and no weights are needed.
+    def trace(self, like: TrainState, frozen_like: Params, S: int, T: int) -> dict[str, Any]:
+        """The functions by name, traced at these widths, to be lowered for devices that need not be there.
 
         like, frozen_like: shapes with shardings. Call it with the mesh in context.
         """
@@ -125,10 +125,10 @@ class Update:
         grads = jax.tree.map(as_params, grads, like.params)
         total = jax.ShapeDtypeStruct((), jnp.float32)
         return {
-            "teach": self.teach.lower(frozen_like, teacher_BT),
-            "align": self.align.lower(rows(dtype, T, D), shift_B, S),
-            "learn": self.learn.lower(like.params, frozen_like, grads, sums, rows(dtype, S, D), trip),
-            "apply": self.apply.lower(like, grads, sums, total),
+            "teach": self.teach.trace(frozen_like, teacher_BT),
+            "align": self.align.trace(rows(dtype, T, D), shift_B, S),
+            "learn": self.learn.trace(like.params, frozen_like, grads, sums, rows(dtype, S, D), trip),
+            "apply": self.apply.trace(like, grads, sums, total),
         }
 
     def __call__(
