@@ -2,7 +2,8 @@
 
 import itertools
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 from rosd_jax.config import default_config
-from rosd_jax.kernels.topk_jsd import Sharding
+from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
 from rosd_jax.models import qwen3
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import AXES, make_mesh, param_shardings, row_sharding
@@ -43,7 +44,7 @@ B, P, Q, R = 16, 6, 9, 8
 TOPK, TEMPERATURE, CAP = 5, 0.7, 1.25
 LR, WARMUP = 0.01, 4
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8]
+SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8] + [(1, 4, 1), (2, 1, 2)]
 slow = lambda value, often: pytest.param(value, marks=[] if value in often else pytest.mark.slow)
 
 
@@ -226,6 +227,40 @@ def test_the_gradient_is_that_of_the_loss():
 
     # Further out another token enters some top k, where the loss jumps.
     assert (loss(1e-3) - loss(-1e-3)) / 2e-3 == pytest.approx(norm, rel=2e-3)
+
+
+def uncut_loss(params, frozen, lesson):
+    """The same loss of all rows at full width in one pass, nothing cut or left out, with plain autodiff."""
+
+    def hidden(params, prompt_BW, length_B):
+        at_BT = np.arange(prompt_BW.shape[1] + R) - length_B[:, None]
+        response_BT = np.take_along_axis(lesson.response_BR, np.clip(at_BT, 0, R - 1), axis=1)
+        tokens_BT = np.where(at_BT < 0, np.pad(prompt_BW, ((0, 0), (0, R))), response_BT)
+        before_BR = length_B[:, None] - 1 + np.arange(R)
+        hidden_BTD = qwen3.hidden_states(params, MODEL, tokens_BT)
+        return jnp.take_along_axis(hidden_BTD, before_BR[..., None], axis=1).reshape(B * R, -1)
+
+    return topk_jsd_loss(
+        hidden(params, lesson.prompt_BP, lesson.prompt_len_B),
+        qwen3.head_VD(params),
+        hidden(frozen, lesson.teacher_prompt_BQ, lesson.teacher_prompt_len_B),
+        qwen3.head_VD(frozen),
+        (lesson.weight_BR / lesson.weight_BR.sum()).reshape(-1),
+        k=TOPK,
+        temperature=TEMPERATURE,
+        num_tokens=MODEL.num_tokens,
+        tokens_N=lesson.response_BR.reshape(-1),
+        sampler_logp_N=lesson.sampler_logp_BR.reshape(-1),
+        ratio_cap=CAP,
+        implementation="reference",
+    )[0]
+
+
+def test_cutting_rows_changes_neither_the_loss_nor_its_gradient():
+    lesson, (state, metrics) = make_lesson(), plain()
+    loss, grads = jax.jit(jax.value_and_grad(partial(uncut_loss, lesson=lesson)))(*trees())
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert_near(gradient(state), jax.device_get(grads), 3e-5)
 
 
 # --- what must not matter ----------------------------------------------------------------------------
@@ -412,13 +447,26 @@ def test_on_policy_rollouts_have_ratio_one():
     assert metrics["active_tokens"] == rollout.length_B.sum()
 
 
-def test_lessons_of_one_shape_are_compiled_once_and_the_state_goes_on():
+def widened(lesson, by):
+    """The lesson as a batch with longer prompts among its others would have padded it."""
+    pad = lambda x: np.pad(x, ((0, 0), (0, by)))
+    prompts = pad(lesson.prompt_BP), pad(lesson.teacher_prompt_BQ)
+    return replace(lesson, prompt_BP=prompts[0], teacher_prompt_BQ=prompts[1])
+
+
+def test_lessons_of_like_lengths_are_compiled_once_and_the_state_goes_on():
     update, lay, mesh = prepared()
     state, frozen, _ = lay(make_lesson())
     with jax.set_mesh(mesh):
-        for lesson in (make_lesson(), make_lesson(1), make_lesson(weight_BR=np.zeros((B, R), np.float32))):
+        wide = widened(make_lesson(2), 3)  # of a batch with longer prompts
+        for lesson in (
+            make_lesson(),
+            make_lesson(1),
+            make_lesson(weight_BR=np.zeros((B, R), np.float32)),
+            wide,
+        ):
             state, metrics = update(state, frozen, lay(lesson)[2])
     for function in (update.teach, update.learn, update.apply):
         assert function._cache_size() <= 1  # 0: pushed out of the cache that all of JAX shares
-    assert state.step == 3 and metrics["skipped_empty"] == 1
-    assert state.opt_state[1][1][0].count == 2
+    assert state.step == 4 and metrics["active_tokens"] > 0
+    assert state.opt_state[1][1][0].count == 3
