@@ -794,4 +794,4 @@ def test_prompts_that_are_too_long_are_counted_and_named(run, model, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = dict(data__train=f"jsonl:{path}", data__max_prompt_tokens=40)
     status, printed = run(*arguments(model, tmp_path / "run", mode="plan", **fields))
-    assert status == 0 and "left out          1 prompts" in printed.out
+    assert status == 0 and "left out    1 prompts" in printed.out
