@@ -84,10 +84,13 @@ def main(argv: list[str] | None = None, contest: Contest = CONTEST) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "preset": args.preset,
-        "contest": asdict(contest), "load": [os.getloadavg()],
+        "date": time.strftime("%Y-%m-%d"),
+        "cpus": os.cpu_count(),
+        "preset": args.preset,
+        "contest": asdict(contest),
+        "load": [os.getloadavg()],
         "matmul_flops_s": step_stages.matmul_rate("float32", make_mesh(-1, 1, 1)),
-    }  # fmt: skip
+    }
     cases = {"update": update, "stages": stages}
     for case in args.cases.split(","):
         record[case] = cases[case](contest, args)
@@ -156,10 +159,11 @@ def describe(lengths: Lengths) -> dict[str, float]:
     """What a reader wants to know of the rows."""
     longest = dict(response=lengths.response_B, prompt=lengths.prompt_B, teacher=lengths.teacher_prompt_B)
     return {
-        "rows": len(lengths.prompt_B), "active tokens": int(lengths.active_B.sum()),
+        "rows": len(lengths.prompt_B),
+        "active tokens": int(lengths.active_B.sum()),
         "response tokens": int(lengths.response_B.sum()),
         **{f"longest {name}": int(x.max()) for name, x in longest.items()},
-    }  # fmt: skip
+    }
 
 
 def measure(peers: dict[str, Peer], rounds: int) -> dict[str, Any]:
@@ -176,13 +180,14 @@ def measure(peers: dict[str, Peer], rounds: int) -> dict[str, Any]:
         raise error
     return {
         name: {
-            "first_s": first[name], "s": [t / 1e3 for t in ms[name]],
+            "first_s": first[name],
+            "s": [t / 1e3 for t in ms[name]],
             "cpu_s": [answer["cpu_s"] for answer in answers[name][1:]],
             "losses": [answer["loss"] for answer in answers[name]],
             "peak_bytes": answers[name][-1]["peak_bytes"],
         }
         for name in peers
-    }  # fmt: skip
+    }
 
 
 def render(record: dict[str, Any]) -> str:
@@ -201,19 +206,38 @@ def render(record: dict[str, Any]) -> str:
 
 def render_update(found: dict[str, Any]) -> str:
     """One row a contestant."""
-    head = ["contestant", "s", "p20 - p80", "n", f"x ours (goal {GOAL:g})", "CPU s", "x ours in CPU s",
-            "GFLOP/s of the ideal's", "first update s", "peak GB", "losses"]  # fmt: skip
+    head = [
+        "contestant",
+        "s",
+        "p20 - p80",
+        "n",
+        f"x ours (goal {GOAL:g})",
+        "CPU s",
+        "x ours in CPU s",
+        "GFLOP/s of the ideal's",
+        "first update s",
+        "peak GB",
+        "losses",
+    ]
     medians = lambda result: [float(np.median(result[key])) for key in ("s", "cpu_s")]
     base = medians(next(iter(found["results"].values())))
     rows = []
     for name, result in found["results"].items():
         s, cpu_s = medians(result)
         losses = ", ".join(f"{loss:.6f}" for loss in result["losses"][:3])
-        rows.append([
-            name, *cells(summary(result["s"]), 2), f"{s / base[0]:.2f}", f"{cpu_s:.1f}",
-            f"{cpu_s / base[1]:.2f}", f"{found['ideal_flops'] / s / 1e9:.1f}", f"{result['first_s']:.1f}",
-            f"{result['peak_bytes'] / 1e9:.2f}", losses,
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                *cells(summary(result["s"]), 2),
+                f"{s / base[0]:.2f}",
+                f"{cpu_s:.1f}",
+                f"{cpu_s / base[1]:.2f}",
+                f"{found['ideal_flops'] / s / 1e9:.1f}",
+                f"{result['first_s']:.1f}",
+                f"{result['peak_bytes'] / 1e9:.2f}",
+                losses,
+            ]
+        )
     what = ", ".join(f"{name} {n}" for name, n in found["rows"].items())
     return f"{what}\n\n{table(head, rows)}"
 

@@ -187,9 +187,14 @@ def update(model: Qwen3Config, lora: bool, tiny: bool, rows: int = 4, rounds: in
         raise ValueError(f"the losses are {losses}")
     took = float(np.median(times))
     return {
-        "device": jax.devices()[0].device_kind, "rows": rows, "positions": need, "first_s": first,
-        "s": summary(times), "tokens_s": rows * need / took, "peak_bytes": step_stages.peak_bytes(),
-    } | step_stages.mfu(model, lengths, took, mesh)  # fmt: skip
+        "device": jax.devices()[0].device_kind,
+        "rows": rows,
+        "positions": need,
+        "first_s": first,
+        "s": summary(times),
+        "tokens_s": rows * need / took,
+        "peak_bytes": step_stages.peak_bytes(),
+    } | step_stages.mfu(model, lengths, took, mesh)
 
 
 def whole_step(model: Qwen3Config, lora: bool, scale: float, prompts: int, tiny: bool) -> Record:

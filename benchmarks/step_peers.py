@@ -163,8 +163,10 @@ def tunix(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
         return run
 
     labels = lambda input_tokens, input_mask: (
-        input_tokens["response"], input_mask["sampler_logp"], input_mask["weight"]
-    )  # fmt: skip
+        input_tokens["response"],
+        input_mask["sampler_logp"],
+        input_mask["weight"],
+    )
 
     class Trainer(DistillationTrainer):
         """Keeps the losses."""
@@ -225,18 +227,34 @@ def trl(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
     out = tempfile.mkdtemp()
     config = SDPOConfig(
-        output_dir=out, per_device_train_batch_size=size, gradient_accumulation_steps=turns,
-        num_generations=2, distillation_mode="topk_logits", distillation_topk=settings["k"],
-        distillation_alpha=0.5, distillation_add_tail=True, distillation_is_clip=settings["cap"],
-        teacher_model_kind="base", learning_rate=settings["lr"], lr_scheduler_type="constant",
-        weight_decay=settings["weight_decay"], adam_beta2=settings["b2"], max_grad_norm=settings["clip"],
-        gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[],
-    )  # fmt: skip
+        output_dir=out,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=turns,
+        num_generations=2,
+        distillation_mode="topk_logits",
+        distillation_topk=settings["k"],
+        distillation_alpha=0.5,
+        distillation_add_tail=True,
+        distillation_is_clip=settings["cap"],
+        teacher_model_kind="base",
+        learning_rate=settings["lr"],
+        lr_scheduler_type="constant",
+        weight_decay=settings["weight_decay"],
+        adam_beta2=settings["b2"],
+        max_grad_norm=settings["clip"],
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+    )
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     trainer = Trainer(
-        model, reward_funcs=lambda **_: [0.0], args=config, processing_class=tokenizer,
+        model,
+        reward_funcs=lambda **_: [0.0],
+        args=config,
+        processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"prompt": [""]}),
-    )  # fmt: skip
+    )
     model = trainer.accelerator.prepare(trainer.model)
     optimizer = trainer.create_optimizer()
     model.train()
@@ -266,10 +284,15 @@ def trl_batches(rows: Rows, size: int) -> list[dict[str, Any]]:
     student_BT, student_mask_BT = sequences(rows, "", left=True)
     teacher_BT, teacher_mask_BT = sequences(rows, "teacher_", left=True)
     fields = dict(
-        prompt_ids=student_BT[:, :-R], prompt_mask=student_mask_BT[:, :-R], completion_mask=inside_BR,
-        completion_ids=rows["response_BR"], old_per_token_logps=rows["sampler_logp_BR"],
-        teacher_input_ids=teacher_BT, teacher_attention_mask=teacher_mask_BT, weight=rows["weight_BR"],
-    )  # fmt: skip
+        prompt_ids=student_BT[:, :-R],
+        prompt_mask=student_mask_BT[:, :-R],
+        completion_mask=inside_BR,
+        completion_ids=rows["response_BR"],
+        old_per_token_logps=rows["sampler_logp_BR"],
+        teacher_input_ids=teacher_BT,
+        teacher_attention_mask=teacher_mask_BT,
+        weight=rows["weight_BR"],
+    )
     whole = lambda x: torch.from_numpy(x if x.dtype == np.float32 else x.astype(np.int64))
     tensors = {name: whole(x) for name, x in fields.items()}
     starts = range(0, len(inside_BR), size)

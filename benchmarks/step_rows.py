@@ -61,10 +61,17 @@ class Sizes:
         times = lambda n: max(1, round(by * n))
         both = lambda limits: (times(limits[0]), times(limits[1]))
         return Sizes(
-            prompts, self.samples, by * self.mean, times(self.most), by * self.prompt,
-            both(self.prompt_limits), times(self.frame), by * self.idea, both(self.idea_limits),
+            prompts,
+            self.samples,
+            by * self.mean,
+            times(self.most),
+            by * self.prompt,
+            both(self.prompt_limits),
+            times(self.frame),
+            by * self.idea,
+            both(self.idea_limits),
             both(self.span_limits),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

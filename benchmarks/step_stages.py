@@ -67,9 +67,15 @@ class Step:
         optimizer = make_optimizer(config)
         self.state, self.frozen, trees = random_trees(config, model, self.mesh, optimizer)
         generate = lambda most, temperature: make_generate(
-            model, self.mesh, max_new=most, temperature=temperature, top_p=1.0, stop_ids=(),
-            slots=config.rollout.slots, pool=cache_pages(config, most),
-        )  # fmt: skip
+            model,
+            self.mesh,
+            max_new=most,
+            temperature=temperature,
+            top_p=1.0,
+            stop_ids=(),
+            slots=config.rollout.slots,
+            pool=cache_pages(config, most),
+        )
         self.sample, self.reflect = generate(workload.sizes.most, 1.0), generate(workload.most_answer, 0.0)
         self.update = make_update(config, model, optimizer, self.mesh, trees.shardings)
         rng = np.random.default_rng(0)
@@ -83,10 +89,18 @@ class Step:
         rows, sizes = len(self.prompts), self.workload.sizes
         student = learner(self.state.params, self.frozen, self.config)
         return decode_rows(
-            self.sample, student, self.prompts, np.arange(rows), self.lengths.response_B,
-            jax.random.key(0), rows=rows, shards=row_devices(self.mesh), longest=sizes.prompt_limits[1],
-            prompts=sizes.prompts, room=self.config.rollout.prompt_tokens,
-        )  # fmt: skip
+            self.sample,
+            student,
+            self.prompts,
+            np.arange(rows),
+            self.lengths.response_B,
+            jax.random.key(0),
+            rows=rows,
+            shards=row_devices(self.mesh),
+            longest=sizes.prompt_limits[1],
+            prompts=sizes.prompts,
+            room=self.config.rollout.prompt_tokens,
+        )
 
     def reflections(self, rollout: Rollout) -> Rollout:
         """The frozen model's answers about the taught rows."""
@@ -97,10 +111,17 @@ class Step:
         asked = [self.prompts[row] + frame + texts[row] + texts[row - 1] for row in rows]
         limits = lognormal(len(rows), self.workload.answer, self.workload.most_answer, seed=1)
         return decode_rows(
-            self.reflect, self.frozen, asked, rows, limits, jax.random.key(1), rows=len(self.prompts),
-            shards=row_devices(self.mesh), longest=max(map(len, asked)),
+            self.reflect,
+            self.frozen,
+            asked,
+            rows,
+            limits,
+            jax.random.key(1),
+            rows=len(self.prompts),
+            shards=row_devices(self.mesh),
+            longest=max(map(len, asked)),
             room=self.config.rollout.prompt_tokens,
-        )  # fmt: skip
+        )
 
     def learn(self, rollout: Rollout) -> float:
         """One update; its loss."""
@@ -111,9 +132,15 @@ class Step:
             pad_rows(rows, max(map(len, rows))) for rows in (self.prompts, self.teacher_prompts)
         )
         lesson = Lesson(
-            prompt_BP, prompt_len_B, teacher_BQ, teacher_len_B, np.asarray(rollout.tokens_BR),
-            np.asarray(rollout.length_B), taught_BR.astype(np.float32), np.asarray(rollout.logp_BR),
-        )  # fmt: skip
+            prompt_BP,
+            prompt_len_B,
+            teacher_BQ,
+            teacher_len_B,
+            np.asarray(rollout.tokens_BR),
+            np.asarray(rollout.length_B),
+            taught_BR.astype(np.float32),
+            np.asarray(rollout.logp_BR),
+        )
         with jax.set_mesh(self.mesh):
             self.state, metrics = self.update(self.state, self.frozen, lesson)
         jax.block_until_ready(self.state)
@@ -156,11 +183,15 @@ def measure(workload: Workload, config: Config, model: Qwen3Config, rounds: int 
     whole = sum(times.values())
     found = {
         stage: {
-            "s": times[stage], "share": times[stage] / whole, "all_s": spent[stage][1:],
-            "first_s": spent[stage][0], "compiles": compiles[stage], "peak_bytes": peaks[stage],
+            "s": times[stage],
+            "share": times[stage] / whole,
+            "all_s": spent[stage][1:],
+            "first_s": spent[stage][0],
+            "compiles": compiles[stage],
+            "peak_bytes": peaks[stage],
         }
         for stage in STAGES
-    }  # fmt: skip
+    }
     for stage, decoded in (("rollouts", rollout), ("reflections", answers)):
         found[stage] |= describe_decoding(decoded, floor, times[stage])
     found["update"] |= describe_update(step, times["update"])
@@ -209,17 +240,34 @@ def peak_bytes() -> int:
 
 def render(record: dict[str, Any]) -> str:
     """One row a stage."""
-    head = ["stage", "s", "share", "first s", "programs compiled, s", "tokens", "tokens/s",
-            "share of the decode floor", "MFU", "peak GB"]  # fmt: skip
+    head = [
+        "stage",
+        "s",
+        "share",
+        "first s",
+        "programs compiled, s",
+        "tokens",
+        "tokens/s",
+        "share of the decode floor",
+        "MFU",
+        "peak GB",
+    ]
     rows = []
     for stage, found in record["stages"].items():
         used = found.get("mfu", found.get("mfu_of_measured"))
-        rows.append([
-            stage, f"{found['s']:.2f}", f"{found['share']:.0%}", f"{found['first_s']:.1f}",
-            "{} in {:.1f}".format(*found["compiles"]),
-            f"{found['tokens']:,}", f"{found['tokens_s']:,.0f}",
-            f"{found['floor_share']:.0%}" if "floor_share" in found else "",
-            f"{used:.0%}" if used else "", f"{found['peak_bytes'] / 1e9:.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                stage,
+                f"{found['s']:.2f}",
+                f"{found['share']:.0%}",
+                f"{found['first_s']:.1f}",
+                "{} in {:.1f}".format(*found["compiles"]),
+                f"{found['tokens']:,}",
+                f"{found['tokens_s']:,.0f}",
+                f"{found['floor_share']:.0%}" if "floor_share" in found else "",
+                f"{used:.0%}" if used else "",
+                f"{found['peak_bytes'] / 1e9:.2f}",
+            ]
+        )
     text = f"{record['device']}, {record['rows']} rows, a step of {record['step_s']:.2f} s"
     return f"{text}\n\n{table(head, rows)}"

@@ -17,9 +17,17 @@ TEXT, ARRAY = 8, 9
 BLOCK = 32  # weights that share a scale
 F32, Q4_1, Q8_0 = 0, 3, 8
 BYTES = {F32: 4 * BLOCK, Q4_1: 4 + BLOCK // 2, Q8_0: 2 + BLOCK}  # of a block
-NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-         "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-         "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
+NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 CONTROL = 3  # a token's type
 
 
@@ -93,22 +101,33 @@ def write_hugging_face(source: Path, folder: Path) -> None:
     fields, tensors = read(source)
     llama = {name.removeprefix("llama."): value for name, value in fields.items()}
     heads, groups = llama["attention.head_count"], llama["attention.head_count_kv"]
-    stored = {"model.embed_tokens.weight": tensors.pop("token_embd.weight"),
-              "model.norm.weight": tensors.pop("output_norm.weight")}  # fmt: skip
+    stored = {
+        "model.embed_tokens.weight": tensors.pop("token_embd.weight"),
+        "model.norm.weight": tensors.pop("output_norm.weight"),
+    }
     for name, value in tensors.items():
         _, layer, part, _ = name.split(".")
         if part in ("attn_q", "attn_k"):
             value = halves(value, heads if part == "attn_q" else groups)
         stored[f"model.layers.{layer}.{NAMES[part]}.weight"] = np.ascontiguousarray(value)
     config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", tie_word_embeddings=True,
-        vocab_size=len(stored["model.embed_tokens.weight"]), hidden_size=llama["embedding_length"],
-        intermediate_size=llama["feed_forward_length"], num_hidden_layers=llama["block_count"],
-        num_attention_heads=heads, num_key_value_heads=groups, rope_theta=llama["rope.freq_base"],
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        hidden_act="silu",
+        tie_word_embeddings=True,
+        vocab_size=len(stored["model.embed_tokens.weight"]),
+        hidden_size=llama["embedding_length"],
+        intermediate_size=llama["feed_forward_length"],
+        num_hidden_layers=llama["block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        rope_theta=llama["rope.freq_base"],
         rms_norm_eps=llama["attention.layer_norm_rms_epsilon"],
         max_position_embeddings=llama["context_length"],
-        rope_scaling=None, attention_bias=False, mlp_bias=False,
-    )  # fmt: skip
+        rope_scaling=None,
+        attention_bias=False,
+        mlp_bias=False,
+    )
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})

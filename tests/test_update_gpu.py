@@ -13,9 +13,14 @@ from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import make_optimizer, make_update
 
 COMMON = dict(
-    vocab_size=151936, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-    num_tokens=151669, dtype="bfloat16",
-)  # fmt: skip
+    vocab_size=151936,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    num_tokens=151669,
+    dtype="bfloat16",
+)
 MODELS = {
     "4b": Qwen3Config(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True, **COMMON),
     "8b": Qwen3Config(hidden_size=4096, intermediate_size=12288, **COMMON),

@@ -374,8 +374,19 @@ def test_a_missing_model_says_what_to_pass(path, tmp_path):
         families.read_config(path and tmp_path / path, **EXACT)
 
 
-READ = (*families.SIZES, *families.OPTIONAL, "attention_bias", "head_dim", "rope_theta", "rope_parameters",
-        "rope_scaling", "model_type", "hidden_act", "use_sliding_window", "layer_types")  # fmt: skip
+READ = (
+    *families.SIZES,
+    *families.OPTIONAL,
+    "attention_bias",
+    "head_dim",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "model_type",
+    "hidden_act",
+    "use_sliding_window",
+    "layer_types",
+)
 ANYTHING = [None, "", "x", "32", 0, -1, 1, 1.5, 10**400, float("inf"), float("nan"), True, False,
             [], [1], [[1]], {}, {"a": 1}, {"rope_type": 5}, {"rope_theta": "x"}, {"rope_theta": None},
             {"type": None}]  # fmt: skip

@@ -17,8 +17,14 @@ from rosd_jax.models import files
 from rosd_jax.models.files import Fields, wrong
 from rosd_jax.models.qwen3 import Llama3Scaling, Qwen3Config
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads")  # fmt: skip
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 OPTIONAL = {
     "rms_norm_eps": files.positive,
     "tie_word_embeddings": files.flag,

@@ -35,9 +35,15 @@ from rosd_jax.train.update import Update
 
 Bytes = dict[str, int]
 KINDS = (
-    "parameters", "optimizer", "frozen", "gradients", "decoding weights", "cache", "activations",
+    "parameters",
+    "optimizer",
+    "frozen",
+    "gradients",
+    "decoding weights",
+    "cache",
+    "activations",
     "temporaries",
-)  # fmt: skip
+)
 BACKWARD_BLOCKS = 2  # a layer computed again, and the gradients of what it computes
 
 

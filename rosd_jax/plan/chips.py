@@ -83,9 +83,7 @@ def read_topology(name: str) -> Slice:
     kind, _, shape = name.partition(":")
     chip = CHIPS.get(kind)
     if chip is None or not shape:
-        raise UserError(
-            f"--topology is {name!r}; it must be {FORMS}, of the chips {', '.join(CHIPS)}"
-        )  # fmt: skip
+        raise UserError(f"--topology is {name!r}; it must be {FORMS}, of the chips {', '.join(CHIPS)}")
     jax.config.update("jax_platforms", "cpu")  # a plan for other chips leaves this machine's alone
     return _gpus(chip, name, shape) if chip.platform == "gpu" else _tpus(chip, name)
 

@@ -104,10 +104,16 @@ def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[_Cal
 
     def call(name, section, top_p, slots, rows, prompts_N, group, longest, frozen, stops) -> _Call:
         how = loop.settings(
-            job.model, job.mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
-            stop_ids=stop_ids, slots=slots, pool=cache_pages(c, section.max_new_tokens),
+            job.model,
+            job.mesh,
+            max_new=section.max_new_tokens,
+            temperature=section.temperature,
+            top_p=top_p,
+            stop_ids=stop_ids,
+            slots=slots,
+            pool=cache_pages(c, section.max_new_tokens),
             implementation=c.rollout.attention,
-        )  # fmt: skip
+        )
         mine = rows // shards
         own = min(-(-mine // group) * -(-longest // how.page), c.rollout.prompt_tokens // how.page)
         how = how.sized(rows, prompts.rounded(own, how.page), mine)
@@ -115,13 +121,43 @@ def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[_Cal
 
     longest, frozen = c.data.max_prompt_tokens, c.reflect.weights == "frozen"
     return [
-        call("rollouts", c.rollout, c.rollout.top_p, c.rollout.slots, rows, c.batch.prompts, c.batch.samples,
-             longest, False, stops),
-        call("reflections", c.reflect, 1.0, c.rollout.slots, rows, rows, 1, c.reflect.max_prompt_tokens,
-             frozen, None),
-        call("evaluation", c.eval, c.eval.top_p, c.eval.batch, items, evaluated, c.eval.samples, longest,
-             False, stops),
-    ]  # fmt: skip
+        call(
+            "rollouts",
+            c.rollout,
+            c.rollout.top_p,
+            c.rollout.slots,
+            rows,
+            c.batch.prompts,
+            c.batch.samples,
+            longest,
+            False,
+            stops,
+        ),
+        call(
+            "reflections",
+            c.reflect,
+            1.0,
+            c.rollout.slots,
+            rows,
+            rows,
+            1,
+            c.reflect.max_prompt_tokens,
+            frozen,
+            None,
+        ),
+        call(
+            "evaluation",
+            c.eval,
+            c.eval.top_p,
+            c.eval.batch,
+            items,
+            evaluated,
+            c.eval.samples,
+            longest,
+            False,
+            stops,
+        ),
+    ]
 
 
 def _decoding_stage(job: Job, call: _Call) -> Stage:

@@ -141,9 +141,12 @@ class Tokenizer:
         """
         try:
             return self.inner.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking,
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=thinking,
                 date_string=TODAY,
-            )  # fmt: skip
+            )
         except Exception as error:  # a template is a program that came with the model
             raise UserError(
                 f"the chat template of {self.source} fails on a prompt ({_one_line(error)}); {REMEDY}"

@@ -335,9 +335,13 @@ def export(run: Run, params: Params, path: Path, step: int) -> None:
     source, lora = Path(run.config.model.path), run.config.model.lora
     if lora.rank:
         save_adapters(
-            path / "adapter", params, rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets),
+            path / "adapter",
+            params,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=tuple(lora.targets),
             base=str(source),
-        )  # fmt: skip
+        )
         params = jax.jit(partial(merge, config=run.inputs.model))(params)
     save_pretrained(path, params, run.inputs.model, source=source, dtype=run.config.model.dtype)
     run.inputs.tokenizer.save(path)
