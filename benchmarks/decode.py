@@ -40,7 +40,7 @@ from benchmarks.timing import cells, interleaved, summary, table, versions
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.models.weights import save_pretrained
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.loop import make_generate, settings
 from rosd_jax.rollout.sampler import invert_cdf, sample
 from rosd_jax.train.setup import cpu_devices
 from rosd_jax.types import Params, Rollout
@@ -141,7 +141,7 @@ def engine(sizes: Sizes, params: Params, most: int, temperature: float = 1.0, **
     mesh = make_mesh(-1, 1, 1, jax.devices()[: sizes.devices])
     params = jax.device_put(params, param_shardings(params, mesh))
     generate = make_generate(
-        sizes.model, mesh, max_new=most, temperature=temperature, top_p=1.0, stop_ids=(), **options
+        settings(sizes.model, mesh, max_new=most, temperature=temperature, top_p=1.0, stop_ids=(), **options)
     )
 
     def run(ids: np.ndarray, prompt_of_B: np.ndarray, limit_B: np.ndarray, length_N: Any = None) -> Rollout:

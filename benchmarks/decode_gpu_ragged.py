@@ -55,7 +55,7 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
     from benchmarks.decode_gpu import random_weights
     from rosd_jax.models.qwen3 import Qwen3Config, init_params
     from rosd_jax.rollout.floor import measure_floor, position_bytes
-    from rosd_jax.rollout.loop import make_generate
+    from rosd_jax.rollout.loop import make_generate, settings
 
     sizes = (getattr(args, name) for name in QWEN3_4B)
     model = Qwen3Config(*sizes, tie_word_embeddings=True, dtype="bfloat16")
@@ -65,7 +65,9 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
     pages = int(args.share * dense) // args.page
     pool = pages - len(prompt_NP) * -(-args.prompt // args.page)
     generate = make_generate(
-        model, None, max_new=args.most, temperature=1.0, top_p=1.0, stop_ids=(), page=args.page, pool=pool
+        settings(
+            model, None, max_new=args.most, temperature=1.0, top_p=1.0, stop_ids=(), page=args.page, pool=pool
+        )
     )
     of_B, uid_B = np.repeat(np.arange(len(prompt_NP)), args.samples), np.arange(args.rows)
     given = prompt_NP, np.full(len(prompt_NP), args.prompt), of_B, uid_B, length_B

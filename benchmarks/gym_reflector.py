@@ -16,7 +16,7 @@ import numpy as np
 from rosd_jax.data import gym, pretrain
 from rosd_jax.models.families import read_config
 from rosd_jax.models.weights import load_params
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.loop import make_generate, settings
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.text import prompts, spans
 from rosd_jax.text.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ def measure(path: str, problems: int) -> dict[str, float]:
     def ask(texts: list[str], temperature: float) -> list[str]:
         ids = [tokenizer.chat_ids([{"role": "user", "content": t}], thinking=False) for t in texts]
         generate = make_generate(
-            model, None, max_new=72, temperature=temperature, top_p=1.0, stop_ids=tokenizer.stop_ids
+            settings(model, None, max_new=72, temperature=temperature, top_p=1.0, stop_ids=tokenizer.stop_ids)
         )
         uid_B, limit_B = np.arange(len(ids), dtype=np.int32), np.full(len(ids), 72, np.int32)
         key = jax.random.key(0)

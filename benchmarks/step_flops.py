@@ -77,7 +77,7 @@ def waste(
     found, longest = [], longest_rows(default_config())
     for seed in range(draws):
         lengths = draw(Sizes(), preset, seed)
-        trips = plan_trips(lesson(lengths, model.vocab_size), devices, device_rows, longest)
+        trips = plan_trips(lesson(lengths, model.vocab_size), devices * device_rows, longest)
         least, plan = ideal(model, lengths), planned(model, trips, devices * device_rows, lengths)
         ratios = [plan.total(remat) / least.total(remat) for remat in (False, True)]
         found.append((*ratios, len(trips)))

@@ -31,7 +31,7 @@ from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh, row_devices
 from rosd_jax.rollout.floor import Floor, measure_floor
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.loop import make_generate, settings
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.setup import cache_pages
@@ -67,14 +67,16 @@ class Step:
         optimizer = make_optimizer(config)
         self.state, self.frozen, trees = random_trees(config, model, self.mesh, optimizer)
         generate = lambda most, temperature: make_generate(
-            model,
-            self.mesh,
-            max_new=most,
-            temperature=temperature,
-            top_p=1.0,
-            stop_ids=(),
-            slots=config.rollout.slots,
-            pool=cache_pages(config, most),
+            settings(
+                model,
+                self.mesh,
+                max_new=most,
+                temperature=temperature,
+                top_p=1.0,
+                stop_ids=(),
+                slots=config.rollout.slots,
+                pool=cache_pages(config, most),
+            )
         )
         self.sample, self.reflect = generate(workload.sizes.most, 1.0), generate(workload.most_answer, 0.0)
         self.update = make_update(config, model, optimizer, self.mesh, trees.shardings)

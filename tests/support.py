@@ -1,11 +1,15 @@
-"""Where the tests find golden vectors and real data."""
+"""Where the tests find golden vectors and real data, and what needs the TPU compiler."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs; its wheel is Linux x86-64's"
+)
 
 
 def golden_dir() -> Path:

@@ -1,33 +1,28 @@
 """Decoding Qwen3-8B over four TPU chips that are not there: it compiles, the page store stays in place."""
 
-import importlib.util
 import math
-import os
 import re
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rosd_jax.kernels.paged_attention import write_and_attend
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import decoder_specs, make_mesh, param_shardings
+from rosd_jax.plan.chips import read_topology
 from rosd_jax.rollout import loop
 from rosd_jax.rollout.pages import page_length
+from support import NEEDS_LIBTPU
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="libtpu compiles for TPUs; its wheel is Linux x86-64's",
-    ),
+    NEEDS_LIBTPU,
 ]
 
-COMPILE_ONLY = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 MODEL = Qwen3Config(
     vocab_size=151936,
     hidden_size=4096,
@@ -51,8 +46,7 @@ def placed(mesh, x, spec):
 @cache
 def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     """All of it, and the loop alone, ready to be compiled, and the bytes of the store on one chip."""
-    os.environ.update(COMPILE_ONLY)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = read_topology(topology).devices
     mesh = make_mesh(*shape, devices)
     page = page_length(NEW)
     how = loop.Decoding(
@@ -65,7 +59,7 @@ def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     params = jax.tree.map(lambda x, s: put(x, s.spec), params, param_shardings(params, mesh))
     key = put(jax.eval_shape(lambda: jax.random.key(0)), P())
     args = params, ints(PROMPTS, PROMPT), ints(PROMPTS), *[ints(ROWS)] * 3, key
-    whole = jax.jit(partial(loop._generate, how=how))
+    whole = jax.jit(partial(loop.generate, how=how))
     begin = partial(loop.begin, how=how)
     decode = jax.jit(partial(loop.decode, how=how), donate_argnums=2)
     specs = decoder_specs(MODEL, mesh), P(loop.ROWS), loop._state_specs()
@@ -121,8 +115,7 @@ def test_the_kernels_compile_whatever_precision_the_caller_asks_for(
     topology, implementation, rows, kv_heads, dtype
 ):
     """Up to 512 rows with tables of 256 pages: both are held in on-chip memory."""
-    os.environ.update(COMPILE_ONLY)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = read_topology(topology).devices
     mesh = make_mesh(1, 1, 1, devices[:1])
     put = lambda dtype, *shape: placed(mesh, jax.ShapeDtypeStruct(shape, dtype), P())
     q, k = put(dtype, rows, 4 * kv_heads, 128), put(dtype, rows, kv_heads, 128)

@@ -12,7 +12,7 @@ from rosd_jax.models import decoder
 from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params, logits
 from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.rollout import loop, pages, prompts
-from rosd_jax.rollout.loop import Decoding, make_generate
+from rosd_jax.rollout.loop import Decoding, make_generate, settings
 
 MODEL = Qwen3Config(
     vocab_size=150,
@@ -40,7 +40,7 @@ OPTIONS = dict(max_new=NEW, temperature=0.8, top_p=1.0, stop_ids=STOP, page=PAGE
 
 
 def generate(mesh=None, *, rows=slice(None), params=PARAMS, limit=LIMIT, **options):
-    fn = make_generate(MODEL, mesh, **OPTIONS | options)
+    fn = make_generate(settings(MODEL, mesh, **OPTIONS | options))
     rollout = fn(params, PROMPT, PROMPT_LEN, PROMPT_OF[rows], UID[rows], limit[rows], KEY)
     return jax.tree.map(np.asarray, rollout)
 
@@ -175,7 +175,7 @@ def test_a_short_run_takes_slots_for_those_that_wait(alone, monkeypatch):
     counts, compact = [], pages.compact
     spy = lambda slots_SC, sequences, count: counts.append(count) or compact(slots_SC, sequences, count)
     monkeypatch.setattr(pages, "compact", spy)
-    fn = make_generate(MODEL, None, **OPTIONS)
+    fn = make_generate(settings(MODEL, None, **OPTIONS))
     for asked in (10, 5, 3):
         limit = np.where(np.arange(N) < asked, LIMIT, 0).astype(np.int32)
         got = jax.device_get(fn(PARAMS, PROMPT, PROMPT_LEN, PROMPT_OF, UID, limit, KEY))
@@ -342,7 +342,7 @@ def test_weights_are_cast_and_joined_once_a_call_not_once_a_step():
 
 
 def test_generate_is_pure_and_runs_inside_another_jit(alone):
-    fixed = partial(loop.generate, model=MODEL, **OPTIONS)
+    fixed = partial(loop.generate, how=settings(MODEL, None, **OPTIONS, compact=False))
     twice = jax.jit(lambda *args: (fixed(*args), fixed(*args)))
     first, second = twice(PARAMS, PROMPT, PROMPT_LEN, PROMPT_OF, UID, LIMIT, KEY)
     assert_same(jax.device_get(first), alone)

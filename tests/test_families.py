@@ -18,7 +18,7 @@ from rosd_jax.config import UserError
 from rosd_jax.models import families, qwen3, weights
 from rosd_jax.models.qwen3 import Llama3Scaling
 from rosd_jax.models.sharding import make_mesh, param_shardings, validate_mesh_for
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.loop import make_generate, settings
 
 EXACT = {"num_tokens": None, "dtype": "float32", "remat": "none"}
 SIZES = dict(
@@ -263,7 +263,9 @@ def test_greedy_decoding_equals_the_full_forward(model, split):
         validate_mesh_for(config, mesh)
         params = jax.device_put(params, param_shardings(params, mesh))
     prompt, length, new = TOKENS[:, :7], np.array([3, 7], np.int32), 8
-    generate = make_generate(config, mesh, max_new=new, temperature=0.0, top_p=1.0, stop_ids=(), page=4)
+    generate = make_generate(
+        settings(config, mesh, max_new=new, temperature=0.0, top_p=1.0, stop_ids=(), page=4)
+    )
     prompt_of, limit = np.array([0, 1, 1, 0], np.int32), np.full(4, new, np.int32)
     rollout = generate(
         params, prompt, length, prompt_of, np.arange(4, dtype=np.int32), limit, jax.random.key(0)

@@ -15,7 +15,7 @@ from rosd_jax.config import LAYERS, UserError, default_config, validate
 from rosd_jax.models import lora, qwen3, weights
 from rosd_jax.models.peft_files import save_adapters
 from rosd_jax.models.sharding import make_mesh, param_shardings
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.loop import make_generate, settings
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.trips import plan_trips
 from rosd_jax.train.update import init_state, make_optimizer, make_update
@@ -102,7 +102,7 @@ def test_new_adapters_change_nothing_and_are_drawn_as_peft_draws_them():
 def test_decoding_with_adapters_is_decoding_of_the_merged_model(shape):
     mesh = None if shape is None else make_mesh(*shape)
     prompt = np.random.default_rng(0).integers(0, 60, (2, 6)).astype(np.int32)
-    generate = make_generate(MODEL, mesh, max_new=10, temperature=0.0, top_p=1.0, stop_ids=())
+    generate = make_generate(settings(MODEL, mesh, max_new=10, temperature=0.0, top_p=1.0, stop_ids=()))
     rows = np.arange(8, dtype=np.int32)
 
     def decode(params):
@@ -190,7 +190,7 @@ def programs(model, rank):
     config.loss.chunk = 24
     trees = Trees(config, model, mesh, make_optimizer(config))
     update = make_update(config, model, trees.optimizer, mesh, trees.shardings)
-    trip = plan_trips(make_lesson(), B, 1, (64, 64))[0]
+    trip = plan_trips(make_lesson(), B, (64, 64))[0]
     hidden = jax.ShapeDtypeStruct((B, trip.student_BS.shape[1], model.hidden_size), np.float32)
     arguments = trees.like.params, trees.frozen_like, *jax.eval_shape(update.zeros), hidden, trip
     with jax.set_mesh(mesh):

@@ -1,6 +1,5 @@
 """The plan: slices that exist, what fits on them, bytes and FLOPs that can be checked, and what it prints."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from functools import cache, partial
@@ -11,6 +10,7 @@ import pytest
 from test_run import run  # noqa: F401  (a fixture)
 
 import tiny
+from benchmarks.step_flops import QWEN3
 from configs import quickstart, qwen3_science
 from rosd_jax.config import UserError
 from rosd_jax.models.families import read_config
@@ -25,26 +25,10 @@ from rosd_jax.plan.roofline import at_limits, realistic
 from rosd_jax.plan.stages import STAGES, make_job, trip_widths
 from rosd_jax.train.trips import plan_trips
 from rosd_jax.types import Lesson
-from support import ROOT
+from support import NEEDS_LIBTPU, ROOT
 
-NEEDS_LIBTPU = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu compiles for TPUs; its wheel is Linux x86-64's",
-)
-# config.json of Qwen/Qwen3-4B and Qwen/Qwen3-8B, and the tokens of their tokenizer.
-COMMON = dict(
-    vocab_size=151936,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    num_tokens=151669,
-    dtype="bfloat16",
-    remat="block",
-)
 MODELS = {
-    "4b": Qwen3Config(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True, **COMMON),
-    "8b": Qwen3Config(hidden_size=4096, intermediate_size=12288, **COMMON),
+    size: QWEN3[size].replace(num_tokens=151669, dtype="bfloat16", remat="block") for size in ("4b", "8b")
 }
 PARAMETERS = {"4b": 4.022e9, "8b": 8.191e9}  # as their model cards round them: 4.0 and 8.2 billion
 STOP, ITEMS = (151645, 151643), 100
@@ -319,7 +303,7 @@ def test_trips_are_those_of_the_update(small):
         sampler_logp_BR=np.zeros((B, R), np.float32),
     )
     update = small.update
-    trips = plan_trips(lesson, row_devices(small.mesh), update.device_rows, update.longest)
+    trips = plan_trips(lesson, update.rows, update.longest)
     widths = [(trip.student_BS.shape[1], trip.teacher_BT.shape[1]) for trip in trips]
     assert widths == [(S, T) for S, T, _ in trip_widths(small, lengths)]
     active = sum(n for *_, n in trip_widths(small, lengths)) * row_devices(small.mesh)

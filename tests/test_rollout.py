@@ -8,7 +8,7 @@ from rosd_jax.config import UserError
 from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params, logits
 from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.rollout import loop
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.loop import make_generate, settings
 
 MODEL = Qwen3Config(
     vocab_size=150,
@@ -53,7 +53,7 @@ def _generate(mesh=None, *, params=PARAMS, model=MODEL, prompt_of=PROMPT_OF, uid
     options = {"max_new": NEW, "temperature": TEMPERATURE, "top_p": 1.0, "stop_ids": ()} | options
     name = (model, mesh, *options.items())
     if name not in _built:
-        _built[name] = make_generate(model, mesh, **options)
+        _built[name] = make_generate(settings(model, mesh, **options))
     rollout = _built[name](params, prompt, prompt_len, prompt_of, uid, limit, KEY)
     return jax.tree.map(np.asarray, rollout)
 
@@ -126,7 +126,9 @@ def test_every_mesh_gives_the_tokens_of_one_device(shape, traces):
     """One to four rows a shard, and with them one to three of the four prompts."""
     mesh, four = make_mesh(*shape), [0, 1, 2, 0]
     params = jax.device_put(PARAMS, param_shardings(PARAMS, mesh))
-    fn = make_generate(MODEL, mesh, max_new=NEW, temperature=TEMPERATURE, top_p=1.0, stop_ids=(140,))
+    fn = make_generate(
+        settings(MODEL, mesh, max_new=NEW, temperature=TEMPERATURE, top_p=1.0, stop_ids=(140,))
+    )
     fn(params, PROMPT[four], PROMPT_LEN[four], PROMPT_OF, UID + 1, LIMIT - 11, KEY)
     before = len(traces)
     got = fn(params, PROMPT[four], PROMPT_LEN[four], PROMPT_OF, UID, LIMIT, KEY)
@@ -202,7 +204,7 @@ def test_top_p_keeps_to_the_likeliest_ids():
 
 
 def test_new_values_do_not_compile_again(traces):
-    fn = make_generate(MODEL, None, max_new=1, temperature=TEMPERATURE, top_p=1.0, stop_ids=(140,))
+    fn = make_generate(settings(MODEL, None, max_new=1, temperature=TEMPERATURE, top_p=1.0, stop_ids=(140,)))
     want = _generate().tokens_BR[:, :1]
     call = lambda uid, key: fn(PARAMS, PROMPT, PROMPT_LEN, PROMPT_OF, uid, LIMIT, key)
     call(UID + 9, KEY)

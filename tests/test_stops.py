@@ -10,8 +10,7 @@ from tokenizers.decoders import Metaspace
 from rosd_jax.config import UserError
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh, param_shardings
-from rosd_jax.rollout import pages
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout import loop, pages
 from rosd_jax.rollout.stops import make_stops
 from rosd_jax.text.tokenizer import load_tokenizer
 from support import ROOT, data_dir
@@ -66,10 +65,10 @@ def test_the_table_finds_what_the_text_holds(stops, tokens, data):
 
 
 def generate(mesh=None, stops=STOPS, params=PARAMS, **options):
-    fn = make_generate(
-        MODEL, mesh, max_new=NEW, temperature=1.0, top_p=1.0, stop_ids=(11,), page=PAGE,
-        stops=make_stops(stops, TOKENS) if stops else None, **options,
-    )  # fmt: skip
+    how = loop.settings(
+        MODEL, mesh, max_new=NEW, temperature=1.0, top_p=1.0, stop_ids=(11,), page=PAGE, **options
+    )
+    fn = loop.make_generate(how, make_stops(stops, TOKENS) if stops else None)
     prompt, length = np.array([[1, 2, 4], [3, 1, 0]], np.int32), np.array([3, 2], np.int32)
     uid, limit = np.arange(N, dtype=np.int32), np.full(N, NEW, np.int32)
     rollout = fn(

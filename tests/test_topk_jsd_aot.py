@@ -1,7 +1,5 @@
 """The loss compiled for TPUs that are not there: it fits, it does the least work, its kernel stays quick."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,10 +7,9 @@ import pytest
 from benchmarks import topk_jsd_tpu
 from rosd_jax.kernels.topk_jsd import pallas_tpu, topk_jsd_from_logits, topk_jsd_loss
 from rosd_jax.kernels.topk_jsd.reference import Options
+from support import NEEDS_LIBTPU
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs; its wheel is Linux x86-64's"
-)
+pytestmark = NEEDS_LIBTPU
 
 # Of the matmuls' time at the width of Qwen3-8B. A core of v6e has v5p's vector units beside four times
 # its matrix units.

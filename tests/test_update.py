@@ -16,7 +16,7 @@ from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
 from rosd_jax.models import qwen3
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import AXES, make_mesh, param_shardings, row_sharding
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.loop import make_generate, settings
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.trips import plan_trips
 from rosd_jax.train.update import (
@@ -295,7 +295,7 @@ def test_rematerialising_does_not_matter():
 def test_under_its_mesh_every_device_holds_its_own_rows_only():
     model = MODEL.replace(hidden_size=48, intermediate_size=96)
     lesson = make_lesson()
-    trip = plan_trips(lesson, B, 1, (64, 64))[0]
+    trip = plan_trips(lesson, B, (64, 64))[0]
     wide = lambda x: jax.ShapeDtypeStruct((B, 128) if x.ndim > 1 else (B,), x.dtype)
 
     def memory(count):
@@ -388,7 +388,7 @@ def test_the_teacher_takes_no_gradient_and_is_left_as_it_was():
     with jax.set_mesh(mesh):
         update(state, frozen, lesson)
     assert_same(jax.device_get(frozen), trees()[1])
-    trip = plan_trips(lesson, B, 1, (64, 64))[0]
+    trip = plan_trips(lesson, B, (64, 64))[0]
 
     def loss(student, frozen):
         hidden = align(teach(frozen, trip.teacher_BT, model=MODEL), trip.shift_B, 64)
@@ -428,7 +428,9 @@ def test_the_gradient_is_clipped_to_the_norm_before_adam_sees_it():
 def test_on_policy_rollouts_have_ratio_one():
     mesh = prepared()[2]
     lesson = make_lesson()
-    sample = make_generate(MODEL, mesh, max_new=R, temperature=TEMPERATURE, top_p=1.0, stop_ids=(1, 2, 3, 4))
+    sample = make_generate(
+        settings(MODEL, mesh, max_new=R, temperature=TEMPERATURE, top_p=1.0, stop_ids=(1, 2, 3, 4))
+    )
     rows = np.arange(B, dtype=np.int32)
     with jax.set_mesh(mesh):
         rollout = sample(

@@ -1,28 +1,23 @@
 """The update compiled for TPU slices that are not there: on every mesh, and without T x T scores."""
 
-import importlib.util
-import os
 from functools import cache
 
 import jax
 import pytest
-from jax.experimental import topologies
 
 from rosd_jax.config import default_config
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh
+from rosd_jax.plan.chips import read_topology
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import make_optimizer, make_update
+from support import NEEDS_LIBTPU
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="libtpu compiles for TPUs; its wheel is Linux x86-64's",
-    ),
+    NEEDS_LIBTPU,
 ]
 
-COMPILE_ONLY = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 NANO = Qwen3Config(
     vocab_size=2048,
     hidden_size=256,
@@ -40,8 +35,7 @@ S, T = 1536, 3072
 @cache
 def chips(topology: str):
     """One list for each topology: devices of two descriptions of it are not equal."""
-    os.environ.update(COMPILE_ONLY)
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return read_topology(topology).devices
 
 
 def lowered(shape: tuple[int, int, int], **fields):

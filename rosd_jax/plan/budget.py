@@ -1,6 +1,6 @@
 """Bytes of one chip in every stage, by kind.
 
-What lies in memory between stages is exact: the sizes of its shards. What a stage holds besides is
+What lies in memory between stages is exact: the sizes of its shards. What else a stage holds is
 arithmetic over the arrays that it cannot do without at its fullest; XLA decides about the rest. So a plan
 is an estimate until a stage is compiled (docs/performance.md compares the two: "The plan against the
 compiler").
@@ -174,7 +174,7 @@ def student(job: Job) -> Bytes:
 
 
 def optimizer(job: Job) -> Bytes:
-    """AdamW's step. XLA for TPU writes over the state that it is given; for CPU it keeps two trees beside."""
+    """AdamW's step. XLA for TPU writes over the state that it is given; for CPU it keeps two more trees."""
     if job.mesh.devices.flat[0].platform == "tpu":
         return {"temporaries": 0}
     return {"temporaries": 2 * shard_bytes(job.trees.state.params, job.trees.shardings.params)}
@@ -187,11 +187,17 @@ def frozen_bytes(job: Job) -> int:
 
 def block_bytes(job: Job, tokens: int) -> int:
     """The arrays of one layer's forward pass that are there together, of so many tokens."""
-    model = job.model
-    D, F = model.hidden_size, model.intermediate_size // job.tensor
-    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim // job.tensor
+    D, F, heads = widths(job)
     norm = 4 * D  # float32
     return tokens * (2 * D * job.item + norm + max(heads, 3 * F) * job.item)
+
+
+def widths(job: Job) -> tuple[int, int, int]:
+    """Of the model, and on one chip of the inner layer and of queries, keys, values and output together."""
+    model = job.model
+    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
+    inner = model.intermediate_size // job.tensor
+    return model.hidden_size, inner, heads * model.head_dim // job.tensor
 
 
 def scores_bytes(job: Job, rows: int, T: int) -> int:
@@ -203,9 +209,7 @@ def scores_bytes(job: Job, rows: int, T: int) -> int:
 
 def kept_bytes(job: Job, rows: int, T: int) -> int:
     """What one layer keeps for its backward pass where nothing is computed again."""
-    model = job.model
-    D, F = model.hidden_size, model.intermediate_size // job.tensor
-    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim // job.tensor
+    D, F, heads = widths(job)
     return rows * T * (8 * D + 2 * heads + 5 * F) * job.item + scores_bytes(job, rows, T)
 
 

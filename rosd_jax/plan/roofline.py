@@ -6,8 +6,7 @@ Seconds are those of the slowest of three: products at the chip's bfloat16 peak,
 exchanges at its links. A real step takes longer.
 
     at_limits(config), realistic(config)          -> Lengths
-    forward(model, tokens, context)               -> FLOPs
-    decoding(job, lengths, ...), teaching(...), learning(...), applying(...)  -> Work of one chip
+    decode_work, teach_work, learn_work, apply_work -> Work of one chip
 """
 
 from __future__ import annotations
@@ -93,10 +92,6 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes, self.sent + other.sent)
-
-    def times(self, n: float) -> Work:
-        """The same n times."""
-        return Work(self.flops * n, self.bytes * n, self.sent * n)
 
     def seconds(self, chip: Chip) -> float:
         """The least that the chip needs."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,9 +28,9 @@ from rosd_jax.plan.roofline import Lengths, Split, Work
 from rosd_jax.rollout import loop, prompts
 from rosd_jax.rollout.loop import Decoding
 from rosd_jax.rollout.stops import Stops
-from rosd_jax.train.setup import cache_pages, check_rows
+from rosd_jax.train.setup import check_rows, engines
 from rosd_jax.train.trees import Trees
-from rosd_jax.train.trips import width
+from rosd_jax.train.trips import group_rows
 from rosd_jax.train.update import make_optimizer, make_update
 
 STAGES = ("rollouts", "reflections", "evaluation", "teacher", "student", "optimizer")
@@ -41,7 +42,7 @@ class Stage:
 
     name: str
     resident: Bytes  # what lies in memory whatever the stage does
-    working: Bytes  # what it holds besides, by arithmetic
+    working: Bytes  # what it holds in addition, by arithmetic
     work: Callable[[Lengths], Work]  # of one chip in one step
     lower: Callable[[], Any]  # -> jax.stages.Lowered, under the job's mesh
 
@@ -96,67 +97,25 @@ def _decoding(job: Job, stop_ids, stops, evaluated: int) -> list[Stage]:
 
 
 def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[_Call]:
-    """As train/setup.py builds the engines, and as train/step.py and train/loop.py call them."""
+    """The engines of train/setup.py as train/step.py and train/loop.py call them."""
     c, shards = job.config, row_devices(job.mesh)
     rows = c.batch.prompts * c.batch.samples
     items = evaluated * c.eval.samples
     items += -items % c.eval.batch
 
-    def call(name, section, top_p, slots, rows, prompts_N, group, longest, frozen, stops) -> _Call:
-        how = loop.settings(
-            job.model,
-            job.mesh,
-            max_new=section.max_new_tokens,
-            temperature=section.temperature,
-            top_p=top_p,
-            stop_ids=stop_ids,
-            slots=slots,
-            pool=cache_pages(c, section.max_new_tokens),
-            implementation=c.rollout.attention,
-        )
-        mine = rows // shards
+    engine = engines(c, job.model, job.mesh, stop_ids)
+
+    def call(name: str, rows: int, prompts_N: int, group: int, longest: int, frozen: bool, stops) -> _Call:
+        how, mine = engine[name], rows // shards
         own = min(-(-mine // group) * -(-longest // how.page), c.rollout.prompt_tokens // how.page)
         how = how.sized(rows, prompts.rounded(own, how.page), mine)
         return _Call(name, how, prompts_N, longest, rows, frozen, stops)
 
     longest, frozen = c.data.max_prompt_tokens, c.reflect.weights == "frozen"
     return [
-        call(
-            "rollouts",
-            c.rollout,
-            c.rollout.top_p,
-            c.rollout.slots,
-            rows,
-            c.batch.prompts,
-            c.batch.samples,
-            longest,
-            False,
-            stops,
-        ),
-        call(
-            "reflections",
-            c.reflect,
-            1.0,
-            c.rollout.slots,
-            rows,
-            rows,
-            1,
-            c.reflect.max_prompt_tokens,
-            frozen,
-            None,
-        ),
-        call(
-            "evaluation",
-            c.eval,
-            c.eval.top_p,
-            c.eval.batch,
-            items,
-            evaluated,
-            c.eval.samples,
-            longest,
-            False,
-            stops,
-        ),
+        call("rollouts", rows, c.batch.prompts, c.batch.samples, longest, False, stops),
+        call("reflections", rows, rows, 1, c.reflect.max_prompt_tokens, frozen, None),
+        call("evaluation", items, evaluated, c.eval.samples, longest, False, stops),
     ]
 
 
@@ -228,21 +187,12 @@ def _updating(job: Job) -> list[Stage]:
 def trip_widths(job: Job, lengths: Lengths) -> list[tuple[int, int, int]]:
     """Student's width, teacher's width and active tokens of a row device, trip by trip.
 
-    As train/trips.py lays them out where every response is taught in full, the most that can be.
+    Every response is taught in full, the most that can be.
     """
-    longest = job.update.longest
-    at_once = row_devices(job.mesh) * job.config.batch.device_rows
-    ordered = sorted(lengths.response_B, reverse=True)
-    groups = [ordered[i : i + at_once] for i in range(0, len(ordered), at_once)]
-    read = lambda prompt, group, most: width(prompt + group[0] - 1, most)
-    return [
-        (
-            read(lengths.prompt, group, longest[0]),
-            read(lengths.teacher, group, longest[1]),
-            -(-sum(group) // row_devices(job.mesh)),
-        )
-        for group in groups
-    ]
+    response_B = np.array(lengths.response_B)
+    student_B, teacher_B = (prompt + response_B - 1 for prompt in (lengths.prompt, lengths.teacher))
+    groups = group_rows(student_B, teacher_B, job.update.rows, job.update.longest)
+    return [(S, T, -(-int(response_B[rows].sum()) // row_devices(job.mesh))) for rows, S, T in groups]
 
 
 def _teaching(job: Job, lengths: Lengths) -> Work:

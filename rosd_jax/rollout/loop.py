@@ -9,10 +9,10 @@ sums may round a bfloat16 logit to its other side, and a token with it.
 Each shard of the rows is an engine of its own, with its queue, pages and slots, under `jax.shard_map`;
 along the "tensor" axis its devices split heads, inner widths and the vocabulary.
 
-    generate(params, prompt_NP, ..., key, *, model, ...)   -> Rollout; pure
-    make_generate(model, mesh, ...)                        -> the same, compiled
-    settings(model, mesh, ...), jit_generate(mesh)         what it is made of, for a plan that only compiles
-    begin, decode, finish                                  the three parts that all are made of
+    settings(model, mesh, ...)                             -> Decoding, all that is fixed
+    generate(params, prompt_NP, ..., key, stops, *, how)   -> Rollout; pure
+    make_generate(how, stops)                              -> the same, compiled; jit_generate: for a plan
+    begin, decode, finish                                  the three parts of generate
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ GPU_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_trit
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is fixed when the engine is compiled (hashable). `generate` explains the fields."""
+    """What is fixed when the engine is compiled (hashable). `settings` explains the fields."""
 
     model: Qwen3Config
     mesh: Mesh | None
@@ -64,7 +64,7 @@ class Decoding:
     prompt_pages: int | None = None
     implementation: Implementation | None = None
     enough: int | None = None  # slots of a shard that suffice for all that wait; None: not known
-    compact: bool = False  # `make_generate` explains it
+    compact: bool = False
 
     @property
     def shards(self) -> int:
@@ -97,85 +97,24 @@ def generate(
     uid_B: jax.Array,
     limit_B: jax.Array,
     key: jax.Array,
-    *,
-    model: Qwen3Config,
-    max_new: int,
-    temperature: float,
-    top_p: float,
-    stop_ids: tuple[int, ...],
-    mesh: Mesh | None = None,
-    slots: int | None = None,
-    page: int | None = None,
-    pool: int | None = None,
-    prompt_pages: int | None = None,
-    implementation: Implementation | None = None,
     stops: Stops | None = None,
+    *,
+    how: Decoding,
 ) -> Rollout:
-    """Samples one response a row; row b answers prompt `prompt_of_B[b]`, R = max_new >= 1.
+    """Samples one response a row; row b answers prompt `prompt_of_B[b]`, R = how.max_new >= 1.
 
     prompt_NP [N, P] int32, right-padded, of lengths prompt_len_N >= 1. A row ends with its first
-    token in `stop_ids`, or the first that completes a string of `stops` (kept as part of the response;
+    token in `how.stop_ids`, or the first that completes a string of `stops` (kept as part of the response;
     sets finished), or unfinished after min(limit_B, max_new) tokens; a limit of 0 yields none. uid_B
-    (int32) names each row's random stream. `sample` describes temperature and top_p.
-
-    slots: rows that decode together, over all shards; None: all. page: positions a page; None:
-    `pages.page_length`. pool: pages of a shard for responses; None: enough for its slots at full length.
-    With fewer, sequences may be put back and start anew. prompt_pages: of a shard for its different
-    prompts, as `prompts.room` counts them; None: enough for any.
+    (int32) names each row's random stream.
 
     With a mesh, whose "tensor" axis must divide the key-value heads, rows lie along "data" and
     "fsdp". Raises UserError where B does not, ValueError where a sequence would not fit the pool.
     """
-    how = Decoding(
-        model, mesh, max_new, temperature, top_p, stop_ids, slots, page or pages.page_length(max_new), pool,
-        prompt_pages, implementation,
-    )  # fmt: skip
-    return _generate(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, stops, how=how)
-
-
-def _generate(*given: Any, how: Decoding) -> Rollout:
+    given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, stops
     weights, rows, state = begin(*given, how=how)
     state = decode(weights, rows, state, how=how)
     return finish(state.out, state.stats)
-
-
-def make_generate(
-    model: Qwen3Config,
-    mesh: Mesh | None,
-    *,
-    max_new: int,
-    temperature: float,
-    top_p: float,
-    stop_ids: tuple[int, ...],
-    slots: int | None = None,
-    page: int | None = None,
-    pool: int | None = None,
-    compact: bool = True,
-    implementation: Implementation | None = None,
-    stops: Stops | None = None,
-) -> Callable[..., Rollout]:
-    """`generate`, compiled, of (params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key).
-
-    Build it once and keep it: it is traced once for each combination of shapes, of the room that the
-    prompts need (powers of two) and of the number of slots that suffice for the rows with a limit above 0.
-    compact: once half of a shard's slots are empty for good, the rest goes on in the next power of two;
-    each number of slots is compiled, so runs shorter than LONG do without. Params keep the sharding they
-    come with; the rollout's rows lie along the mesh's "data" and "fsdp" axes.
-    """
-    how = settings(
-        model, mesh, max_new=max_new, temperature=temperature, top_p=top_p, stop_ids=stop_ids, slots=slots,
-        page=page, pool=pool, compact=compact, implementation=implementation,
-    )  # fmt: skip
-    compiled = jit_generate(mesh)
-
-    def run(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key) -> Rollout:
-        _check_rows(len(prompt_of_B), how)
-        waiting = int(np.sum(np.reshape(np.asarray(limit_B), (how.shards, -1)) > 0, axis=1).max())
-        needed = prompts.room(prompt_len_N, prompt_of_B, limit_B, how.page, how.shards)
-        given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, stops
-        return compiled(*given, how=how.sized(len(prompt_of_B), needed, waiting))
-
-    return run
 
 
 def settings(
@@ -192,11 +131,46 @@ def settings(
     compact: bool = True,
     implementation: Implementation | None = None,
 ) -> Decoding:
-    """What `make_generate` fixes of an engine before it sees any prompts."""
+    """What is fixed of an engine before it sees any prompts. `sample` describes temperature and top_p.
+
+    slots: rows that decode together, over all shards; None: all. page: positions a page; None:
+    `pages.page_length`. pool: pages of a shard for responses; None: enough for its slots at full length.
+    With fewer, sequences may be put back and decoded again from their start. compact: once half of a
+    shard's slots are empty for good, the rest goes on in the next power of two; each number of slots is
+    compiled, so runs shorter than LONG do without.
+    """
     return Decoding(
-        model, mesh, max_new, temperature, top_p, stop_ids, slots, page or pages.page_length(max_new), pool,
-        implementation=implementation, compact=compact and max_new >= LONG,
-    )  # fmt: skip
+        model=model,
+        mesh=mesh,
+        max_new=max_new,
+        temperature=temperature,
+        top_p=top_p,
+        stop_ids=stop_ids,
+        slots=slots,
+        page=page or pages.page_length(max_new),
+        pool=pool,
+        implementation=implementation,
+        compact=compact and max_new >= LONG,
+    )
+
+
+def make_generate(how: Decoding, stops: Stops | None = None) -> Callable[..., Rollout]:
+    """`generate`, compiled, of (params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key).
+
+    Build it once and keep it: it is traced once for each combination of shapes, of the room that the
+    prompts need (powers of two) and of the number of slots that suffice for the rows with a limit above 0.
+    Params keep the sharding they come with; the rollout's rows lie along the mesh's "data" and "fsdp" axes.
+    """
+    compiled = jit_generate(how.mesh)
+
+    def run(params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key) -> Rollout:
+        _check_rows(len(prompt_of_B), how)
+        waiting = int(np.sum(np.reshape(np.asarray(limit_B), (how.shards, -1)) > 0, axis=1).max())
+        needed = prompts.room(prompt_len_N, prompt_of_B, limit_B, how.page, how.shards)
+        given = params, prompt_NP, prompt_len_N, prompt_of_B, uid_B, limit_B, key, stops
+        return compiled(*given, how=how.sized(len(prompt_of_B), needed, waiting))
+
+    return run
 
 
 def jit_generate(mesh: Mesh | None) -> Any:
@@ -204,7 +178,7 @@ def jit_generate(mesh: Mesh | None) -> Any:
     out = None if mesh is None else row_sharding(mesh)
     on = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     options = GPU_OPTIONS if on == "gpu" else None
-    return jax.jit(_generate, static_argnames="how", out_shardings=out, compiler_options=options)
+    return jax.jit(generate, static_argnames="how", out_shardings=out, compiler_options=options)
 
 
 def enough(left: int) -> int:

@@ -112,11 +112,11 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
     config = run.config
     done = start
     try:
-        score_if_due(run, learner(state.params, frozen_params, config), start)
+        score_if_due(run, state.params, frozen_params, start)
         for step in range(start, config.steps):
             state = one_step(run, state, frozen_params, step)
             done = step + 1
-            score_if_due(run, learner(state.params, frozen_params, config), done)
+            score_if_due(run, state.params, frozen_params, done)
             best = best_step(read_metrics(run.log.path))
             if is_due(done, config.checkpoint.every, config.steps) or done == best:
                 run.console.stage("checkpoint")
@@ -128,13 +128,14 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
     return state
 
 
-def score_if_due(run: Run, params: Params, step: int) -> None:
+def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> None:
     """What is to be scored at a step and is not yet: all of it, or what an earlier start left undone."""
     config = run.config
     every_of: dict[Split, int] = {"validation": config.validation.every, "eval": config.eval.every}
     for split, every in every_of.items():
         if step == 0 or is_due(step, every, config.steps):
-            score(run, split, unscored(run, split, step), params, step)
+            model = learner(params, frozen_params, config)  # not before: it may be brought from the host
+            score(run, split, unscored(run, split, step), model, step)
 
 
 def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> TrainState:

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 
 from rosd_jax.config import Config, UserError
 from rosd_jax.data import gym
@@ -33,7 +34,7 @@ from rosd_jax.models.sharding import (
 from rosd_jax.rewards import Grader, Mode
 from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.loop import Decoding, make_generate, settings
 from rosd_jax.rollout.stops import Stops, make_stops
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -225,11 +226,7 @@ def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]
     trees = Trees(config, model, mesh, optimizer)
     for leaf in replicated_dims(trees.base, mesh):
         logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
-    generate = lambda section, top_p, slots, stops: polled(make_generate(
-        model, mesh, max_new=section.max_new_tokens, temperature=section.temperature, top_p=top_p,
-        stop_ids=inputs.tokenizer.stop_ids, slots=slots, stops=stops,
-        pool=cache_pages(config, section.max_new_tokens), implementation=config.rollout.attention,
-    ))  # fmt: skip
+    engine = engines(config, model, mesh, inputs.tokenizer.stop_ids)
     tools = Tools(
         config=config,
         model=model,
@@ -241,12 +238,35 @@ def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]
         grader=grader,
         key=jax.random.key(config.seed),
         floor=measure_floor(model, mesh.shape["tensor"]),
-        sample=generate(config.rollout, config.rollout.top_p, config.rollout.slots, inputs.stops),
-        reflect=generate(config.reflect, 1.0, config.rollout.slots, None),
-        evaluate=generate(config.eval, config.eval.top_p, config.eval.batch, inputs.stops),
+        sample=polled(make_generate(engine["rollouts"], inputs.stops)),
+        reflect=polled(make_generate(engine["reflections"])),
+        evaluate=polled(make_generate(engine["evaluation"], inputs.stops)),
         update=make_update(config, model, optimizer, mesh, trees.shardings),
     )
     return tools, trees
+
+
+def engines(config: Config, model: Qwen3Config, mesh: Mesh, stop_ids: tuple[int, ...]) -> dict[str, Decoding]:
+    """The decoding engines of a run, by what they decode."""
+
+    def engine(section: Config, top_p: float, slots: int | None) -> Decoding:
+        return settings(
+            model,
+            mesh,
+            max_new=section.max_new_tokens,
+            temperature=section.temperature,
+            top_p=top_p,
+            stop_ids=stop_ids,
+            slots=slots,
+            pool=cache_pages(config, section.max_new_tokens),
+            implementation=config.rollout.attention,
+        )
+
+    return {
+        "rollouts": engine(config.rollout, config.rollout.top_p, config.rollout.slots),
+        "reflections": engine(config.reflect, 1.0, config.rollout.slots),
+        "evaluation": engine(config.eval, config.eval.top_p, config.eval.batch),
+    }
 
 
 def cache_pages(config: Config, max_new: int) -> int:

@@ -36,39 +36,40 @@ class Trip:
     sampler_logp_BS: Array  # float32: its log-prob as the sampler reported it
 
 
-def plan_trips(lesson: Lesson, devices: int, device_rows: int, longest: tuple[int, int]) -> list[Trip]:
-    """Trips of devices x device_rows rows, spare ones of weight 0 behind the last.
+def plan_trips(lesson: Lesson, rows: int, longest: tuple[int, int]) -> list[Trip]:
+    """Trips of so many rows, spare ones of weight 0 behind the last.
 
     longest: the most positions that a student's and a teacher's row may have, which are widths too.
     """
-    student_B, teacher_B = needs(lesson)
-    active = np.flatnonzero(student_B).tolist()
-    wide_B = {
-        row: (width(int(student_B[row]), longest[0]), width(int(teacher_B[row]), longest[1]))
-        for row in active
-    }
-
-    def cost(row: int) -> tuple[int, int]:
-        S, T = wide_B[row]
-        # A student's position goes forward, forward again and backward; a teacher's forward alone.
-        return 4 * S + T, int(student_B[row])
-
-    order = sorted(active, key=cost, reverse=True)
-    rows, trips = devices * device_rows, []
-    for first in range(0, len(order), rows):
-        some = order[first : first + rows]
-        S, T = (max(wide_B[row][side] for row in some) for side in (0, 1))
-        trips.append(make_trip(lesson, some, rows, S, T))
-    return trips
+    groups = group_rows(*needs(lesson), rows, longest)
+    return [make_trip(lesson, some, rows, S, T) for some, S, T in groups]
 
 
 def needs(lesson: Lesson) -> tuple[np.ndarray, np.ndarray]:
     """Positions that the student's and the teacher's forward passes need of each row; 0: it is inactive."""
     R = lesson.weight_BR.shape[1]
-    cut_B = np.where(np.asarray(lesson.weight_BR) != 0, np.arange(1, R + 1), 0).max(axis=1)
+    cut_B = np.where(lesson.weight_BR != 0, np.arange(1, R + 1), 0).max(axis=1)
     # The last active token is predicted by the position before it, and need not be read itself.
-    need = lambda prompt_len_B: np.where(cut_B > 0, prompt_len_B + cut_B - 1, 0)
-    return need(lesson.prompt_len_B), need(lesson.teacher_prompt_len_B)
+    student_B = np.where(cut_B > 0, lesson.prompt_len_B + cut_B - 1, 0)
+    teacher_B = np.where(cut_B > 0, lesson.teacher_prompt_len_B + cut_B - 1, 0)
+    return student_B, teacher_B
+
+
+def group_rows(
+    student_B: np.ndarray, teacher_B: np.ndarray, rows: int, longest: tuple[int, int]
+) -> list[tuple[list[int], int, int]]:
+    """Groups of up to `rows` active rows that need so many positions, and the widths S and T of each."""
+    active = np.flatnonzero(student_B).tolist()
+    S_of = {row: width(int(student_B[row]), longest[0]) for row in active}
+    T_of = {row: width(int(teacher_B[row]), longest[1]) for row in active}
+
+    def cost(row: int) -> tuple[int, int]:
+        # A student's position goes forward, forward again and backward; a teacher's forward alone.
+        return 4 * S_of[row] + T_of[row], int(student_B[row])
+
+    order = sorted(active, key=cost, reverse=True)
+    parts = [order[first : first + rows] for first in range(0, len(order), rows)]
+    return [(some, max(S_of[row] for row in some), max(T_of[row] for row in some)) for some in parts]
 
 
 def width(positions: int, longest: int) -> int:

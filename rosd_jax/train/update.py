@@ -112,12 +112,8 @@ class Update:
         def rows(dtype, *shape) -> Any:
             return jax.ShapeDtypeStruct((self.rows, *shape), dtype, sharding=row_sharding(self.mesh))
 
-        ints, floats, teacher_BT, shift_B = (
-            rows("int32", S),
-            rows("float32", S),
-            rows("int32", T),
-            rows("int32"),
-        )
+        ints, floats = rows("int32", S), rows("float32", S)
+        teacher_BT, shift_B = rows("int32", T), rows("int32")
         trip = Trip(ints, teacher_BT, shift_B, ints, floats, floats)
         D, dtype = self.model.hidden_size, self.model.dtype
         grads, sums = jax.eval_shape(self.zeros)
@@ -137,8 +133,7 @@ class Update:
         """The next state, and the step's numbers."""
         total = np.float32(lesson.weight_BR.sum())
         grads, sums = self.zeros()
-        devices = row_devices(self.mesh)
-        for trip in plan_trips(lesson, devices, self.device_rows, self.longest):
+        for trip in plan_trips(lesson, self.rows, self.longest):
             before = sums
             trip = jax.device_put(scaled(trip, total), row_sharding(self.mesh))
             teacher_BTD = self.teach(frozen_params, trip.teacher_BT)
