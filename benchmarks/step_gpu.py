@@ -6,11 +6,11 @@
 
     attention    `cudnn_gpu` and `xla` against `reference`: how far each is from float32, and times
     update-*     one update of rows of 8,192 tokens: MFU, compile seconds, peak memory
-    loss         benchmarks/topk_jsd.py with 2560 x 16384: beside torch and Liger, where they are installed
+    loss         benchmarks/topk_jsd.py with 2560 x 16384: compared with torch and Liger, where they are installed
     step-*       rollouts, reflections and update of `prompts` x 8 rows at `scale` of the paper's lengths:
                  seconds and share of each stage, share of the decode floor, MFU
 
-`*` is 0.6b, 1.7b, 4b or 8b, with `-lora` behind it for adapters of rank 64 in place of all parameters. By
+`*` is 0.6b, 1.7b, 4b or 8b, with `-lora` appended for adapters of rank 64 in place of all parameters. By
 arithmetic 0.6b takes some 15 GB, 1.7b 40 to 50, 4b 100 and with adapters 40.
 
 Each part is a process of its own, so that its peak memory is its own and a failure stops no other; DIR's

