@@ -6,7 +6,7 @@
 
     attention    `cudnn_gpu` and `xla` against `reference`: how far each is from float32, and times
     update-*     one update of rows of 8,192 tokens: MFU, compile seconds, peak memory
-    loss         benchmarks/topk_jsd.py with 2560 x 16384: compared with torch and Liger, where they are installed
+    loss         benchmarks/topk_jsd.py with 2560 x 16384: against torch and Liger, where installed
     step-*       rollouts, reflections and update of `prompts` x 8 rows at `scale` of the paper's lengths:
                  seconds and share of each stage, share of the decode floor, MFU
 

@@ -117,7 +117,7 @@ def default_config() -> Config:
             # remat: what the backward pass computes again. none: nothing; block: each layer; attention: each
             # layer but its attention; offload: each layer, whose inputs wait in the host's memory.
             # frozen: where the frozen tree lies; on the host it takes no memory of the device but in use.
-            # lora: rank 0: all weights learn; else adapters learn, added to the targets' kernels times alpha / rank.
+            # lora: rank 0: all weights learn; else only adapters of the targets' kernels, times alpha / rank.
             model=dict(
                 path="",
                 dtype="bfloat16",

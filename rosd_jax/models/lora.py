@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): what learns in place of a base model that never changes.
 
-Next to each adapted kernel W [L, in, out] lie A [L, in, r] and B [L, r, out], and the layer gives x W + scale (x A) B
-with scale = alpha / r. The adapters are a tree nested as params are, so the model that learns is both trees
-in one: `hidden_states` and `decoder.fuse` use adapters where they find them.
+Next to each adapted kernel W [L, in, out] lie A [L, in, r] and B [L, r, out], and the layer gives
+x W + scale (x A) B with scale = alpha / r. The adapters are a tree nested as params are, so the model that
+learns is both trees in one: `hidden_states` and `decoder.fuse` use adapters where they find them.
 
     init_adapters(config, rank, targets, key)   -> adapters (float32): at first the model is the base
     combine(base, adapters)                     -> params that hold both; no array is copied
