@@ -34,6 +34,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from rosd_jax.config import UserError, validate  # noqa: E402
+from rosd_jax.settings import Settings  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
@@ -82,9 +83,7 @@ def main(argv: list[str]) -> int:
 def obey(argv: list[str]) -> None:
     """Does what the command line asks for. Raises BrokenPipeError where nobody reads what it prints."""
     try:
-        config = read_flags(argv)
-        validate(config)
-        run(config)
+        run(validate(read_flags(argv)))
     finally:  # --help ends by SystemExit
         sys.stdout.flush()
 
@@ -131,13 +130,13 @@ def explain(error: BaseException) -> str:
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
         return MISSING  # the config's fields are flags once there is a config
     if isinstance(chain[-1], KeyError):
-        return f"the config has no field {chain[-1].args[0]!r}; rosd_jax/config.py lists the fields"
+        return f"the config has no field {chain[-1].args[0]!r}; docs/fields.md lists the fields"
     if isinstance(error, AttributeError | OSError):
         return NO_CONFIG
     return f"the command line does not parse: {' '.join(str(error).split())}"
 
 
-def run(config) -> None:
+def run(config: Settings) -> None:
     from rosd_jax.plan import command  # after the flags, so that --help is quick
     from rosd_jax.train import loop, workdir
 

@@ -37,7 +37,7 @@ from benchmarks.decode_peers import Peer, seconds
 from benchmarks.step_flops import ideal
 from benchmarks.step_rows import PRESETS, Lengths, Preset, Sizes, draw, lesson
 from benchmarks.timing import cells, interleaved, summary, table
-from rosd_jax.config import default_config
+from rosd_jax.config import default_config, validate
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh
 from rosd_jax.models.weights import save_pretrained
@@ -128,7 +128,7 @@ def stages(contest: Contest, args: argparse.Namespace) -> dict[str, Any]:
     config.update_from_flattened_dict(sizes.limits)
     config.rollout.slots = contest.slots
     workload = step_stages.Workload(sizes, args.preset, answer=25.0, most_answer=128)
-    return step_stages.measure(workload, config, contest.model, args.rounds)
+    return step_stages.measure(workload, validate(config), contest.model, args.rounds)
 
 
 def taught_rows(contest: Contest, preset: Preset, rows: int) -> Lengths:

@@ -37,10 +37,11 @@ from benchmarks.decode_peers import MARK, ROOT, seconds
 from benchmarks.step_flops import QWEN3
 from benchmarks.step_rows import Lengths, Sizes, lesson
 from benchmarks.timing import summary, table, versions
-from rosd_jax.config import Config, default_config
+from rosd_jax.config import default_config, validate
 from rosd_jax.kernels.flash_attention import causal_attention
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh
+from rosd_jax.settings import Settings
 from rosd_jax.train.update import make_optimizer, make_update
 
 TINY = Qwen3Config(512, 64, 96, 2, 4, 2, 16, tie_word_embeddings=True)
@@ -151,7 +152,9 @@ def timed(call: Callable[..., Any], operands: list[jax.Array]) -> dict[str, floa
     return summary(times[1:])
 
 
-def settings(model: Qwen3Config, lora: bool, tiny: bool) -> tuple[Config, Qwen3Config]:
+def settings(
+    model: Qwen3Config, lora: bool, tiny: bool, limits: dict[str, int] | None = None
+) -> tuple[Settings, Qwen3Config]:
     """The paper's preset on one device, and the model as it asks for it."""
     config = default_config()
     if lora:
@@ -159,7 +162,8 @@ def settings(model: Qwen3Config, lora: bool, tiny: bool) -> tuple[Config, Qwen3C
         model = model.replace(lora_scale=config.model.lora.alpha / RANK)
     config.model.update(dtype="float32" if tiny else "bfloat16", remat="block")
     config.loss.topk = 20 if tiny else 100
-    return config, model.replace(dtype=config.model.dtype, remat=config.model.remat)
+    config.update_from_flattened_dict(limits or {})
+    return validate(config), model.replace(dtype=config.model.dtype, remat=config.model.remat)
 
 
 def update(model: Qwen3Config, lora: bool, tiny: bool, rows: int = 4, rounds: int = 3) -> Record:
@@ -199,12 +203,11 @@ def update(model: Qwen3Config, lora: bool, tiny: bool, rows: int = 4, rounds: in
 
 def whole_step(model: Qwen3Config, lora: bool, scale: float, prompts: int, tiny: bool) -> Record:
     """Two steps; the second is timed."""
-    config, model = settings(model, lora, tiny)
     sizes = Sizes().scaled(1 / 64, prompts=2) if tiny else Sizes().scaled(scale, prompts)
     workload = step_stages.Workload(sizes)
     if tiny:
         workload = step_stages.Workload(sizes, answer=4.0, most_answer=16)
-    config.update_from_flattened_dict(sizes.limits)
+    config, model = settings(model, lora, tiny, sizes.limits)
     return step_stages.measure(workload, config, model)
 
 

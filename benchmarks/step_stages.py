@@ -26,13 +26,13 @@ from benchmarks.decode_peers import seconds
 from benchmarks.step_flops import ideal
 from benchmarks.step_rows import Lengths, Preset, Sizes, draw, needs
 from benchmarks.timing import table
-from rosd_jax.config import Config
 from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh, row_devices
 from rosd_jax.rollout.floor import Floor, measure_floor
 from rosd_jax.rollout.loop import make_generate, settings
 from rosd_jax.rollout.rows import decode_rows
+from rosd_jax.settings import Settings
 from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.setup import cache_pages
 from rosd_jax.train.trees import Trees
@@ -60,7 +60,7 @@ class Workload:
 class Step:
     """The compiled stages of one step, and the trees that they work on."""
 
-    def __init__(self, workload: Workload, config: Config, model: Qwen3Config) -> None:
+    def __init__(self, workload: Workload, config: Settings, model: Qwen3Config) -> None:
         self.workload, self.config, self.model = workload, config, model
         self.lengths = workload.lengths()
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -150,7 +150,7 @@ class Step:
 
 
 def random_trees(
-    config: Config, model: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: Settings, model: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Params, Trees]:
     """A first state and a frozen tree of random weights, made where they lie."""
     trees = Trees(config, model, mesh, optimizer)
@@ -160,7 +160,7 @@ def random_trees(
     return state, jax.jit(base, out_shardings=trees.frozen_shardings)(jax.random.key(0)), trees
 
 
-def measure(workload: Workload, config: Config, model: Qwen3Config, rounds: int = 1) -> dict[str, Any]:
+def measure(workload: Workload, config: Settings, model: Qwen3Config, rounds: int = 1) -> dict[str, Any]:
     """Seconds of each stage, in a first step that compiles and in `rounds` more, and what they amount to."""
     step, device = Step(workload, config, model), jax.devices()[0]
     spent: dict[str, list[float]] = {stage: [] for stage in STAGES}

@@ -1,12 +1,14 @@
-"""Every field of an experiment with its default, and the rules between fields.
+"""From a config file to validated settings: presets of the method, variants, and the rules between fields.
 
 A file in configs/ starts from `default_config()` (the `paper` preset), states what differs, and returns
 it; `use_preset(config, name)` sets every field of the method to another column of `METHOD`. `validate`
-runs before any device is touched.
+runs before any device is touched and gives the `Settings` that all other code reads (settings.py has the
+fields).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -14,30 +16,12 @@ from typing import Any, TypeAlias, TypeVar
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from rosd_jax.fields import defaults, describe, from_config, value
+from rosd_jax.settings import LAYERS, LoraSettings, Settings, UserError
+
 T = TypeVar("T")
-Config: TypeAlias = Any  # an ml_collections.ConfigDict, whose fields no type checker can see
+Draft: TypeAlias = Any  # a ConfigDict as config files and flags change it; `validate` makes Settings of it
 
-CHOICES = {
-    "reflect.weights": ("frozen", "student"),
-    "reflect.overlong": ("skip", "cut"),
-    "reflect.solution": ("shortest", "first"),
-    "lesson.region": ("span", "suffix", "full"),
-    "lesson.quote_missing": ("skip", "full"),
-    "lesson.locate": ("offsets", "reencode"),
-    "lesson.teacher_context": ("idea", "idea_or_solution", "solution"),
-    "lesson.gold_in_idea": ("keep", "strip"),
-    "loss.tail": ("bucket", "renorm"),
-    "optimizer.empty_batch": ("skip", "step"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "block", "attention", "offload"),
-    "model.frozen": ("device", "host"),
-    "optimizer.mu_dtype": ("float32", "bfloat16"),
-    "optimizer.grad_dtype": ("float32", "bfloat16"),
-    "method": ("rosd",),
-    "rollout.attention": (None, "xla", "ragged_tpu", "pallas_tpu", "pallas_gpu"),
-}
-
-LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that may adapt
 PRESETS = ("paper", "span", "official")
 
 # The method, field by field: one column a preset, in the order of PRESETS. Sources of the columns:
@@ -98,79 +82,24 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
-class UserError(ValueError):
-    """A mistake the user can correct: one sentence naming field, value, rule and remedy."""
+def default_config() -> Draft:
+    """The paper's main run: the `paper` preset, and the defaults of all other fields."""
+    tree = defaults()
+    for field, values in METHOD.items():
+        *sections, last = field.split(".")
+        section = tree
+        for part in sections:
+            section = section[part]
+        section[last] = values[0]
+    # A field that may be null needs its other type here, which flags are checked against.
+    tree["rollout"] |= {"slots": placeholder(int), "attention": placeholder(str)}
+    return ConfigDict(tree, convert_dict=True)
 
 
-def default_config() -> Config:
-    """The paper's main run: the `paper` preset, and the fields that are not of the method."""
-    config = ConfigDict(
-        dict(
-            name="",
-            method="rosd",
-            seed=0,
-            steps=100,
-            wording="english",  # "gym": in the shipped tiny model's closed vocabulary; or a file, PATH.toml
-            reward_timeout=5.0,  # CPU seconds to grade a response; over it the response scores 0
-            # -1: all remaining devices. Under data=-1 each core of a CPU is a device, where rows suffice.
-            mesh=dict(data=1, fsdp=-1, tensor=1),
-            # remat: what the backward pass computes again. none: nothing; block: each layer; attention: each
-            # layer but its attention; offload: each layer, whose inputs wait in the host's memory.
-            # frozen: where the frozen tree lies; on the host it takes no memory of the device but in use.
-            # lora: rank 0: all weights learn; else only adapters of the targets' kernels, times alpha / rank.
-            model=dict(
-                path="",
-                dtype="bfloat16",
-                remat="block",
-                frozen="device",
-                lora=dict(rank=0, alpha=32.0, targets=LAYERS),
-            ),
-            data=dict(dir="", train=""),
-            batch=dict(device_rows=1),  # rows of each row device in one forward and backward pass
-            thinking=dict(),
-            # slots: rollouts (and reflections) decoded together, those that end make room; null: all
-            # cache_tokens: response tokens with room in the cache of each row device, in evaluation too;
-            # where they run out, the youngest responses wait and start anew
-            rollout=dict(
-                stop=(),  # texts that end a response as a stop token does, in evaluation too
-                slots=placeholder(int),
-                cache_tokens=2**16,  # a quarter of 32 rollouts of 8192
-                prompt_tokens=2**16,  # of different prompts with room there besides; more take turns
-                attention=placeholder(str),  # a decoding step's; null: by platform
-            ),
-            reflect=dict(),
-            lesson=dict(),
-            loss=dict(chunk=1024),
-            # of AdamW's first moment, and of the sum of gradients
-            optimizer=dict(mu_dtype="float32", grad_dtype="float32"),
-            compile_cache="~/.cache/rosd_jax/compiled",  # compiled programs, for later starts; "": none
-            # Sets whose mean avg@k chooses the best step, on a split that is neither trained on nor
-            # reported; "": no step is chosen. Scored before, every so many steps (0: never) and at the end.
-            validation=dict(sets="", every=10),
-            eval=dict(
-                sets="",  # names, separated by commas
-                samples=16,
-                limit=0,  # items a set; 0: all
-                every=10,
-                batch=256,  # rows decoded together, over all devices; those that end make room
-                temperature=0.6,
-                top_p=0.95,
-                max_new_tokens=8192,
-            ),
-            checkpoint=dict(every=10, keep=2),
-        ),
-        convert_dict=True,
-    )
-    return use_preset(config, "paper")
-
-
-def use_preset(config: Config, name: str) -> Config:
+def use_preset(config: Draft, name: str) -> Draft:
     """Sets every field of the method to the column of METHOD that bears the name, and returns the config."""
     column = PRESETS.index(name)
-    for field, values in METHOD.items():
-        *above, last = field.split(".")
-        section = _get(config, ".".join(above)) if above else config
-        section[last] = values[column]
+    config.update_from_flattened_dict({field: values[column] for field, values in METHOD.items()})
     return config
 
 
@@ -192,89 +121,140 @@ def choose_one(variants: Sequence[str], choices: Iterable[str], default: T) -> s
     return named[0] if named else default
 
 
-def validate(config: Config) -> None:
-    """Raises UserError for the first field that breaks a rule. Touches no device and no file."""
-    for field, allowed in CHOICES.items():
-        value = _get(config, field)
-        if value not in allowed:
-            raise UserError(f"{field} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
-    positive = ("batch.prompts", "batch.samples", "batch.device_rows", "rollout.max_new_tokens",
-                "reflect.max_new_tokens", "reflect.max_prompt_tokens", "data.max_prompt_tokens",
-                "lesson.max_teacher_tokens", "loss.topk", "loss.chunk", "eval.samples", "eval.batch",
-                "eval.max_new_tokens", "rollout.cache_tokens", "rollout.prompt_tokens",
-                "checkpoint.every", "checkpoint.keep", "steps")  # fmt: skip
-    for field in positive:
-        _require(config, field, _get(config, field) >= 1, "be at least 1")
-    slots = config.rollout.slots
-    _require(config, "rollout.slots", slots is None or slots >= 1, "be at least 1, or null for all rows")
-    for field in ("eval.limit", "eval.every", "validation.every", "optimizer.warmup_steps", "seed"):
-        _require(config, field, _get(config, field) >= 0, "be 0 or more")
-    _validate_own(config)
-    _validate_lora(config)
-    _validate_ranges(config)
-    _validate_batch(config)
+AT_LEAST_ONE = (
+    "batch.prompts",
+    "batch.device_rows",
+    "rollout.max_new_tokens",
+    "reflect.max_new_tokens",
+    "reflect.max_prompt_tokens",
+    "data.max_prompt_tokens",
+    "lesson.max_teacher_tokens",
+    "loss.topk",
+    "loss.chunk",
+    "eval.samples",
+    "eval.batch",
+    "eval.max_new_tokens",
+    "rollout.cache_tokens",
+    "rollout.prompt_tokens",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "steps",
+)
+AT_LEAST_ZERO = ("eval.limit", "eval.every", "validation.every", "optimizer.warmup_steps", "seed")
 
 
-def _validate_own(config: Config) -> None:
-    """What a user may bring: a reward function, a wording, stop strings."""
-    rewards, wording, stop = config.rewards, config.wording, config.rollout.stop
-    named = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", rewards)
-    _require(config, "rewards", rewards in ("fixed", "release") or named is not None,
-             "be fixed, release or MODULE:FUNCTION, a function of your own")  # fmt: skip
-    _require(config, "wording", wording in ("english", "gym") or wording.endswith(".toml"),
-             "be english, gym or the path of a .toml file of your own")  # fmt: skip
-    _require(config, "rollout.stop", all(map(_is_text, stop)), "hold strings of text that are not empty")
-    _require(config, "reward_timeout", 0 < config.reward_timeout < float("inf"), "be above 0 and finite")
+def validate(config: ConfigDict) -> Settings:
+    """The config as settings. Raises UserError for the first field that breaks a rule.
+
+    Touches no device and no file.
+    """
+    settings = from_config(config)
+    _validate_counts(settings)
+    _validate_own(settings)
+    _validate_lora(settings.model.lora)
+    _validate_sampling(settings)
+    _validate_training(settings)
+    return settings
 
 
-def _validate_lora(config: Config) -> None:
-    lora = config.model.lora
-    _require(config, "model.lora.rank", lora.rank >= 0, "be 0 (all weights learn) or more")
-    _require(config, "model.lora.alpha", 0 < lora.alpha < float("inf"), "be above 0 and finite")
-    named = all(lora.targets.count(name) == (name in LAYERS) for name in lora.targets) and lora.targets
-    _require(config, "model.lora.targets", bool(named), f"name some of {', '.join(LAYERS)}, each once")
+def _validate_counts(settings: Settings) -> None:
+    for field in AT_LEAST_ONE:
+        _require(field, value(settings, field), value(settings, field) >= 1, "be at least 1")
+    for field in AT_LEAST_ZERO:
+        _require(field, value(settings, field), value(settings, field) >= 0, "be 0 or more")
+    slots, samples, seed = settings.rollout.slots, settings.batch.samples, settings.seed
+    _require("rollout.slots", slots, slots is None or slots >= 1, "be at least 1, or null for all rows")
+    _require("batch.samples", samples, samples >= 2, "be at least 2, since the reflector compares siblings")
+    _require("seed", seed, seed < 2**32, "be below 2**32")
 
 
-def _is_text(value: Any) -> bool:
+def _validate_own(settings: Settings) -> None:
+    """What users may bring themselves: a reward function, a wording, stop strings."""
+    rewards, wording, stop = settings.rewards, settings.wording, settings.rollout.stop
+    function = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", rewards)
+    known = rewards in ("fixed", "release") or function is not None
+    _require("rewards", rewards, known, "be fixed, release or MODULE:FUNCTION, a function of your own")
+    known = wording in ("english", "gym") or wording.endswith(".toml")
+    _require("wording", wording, known, "be english, gym or the path of a .toml file of your own")
+    _require("rollout.stop", stop, all(map(_is_text, stop)), "hold strings of text that are not empty")
+    timeout = settings.reward_timeout
+    _require("reward_timeout", timeout, 0 < timeout < float("inf"), "be above 0 and finite")
+
+
+def _is_text(x: Any) -> bool:
     """Not empty, and nothing in it that UTF-8 cannot hold."""
-    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value != ""
+    return isinstance(x, str) and x.encode("utf-8", "ignore").decode() == x != ""
 
 
-def _validate_ranges(config: Config) -> None:
+def _validate_lora(lora: LoraSettings) -> None:
+    _require("model.lora.rank", lora.rank, lora.rank >= 0, "be 0 (all weights are trained) or more")
+    _require("model.lora.alpha", lora.alpha, 0 < lora.alpha < float("inf"), "be above 0 and finite")
+    once = len(set(lora.targets)) == len(lora.targets) > 0
+    known = once and set(lora.targets) <= set(LAYERS)
+    _require("model.lora.targets", lora.targets, known, f"name some of {', '.join(LAYERS)}, each once")
+
+
+def _validate_sampling(settings: Settings) -> None:
+    rollout, evaluation = settings.rollout, settings.eval
     for field in ("rollout.temperature", "eval.temperature", "reflect.temperature"):
-        _require(config, field, _get(config, field) >= 0, "be 0 (greedy) or more")
-    _require(config, "rollout.temperature", config.rollout.temperature > 0,
-             "be above 0, since rollouts of one prompt must differ")  # fmt: skip
-    _require(config, "rollout.top_p", config.rollout.top_p == 1.0,
-             "be 1 in training, since the sampler's log-probs are of the whole distribution")  # fmt: skip
-    _require(config, "eval.top_p", 0 < config.eval.top_p <= 1, "lie in (0, 1]")
-    _require(config, "loss.alpha", 0 <= config.loss.alpha <= 1, "lie in [0, 1]")
-    _require(config, "loss.ratio_cap", config.loss.ratio_cap > 0, "be above 0")
+        _require(field, value(settings, field), value(settings, field) >= 0, "be 0 (greedy) or more")
+    above = rollout.temperature > 0
+    rule = "be above 0, since rollouts of one prompt must differ"
+    _require("rollout.temperature", rollout.temperature, above, rule)
+    rule = "be 1 in training, since the sampler's log-probs are those of the whole distribution"
+    _require("rollout.top_p", rollout.top_p, rollout.top_p == 1.0, rule)
+    _require("eval.top_p", evaluation.top_p, 0 < evaluation.top_p <= 1, "lie in (0, 1]")
+
+
+def _validate_training(settings: Settings) -> None:
+    loss, optimizer = settings.loss, settings.optimizer
+    _require("loss.alpha", loss.alpha, 0 <= loss.alpha <= 1, "lie in [0, 1]")
+    _require("loss.ratio_cap", loss.ratio_cap, loss.ratio_cap > 0, "be above 0")
     for field in ("optimizer.lr", "optimizer.clip_norm", "optimizer.eps"):
-        _require(config, field, 0 < _get(config, field) < float("inf"), "be above 0 and finite")
+        finite = 0 < value(settings, field) < float("inf")
+        _require(field, value(settings, field), finite, "be above 0 and finite")
     for field in ("optimizer.b1", "optimizer.b2"):
-        _require(config, field, 0 <= _get(config, field) < 1, "lie in [0, 1)")
-    _require(config, "optimizer.weight_decay", config.optimizer.weight_decay >= 0, "be 0 or more")
-    _require(config, "seed", config.seed < 2**32, "be below 2**32")
+        _require(field, value(settings, field), 0 <= value(settings, field) < 1, "lie in [0, 1)")
+    decay = optimizer.weight_decay
+    _require("optimizer.weight_decay", decay, decay >= 0, "be 0 or more")
     for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
-        value = _get(config, field)
-        _require(config, field, value >= 1 or value == -1, "be at least 1, or -1 for the rest")
+        devices = value(settings, field)
+        _require(field, devices, devices >= 1 or devices == -1, "be at least 1, or -1 for the rest")
 
 
-def _validate_batch(config: Config) -> None:
-    if config.batch.samples < 2:
-        raise UserError(
-            f"batch.samples is {config.batch.samples}; the reflector compares siblings, so give at least 2"
-        )
-
-
-def _require(config: Config, field: str, holds: bool, rule: str) -> None:
+def _require(field: str, given: Any, holds: bool, rule: str) -> None:
     if not holds:
-        raise UserError(f"{field} is {_get(config, field)!r}; it must {rule}")
+        raise UserError(f"{field} is {given!r}; it must {rule}")
 
 
-def _get(config: Config, field: str) -> Any:
-    value = config
-    for name in field.split("."):
-        value = value[name]
-    return value
+PAGE = """# Fields of a config
+
+Each field is a flag too: `--config.FIELD=VALUE`. `python -m rosd_jax.config` writes this page from
+rosd_jax/settings.py. A field of the method has a value in each preset: paper / span / official, or one
+value where all three agree.
+
+| field | type | default | meaning |
+|---|---|---|---|
+"""
+
+
+def fields_page() -> str:
+    """docs/fields.md: every field with its type, its default or its value in each preset, and its text."""
+    lines = []
+    for field in describe():
+        values = METHOD.get(field.name, (field.default,))
+        values = values[:1] if len(set(values)) == 1 else values
+        shown = " / ".join(f"`{_as_flag(x)}`" for x in values)
+        lines.append(f"| `{field.name}` | {field.type} | {shown} | {field.text} |\n")
+    return PAGE + "".join(lines)
+
+
+def _as_flag(x: Any) -> str:
+    """As it is written on the command line."""
+    if isinstance(x, tuple):
+        return ",".join(x) or "()"
+    return x or '""' if isinstance(x, str) else json.dumps(x)
+
+
+if __name__ == "__main__":
+    print(fields_page(), end="")

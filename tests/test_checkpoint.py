@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rosd_jax.config import UserError, default_config
+from rosd_jax.config import UserError, default_config, validate
 from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.train import checkpoint
 from rosd_jax.types import TrainState
@@ -52,7 +52,7 @@ def assert_equal(found, wanted):
 def test_round_trip_is_exact_and_nothing_saved_is_none(tmp_path):
     manager = checkpoint.open_manager(tmp_path)
     assert checkpoint.restore_latest(manager, like_of(make_state(0))) is None
-    config = default_config()
+    config = validate(default_config())
     for step in (3, 4, 7):
         checkpoint.save(manager, make_state(step), step, checkpoint.run_meta(config, {"weights": "c0ffee"}))
         checkpoint.prune(manager, keep=2, best=None)

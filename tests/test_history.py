@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rosd_jax.config import UserError, default_config
+from rosd_jax.config import UserError, default_config, validate
+from rosd_jax.fields import replace
 from rosd_jax.train import history, workdir
 from rosd_jax.train.setup import FILES
 
@@ -17,7 +18,7 @@ def config():
     config = default_config()
     config.checkpoint.every = EVERY
     config.eval.update(samples=4, temperature=0.5, top_p=0.75, max_new_tokens=8)
-    return config
+    return validate(config)
 
 
 def line(step, split="train", **numbers):
@@ -103,11 +104,9 @@ def test_the_step_of_the_export_is_the_noted_one_or_the_last(tmp_path):
 def test_fewer_steps_than_the_export_has_are_refused(tmp_path, config):
     left(tmp_path, 12, checkpoints="saved", exported=10)
     for steps, start, made in ((9, 5, 10), (11, 12, 12)):
-        config.steps = steps
         with pytest.raises(UserError, match=f"steps is {steps}; this run has made {made} already"):
-            history.require_steps(tmp_path, config, start)
-    config.steps = 10
-    history.require_steps(tmp_path, config, 5)
+            history.require_steps(tmp_path, replace(config, "steps", steps), start)
+    history.require_steps(tmp_path, replace(config, "steps", 10), 5)
 
 
 MADE = {
@@ -135,7 +134,7 @@ MADE = {
     ],
 )
 def test_all_that_changed_since_the_run_began_is_named(now, words, config):
-    config.model.path, config.data.train = "there", "jsonl:f"
+    config = replace(replace(config, "model.path", "there"), "data.train", "jsonl:f")
     history.require_same_origins(MADE | {"step": 3}, MADE, config)
     with pytest.raises(UserError) as caught:
         history.require_same_origins(MADE | {"step": 3}, MADE | now, config)
@@ -180,7 +179,7 @@ def test_a_set_is_evaluated_where_no_line_of_the_step_was_made_under_the_same_co
     assert history.unevaluated(tmp_path, config, inputs, "eval", 4) == ["b"]
     assert history.unevaluated(tmp_path, config, inputs, "eval", 3) == ["a"]
     assert history.unevaluated(tmp_path, config, inputs, "validation", 4) == ["a", "b"]
-    config.eval.samples = 8
+    config = replace(config, "eval.samples", 8)
     assert history.unevaluated(tmp_path, config, inputs, "eval", 4) == ["a", "b"]
     write_lines(tmp_path, line(4, "eval/a", k=8, n=3))  # an older version's
     assert history.unevaluated(tmp_path, config, inputs, "eval", 4) == ["b"]

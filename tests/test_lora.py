@@ -11,11 +11,13 @@ from safetensors.numpy import load_file, save_file
 from test_update import MODEL as PLAIN
 from test_update import QUICK, B, assert_near, gradient, make_config, make_lesson, with_gradient
 
-from rosd_jax.config import LAYERS, UserError, default_config, validate
+from rosd_jax.config import UserError, default_config, validate
+from rosd_jax.fields import replace
 from rosd_jax.models import lora, qwen3, weights
 from rosd_jax.models.peft_files import save_adapters
 from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.rollout.loop import make_generate, settings
+from rosd_jax.settings import LAYERS, LoraSettings
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.trips import plan_trips
 from rosd_jax.train.update import init_state, make_optimizer, make_update
@@ -30,8 +32,8 @@ KERNELS = {f"{'attention/' * (name in LAYERS[:4])}{name}": name for name in LAYE
 
 def config_of(rank=RANK, targets=LAYERS):
     config = make_config()
-    config.model.lora.update(rank=rank, alpha=ALPHA, targets=targets)
-    return config
+    lora = LoraSettings(rank=rank, alpha=ALPHA, targets=tuple(targets))
+    return replace(config, "model.lora", lora)
 
 
 @cache

@@ -12,7 +12,7 @@ from test_run import run  # noqa: F401  (a fixture)
 import tiny
 from benchmarks.step_flops import QWEN3
 from configs import quickstart, qwen3_science
-from rosd_jax.config import UserError
+from rosd_jax.config import UserError, validate
 from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params
 from rosd_jax.models.sharding import row_devices
@@ -42,6 +42,7 @@ def chips(topology: str) -> Slice:
 def job_of(size: str, topology: str, *variants: str, **fields):
     config = qwen3_science.get_config(",".join(variants))
     config.update_from_flattened_dict(fields)
+    config = validate(config)
     return make_job(config, MODELS[size].replace(remat=config.model.remat), chips(topology).devices)
 
 
@@ -92,7 +93,7 @@ def test_a_mesh_that_does_not_fit_the_slice_or_the_model_is_named():
     config = qwen3_science.get_config()
     config.mesh.tensor = 8
     with pytest.raises(UserError, match="mesh.tensor is 8; it must divide"):
-        make_job(config, MODELS["8b"].replace(num_key_value_heads=4), chips("h100:8").devices)
+        make_job(validate(config), MODELS["8b"].replace(num_key_value_heads=4), chips("h100:8").devices)
 
 
 # --- what fits ----------------------------------------------------------------------------------------
@@ -171,6 +172,7 @@ def small(tmp_path_factory):
     path = tiny.model_dir(tmp_path_factory)
     config = quickstart.get_config("debug")
     config.model.path = str(path)
+    config = validate(config)
     model = read_config(path, num_tokens=None, dtype="float32", remat="none")
     return make_job(config, model, jax.devices()[:2])
 
@@ -198,7 +200,7 @@ def test_what_is_resident_is_what_a_run_holds(small):
 @pytest.mark.slow
 def test_every_stage_of_the_demo_takes_what_is_planned_within_a_fifth():
     """The shipped model over two CPU devices, each stage against what its compiled program takes."""
-    config = quickstart.get_config()
+    config = validate(quickstart.get_config())
     model = read_config(ROOT / config.model.path, num_tokens=None, dtype="float32", remat="none")
     job = make_job(config, model, jax.devices()[:2])
     local = Slice("local", None, jax.devices()[:2], "cpu", compiles=True)
@@ -277,12 +279,12 @@ def test_decoding_reads_the_weights_every_step_and_each_live_position():
 
 
 def test_realistic_lengths_are_within_the_limits():
-    config = qwen3_science.get_config()
+    config = validate(qwen3_science.get_config())
     found, limits = realistic(config), at_limits(config)
     assert np.mean(found.response_B) == pytest.approx(1536, rel=0.02) and len(found.response_B) == 256
     assert max(found.response_B) <= 8192 and min(found.response_B) >= 1
     assert set(limits.response_B) == {8192}
-    small = quickstart.get_config()
+    small = validate(quickstart.get_config())
     assert max(realistic(small).response_B) <= small.rollout.max_new_tokens
     assert realistic(small).teacher <= small.lesson.max_teacher_tokens
 
@@ -339,7 +341,7 @@ def test_a_plan_reads_no_weights(tmp_path_factory, tmp_path, capsys):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     config = quickstart.get_config("debug")
     config.model.path = str(tmp_path)
-    plans.plan(config, tmp_path / "run", Asked("h100:8"))
+    plans.plan(validate(config), tmp_path / "run", Asked("h100:8"))
     printed = capsys.readouterr().out
     assert "cannot be loaded" in printed and "verdict     fits" in printed
     assert not (tmp_path / "run").exists()
@@ -356,7 +358,7 @@ def test_what_cannot_be_compiled_is_named(asked, words, tmp_path_factory, tmp_pa
     config = quickstart.get_config("debug")
     config.model.path = str(tiny.model_dir(tmp_path_factory))
     with pytest.raises(UserError, match=words):
-        plans.plan(config, tmp_path / "run", asked)
+        plans.plan(validate(config), tmp_path / "run", asked)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 
 import tiny
-from rosd_jax.config import default_config
+from rosd_jax.config import default_config, validate
 from rosd_jax.data import gym
 from rosd_jax.models.families import read_config
 from rosd_jax.models.weights import load_params
@@ -731,7 +731,7 @@ def test_a_mesh_that_does_not_fit_leaves_no_directory(run, model, tmp_path):
 def test_the_workdir_of_another_config_is_left_alone(run, model, tmp_path):
     config = default_config()
     config.batch.samples = 4
-    workdir.prepare(tmp_path / "run", config)
+    workdir.prepare(tmp_path / "run", validate(config))
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     status, printed = run(*arguments(model, tmp_path / "run"))

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs.quickstart import get_config
-from rosd_jax.config import default_config
+from rosd_jax.config import default_config, validate
 from rosd_jax.train import setup
 
 
@@ -25,7 +25,7 @@ def asked(monkeypatch):
 @pytest.mark.parametrize("cores, devices", [(1, 1), (2, 2), (3, 2), (4, 4), (64, 8)])
 def test_cores_share_the_rows_while_each_has_eight(asked, monkeypatch, cores, devices):
     monkeypatch.setattr(setup, "cores", lambda: cores)
-    setup.deal_cores(get_config())
+    setup.deal_cores(validate(get_config()))
     assert asked == {"jax_num_cpu_devices": devices}
 
 
@@ -36,25 +36,27 @@ def test_every_batch_can_be_dealt_out(asked, monkeypatch, field, rows, devices):
     monkeypatch.setattr(setup, "cores", lambda: 64)
     config = get_config()
     config.update_from_flattened_dict({field: rows})
+    config = validate(config)
     setup.deal_cores(config)
     assert asked == {"jax_num_cpu_devices": devices}
     setup.check_rows(config, devices)
 
 
 def test_other_meshes_and_other_peoples_choices_stay(asked, monkeypatch):
-    setup.deal_cores(default_config())
+    setup.deal_cores(validate(default_config()))
     for name, value in (("JAX_NUM_CPU_DEVICES", "1"), ("XLA_FLAGS", f"--{setup.HOST_DEVICES}=3")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            setup.deal_cores(get_config())
+            setup.deal_cores(validate(get_config()))
     assert asked == {}
 
 
 def test_jax_has_these_devices_and_keeps_them():
     code = (
         "import jax; from configs.quickstart import get_config; from rosd_jax.train import setup\n"
+        "from rosd_jax.config import validate\n"
         "for setup.cores in (lambda: 4, lambda: 1):\n"
-        "    setup.deal_cores(get_config())\n"
+        "    setup.deal_cores(validate(get_config()))\n"
         "    print(jax.device_count())"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}

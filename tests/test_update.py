@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rosd_jax.config import default_config
+from rosd_jax.config import default_config, validate
 from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
 from rosd_jax.models import qwen3
 from rosd_jax.models.qwen3 import Qwen3Config
@@ -56,7 +56,7 @@ def make_config(device_rows=8, **optimizer):
     config.loss.update(topk=TOPK, ratio_cap=CAP, chunk=16)
     config.optimizer.update(lr=LR, warmup_steps=WARMUP, eps=1e-3, clip_norm=0.05)
     config.optimizer.update(optimizer)
-    return config
+    return validate(config)
 
 
 def with_gradient(config):

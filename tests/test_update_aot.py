@@ -5,7 +5,7 @@ from functools import cache
 import jax
 import pytest
 
-from rosd_jax.config import default_config
+from rosd_jax.config import default_config, validate
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh
 from rosd_jax.plan.chips import read_topology
@@ -43,6 +43,7 @@ def lowered(shape: tuple[int, int, int], **fields):
     config = default_config()
     config.loss.chunk = 256
     config.update_from_flattened_dict(fields)
+    config = validate(config)
     model = NANO.replace(remat=config.model.remat)
     mesh = make_mesh(*shape, chips("v5p:2x2x2"))
     trees = Trees(config, model, mesh, make_optimizer(config))

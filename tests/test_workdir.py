@@ -1,5 +1,6 @@
 """The run's directory: one config, one writer, rollouts that survive any text."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,17 +10,19 @@ import sys
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from rosd_jax.config import UserError, default_config
+from rosd_jax.config import UserError, default_config, validate
+from rosd_jax.settings import Settings
 from rosd_jax.train import workdir
 from support import ROOT
 
+DEFAULT = validate(default_config())
 
-def config_with(**fields) -> ConfigDict:
+
+def config_with(**fields) -> Settings:
     config = default_config()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    return config
+    return validate(config)
 
 
 def began(run):
@@ -35,12 +38,14 @@ def test_a_run_that_never_began_does_not_pin_its_workdir(tmp_path):
 
 def test_new_workdir_gets_the_resolved_config_and_the_next_run_resumes(tmp_path):
     run = tmp_path / "runs" / "one"
-    config = config_with(steps=7)
-    config.eval.limit = config.get_ref("steps")
-    config.labels = ("a", "b")
+    draft = default_config()
+    draft.steps = 7
+    draft.eval.limit = draft.get_ref("steps")
+    draft.rollout.stop = ("a", "b")
+    config = validate(draft)
     assert workdir.prepare(run, config) is False
     written = json.loads((run / "config.json").read_text())
-    assert written["eval"]["limit"] == 7 and written["labels"] == ["a", "b"]
+    assert written["eval"]["limit"] == 7 and written["rollout"]["stop"] == ["a", "b"]
     assert list(written) == sorted(written)
     assert sorted(p.name for p in run.iterdir()) == [".lock", "config.json"]
     assert workdir.prepare(run, config) is False  # nothing has been written yet
@@ -68,7 +73,8 @@ def test_steps_evaluation_and_the_models_path_may_change_and_are_recorded_once_t
     assert workdir.prepare(tmp_path, other)
     assert (tmp_path / "config.json").read_text() == before  # the start may still be refused
     workdir.record(tmp_path, other)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(other.to_dict()))
+    there = json.loads((tmp_path / "config.json").read_text())
+    assert there == json.loads(json.dumps(dataclasses.asdict(other)))
     assert workdir.fingerprint(other) == workdir.fingerprint(config_with(steps=7))
 
 
@@ -88,26 +94,31 @@ def test_another_config_is_refused_with_every_field_and_both_values(tmp_path):
     assert workdir.fingerprint(other) != workdir.fingerprint(config_with(batch__prompts=8))
 
 
-def test_a_field_that_only_one_side_knows_is_a_difference(tmp_path):
-    workdir.prepare(tmp_path, ConfigDict({"seed": 0, "old": 1}))
-    began(tmp_path)
+def older_run(path, change):
+    """A run of a version with other fields."""
+    workdir.prepare(path, DEFAULT)
+    began(path)
+    fields = json.loads((path / "config.json").read_text())
+    change(fields)
+    (path / "config.json").write_text(json.dumps(fields))
+
+
+def test_a_field_that_only_an_older_version_knows_is_a_difference(tmp_path):
+    older_run(tmp_path, lambda fields: fields.update(old=1))
     with pytest.raises(UserError, match="old is 1 there and absent here"):
-        workdir.prepare(tmp_path, ConfigDict({"seed": 0}))
+        workdir.prepare(tmp_path, DEFAULT)
 
 
 def test_a_field_that_is_newer_than_the_run_had_its_default(tmp_path):
-    older = default_config().to_dict()
-    del older["loss"]["alpha"]
-    workdir.prepare(tmp_path, ConfigDict(older))
-    began(tmp_path)
-    assert workdir.prepare(tmp_path, default_config())
+    older_run(tmp_path, lambda fields: fields["loss"].pop("alpha"))
+    assert workdir.prepare(tmp_path, DEFAULT)
     with pytest.raises(UserError, match="loss.alpha is 0.5 there and 0.25 here"):
         workdir.prepare(tmp_path, config_with(loss__alpha=0.25))
 
 
 def test_a_start_that_fails_takes_the_directory_that_it_made_away(tmp_path):
     for error in (UserError, KeyboardInterrupt):
-        with pytest.raises(error), workdir.claim(tmp_path / "run", default_config()):
+        with pytest.raises(error), workdir.claim(tmp_path / "run", DEFAULT):
             (tmp_path / "run" / "checkpoints").mkdir()
             raise error
         assert list(tmp_path.iterdir()) == []
@@ -115,16 +126,16 @@ def test_a_start_that_fails_takes_the_directory_that_it_made_away(tmp_path):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "notes.txt", "checkpoints/1"])
 def test_a_start_that_wrote_something_keeps_its_directory(tmp_path, name):
-    with pytest.raises(UserError), workdir.claim(tmp_path / "run", default_config()):
+    with pytest.raises(UserError), workdir.claim(tmp_path / "run", DEFAULT):
         (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "run" / name).write_text("x")
         raise UserError
     assert (tmp_path / "run" / name).read_text() == "x"
-    assert workdir.prepare(tmp_path / "run", default_config()) is (name != "notes.txt")
+    assert workdir.prepare(tmp_path / "run", DEFAULT) is (name != "notes.txt")
 
 
 def test_a_directory_that_was_there_stays(tmp_path):
-    with pytest.raises(UserError), workdir.claim(tmp_path, default_config()):
+    with pytest.raises(UserError), workdir.claim(tmp_path, DEFAULT):
         (tmp_path / "checkpoints").mkdir()
         raise UserError
     assert tmp_path.is_dir()
@@ -136,29 +147,29 @@ def test_a_directory_that_was_there_stays(tmp_path):
 def test_broken_config_json_is_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "config.json"))):
-        workdir.prepare(tmp_path, default_config())
+        workdir.prepare(tmp_path, DEFAULT)
 
 
 def test_a_file_and_a_path_below_a_file_are_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(UserError, match="is a file; give --workdir a directory"):
-        workdir.prepare(file, default_config())
+        workdir.prepare(file, DEFAULT)
     with pytest.raises(UserError, match="cannot be made or read .*; use another --workdir"):
-        workdir.prepare(file / "below", default_config())
+        workdir.prepare(file / "below", DEFAULT)
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds files but no config.json"):
-        workdir.prepare(tmp_path, default_config())
+        workdir.prepare(tmp_path, DEFAULT)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_what_a_kill_before_the_config_leaves_is_a_new_run(tmp_path):
     (tmp_path / ".lock").write_text("1\n")
     (tmp_path / "config.json.tmp").write_text("{")
-    assert workdir.prepare(tmp_path, default_config()) is False
+    assert workdir.prepare(tmp_path, DEFAULT) is False
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.json"]
 
 
@@ -175,15 +186,15 @@ def read_only_disk(tmp_path):
 
 def test_a_directory_that_cannot_be_written_is_refused(read_only_disk):
     with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
-        workdir.prepare(read_only_disk, default_config())
+        workdir.prepare(read_only_disk, DEFAULT)
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from rosd_jax.config import default_config
+from rosd_jax.config import default_config, validate
 from rosd_jax.train import workdir
-print(workdir.prepare(Path(sys.argv[1]), default_config()), flush=True)
+print(workdir.prepare(Path(sys.argv[1]), validate(default_config())), flush=True)
 time.sleep(60)
 """
 
@@ -196,12 +207,12 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     try:
         assert child.stdout.readline() == "False\n"
         with pytest.raises(UserError, match=rf"in use by another run \(process {child.pid}\)"):
-            workdir.prepare(tmp_path, default_config())
+            workdir.prepare(tmp_path, DEFAULT)
     finally:
         child.kill()
         child.wait()
         child.stdout.close()
-    assert workdir.prepare(tmp_path, default_config()) is False
+    assert workdir.prepare(tmp_path, DEFAULT) is False
 
 
 def test_default_workdir_is_under_runs_and_safe_as_a_path():

@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 import numpy as np
 
-from rosd_jax.config import Config
+from rosd_jax.settings import LessonSettings, ReflectSettings
 from rosd_jax.text import prompts, spans
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.thinking import outside_thinking
@@ -86,7 +86,7 @@ def _plan(right: bool, solution: int | None, asked: bool, note: str) -> Plan:
     return Plan("right" if right else "wrong", solution, note)
 
 
-def plan_rollouts(graded: Graded, reflect: Config) -> list[Plan]:
+def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[Plan]:
     """`choose` with the groups and the `reflect` fields of a run."""
     samples = len(graded.texts) // len(graded.prompts.problems)
     return choose(
@@ -125,7 +125,7 @@ def build_prompts(
     graded: Graded,
     plans: Sequence[Plan],
     tokenizer: Tokenizer,
-    reflect: Config,
+    reflect: ReflectSettings,
     *,
     thinking: bool,
     wording: Wording = ENGLISH,
@@ -169,7 +169,7 @@ def read_reflections(
     plans: Sequence[Plan],
     raws: Sequence[str | None],
     tokenizer: Tokenizer,
-    lesson: Config,
+    lesson: LessonSettings,
     *,
     thinking_open: bool = False,
 ) -> Reflected:
@@ -197,7 +197,7 @@ def read_reflection(
     text: str,
     ids: np.ndarray,
     tokenizer: Tokenizer,
-    lesson: Config,
+    lesson: LessonSettings,
     solution: str | None,
     *,
     thinking_open: bool = False,
@@ -267,7 +267,9 @@ def _token_span(char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenize
     return min(start, len(ids)), min(stop, len(ids))
 
 
-def _note(plan: Plan, idea: str | None, solution: str | None, span: Span | None, lesson: Config) -> str:
+def _note(
+    plan: Plan, idea: str | None, solution: str | None, span: Span | None, lesson: LessonSettings
+) -> str:
     """Why a reflected rollout leaves the loss; "" when it stays."""
     context = lesson.teacher_context
     if context == "solution" and solution is None:

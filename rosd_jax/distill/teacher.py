@@ -8,16 +8,16 @@ from typing import cast
 
 import numpy as np
 
-from rosd_jax.config import Config
 from rosd_jax.distill.gold import repeats_gold, strip_gold
 from rosd_jax.distill.reflect import NOTES, SUCCESS
+from rosd_jax.settings import LessonSettings
 from rosd_jax.text.prompts import ENGLISH, Wording, idea_text, solution_text
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Message, Problem, Reflected, Reflection
 
 
 def teacher_messages(
-    problem: Problem, reflection: Reflection, lesson: Config, wording: Wording = ENGLISH
+    problem: Problem, reflection: Reflection, lesson: LessonSettings, wording: Wording = ENGLISH
 ) -> list[Message]:
     """The problem's own system messages, then problem + idea (or + solution) as one user message.
 
@@ -34,7 +34,7 @@ def teacher_messages(
     return [*system, {"role": "user", "content": text}]
 
 
-def taught_idea(problem: Problem, reflection: Reflection, lesson: Config) -> str | None:
+def taught_idea(problem: Problem, reflection: Reflection, lesson: LessonSettings) -> str | None:
     """The idea as the teacher sees it; None where it sees none, or nothing is left but the answer."""
     idea = reflection.idea
     if idea is None or lesson.teacher_context == "solution":
@@ -48,7 +48,7 @@ def taught_idea(problem: Problem, reflection: Reflection, lesson: Config) -> str
 def teacher_prompts(
     reflected: Reflected,
     tokenizer: Tokenizer,
-    lesson: Config,
+    lesson: LessonSettings,
     *,
     thinking: bool,
     wording: Wording = ENGLISH,
@@ -75,7 +75,7 @@ def teacher_prompts(
     return replace(reflected, reflections=tuple(reflections)), prompts
 
 
-def region_weights(reflected: Reflected, lesson: Config, R: int) -> np.ndarray:
+def region_weights(reflected: Reflected, lesson: LessonSettings, R: int) -> np.ndarray:
     """1 where the loss lies, 0 elsewhere: float32 [B, R].
 
     Rollouts with a note weigh 0. Correct rollouts, and wrong ones that stay without a located
@@ -119,7 +119,7 @@ def count(reflected: Reflected, weight_BR: np.ndarray) -> dict[str, int]:
     }
 
 
-def _untaught(problem: Problem, reflection: Reflection, lesson: Config) -> bool:
+def _untaught(problem: Problem, reflection: Reflection, lesson: LessonSettings) -> bool:
     """Whether an idea was all that this rollout had to teach, and stripping left nothing of it."""
     if lesson.teacher_context == "solution" or taught_idea(problem, reflection, lesson) is not None:
         return False

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from rosd_jax.config import Config
 from rosd_jax.kernels.flash_attention.xla import QUERIES
 from rosd_jax.models.decoder import fuse
 from rosd_jax.models.qwen3 import Qwen3Config
@@ -30,6 +29,7 @@ from rosd_jax.plan.roofline import layer_weights
 from rosd_jax.rollout import prompts
 from rosd_jax.rollout.floor import position_bytes
 from rosd_jax.rollout.loop import Decoding
+from rosd_jax.settings import Settings
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import Update
 
@@ -51,7 +51,7 @@ BACKWARD_BLOCKS = 2  # a layer computed again, and the gradients of what it comp
 class Job:
     """One experiment on one mesh, without its weights."""
 
-    config: Config
+    config: Settings
     model: Qwen3Config
     mesh: Mesh
     trees: Trees

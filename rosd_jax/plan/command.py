@@ -18,7 +18,8 @@ from typing import Any
 
 from absl import logging
 
-from rosd_jax.config import Config, UserError
+from rosd_jax.config import UserError
+from rosd_jax.fields import replace, value
 from rosd_jax.models.weights import check_weights
 from rosd_jax.plan import printed
 from rosd_jax.plan.budget import Job
@@ -28,6 +29,7 @@ from rosd_jax.plan.programs import Program, compile_stage
 from rosd_jax.plan.roofline import Work, at_limits, realistic
 from rosd_jax.plan.stages import STAGES, Stage, lower, make_job, stages
 from rosd_jax.rollout.stops import Stops
+from rosd_jax.settings import Settings
 from rosd_jax.train.setup import Inputs, deal_cores, headline, read_inputs
 
 # Fields that make a stage smaller, and what they are set to where it does not fit.
@@ -54,7 +56,7 @@ class Asked:
     json: bool = False
 
 
-def plan(config: Config, directory: Path, asked: Asked) -> None:
+def plan(config: Settings, directory: Path, asked: Asked) -> None:
     """Prints the plan. Raises UserError for an unknown slice or stage, or a mesh that does not fit."""
     wanted = compiled_stages(asked.compile)
     if asked.topology == "local":
@@ -145,25 +147,19 @@ def _changes(
         after = sum(others[fullest.name].bytes.values())
         if after < before:
             gain = f"{fullest.name} at {after / 1e9:.1f} GB a chip for {before / 1e9:.1f}"
-            found.append((after, f"{field} to {_value(config, field)}: {gain}"))
+            found.append((after, f"{field} to {value(config, field)}: {gain}"))
     return [sentence for _, sentence in sorted(found)]
 
 
-def _changed(config: Config, field: str, change: Callable[[Any], Any]) -> Config | None:
+def _changed(config: Settings, field: str, change: Callable[[Any], Any]) -> Settings | None:
     """The config with that change, or None where the field has that value already."""
-    changed = config.copy_and_resolve_references()
-    section, name = field.split(".")
-    changed[section][name] = change(config[section][name])
-    if changed[section][name] == config[section][name]:
+    new = change(value(config, field))
+    if new == value(config, field):
         return None
+    changed = replace(config, field, new)
     if field == "mesh.tensor" and changed.mesh.data != -1:  # at the cost of row devices
-        changed.mesh.fsdp = -1
+        changed = replace(changed, "mesh.fsdp", -1)
     return changed
-
-
-def _value(config: Config, field: str) -> Any:
-    section, name = field.split(".")
-    return config[section][name]
 
 
 def _most_items(inputs: Inputs) -> int:
@@ -172,7 +168,7 @@ def _most_items(inputs: Inputs) -> int:
     return max(map(len, sets), default=1)
 
 
-def _about(config: Config, inputs: Inputs) -> str:
+def _about(config: Settings, inputs: Inputs) -> str:
     """What a run would read and do."""
     try:
         check_weights(config.model.path, inputs.model)

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from rosd_jax.config import Config
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.plan.chips import Chip
+from rosd_jax.settings import Settings
 
 # The lengths of a run as one sees them before it has run: a mean, and a long tail (lognormal).
 PROMPT, RESPONSE, TEACHER, REFLECTOR, REFLECTION = 512, 1536, 1024, 4096, 512
@@ -47,7 +47,7 @@ class Lengths:
         )
 
 
-def at_limits(config: Config) -> Lengths:
+def at_limits(config: Settings) -> Lengths:
     """Every text as long as the config lets it be."""
     rows = config.batch.prompts * config.batch.samples
     return Lengths(
@@ -61,7 +61,7 @@ def at_limits(config: Config) -> Lengths:
     )
 
 
-def realistic(config: Config) -> Lengths:
+def realistic(config: Settings) -> Lengths:
     """Texts as they are expected to be: a guess, cut at the config's limits."""
     rows = config.batch.prompts * config.batch.samples
     return Lengths(

@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rosd_jax.config import Config
 from rosd_jax.models.lora import combine
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh, row_devices, validate_mesh_for
@@ -28,6 +27,7 @@ from rosd_jax.plan.roofline import Lengths, Split, Work
 from rosd_jax.rollout import loop, prompts
 from rosd_jax.rollout.loop import Decoding
 from rosd_jax.rollout.stops import Stops
+from rosd_jax.settings import Settings
 from rosd_jax.train.setup import check_rows, engines
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.trips import group_rows
@@ -53,7 +53,7 @@ class Stage:
         return {kind: n for kind, n in both.items() if n}
 
 
-def make_job(config: Config, model: Qwen3Config, devices: Sequence[Any]) -> Job:
+def make_job(config: Settings, model: Qwen3Config, devices: Sequence[Any]) -> Job:
     """The experiment on these devices. Raises UserError where the mesh does not fit them or the model."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     validate_mesh_for(model, mesh)

@@ -36,7 +36,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import rosd_jax
-from rosd_jax.config import Config, UserError
+from rosd_jax.config import UserError
+from rosd_jax.settings import Settings
 from rosd_jax.train.workdir import fingerprint, write_atomic
 from rosd_jax.types import Params, TrainState
 
@@ -138,7 +139,7 @@ def any_saved(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
-def run_meta(config: Config, origins: dict[str, Any]) -> dict[str, Any]:
+def run_meta(config: Settings, origins: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its run; `origins` (history.py) tells what it was made from."""
     return {
         "config": fingerprint(config),

@@ -23,10 +23,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import Config, UserError
+from rosd_jax.config import UserError
 from rosd_jax.data.rows import set_name
 from rosd_jax.evals.outcome import PROBLEMS, Row, read_metrics
 from rosd_jax.models.weights import weights_fingerprint
+from rosd_jax.settings import Settings
 from rosd_jax.train import checkpoint
 from rosd_jax.train.setup import FILES, Inputs, Split
 from rosd_jax.train.workdir import rollout_steps
@@ -63,7 +64,7 @@ def _noted_step(workdir: Path) -> int | None:
     return int(text)
 
 
-def require_checkpoint(workdir: Path, config: Config) -> None:
+def require_checkpoint(workdir: Path, config: Settings) -> None:
     """Raises UserError where training would start over and erase a history that no kill explains."""
     if not _checkpoints_are_gone(workdir, config):
         return
@@ -74,7 +75,7 @@ def require_checkpoint(workdir: Path, config: Config) -> None:
     )
 
 
-def export_to_evaluate(workdir: Path, config: Config) -> bool:
+def export_to_evaluate(workdir: Path, config: Settings) -> bool:
     """Whether export/ is all that is left of the model that the history tells of.
 
     Raises UserError where not even that is.
@@ -89,7 +90,7 @@ def export_to_evaluate(workdir: Path, config: Config) -> bool:
     return True
 
 
-def _checkpoints_are_gone(workdir: Path, config: Config) -> bool:
+def _checkpoints_are_gone(workdir: Path, config: Settings) -> bool:
     """A run makes checkpoints/ before its first line, and a kill leaves it empty until the first is due."""
     last = last_step(workdir)
     if last == 0 or checkpoint.any_saved(workdir):
@@ -98,7 +99,7 @@ def _checkpoints_are_gone(workdir: Path, config: Config) -> bool:
     return not (killed_early and (workdir / "checkpoints").is_dir())
 
 
-def require_steps(workdir: Path, config: Config, start: int) -> None:
+def require_steps(workdir: Path, config: Settings, start: int) -> None:
     """Raises UserError where config.steps is below the newest checkpoint's step or the exported model's."""
     made = max(start, exported_step(workdir) or 0)
     if made > config.steps:
@@ -108,7 +109,7 @@ def require_steps(workdir: Path, config: Config, start: int) -> None:
         )
 
 
-def origins(config: Config, inputs: Inputs) -> dict[str, Any]:
+def origins(config: Settings, inputs: Inputs) -> dict[str, Any]:
     """What a run is made from and its config does not say; JSON, for a checkpoint's meta."""
     model = dataclasses.asdict(inputs.model)
     return {
@@ -120,7 +121,7 @@ def origins(config: Config, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def require_same_origins(kept: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+def require_same_origins(kept: dict[str, Any], now: dict[str, Any], config: Settings) -> None:
     """Raises UserError naming all of `now` that is not what the checkpoint's meta `kept` has.
 
     The frozen tree is read from model.path again, and other weights would be another teacher.
@@ -150,7 +151,7 @@ def _differs(kept: Any, now: Any) -> bool:
     return kept is not None and kept != now
 
 
-def conditions(config: Config, inputs: Inputs, split: Split, name: str) -> dict[str, float]:
+def conditions(config: Settings, inputs: Inputs, split: Split, name: str) -> dict[str, float]:
     """What the evaluation of one set is made under, as metrics: equal ones can be compared."""
     return {
         "k": config.eval.samples,
@@ -162,7 +163,7 @@ def conditions(config: Config, inputs: Inputs, split: Split, name: str) -> dict[
     }
 
 
-def unevaluated(workdir: Path, config: Config, inputs: Inputs, split: Split, step: int) -> list[str]:
+def unevaluated(workdir: Path, config: Settings, inputs: Inputs, split: Split, step: int) -> list[str]:
     """The sets that have no line of `step` made under the present conditions."""
     rows = {row["split"]: row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] == step}
     return [

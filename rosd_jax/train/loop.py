@@ -21,18 +21,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from rosd_jax.config import Config
 from rosd_jax.data.pipeline import batch_at
 from rosd_jax.evals.evaluate import evaluate_set, write_generations
 from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
 from rosd_jax.evals.report import write_report
+from rosd_jax.fields import replace
 from rosd_jax.models.lora import merge
 from rosd_jax.models.peft_files import save_adapters
 from rosd_jax.models.sharding import row_devices
 from rosd_jax.models.weights import check_weights, save_pretrained
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.rows import decode_rows
+from rosd_jax.settings import Settings
 from rosd_jax.train import checkpoint, history, stopping, workdir
 from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.metrics import Console, MetricsLog
@@ -57,11 +58,11 @@ class Run:
     meta: dict[str, Any]  # what a checkpoint says of the run
 
     @property
-    def config(self) -> Config:
+    def config(self) -> Settings:
         return self.tools.config
 
 
-def train(config: Config, directory: Path) -> None:
+def train(config: Settings, directory: Path) -> None:
     """Trains for config.steps steps in `directory`, or goes on where a run there stopped."""
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
@@ -89,7 +90,7 @@ def train(config: Config, directory: Path) -> None:
             print(write_report(directory, trained_on(config)))
 
 
-def resume(directory: Path, config: Config, inputs: Inputs, start: int, console: Console) -> MetricsLog:
+def resume(directory: Path, config: Settings, inputs: Inputs, start: int, console: Console) -> MetricsLog:
     """The log of a run that goes on after step `start`; what later steps left without a checkpoint goes.
 
     Raises UserError, and changes nothing, where the run cannot go on as config asks.
@@ -265,7 +266,7 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def evaluate_only(config: Config, directory: Path) -> None:
+def evaluate_only(config: Settings, directory: Path) -> None:
     """Evaluates the newest checkpoint in `directory`, or the model as it came where nothing was trained.
 
     Where the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier
@@ -273,8 +274,7 @@ def evaluate_only(config: Config, directory: Path) -> None:
     """
     exported = history.export_to_evaluate(directory, config)
     if exported:
-        config = config.copy_and_resolve_references()
-        config.model.path = str(directory / "export")
+        config = replace(config, "model.path", str(directory / "export"))
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
     with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
@@ -302,7 +302,7 @@ def evaluate_only(config: Config, directory: Path) -> None:
             print(write_report(directory, trained_on(config)))
 
 
-def begin(config: Config, manager: Any, trees: Trees, origins: dict[str, Any]) -> tuple[TrainState, int]:
+def begin(config: Settings, manager: Any, trees: Trees, origins: dict[str, Any]) -> tuple[TrainState, int]:
     """The newest checkpoint's state and step, or the first state and 0.
 
     Raises UserError when the checkpoint was made from anything else than `origins`.
@@ -315,7 +315,7 @@ def begin(config: Config, manager: Any, trees: Trees, origins: dict[str, Any]) -
     return state, int(kept["step"])
 
 
-def check_disk(directory: Path, manager: Any, trees: Trees, config: Config) -> None:
+def check_disk(directory: Path, manager: Any, trees: Trees, config: Settings) -> None:
     """Raises UserError when the checkpoints still to be written and the export would not fit.
 
     A new checkpoint is written before the oldest goes, so there is one more than checkpoint.keep, and

@@ -17,12 +17,13 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from rosd_jax.config import Config, UserError
+from rosd_jax.config import UserError
 from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.data.rows import same_data, set_name
 from rosd_jax.evals import health
+from rosd_jax.fields import value
 from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import (
@@ -36,6 +37,7 @@ from rosd_jax.rollout import pages
 from rosd_jax.rollout.floor import measure_floor
 from rosd_jax.rollout.loop import Decoding, make_generate, settings
 from rosd_jax.rollout.stops import Stops, make_stops
+from rosd_jax.settings import EvalSettings, ReflectSettings, RolloutSettings, Settings
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.text.wording import read_wording
@@ -72,7 +74,7 @@ class Inputs:
         return self.evals if split == "eval" else self.validation
 
 
-def read_inputs(config: Config) -> Inputs:
+def read_inputs(config: Settings) -> Inputs:
     """Model config, tokenizer and problems. Raises UserError for the first thing that does not fit."""
     path = model_path(config)
     read_config(path, num_tokens=None, dtype=config.model.dtype, remat="none")  # before the tokenizer
@@ -129,7 +131,7 @@ def check_known(tokenizer: Tokenizer, train: Encoded, name: str) -> None:
         logging.warning("%s: %s", name, health.unknown_sentence(share))
 
 
-def model_path(config: Config) -> Path:
+def model_path(config: Settings) -> Path:
     """The model's directory. Raises UserError when none is named or it does not exist."""
     if not config.model.path:
         raise UserError(
@@ -150,7 +152,7 @@ def listed(sets: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in sets.split(",") if name.strip())
 
 
-def check_names(config: Config) -> None:
+def check_names(config: Settings) -> None:
     """Raises UserError where two different sets of one's own have the same name."""
     asked: dict[str, str] = {}
     for name in (config.data.train, *listed(config.eval.sets), *listed(config.validation.sets)):
@@ -163,21 +165,21 @@ def check_names(config: Config) -> None:
             )
 
 
-def trained_on(config: Config) -> tuple[str, ...]:
+def trained_on(config: Settings) -> tuple[str, ...]:
     """What the set that training draws from is called: in data.train, then in eval.sets."""
     train = config.data.train
     same = [name for name in listed(config.eval.sets) if same_data(name, train, config.data.dir)]
     return tuple(dict.fromkeys(set_name(name) for name in (train, *same)))
 
 
-def headline(inputs: Inputs, config: Config, directory: Path, start: int) -> str:
+def headline(inputs: Inputs, config: Settings, directory: Path, start: int) -> str:
     """What runs, where, and from which step."""
     begun = f"resumes after step {start}" if start else f"{config.steps} steps"
     name = trained_on(config)[0]
     return f"{config.name}: {len(inputs.train)} problems of {name}, {begun}, in {directory}"
 
 
-def check_kinds(config: Config, problems: Sequence[Problem]) -> None:
+def check_kinds(config: Settings, problems: Sequence[Problem]) -> None:
     """Raises UserError for the first problem that no built-in checker grades, where they are to grade."""
     own = next((problem.uid for problem in problems if problem.kind == "own"), None)
     if own and config.rewards in get_args(Mode):
@@ -187,7 +189,7 @@ def check_kinds(config: Config, problems: Sequence[Problem]) -> None:
         )
 
 
-def check_lengths(config: Config, model: Qwen3Config) -> None:
+def check_lengths(config: Settings, model: Qwen3Config) -> None:
     """Raises UserError when the longest possible sequence exceeds the model's positions, or the cache."""
     longest = {
         "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
@@ -204,15 +206,15 @@ def check_lengths(config: Config, model: Qwen3Config) -> None:
     for section in (config.rollout, config.reflect, config.eval):
         cache_pages(config, section.max_new_tokens)
     for field in ("data.max_prompt_tokens", "reflect.max_prompt_tokens"):
-        section, name = field.split(".")
-        if config[section][name] > config.rollout.prompt_tokens // pages.LONGEST_PAGE * pages.LONGEST_PAGE:
+        longest_prompt = value(config, field)
+        if longest_prompt > config.rollout.prompt_tokens // pages.LONGEST_PAGE * pages.LONGEST_PAGE:
             raise UserError(
                 f"rollout.prompt_tokens is {config.rollout.prompt_tokens}; a single prompt may have "
-                f"{field} = {config[section][name]}, so raise the one or lower the other"
+                f"{field} = {longest_prompt}, so raise the one or lower the other"
             )
 
 
-def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]:
+def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]:
     """The tools of a run, and what makes its trees. Loads no weights yet."""
     if config.model.dtype == "float32":  # else an accelerator rounds float32 operands to 10 bits or fewer
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -246,10 +248,14 @@ def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]
     return tools, trees
 
 
-def engines(config: Config, model: Qwen3Config, mesh: Mesh, stop_ids: tuple[int, ...]) -> dict[str, Decoding]:
+def engines(
+    config: Settings, model: Qwen3Config, mesh: Mesh, stop_ids: tuple[int, ...]
+) -> dict[str, Decoding]:
     """The decoding engines of a run, by what they decode."""
 
-    def engine(section: Config, top_p: float, slots: int | None) -> Decoding:
+    def engine(
+        section: RolloutSettings | ReflectSettings | EvalSettings, top_p: float, slots: int | None
+    ) -> Decoding:
         return settings(
             model,
             mesh,
@@ -269,7 +275,7 @@ def engines(config: Config, model: Qwen3Config, mesh: Mesh, stop_ids: tuple[int,
     }
 
 
-def cache_pages(config: Config, max_new: int) -> int:
+def cache_pages(config: Settings, max_new: int) -> int:
     """Pages for responses on each row device. Raises UserError where a single one might not fit."""
     page = pages.page_length(max_new)
     pool, least = config.rollout.cache_tokens // page, pages.most_own(page, max_new)
@@ -281,7 +287,7 @@ def cache_pages(config: Config, max_new: int) -> int:
     return pool
 
 
-def deal_cores(config: Config) -> None:
+def deal_cores(config: Settings) -> None:
     """Where the mesh lays rows along all devices, makes several of JAX's CPU, one to a core.
 
     Their number stays what it is once JAX has started, or where the user chose it; other kinds of devices
@@ -312,7 +318,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def batches(config: Config) -> dict[str, int]:
+def batches(config: Settings) -> dict[str, int]:
     """Rows of each batch that is laid over the row devices, by field."""
     return {
         "batch.prompts x batch.samples": config.batch.prompts * config.batch.samples,
@@ -320,7 +326,7 @@ def batches(config: Config) -> dict[str, int]:
     }
 
 
-def check_rows(config: Config, devices: int) -> None:
+def check_rows(config: Settings, devices: int) -> None:
     """Raises UserError where a batch's rows cannot be laid evenly over the row devices."""
     for field, n in batches(config).items():
         if n % devices:

@@ -20,7 +20,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rosd_jax.config import Config
 from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.distill import reflect, teacher
 from rosd_jax.evals.localize import quote_exact
@@ -29,6 +28,7 @@ from rosd_jax.models.sharding import on_device, row_devices
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.floor import Floor
 from rosd_jax.rollout.rows import decode_rows
+from rosd_jax.settings import Settings
 from rosd_jax.text.prompts import Wording
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.train import stopping
@@ -42,7 +42,7 @@ Numbers = dict[str, float]
 class Tools:
     """What every step uses and none changes: built once (train/setup.py)."""
 
-    config: Config
+    config: Settings
     model: Qwen3Config
     tokenizer: Tokenizer
     wording: Wording

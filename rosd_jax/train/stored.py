@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rosd_jax.config import Config, UserError, default_config
+from ml_collections import ConfigDict
+
+from rosd_jax.config import UserError, default_config
 from rosd_jax.train.workdir import flat, read_config
 
 
-def get_config(path: str) -> Config:
+def get_config(path: str) -> ConfigDict:
     """The defaults, updated with what the file at `path` holds; flags may then override fields.
 
     Raises UserError for a file without a config, and for a field that is unknown or of another type.

@@ -21,10 +21,10 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from rosd_jax.config import Config
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import param_shardings
 from rosd_jax.models.weights import load_params
+from rosd_jax.settings import Settings
 from rosd_jax.train.update import init_state, learning_params
 from rosd_jax.types import Params, TrainState
 
@@ -35,7 +35,7 @@ ADAPTERS = 2**32 - 1  # folded into the seed's key for their first values; rollo
 class Trees:
     """Shapes, places and makers of the state and the frozen tree."""
 
-    config: Config
+    config: Settings
     model: Qwen3Config
     mesh: Mesh
     optimizer: optax.GradientTransformation

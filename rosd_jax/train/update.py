@@ -29,12 +29,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rosd_jax.config import Config
 from rosd_jax.distill.loss import span_loss
 from rosd_jax.kernels.topk_jsd import Sharding
 from rosd_jax.models import qwen3
 from rosd_jax.models.lora import combine, init_adapters
 from rosd_jax.models.sharding import AXES, on_device, row_devices, row_sharding
+from rosd_jax.settings import Settings
 from rosd_jax.train.trips import Trip, plan_trips
 from rosd_jax.types import Lesson, Params, TrainState
 
@@ -42,7 +42,7 @@ Metrics = dict[str, jax.Array]
 SUMS = ("loss", "divergence", "ratio", "logp_gap", "student_topk_mass", "teacher_topk_mass")
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Settings) -> optax.GradientTransformation:
     """AdamW with linear warm-up to a constant rate, behind a global-norm clip.
 
     Step k (from 0) of the warm-up uses lr (k + 1) / n; the release's first step has rate 0.
@@ -63,7 +63,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
 
 
-def learning_params(config: Config, model: qwen3.Qwen3Config, key: jax.Array) -> Params:
+def learning_params(config: Settings, model: qwen3.Qwen3Config, key: jax.Array) -> Params:
     """What learns, at random: adapters where model.lora asks for them, else the whole model."""
     lora = config.model.lora
     if lora.rank:
@@ -71,7 +71,7 @@ def learning_params(config: Config, model: qwen3.Qwen3Config, key: jax.Array) ->
     return qwen3.init_params(model, key)
 
 
-def learner(params: Params, frozen_params: Params, config: Config) -> Params:
+def learner(params: Params, frozen_params: Params, config: Settings) -> Params:
     """The model that learns: where params are adapters, the frozen tree with them; else params themselves."""
     return combine(on_device(frozen_params), params) if config.model.lora.rank else params
 
@@ -149,7 +149,7 @@ def scaled(trip: Trip, total: np.float32) -> Trip:
 
 
 def make_update(
-    config: Config,
+    config: Settings,
     model: qwen3.Qwen3Config,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -195,7 +195,7 @@ def make_update(
     )
 
 
-def longest_rows(config: Config) -> tuple[int, int]:
+def longest_rows(config: Settings) -> tuple[int, int]:
     """The most positions of a student's and of a teacher's row."""
     R = config.rollout.max_new_tokens
     return config.data.max_prompt_tokens + R, config.lesson.max_teacher_tokens + R
@@ -217,7 +217,7 @@ def trip_loss(
     frozen_params: Params,
     teacher_BSD: jax.Array,
     trip: Trip,
-    config: Config,
+    config: Settings,
     model: qwen3.Qwen3Config,
     mesh: Mesh,
 ) -> tuple[jax.Array, Metrics]:

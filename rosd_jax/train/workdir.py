@@ -23,6 +23,7 @@ A run that was stopped, even by kill -9, goes on when it is started again on its
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -34,7 +35,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import Config, UserError, default_config
+from rosd_jax.config import UserError, default_config
+from rosd_jax.fields import from_config
+from rosd_jax.settings import Settings
 
 WRITTEN = (
     "metrics.jsonl",
@@ -51,7 +54,7 @@ ABSENT = object()
 
 
 @contextlib.contextmanager
-def claim(workdir: Path, config: Config) -> Iterator[bool]:
+def claim(workdir: Path, config: Settings) -> Iterator[bool]:
     """`prepare`, whose answer it yields; takes a new workdir away again if nothing was written there.
 
     So a start that fails, for want of disk space say, leaves no directory behind.
@@ -66,7 +69,7 @@ def claim(workdir: Path, config: Config) -> Iterator[bool]:
         raise
 
 
-def prepare(workdir: Path, config: Config) -> bool:
+def prepare(workdir: Path, config: Settings) -> bool:
     """Makes and locks the workdir; True where a run is being resumed, whose config.json stays as it is.
 
     The lock lasts as long as the process. Raises UserError where the path is no directory, cannot
@@ -84,7 +87,7 @@ def prepare(workdir: Path, config: Config) -> bool:
     return resuming
 
 
-def record(workdir: Path, config: Config) -> None:
+def record(workdir: Path, config: Settings) -> None:
     """Writes config.json, where it holds anything else."""
     path, here = workdir / CONFIG, _as_json(config)
     if not path.exists() or read_config(path) != here:
@@ -117,7 +120,7 @@ def default_workdir(config_name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def fingerprint(config: Config) -> str:
+def fingerprint(config: Settings) -> str:
     """Sixteen hex digits that are equal where `prepare` would resume one config with the other."""
     kept = {field: value for field, value in flat(_as_json(config)) if not _may_change(field)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
@@ -219,15 +222,15 @@ def _lock(workdir: Path) -> None:
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
 
-def _as_json(config: Config) -> dict[str, Any]:
-    """The config as it comes back from its file: references resolved, tuples as lists."""
-    return json.loads(json.dumps(config.to_dict()))
+def _as_json(config: Settings) -> dict[str, Any]:
+    """The config as it comes back from its file, with tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _require_same(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raises UserError naming all fields that differ; one that is not there has its default there."""
     old, new = dict(flat(there)), dict(flat(here))
-    default = dict(flat(_as_json(default_config())))
+    default = dict(flat(_as_json(from_config(default_config()))))
     differences = []
     for field in sorted(old.keys() | new.keys()):
         a, b = old.get(field, default.get(field, ABSENT)), new.get(field, ABSENT)

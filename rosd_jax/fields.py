@@ -1,0 +1,153 @@
+"""The fields of `Settings`, read from its classes: defaults, conversion, access by name, documentation.
+
+from_config(config)          -> Settings; raises UserError for a field that is unknown or mistyped
+replace(settings, field, x)  -> Settings with one field changed, named as in "rollout.slots"
+value(settings, field)       -> the value of a field, so named
+defaults()                   -> nested defaults
+describe()                   -> name, type, default and text of every field
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ml_collections import ConfigDict
+
+from rosd_jax.settings import Settings, UserError
+
+Section = TypeVar("Section")
+
+
+class Field(NamedTuple):
+    """One line of docs/fields.md."""
+
+    name: str  # "rollout.slots"
+    type: str
+    default: Any  # None too where the field belongs to the method
+    text: str
+
+
+def defaults(of: Any = Settings) -> dict[str, Any]:
+    """Nested defaults, without the method's fields, whose values a preset gives."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(of).items():
+        if dataclasses.is_dataclass(hint):
+            found[name] = defaults(hint)
+        elif (default := _default(of, name)) is not dataclasses.MISSING:
+            found[name] = default
+    return found
+
+
+def from_config(config: ConfigDict) -> Settings:
+    """The config as settings. Raises UserError for the first field that is unknown, missing or mistyped."""
+    return _section(Settings, config.to_dict(), "")
+
+
+def replace(settings: Settings, name: str, new: Any) -> Settings:
+    """The settings with one field changed."""
+    return _replaced(settings, name.split("."), new)
+
+
+def value(settings: Settings, name: str) -> Any:
+    """The value of a field."""
+    found: Any = settings
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def describe(of: Any = Settings, above: str = "") -> Iterator[Field]:
+    """Every field, in the order in which it stands here, sections after single fields."""
+    texts, hints = _texts(of), get_type_hints(of)
+    for name, hint in hints.items():
+        if not dataclasses.is_dataclass(hint):
+            default = _default(of, name)
+            shown = None if default is dataclasses.MISSING else default
+            yield Field(above + name, _type_name(hint), shown, texts[name])
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            yield from describe(hint, f"{above}{name}.")
+
+
+def _section(of: type[Section], given: dict[str, Any], above: str) -> Section:
+    hints = get_type_hints(of)
+    for name in given:
+        if name not in hints:
+            raise UserError(f"the config has no field {above + name!r}; docs/fields.md lists the fields")
+    made: dict[str, Any] = {}
+    for name, hint in hints.items():
+        if name not in given:
+            raise UserError(f"{above}{name} is not set; start from rosd_jax.config.default_config()")
+        made[name] = _converted(hint, given[name], above + name)
+    return of(**made)
+
+
+def _converted(hint: Any, given: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(given, dict):
+            raise UserError(f"{name} is {given!r}; it must be a section with fields of its own")
+        return _section(hint, given, f"{name}.")
+    if allowed := _choices(hint):
+        if given not in allowed:
+            raise UserError(f"{name} is {given!r}; it must be one of {', '.join(map(str, allowed))}")
+        return given
+    if get_origin(hint) is tuple:
+        if not isinstance(given, list | tuple):
+            raise UserError(f"{name} is {given!r}; it must be a list of texts")
+        return tuple(given)
+    if hint is float and type(given) is int:
+        return float(given)
+    allowed = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+    if type(given) not in allowed:
+        raise UserError(f"{name} is {given!r}; it must be of type {_type_name(hint)}")
+    return given
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The members of a Literal, with None where it may be that too."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        literals = [_choices(part) for part in get_args(hint) if get_origin(part) is Literal]
+        return (None, *literals[0]) if literals else ()
+    return ()
+
+
+def _replaced(section: Any, path: list[str], new: Any) -> Any:
+    name, *rest = path
+    if rest:
+        new = _replaced(getattr(section, name), rest, new)
+    return dataclasses.replace(section, **{name: new})
+
+
+def _default(of: type, name: str) -> Any:
+    """The default of a field; MISSING where it has none."""
+    return next(f.default for f in dataclasses.fields(of) if f.name == name)  # type: ignore[arg-type]
+
+
+def _texts(of: type) -> dict[str, str]:
+    """The text under each field of a class, by the field's name."""
+    tree = ast.parse(inspect.getsource(of)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    found: dict[str, str] = {}
+    for node, following in zip(tree.body, tree.body[1:], strict=False):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            found[node.target.id] = " ".join(str(following.value.value).split())
+    return found
+
+
+def _type_name(hint: Any) -> str:
+    if allowed := _choices(hint):
+        return ", ".join("null" if name is None else str(name) for name in allowed)
+    if get_origin(hint) is tuple:
+        return "list of texts"
+    if get_origin(hint) is types.UnionType:
+        return ", ".join("null" if part is types.NoneType else part.__name__ for part in get_args(hint))
+    return "text" if hint is str else hint.__name__

@@ -1,0 +1,289 @@
+"""Every field of an experiment: its type, its default and what it means.
+
+A config file in configs/ returns an `ml_collections.ConfigDict`, which config.py builds from these
+defaults, so that flags can override each field. Once it is validated (config.validate), all other code
+reads it as the frozen `Settings` below.
+
+Fields without a default here belong to the method: `METHOD` in config.py has their values, a column a
+preset. The text under a field is its documentation; docs/fields.md is made of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16"]
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class UserError(ValueError):
+    """A mistake the user can correct: one sentence naming field, value, rule and remedy."""
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """How devices are laid out. One of the three may be -1: all remaining devices."""
+
+    data: int = 1
+    """Devices that hold whole copies of the weights and share the rows. With -1 on a CPU, the host is split
+    into one JAX device per core, where there are rows enough."""
+    fsdp: int = -1
+    """Devices that share the rows and split every weight."""
+    tensor: int = 1
+    """Devices that split attention heads, inner widths and the vocabulary."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters, trained instead of the whole model."""
+
+    rank: int = 0
+    """Rank of the adapters; 0: all weights are trained."""
+    alpha: float = 32.0
+    """The adapters' product is scaled by alpha / rank."""
+    targets: tuple[str, ...] = LAYERS
+    """The kernels that get an adapter."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model and what it costs in memory."""
+
+    path: str = ""
+    """Hugging Face directory of a Qwen3, Qwen2 or Llama model."""
+    dtype: Dtype = "bfloat16"
+    """Type that the model computes in. The weights that are trained are float32."""
+    remat: Literal["none", "block", "attention", "offload"] = "block"
+    """What the backward pass computes again. none: nothing. block: each layer. attention: each layer except
+    its attention. offload: each layer, whose inputs wait in host memory."""
+    frozen: Literal["device", "host"] = "device"
+    """Where the frozen weights lie. On the host they take device memory only while they are used."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The problems."""
+
+    max_prompt_tokens: int
+    """Longest prompt of the student; longer ones are left out and named."""
+    dir: str = ""
+    """Directory of the released data sets."""
+    train: str = ""
+    """The set to train on: a name that the README lists, or the path of a set of your own."""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """One training step's batch."""
+
+    prompts: int
+    """Prompts in a step."""
+    samples: int
+    """Rollouts for each prompt, at least 2."""
+    device_rows: int = 1
+    """Rows of each device in one forward and backward pass."""
+
+
+@dataclass(frozen=True)
+class ThinkingSettings:
+    """Whether the chat template opens a thinking block."""
+
+    student: bool
+    """For rollouts and evaluation."""
+    reflector: bool
+    """For reflections."""
+    teacher: bool
+    """For the teacher's scoring pass."""
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Sampling, and the KV cache that reflections and evaluation use too."""
+
+    temperature: float
+    """Above 0, because rollouts of one prompt must differ."""
+    top_p: float
+    """Must be 1 in training: the sampler's log-probs are those of the whole distribution."""
+    max_new_tokens: int
+    """Longest response."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response as a stop token does, in evaluation too."""
+    slots: int | None = None
+    """Most rollouts (or reflections) decoded at the same time; finished ones are replaced. null: all."""
+    cache_tokens: int = 2**16
+    """Response tokens that fit the KV cache of each device, in evaluation too. When it is full, responses
+    queue; the newest may be preempted, and is later regenerated with the same random numbers. The default
+    is a quarter of 32 rollouts of 8192 tokens."""
+    prompt_tokens: int = 2**16
+    """Cache capacity for distinct prompts, per device; larger batches are split."""
+    attention: Literal["xla", "ragged_tpu", "pallas_tpu", "pallas_gpu"] | None = None
+    """Implementation of a decoding step's attention; null: the best one for the platform."""
+
+
+@dataclass(frozen=True)
+class ReflectSettings:
+    """The reflector: which rollouts it reads, and how it answers."""
+
+    weights: Literal["frozen", "student"]
+    """frozen: the initial model. student: the current one."""
+    temperature: float
+    """0: greedy."""
+    max_prompt_tokens: int
+    """Longest prompt of the reflector."""
+    max_new_tokens: int
+    """Longest reflection."""
+    overlong: Literal["skip", "cut"]
+    """A rollout whose reflector prompt is too long leaves the loss, or the prompt is cut."""
+    solution: Literal["shortest", "first"]
+    """Which correct rollout of the group is shown."""
+    correct: bool
+    """Whether correct rollouts are reflected and taught too."""
+    uniform_groups: bool
+    """Whether groups that are all wrong or all right are reflected too."""
+
+
+@dataclass(frozen=True)
+class LessonSettings:
+    """Where the loss lies and what the teacher sees."""
+
+    region: Literal["span", "suffix", "full"]
+    """Of a wrong rollout: the quoted error alone, everything from the error on, or all tokens."""
+    quote_missing: Literal["skip", "full"]
+    """A wrong rollout whose quote is not found leaves the loss, or is taught in full."""
+    locate: Literal["offsets", "reencode"]
+    """How a place in the text becomes tokens: by the sampled tokens' own offsets, or by tokenizing the text
+    before it again, as the release does."""
+    teacher_context: Literal["idea", "idea_or_solution", "solution"]
+    """What the teacher is shown next to the problem."""
+    gold_in_idea: Literal["keep", "strip"]
+    """Whether an idea may tell the gold answer."""
+    max_teacher_tokens: int
+    """Longest prompt of the teacher."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The divergence between student and teacher."""
+
+    topk: int
+    """The student's most likely tokens that are compared one by one."""
+    alpha: float
+    """Weight of the teacher in the mixture of the Jensen-Shannon divergence."""
+    tail: Literal["bucket", "renorm"]
+    """The rest of the vocabulary: one more bucket, or left out and the top k renormalised."""
+    ratio_cap: float
+    """Largest importance weight, exp(trainer's log-prob - sampler's log-prob)."""
+    chunk: int = 1024
+    """Tokens whose logits are held at the same time."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW behind a global-norm clip."""
+
+    lr: float
+    """Learning rate after the warm-up."""
+    warmup_steps: int
+    """Steps of linear warm-up."""
+    warmup_from_zero: bool
+    """Whether the first step has rate 0, as in the release."""
+    b1: float
+    """Decay of the first moment."""
+    b2: float
+    """Decay of the second moment."""
+    eps: float
+    """Added to the root of the second moment."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    clip_norm: float
+    """Largest global norm of the gradient."""
+    empty_batch: Literal["skip", "step"]
+    """What happens when no token is active: nothing, or a step of weight decay and momentum alone."""
+    mu_dtype: Dtype = "float32"
+    """Type of the first moment."""
+    grad_dtype: Dtype = "float32"
+    """Type of the sum of gradients."""
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """The split that chooses the best step; it is neither trained on nor reported."""
+
+    sets: str = ""
+    """Sets whose mean avg@k chooses the best step, separated by commas; empty: no step is chosen."""
+    every: int = 10
+    """Steps between two validations; 0: only before the first step and after the last."""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is evaluated before, during and after training."""
+
+    sets: str = ""
+    """Sets, separated by commas."""
+    samples: int = 16
+    """Responses for each problem."""
+    limit: int = 0
+    """Problems of each set; 0: all."""
+    every: int = 10
+    """Steps between two evaluations; 0: only before the first step and after the last."""
+    batch: int = 256
+    """Most responses decoded at the same time, over all devices; finished ones are replaced."""
+    temperature: float = 0.6
+    """0: greedy."""
+    top_p: float = 0.95
+    """Share of the probability that is sampled from."""
+    max_new_tokens: int = 8192
+    """Longest response."""
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When the state is saved."""
+
+    every: int = 10
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that are kept. The step that validation chose is kept besides."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment."""
+
+    rewards: str
+    """The checkers: fixed, release (as the released code grades), or MODULE:FUNCTION of your own."""
+    mesh: MeshSettings
+    model: ModelSettings
+    data: DataSettings
+    batch: BatchSettings
+    thinking: ThinkingSettings
+    rollout: RolloutSettings
+    reflect: ReflectSettings
+    lesson: LessonSettings
+    loss: LossSettings
+    optimizer: OptimizerSettings
+    validation: ValidationSettings
+    eval: EvalSettings
+    checkpoint: CheckpointSettings
+    name: str = ""
+    """Name of the experiment; the default workdir begins with it."""
+    method: Literal["rosd"] = "rosd"
+    """The training method, so that runs state it."""
+    seed: int = 0
+    """Seed of the order of problems, of sampling and of adapters."""
+    steps: int = 100
+    """Training steps in all."""
+    wording: str = "english"
+    """Texts of the prompts: english, gym (the shipped tiny model's vocabulary), or PATH.toml of your own."""
+    reward_timeout: float = 5.0
+    """CPU seconds to grade one response; one that takes longer scores 0."""
+    compile_cache: str = "~/.cache/rosd_jax/compiled"
+    """Directory of compiled programs, which later starts reuse; empty: none."""
+
+    @property
+    def rows(self) -> int:
+        """Rollouts in one step."""
+        return self.batch.prompts * self.batch.samples
