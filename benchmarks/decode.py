@@ -42,7 +42,7 @@ from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.models.weights import save_pretrained
 from rosd_jax.rollout.loop import make_generate, settings
 from rosd_jax.rollout.sampler import invert_cdf, sample
-from rosd_jax.train.setup import cpu_devices
+from rosd_jax.train.devices import cpu_devices
 from rosd_jax.types import Params, Rollout
 
 OURS, ONE, STATIC = "ours", "ours, one device", "ours, static batches"

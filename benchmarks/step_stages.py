@@ -34,7 +34,7 @@ from rosd_jax.rollout.loop import make_generate, settings
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.settings import Settings
 from rosd_jax.train.compiling import Compiled
-from rosd_jax.train.setup import cache_pages
+from rosd_jax.train.engines import cache_pages
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import init_state, learner, learning_params, make_optimizer, make_update
 from rosd_jax.types import Lesson, Params, Rollout, TrainState

@@ -8,7 +8,7 @@ import pytest
 from rosd_jax.config import UserError, default_config, validate
 from rosd_jax.fields import replace
 from rosd_jax.train import history, workdir
-from rosd_jax.train.setup import FILES
+from rosd_jax.train.inputs import FILES
 
 EVERY = 5
 

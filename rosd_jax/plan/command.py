@@ -30,7 +30,8 @@ from rosd_jax.plan.roofline import Work, at_limits, realistic
 from rosd_jax.plan.stages import STAGES, Stage, lower, make_job, stages
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import Settings
-from rosd_jax.train.setup import Inputs, deal_cores, headline, read_inputs
+from rosd_jax.train.devices import deal_cores
+from rosd_jax.train.inputs import Inputs, headline, read_inputs
 
 # Fields that make a stage smaller, and what they are set to where it does not fit.
 LEVERS: tuple[tuple[str, Callable[[Any], Any]], ...] = (

@@ -28,7 +28,8 @@ from rosd_jax.rollout import loop, prompts
 from rosd_jax.rollout.loop import Decoding
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import Settings
-from rosd_jax.train.setup import check_rows, engines
+from rosd_jax.train.devices import check_rows
+from rosd_jax.train.engines import engines
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.trips import group_rows
 from rosd_jax.train.update import make_optimizer, make_update
@@ -69,7 +70,7 @@ def stages(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: 
 
 
 def lower(stage: Stage, job: Job) -> Any:
-    """The stage's program, as a run makes it (train/loop.py, train/setup.py); needs no weights."""
+    """The stage's program, as a run makes it (train/loop.py, train/build.py); needs no weights."""
     precision = "highest" if job.model.dtype == "float32" else None
     promoted = jax.numpy_dtype_promotion("standard")  # JAX's default, whatever the caller has
     with jax.set_mesh(job.mesh), jax.default_matmul_precision(precision), promoted:
@@ -97,7 +98,7 @@ def _decoding(job: Job, stop_ids, stops, evaluated: int) -> list[Stage]:
 
 
 def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[_Call]:
-    """The engines of train/setup.py as train/step.py and train/loop.py call them."""
+    """The engines of train/engines.py as train/step.py and train/loop.py call them."""
     c, shards = job.config, row_devices(job.mesh)
     rows = c.batch.prompts * c.batch.samples
     items = evaluated * c.eval.samples

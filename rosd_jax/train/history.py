@@ -29,7 +29,7 @@ from rosd_jax.evals.outcome import PROBLEMS, Row, read_metrics
 from rosd_jax.models.weights import weights_fingerprint
 from rosd_jax.settings import Settings
 from rosd_jax.train import checkpoint
-from rosd_jax.train.setup import FILES, Inputs, Split
+from rosd_jax.train.inputs import FILES, Inputs, Split
 from rosd_jax.train.workdir import rollout_steps
 
 EXPORTED = "trained_steps.txt"  # in export/

@@ -35,9 +35,10 @@ from rosd_jax.rewards import Grader
 from rosd_jax.rollout.rows import decode_rows
 from rosd_jax.settings import Settings
 from rosd_jax.train import checkpoint, history, stopping, workdir
+from rosd_jax.train.build import build
 from rosd_jax.train.compiling import Compiled
+from rosd_jax.train.inputs import Inputs, Split, headline, read_inputs, trained_on
 from rosd_jax.train.metrics import Console, MetricsLog
-from rosd_jax.train.setup import Inputs, Split, build, headline, read_inputs, trained_on
 from rosd_jax.train.step import Tools, train_step
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import learner

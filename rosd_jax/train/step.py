@@ -40,7 +40,7 @@ Numbers = dict[str, float]
 
 @dataclass(frozen=True)
 class Tools:
-    """What every step uses and none changes: built once (train/setup.py)."""
+    """What every step uses and none changes: built once (train/build.py)."""
 
     config: Settings
     model: Qwen3Config

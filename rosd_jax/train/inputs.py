@@ -1,21 +1,16 @@
-"""From a validated config to what a run needs: first everything on the host, then the devices.
+"""What a run reads from disk, apart from the weights: model config, tokenizer, problems.
 
-`read_inputs` finds every mistake in model, tokenizer and data before a device is touched.
+`read_inputs` finds every mistake in them before a device is touched.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import jax
 from absl import logging
-from jax.sharding import Mesh
 
 from rosd_jax.config import UserError
 from rosd_jax.data import gym
@@ -26,32 +21,18 @@ from rosd_jax.evals import health
 from rosd_jax.fields import value
 from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.models.sharding import (
-    make_mesh,
-    replicated_dims,
-    row_devices,
-    validate_mesh_for,
-)
 from rosd_jax.rewards import Grader, Mode
 from rosd_jax.rollout import pages
-from rosd_jax.rollout.floor import measure_floor
-from rosd_jax.rollout.loop import Decoding, make_generate, settings
 from rosd_jax.rollout.stops import Stops, make_stops
-from rosd_jax.settings import EvalSettings, ReflectSettings, RolloutSettings, Settings
+from rosd_jax.settings import Settings
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.text.wording import read_wording
-from rosd_jax.train.compiling import keep_programs
-from rosd_jax.train.step import Tools
-from rosd_jax.train.stopping import polled
-from rosd_jax.train.trees import Trees
-from rosd_jax.train.update import make_optimizer, make_update
+from rosd_jax.train.engines import cache_pages
 from rosd_jax.types import Problem
 
 Split = Literal["eval", "validation"]  # of what is scored, as lines of metrics.jsonl begin
 FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that is read for it
-LEAST_ROWS = 8  # of a training batch that are worth a CPU device of their own
-HOST_DEVICES = "xla_force_host_platform_device_count"
 WORDINGS = {"english": ENGLISH, "gym": gym.WORDING}
 
 
@@ -211,126 +192,4 @@ def check_lengths(config: Settings, model: Qwen3Config) -> None:
             raise UserError(
                 f"rollout.prompt_tokens is {config.rollout.prompt_tokens}; a single prompt may have "
                 f"{field} = {longest_prompt}, so raise the one or lower the other"
-            )
-
-
-def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]:
-    """The tools of a run, and what makes its trees. Loads no weights yet."""
-    if config.model.dtype == "float32":  # else an accelerator rounds float32 operands to 10 bits or fewer
-        jax.config.update("jax_default_matmul_precision", "highest")
-    keep_programs(config.compile_cache)
-    deal_cores(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model = inputs.model
-    validate_mesh_for(model, mesh)
-    check_rows(config, row_devices(mesh))
-    optimizer = make_optimizer(config)
-    trees = Trees(config, model, mesh, optimizer)
-    for leaf in replicated_dims(trees.base, mesh):
-        logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
-    engine = engines(config, model, mesh, inputs.tokenizer.stop_ids)
-    tools = Tools(
-        config=config,
-        model=model,
-        tokenizer=inputs.tokenizer,
-        student_thinking_open=inputs.tokenizer.opens_thinking(config.thinking.student),
-        reflector_thinking_open=inputs.tokenizer.opens_thinking(config.thinking.reflector),
-        wording=inputs.wording,
-        mesh=mesh,
-        grader=grader,
-        key=jax.random.key(config.seed),
-        floor=measure_floor(model, mesh.shape["tensor"]),
-        sample=polled(make_generate(engine["rollouts"], inputs.stops)),
-        reflect=polled(make_generate(engine["reflections"])),
-        evaluate=polled(make_generate(engine["evaluation"], inputs.stops)),
-        update=make_update(config, model, optimizer, mesh, trees.shardings),
-    )
-    return tools, trees
-
-
-def engines(
-    config: Settings, model: Qwen3Config, mesh: Mesh, stop_ids: tuple[int, ...]
-) -> dict[str, Decoding]:
-    """The decoding engines of a run, by what they decode."""
-
-    def engine(
-        section: RolloutSettings | ReflectSettings | EvalSettings, top_p: float, slots: int | None
-    ) -> Decoding:
-        return settings(
-            model,
-            mesh,
-            max_new=section.max_new_tokens,
-            temperature=section.temperature,
-            top_p=top_p,
-            stop_ids=stop_ids,
-            slots=slots,
-            pool=cache_pages(config, section.max_new_tokens),
-            implementation=config.rollout.attention,
-        )
-
-    return {
-        "rollouts": engine(config.rollout, config.rollout.top_p, config.rollout.slots),
-        "reflections": engine(config.reflect, 1.0, config.rollout.slots),
-        "evaluation": engine(config.eval, config.eval.top_p, config.eval.batch),
-    }
-
-
-def cache_pages(config: Settings, max_new: int) -> int:
-    """Pages for responses on each row device. Raises UserError where a single one might not fit."""
-    page = pages.page_length(max_new)
-    pool, least = config.rollout.cache_tokens // page, pages.most_own(page, max_new)
-    if pool < least:
-        raise UserError(
-            f"rollout.cache_tokens is {config.rollout.cache_tokens}; a response of {max_new} tokens needs "
-            f"{least * page}, so raise it or lower the limit of rollout, reflect and eval"
-        )
-    return pool
-
-
-def deal_cores(config: Settings) -> None:
-    """Where the mesh lays rows along all devices, makes several of JAX's CPU, one to a core.
-
-    Their number stays what it is once JAX has started, or where the user chose it; other kinds of devices
-    are none of its business.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if config.mesh.data != -1 or "JAX_NUM_CPU_DEVICES" in os.environ or HOST_DEVICES in flags:
-        return
-    rows = config.batch.prompts * config.batch.samples
-    devices = cpu_devices(
-        rows // max(LEAST_ROWS, config.batch.device_rows), math.gcd(*batches(config).values())
-    )
-    with contextlib.suppress(RuntimeError):  # JAX has started
-        jax.config.update("jax_num_cpu_devices", devices)
-
-
-def cpu_devices(most: int, divisor: int) -> int:
-    """A power of two, at most `most` and a device for each core, that divides `divisor`.
-
-    XLA for CPU attends to one row after another in one thread, and each device has its own.
-    """
-    most = max(1, min(cores(), most))
-    return min(divisor & -divisor, 1 << most.bit_length() - 1)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def batches(config: Settings) -> dict[str, int]:
-    """Rows of each batch that is laid over the row devices, by field."""
-    return {
-        "batch.prompts x batch.samples": config.batch.prompts * config.batch.samples,
-        "eval.batch": config.eval.batch,
-    }
-
-
-def check_rows(config: Settings, devices: int) -> None:
-    """Raises UserError where a batch's rows cannot be laid evenly over the row devices."""
-    for field, n in batches(config).items():
-        if n % devices:
-            raise UserError(
-                f"{field} is {n}; it must be a multiple of mesh.data x mesh.fsdp = {devices}, so "
-                "change the batch or the mesh"
             )

@@ -9,7 +9,7 @@ import pytest
 
 from configs.quickstart import get_config
 from rosd_jax.config import default_config, validate
-from rosd_jax.train import setup
+from rosd_jax.train import devices
 
 
 @pytest.fixture
@@ -22,41 +22,41 @@ def asked(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("cores, devices", [(1, 1), (2, 2), (3, 2), (4, 4), (64, 8)])
-def test_cores_share_the_rows_while_each_has_eight(asked, monkeypatch, cores, devices):
-    monkeypatch.setattr(setup, "cores", lambda: cores)
-    setup.deal_cores(validate(get_config()))
-    assert asked == {"jax_num_cpu_devices": devices}
+@pytest.mark.parametrize("cores, count", [(1, 1), (2, 2), (3, 2), (4, 4), (64, 8)])
+def test_cores_share_the_rows_while_each_has_eight(asked, monkeypatch, cores, count):
+    monkeypatch.setattr(devices, "cores", lambda: cores)
+    devices.deal_cores(validate(get_config()))
+    assert asked == {"jax_num_cpu_devices": count}
 
 
 @pytest.mark.parametrize(
-    "field, rows, devices", [("batch.prompts", 7, 2), ("batch.device_rows", 64, 2), ("eval.batch", 6, 2)]
+    "field, rows, count", [("batch.prompts", 7, 2), ("batch.device_rows", 64, 2), ("eval.batch", 6, 2)]
 )
-def test_every_batch_can_be_dealt_out(asked, monkeypatch, field, rows, devices):
-    monkeypatch.setattr(setup, "cores", lambda: 64)
+def test_every_batch_can_be_dealt_out(asked, monkeypatch, field, rows, count):
+    monkeypatch.setattr(devices, "cores", lambda: 64)
     config = get_config()
     config.update_from_flattened_dict({field: rows})
     config = validate(config)
-    setup.deal_cores(config)
-    assert asked == {"jax_num_cpu_devices": devices}
-    setup.check_rows(config, devices)
+    devices.deal_cores(config)
+    assert asked == {"jax_num_cpu_devices": count}
+    devices.check_rows(config, count)
 
 
 def test_other_meshes_and_other_peoples_choices_stay(asked, monkeypatch):
-    setup.deal_cores(validate(default_config()))
-    for name, value in (("JAX_NUM_CPU_DEVICES", "1"), ("XLA_FLAGS", f"--{setup.HOST_DEVICES}=3")):
+    devices.deal_cores(validate(default_config()))
+    for name, value in (("JAX_NUM_CPU_DEVICES", "1"), ("XLA_FLAGS", f"--{devices.HOST_DEVICES}=3")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            setup.deal_cores(validate(get_config()))
+            devices.deal_cores(validate(get_config()))
     assert asked == {}
 
 
 def test_jax_has_these_devices_and_keeps_them():
     code = (
-        "import jax; from configs.quickstart import get_config; from rosd_jax.train import setup\n"
+        "import jax; from configs.quickstart import get_config; from rosd_jax.train import devices\n"
         "from rosd_jax.config import validate\n"
-        "for setup.cores in (lambda: 4, lambda: 1):\n"
-        "    setup.deal_cores(validate(get_config()))\n"
+        "for devices.cores in (lambda: 4, lambda: 1):\n"
+        "    devices.deal_cores(validate(get_config()))\n"
         "    print(jax.device_count())"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}

@@ -1,0 +1,54 @@
+"""From settings and inputs to what a run works with: mesh, engines, update. Loads no weights yet."""
+
+from __future__ import annotations
+
+import jax
+from absl import logging
+
+from rosd_jax.models.sharding import make_mesh, replicated_dims, row_devices, validate_mesh_for
+from rosd_jax.rewards import Grader
+from rosd_jax.rollout.floor import measure_floor
+from rosd_jax.rollout.loop import make_generate
+from rosd_jax.settings import Settings
+from rosd_jax.train.compiling import keep_programs
+from rosd_jax.train.devices import check_rows, deal_cores
+from rosd_jax.train.engines import engines
+from rosd_jax.train.inputs import Inputs
+from rosd_jax.train.step import Tools
+from rosd_jax.train.stopping import polled
+from rosd_jax.train.trees import Trees
+from rosd_jax.train.update import make_optimizer, make_update
+
+
+def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]:
+    """The tools of a run, and what makes its trees. Loads no weights yet."""
+    if config.model.dtype == "float32":  # else an accelerator rounds float32 operands to 10 bits or fewer
+        jax.config.update("jax_default_matmul_precision", "highest")
+    keep_programs(config.compile_cache)
+    deal_cores(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model = inputs.model
+    validate_mesh_for(model, mesh)
+    check_rows(config, row_devices(mesh))
+    optimizer = make_optimizer(config)
+    trees = Trees(config, model, mesh, optimizer)
+    for leaf in replicated_dims(trees.base, mesh):
+        logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
+    engine = engines(config, model, mesh, inputs.tokenizer.stop_ids)
+    tools = Tools(
+        config=config,
+        model=model,
+        tokenizer=inputs.tokenizer,
+        student_thinking_open=inputs.tokenizer.opens_thinking(config.thinking.student),
+        reflector_thinking_open=inputs.tokenizer.opens_thinking(config.thinking.reflector),
+        wording=inputs.wording,
+        mesh=mesh,
+        grader=grader,
+        key=jax.random.key(config.seed),
+        floor=measure_floor(model, mesh.shape["tensor"]),
+        sample=polled(make_generate(engine["rollouts"], inputs.stops)),
+        reflect=polled(make_generate(engine["reflections"])),
+        evaluate=polled(make_generate(engine["evaluation"], inputs.stops)),
+        update=make_update(config, model, optimizer, mesh, trees.shardings),
+    )
+    return tools, trees
