@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.step_rows import PRESETS, Lengths, Preset, Sizes, draw, lesson, needs
 from benchmarks.timing import table
-from rosd_jax.config import default_config
+from rosd_jax.config import default_config, validate
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.train.trips import Trip, plan_trips
 from rosd_jax.train.update import longest_rows
@@ -74,7 +74,7 @@ def waste(
     model: Qwen3Config, preset: Preset, devices: int, draws: int, device_rows: int = 1
 ) -> tuple[float, float, float]:
     """Planned FLOPs over the ideal's, without and with rematerialisation, and trips; means of the steps."""
-    found, longest = [], longest_rows(default_config())
+    found, longest = [], longest_rows(validate(default_config()))
     for seed in range(draws):
         lengths = draw(Sizes(), preset, seed)
         trips = plan_trips(lesson(lengths, model.vocab_size), devices * device_rows, longest)

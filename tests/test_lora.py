@@ -1,5 +1,6 @@
 """Adapters: gradients of the merged model by the chain rule, a constant base, decoding and exports merged."""
 
+import dataclasses
 import json
 import re
 from functools import cache
@@ -188,8 +189,7 @@ def test_only_chosen_layers_have_adapters_and_all_of_them_learn():
 def programs(model, rank):
     """The gradient's equations and its compiled text, for all weights (rank 0) or adapters."""
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    config = config_of(rank)
-    config.loss.chunk = 24
+    config = replace(config_of(rank), "loss.chunk", 24)
     trees = Trees(config, model, mesh, make_optimizer(config))
     update = make_update(config, model, trees.optimizer, mesh, trees.shardings)
     trip = plan_trips(make_lesson(), B, (64, 64))[0]
@@ -233,7 +233,7 @@ def test_the_state_is_the_adapters_alone_and_begins_as_the_base(tmp_path):
     path = tmp_path / "model"
     weights.save_pretrained(path, base(), MODEL)
     _, trees, mesh = prepared((2, 2, 2), RANK)
-    trees.config.model.path = str(path)
+    trees = dataclasses.replace(trees, config=replace(trees.config, "model.path", str(path)))
     first = trees.first()
     assert isinstance(first, TrainState)
     count = sum(x.size for x in jax.tree.leaves(first.params))
