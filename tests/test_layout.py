@@ -13,7 +13,7 @@ FLOORS = [
     {"types", "config", "masked", "kernels"},
     {"models"},
     {"text"},
-    {"data", "rollout", "rewards"},
+    {"data", "gym", "rollout", "rewards"},
     {"distill"},
     {"evals"},
     {"train"},

@@ -9,13 +9,12 @@ from typing import Literal, cast
 import numpy as np
 
 from rosd_jax.config import Config
+from rosd_jax.rewards.grade import SUCCESS
 from rosd_jax.text import prompts, spans
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.thinking import outside_thinking
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Graded, Message, Reflected, Reflection, Span
-
-SUCCESS = 0.5  # a reward of at least this much is a correct rollout
 
 # Why a rollout is out of the loss: the `note` of its reflection, and what a person reads.
 NOTES = {
@@ -47,7 +46,6 @@ def choose(
     solution: Literal["shortest", "first"],
     correct: bool = True,
     uniform_groups: bool = False,
-    threshold: float = SUCCESS,
 ) -> list[Plan]:
     """One plan a row (release: solution picking, skip flags and the zero-deviation mask).
 
@@ -63,7 +61,7 @@ def choose(
     plans = [Plan(None, None)] * len(rewards_B)
     for siblings in rows.values():
         rewards = [float(rewards_B[row]) for row in siblings]
-        solved = [row for row, reward in zip(siblings, rewards, strict=True) if reward >= threshold]
+        solved = [row for row, reward in zip(siblings, rewards, strict=True) if reward >= SUCCESS]
         if solution == "shortest":
             solved.sort(key=lambda row: int(length_B[row]))
         mixed = 0 < len(solved) < len(siblings)
@@ -99,12 +97,10 @@ def plan_rollouts(graded: Graded, reflect: Config) -> list[Plan]:
     )
 
 
-def reflector_messages(
-    graded: Graded, row: int, plan: Plan, wording: Wording = ENGLISH, *, show_gold: bool = True
-) -> list[Message]:
+def reflector_messages(graded: Graded, row: int, plan: Plan, wording: Wording = ENGLISH) -> list[Message]:
     """What the reflector is asked about a row; the task's own system prompt is not part of it."""
     problem = graded.prompts.problems[row * len(graded.prompts.problems) // len(graded.texts)]
-    gold = (problem.answer or None) if show_gold else None
+    gold = problem.answer or None
     attempt = graded.texts[row]
     if plan.kind == "right":
         return prompts.right_messages(problem.question, attempt, gold, wording)

@@ -10,7 +10,8 @@ import numpy as np
 
 from rosd_jax.config import Config
 from rosd_jax.distill.gold import repeats_gold, strip_gold
-from rosd_jax.distill.reflect import NOTES, SUCCESS
+from rosd_jax.distill.reflect import NOTES
+from rosd_jax.rewards.grade import SUCCESS
 from rosd_jax.text.prompts import ENGLISH, Wording, idea_text, solution_text
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Message, Problem, Reflected, Reflection

@@ -20,10 +20,9 @@ from urllib.parse import quote
 import numpy as np
 
 from rosd_jax.config import UserError
-from rosd_jax.rewards.grade import Grade
+from rosd_jax.rewards.grade import SUCCESS, Grade
 from rosd_jax.types import Problem, Rollout
 
-SUCCESS = 0.5  # a reward of at least this much is a correct response
 NO_LIMIT = int(np.iinfo(np.int32).max)  # a row that only the sampler's own limit cuts
 
 # (prompt ids a row, uid_B int32, limit_B int32) -> a Rollout of NumPy arrays, B rows

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["fixed", "release"]
+SUCCESS = 0.5  # a response with at least this score is correct
 
 
 @dataclass(frozen=True)

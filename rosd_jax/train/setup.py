@@ -18,11 +18,12 @@ from absl import logging
 from jax.sharding import Mesh
 
 from rosd_jax.config import Config, UserError
-from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.data.rows import same_data, set_name
 from rosd_jax.evals import health
+from rosd_jax.gym.metric import quote_exact
+from rosd_jax.gym.texts import WORDING as GYM
 from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import (
@@ -50,7 +51,8 @@ Split = Literal["eval", "validation"]  # of what is scored, as lines of metrics.
 FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that is read for it
 LEAST_ROWS = 8  # of a training batch that are worth a CPU device of their own
 HOST_DEVICES = "xla_force_host_platform_device_count"
-WORDINGS = {"english": ENGLISH, "gym": gym.WORDING}
+WORDINGS = {"english": ENGLISH, "gym": GYM}
+TASK_METRICS = {"gym": quote_exact}  # by the kind of the training problems
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,7 @@ def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]
         sample=polled(make_generate(engine["rollouts"], inputs.stops)),
         reflect=polled(make_generate(engine["reflections"])),
         evaluate=polled(make_generate(engine["evaluation"], inputs.stops)),
+        task_metrics=TASK_METRICS.get(inputs.train[0][0].kind),
         update=make_update(config, model, optimizer, mesh, trees.shardings),
     )
     return tools, trees
