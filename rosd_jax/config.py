@@ -49,7 +49,7 @@ PRESETS = ("paper", "span", "official")
 # span      v1's abstract to the letter, "the first erroneous span" ("paper" but for the two lines marked *)
 # official  the released PyTorch code (ZiqiZhao1/ROSD) as it runs; docs/differences.md has its defects
 METHOD: dict[str, tuple[Any, Any, Any]] = {
-    # Rollouts (table 4). rewards: the paper names its checkers only; "release" are the released ones.
+    # Rollouts (table 4). rewards: the paper names its checkers only; "official" are the released ones.
     "data.max_prompt_tokens": (2048, 2048, 2048),
     "batch.prompts": (32, 32, 32),
     "batch.samples": (8, 8, 8),
@@ -59,7 +59,7 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "thinking.student": (False, False, False),
     "thinking.reflector": (False, False, False),
     "thinking.teacher": (False, False, False),
-    "rewards": ("fixed", "fixed", "release"),
+    "rewards": ("fixed", "fixed", "official"),
     # The reflector (appendix B): the frozen initial model, greedy. It is shown the shortest correct
     # rollout of the group. overlong, uniform_groups: the paper is silent.
     "reflect.weights": ("frozen", "frozen", "student"),
@@ -219,8 +219,8 @@ def _validate_own(config: Config) -> None:
     """What a user may bring: a reward function, a wording, stop strings."""
     rewards, wording, stop = config.rewards, config.wording, config.rollout.stop
     named = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", rewards)
-    _require(config, "rewards", rewards in ("fixed", "release") or named is not None,
-             "be fixed, release or MODULE:FUNCTION, a function of your own")  # fmt: skip
+    _require(config, "rewards", rewards in ("fixed", "official") or named is not None,
+             "be fixed, official or MODULE:FUNCTION, a function of your own")  # fmt: skip
     _require(config, "wording", wording in ("english", "gym") or wording.endswith(".toml"),
              "be english, gym or the path of a .toml file of your own")  # fmt: skip
     _require(config, "rollout.stop", all(map(_is_text, stop)), "hold strings of text that are not empty")

@@ -8,7 +8,7 @@ import pytest
 from rosd_jax.config import default_config, use_preset
 from rosd_jax.distill.reflect import choose, read_reflection
 from rosd_jax.rewards.grade import SUCCESS
-from rosd_jax.text.spans import find_exact, locate_quote, parse_reflection, parse_released
+from rosd_jax.text.spans import find_exact, locate_quote, parse_official, parse_reflection
 from support import golden_dir
 
 # Options of the release that are no options here: solution from oneself, groups without a success
@@ -30,7 +30,7 @@ def cases(name: str) -> list[dict]:
 def test_reflection_parse():
     for case in cases("reflection_parse"):
         expected = case["reflection_text"], case["error_quote"]
-        assert parse_released(case["raw"]) == expected, case
+        assert parse_official(case["raw"]) == expected, case
         assert parse_reflection(case["raw"]) == expected, case
 
 

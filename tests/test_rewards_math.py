@@ -604,8 +604,8 @@ def test_votes_of_one_problem_say_nothing_of_another(grader):
 def test_only_mathematics_is_compared_and_only_in_fixed_mode(grader):
     problem = Problem("set/1", "set", "gym", (), "1")
     assert grader.votes(["1", "1.0"], [problem] * 2) == ["1", "1.0"]
-    with Grader("release") as release:
-        assert release.votes(["1", "1.0"], [Problem("set/1", "set", "math", (), "1")] * 2) == ["1", "1.0"]
+    with Grader("official") as official:
+        assert official.votes(["1", "1.0"], [Problem("set/1", "set", "math", (), "1")] * 2) == ["1", "1.0"]
 
 
 def test_few_comparisons_find_the_votes(grader, monkeypatch):

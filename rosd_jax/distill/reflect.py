@@ -208,10 +208,10 @@ def read_reflection(
     if raw is None:
         fits = _note(plan, None, solution, None, lesson) == ""
         return Reflection(solution=solution, note=plan.note or ("" if fits else "overlong"))
-    idea, quote = parse(raw, released=lesson.locate == "reencode", thinking_open=thinking_open)
+    idea, quote = parse(raw, official=lesson.locate == "reencode", thinking_open=thinking_open)
     located = token_span = None
     if plan.kind == "wrong":
-        located = locate(text, quote, released=lesson.locate == "reencode")
+        located = locate(text, quote, official=lesson.locate == "reencode")
     else:
         quote = None
     if located:
@@ -229,23 +229,23 @@ def read_reflection(
     )
 
 
-def parse(raw: str, *, released: bool, thinking_open: bool) -> tuple[str | None, str | None]:
+def parse(raw: str, *, official: bool, thinking_open: bool) -> tuple[str | None, str | None]:
     """The idea and the quote of an answer, drafts inside its thinking left out.
 
-    released: as the release does, which reads the whole answer.
+    official: as the released code does, which reads the whole answer.
     """
-    if released:
-        return spans.parse_released(raw)
+    if official:
+        return spans.parse_official(raw)
     return spans.parse_reflection(outside_thinking(raw, opened=thinking_open))
 
 
-def locate(text: str, quote: str | None, *, released: bool) -> spans.Located | None:
+def locate(text: str, quote: str | None, *, official: bool) -> spans.Located | None:
     """Finds the quote as it stands, else with our look-alikes turned back to what they replaced.
 
-    released: letter by letter and the first occurrence, as the release does.
+    official: letter by letter and the first occurrence, as the released code does.
     """
     search: Callable[[str, str | None], spans.Located | None] = spans.locate_quote
-    if released:
+    if official:
         search = _first_exact
     restored = prompts.restore(quote or "")
     return search(text, quote) or (search(text, restored) if restored != quote else None)
@@ -259,7 +259,7 @@ def _first_exact(text: str, quote: str | None) -> spans.Located | None:
 def _token_span(char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenizer, how: str) -> Span:
     if how == "offsets":
         return spans.chars_to_tokens(char_span, tokenizer.offsets(ids))
-    start, stop = (spans.release_token_start(tokenizer.encode, text, at) for at in char_span)
+    start, stop = (spans.official_token_start(tokenizer.encode, text, at) for at in char_span)
     return min(start, len(ids)), min(stop, len(ids))
 
 

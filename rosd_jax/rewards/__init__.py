@@ -1,6 +1,6 @@
-"""Grades responses: one checker a kind of problem, each in a `fixed` and a `release` mode.
+"""Grades responses: one checker a kind of problem, each in a `fixed` and a `official` mode.
 
-`release` gives the released code's verdicts, defects included; `fixed` corrects them (each module says
+`official` gives the released code's verdicts, defects included; `fixed` corrects them (each module says
 which). A user's own function may take their place (custom.py). This package imports no JAX, so that
 worker processes load quickly.
 """
@@ -28,7 +28,7 @@ _MAX_WORKERS = 8
 class Grader:
     """Grades batches of responses, and owns the processes that compare mathematics or run an own function.
 
-    A context manager: workers start when first needed and end on exit. mode: "fixed", "release" or
+    A context manager: workers start when first needed and end on exit. mode: "fixed", "official" or
     "MODULE:FUNCTION". `timeout_s` bounds one comparison, or one response in an own function; over it, the
     worker is ended and replaced and the response scores 0. `timeouts` counts these, and workers that died
     of an answer. Raises UserError for an unknown mode.
@@ -66,7 +66,7 @@ class Grader:
         """Grades response i against problem i.
 
         thinking_open: the prompts ended inside `<think>`, so the responses begin there, and one without
-        `</think>` has no answer. Release mode does not look at it.
+        `</think>` has no answer. Mode "official" does not look at it.
 
         Raises UserError naming the problem for an unknown kind or an answer that its checker cannot
         read, and ValueError when the lengths differ.

@@ -69,7 +69,7 @@ def parse_reflection(raw: str) -> tuple[str | None, str | None]:
     return idea, said.get(QUOTE_TAG)
 
 
-def parse_released(raw: str) -> tuple[str | None, str | None]:
+def parse_official(raw: str) -> tuple[str | None, str | None]:
     """The idea and the quote as the release reads them; None for what is missing or blank.
 
     Idea: the first non-blank of the first `explaination`, `explanation` and `reflection` blocks, in
@@ -135,7 +135,7 @@ def chars_to_tokens(span: Span, offsets: np.ndarray) -> Span:
     return int(inside[0]), int(inside[-1]) + 1
 
 
-def release_token_start(encode: Callable[[str], Sequence[int]], text: str, start: int) -> int:
+def official_token_start(encode: Callable[[str], Sequence[int]], text: str, start: int) -> int:
     """The released mapping: tokens of the re-encoded prefix. One token late after a space."""
     return len(encode(text[:start]))
 
