@@ -20,7 +20,7 @@ FLOORS = [
     {"plan"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-PACKAGE = sorted((ROOT / "rosd_jax").glob("*.py")) + sorted((ROOT / "rosd_jax").glob("*/*.py"))
+PACKAGE = sorted(path for path in (ROOT / "rosd_jax").rglob("*.py") if "kernels" not in path.parts)
 KERNELS = sorted((ROOT / "kernels").glob("*/*.py"))
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_jax.config import UserError
-from rosd_jax.rewards import Grade, Grader, math, mcq, tooluse
+from rosd_jax.rewards import Grade, Grader, mcq, tooluse
+from rosd_jax.rewards.maths import checker
 from rosd_jax.types import Problem
 from support import ROOT, data_dir
 
@@ -173,7 +174,7 @@ def test_tooluse_gold_that_is_no_list_of_calls_is_named(grader, answer):
     ],
 )
 def test_math_reads_the_last_balanced_box(response, box):
-    assert math.predict(response, mode="fixed") == box
+    assert checker.predict(response, mode="fixed") == box
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_grading_works_off_the_main_thread_beside_jax(grader):
 
 def test_workers_start_with_the_first_math_problem_and_import_no_jax():
     code = (
-        "import sys, rosd_jax.rewards.math as m\n"
+        "import sys, rosd_jax.rewards.maths.checker as m\n"
         "assert m.agree('0.5', '1/2', 'fixed')\n"
         "print('jax' in sys.modules)"
     )
@@ -324,7 +325,7 @@ def test_no_text_breaks_a_checker(response):
     for mode in ("fixed", "official"):
         assert mcq.grade(response, "B", mode=mode).score in (0, 1)
         assert tooluse.grade(response, '[{"Action": "f"}]', mode=mode).score in (0, 1)
-        assert isinstance(math.predict(response, mode=mode), str)
+        assert isinstance(checker.predict(response, mode=mode), str)
     assert mcq.grade_gym(response, "B").score in (0, 1)
 
 
@@ -338,4 +339,4 @@ def test_a_megabyte_is_read_in_linear_time(piece):
     for mode in ("fixed", "official"):
         mcq.grade(response, "B", mode=mode)
         tooluse.grade(response, '[{"Action": "f"}]', mode=mode)
-        math.predict(response, mode=mode)
+        checker.predict(response, mode=mode)

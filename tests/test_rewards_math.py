@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rosd_jax.evals.evaluate import scores
-from rosd_jax.rewards import Grader, math
+from rosd_jax.rewards import Grader
+from rosd_jax.rewards.maths import checker
 from rosd_jax.types import Problem
 
 EQUAL = {
@@ -475,21 +476,21 @@ def _pairs(tables):
 
 @pytest.mark.parametrize(("a", "b"), _pairs(EQUAL))
 def test_equal_answers_are_equal(a, b):
-    assert math.agree(a, b, "fixed")
-    assert math.agree(b, a, "fixed")
+    assert checker.agree(a, b, "fixed")
+    assert checker.agree(b, a, "fixed")
 
 
 @pytest.mark.parametrize(("a", "b"), _pairs(DIFFERENT))
 def test_different_answers_differ(a, b):
-    assert not math.agree(a, b, "fixed")
-    assert not math.agree(b, a, "fixed")
+    assert not checker.agree(a, b, "fixed")
+    assert not checker.agree(b, a, "fixed")
 
 
 @pytest.mark.parametrize(
     "answer", ["", " ", "{", "}", "\\", "\\frac", "x^", "(", ",", "\\begin{cases}", "=", "\\text{"]
 )
 def test_fragments_equal_no_number(answer):
-    assert not math.agree(answer, "5", "fixed")
+    assert not checker.agree(answer, "5", "fixed")
 
 
 @pytest.mark.parametrize(
@@ -519,7 +520,7 @@ def test_fragments_equal_no_number(answer):
     ],
 )
 def test_boxes_in_every_spelling(response, box):
-    assert math.predict(response, mode="fixed") == box
+    assert checker.predict(response, mode="fixed") == box
 
 
 HOSTILE = [

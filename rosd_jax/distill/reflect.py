@@ -131,7 +131,8 @@ def build_prompts(
     A prompt that is too long is left out (overlong="skip"), or its user text is cut from the right
     until it fits (overlong="cut", as released: the instruction at its end goes first).
     """
-    limit, cut = cast(int, reflect.max_prompt_tokens), reflect.overlong == "cut"
+    limit = cast(int, reflect.max_prompt_tokens)
+    cut = reflect.overlong == "cut"
     built: list[list[int] | None] = []
     for row, plan in enumerate(plans):
         ids = None

@@ -88,8 +88,10 @@ def processbench_truth(row: Mapping[str, Any]) -> Truth:
     Fields: `response`, `step_char_spans` ([start, stop] a step), `label` (the index of the first
     wrong step; -1: none). Raises UserError naming the row and the field that breaks a rule.
     """
-    spans, label = row.get("step_char_spans"), row.get("label")
-    where, length = f"ProcessBench row {row.get('id')!r}", len(row.get("response") or "")
+    spans = row.get("step_char_spans")
+    label = row.get("label")
+    where = f"ProcessBench row {row.get('id')!r}"
+    length = len(row.get("response") or "")
     if not isinstance(spans, list) or not all(_is_span(span, length) for span in spans):
         raise UserError(
             f"{where}: step_char_spans must list [start, stop] pairs inside the response; correct it"
@@ -102,7 +104,9 @@ def processbench_truth(row: Mapping[str, Any]) -> Truth:
 
 def _step_offset(finding: Finding) -> int | None:
     """The step pointed at minus the first wrong one; None when no step is pointed at."""
-    steps, error, span = finding.truth.steps, finding.truth.error, finding.span
+    steps = finding.truth.steps
+    error = finding.truth.error
+    span = finding.span
     if error is None or span is None:
         return None
     shares = (i for i, (start, stop) in enumerate(steps) if start < span[1] and span[0] < stop)

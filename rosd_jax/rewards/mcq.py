@@ -47,7 +47,8 @@ def last_answer(text: str) -> str | None:
         if not tag[1]:
             start = tag.end()
         elif start is not None:
-            content, start = text[start : tag.start()], None
+            content = text[start : tag.start()]
+            start = None
     return content
 
 

@@ -92,7 +92,8 @@ def _gold_call(call: dict[str, Any]) -> dict[str, Any]:
         )
     if not inputs and len(call) > 1:
         raise ValueError(f"must give each call an Action_Input, which none of the keys {keys} is")
-    name, value = call[names[0]], call[inputs[0]] if inputs else {}
+    name = call[names[0]]
+    value = call[inputs[0]] if inputs else {}
     if not isinstance(name, str) or not isinstance(value, dict | str):
         raise ValueError("must give each call a name, and as its input an object or JSON text")
     return {"Action": name, "Action_Input": value}
@@ -107,7 +108,8 @@ def _comparable(call: dict[str, Any]) -> Call:
 
 def _calls(text: str) -> Iterator[Call]:
     """The calls in order, up to the first that cannot be read: no later one can make up for it."""
-    position, value = 0, ""
+    position = 0
+    value = ""
     while value is not None and (label := _LABEL.search(text, position)):
         position = label.end()
         if label["input"] is None and (call := _call(text, label)):

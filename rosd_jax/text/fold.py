@@ -79,7 +79,10 @@ def finish(folded: Folded) -> Folded:
 
 def _fold_letters(folded: Folded) -> Folded:
     text = folded.text
-    pieces, starts, stops, at = [], [], [], 0
+    pieces = []
+    starts = []
+    stops = []
+    at = 0
     while at < len(text):
         plain = _PLAIN.match(text, at)
         if plain:

@@ -338,10 +338,12 @@ def _replaced_width(head: bytes) -> int:
 
 def _text_ends(decode: Callable[[list[int]], str], ids: list[int]) -> list[int]:
     """Where each token ends in `decode(ids)`, for a decoder of any kind."""
-    text, pieces = decode(ids), []
+    text = decode(ids)
+    pieces = []
     for k in range(len(ids)):
         window = ids[max(0, k - CONTEXT) : k + 1]
-        before, after = decode(window[:-1]), decode(window)
+        before = decode(window[:-1])
+        after = decode(window)
         pieces.append(after[len(before) :] if after.startswith(before) else "\0")
     if "".join(pieces) == text:
         return np.cumsum([len(piece) for piece in pieces]).tolist()

@@ -16,8 +16,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from rosd_jax.rewards.box import last_box
 from rosd_jax.rewards.grade import Mode
+from rosd_jax.rewards.maths.box import last_box
 from rosd_jax.text.thinking import outside_thinking
 
 Question = tuple[str, str, Mode]  # prediction, gold answer, mode
@@ -54,7 +54,7 @@ def agree(prediction: str, answer: str, mode: Mode) -> bool:
     if len(prediction) > _MAX_ANSWER:
         return False
     if mode == "fixed":
-        from rosd_jax.rewards.equal import equal
+        from rosd_jax.rewards.maths.equal import equal
 
         return equal(prediction, answer)
     from math_verify import parse, verify

@@ -191,14 +191,17 @@ def _tokens(text: str, depth: int, upright: bool) -> list[Token]:
     if depth > 8:
         raise Unreadable("text groups nested too deep")
     out: list[Token] = []
-    position, gap = 0, ""
+    position = 0
+    gap = ""
     while match := _TOKEN.match(text, position) if position < len(text) else None:
         position = match.end()
-        kind, piece = match.lastgroup or "", match[0]
+        kind = match.lastgroup or ""
+        piece = match[0]
         if kind == "row":
             piece = "\\\\"
         elif piece == "\\\\" and (doubled := _DOUBLED.match(text, position - 1)):
-            position, piece = doubled.end(), doubled[0]
+            position = doubled.end()
+            piece = doubled[0]
         if kind == "let" or (kind == "sign" and piece.isalpha()):
             letters = _LETTERS.match(text, match.start())
             assert letters
@@ -322,7 +325,9 @@ def _join_numbers(tokens: list[Token]) -> list[Token]:
 
 def _joined(tokens: list[Token], start: int, commas: bool) -> tuple[str, int]:
     """The number that starts there, and where the next token is."""
-    text, position, style = tokens[start].text, start + 1, ""
+    text = tokens[start].text
+    position = start + 1
+    style = ""
     whole = text.isdigit()
     while whole and len(text) <= 3 and text[0] != "0" or style:
         found = _separator(tokens, position, commas)
@@ -332,7 +337,9 @@ def _joined(tokens: list[Token], start: int, commas: bool) -> tuple[str, int]:
         digits, point, _ = group.text.partition(".")
         if len(digits) != 3 or not digits.isdigit():
             break
-        text, position, style = text + group.text, position + 1 + (found != "gap"), found
+        text += group.text
+        position += 1 + (found != "gap")
+        style = found
         if point:
             break
     if not style and whole and _separator(tokens, position, commas=False) == "{,}":

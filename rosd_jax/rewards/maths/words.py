@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
-from rosd_jax.rewards.latex import Token, Unreadable
+from rosd_jax.rewards.maths.latex import Token, Unreadable
 
 _NAMES = """m meter metre|cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre
 nm nanometer nanometre|um micrometer micrometre micron|in inch inche|ft foot feet|yd yard|mi mile
@@ -101,7 +101,8 @@ def phrase_key(words: Iterable[str]) -> str:
 
 def scale(words: Sequence[str]) -> tuple[Fraction, int]:
     """The product of the number words that come first, and how many they are."""
-    factor, count = Fraction(1), 0
+    factor = Fraction(1)
+    count = 0
     while count < len(words) and words[count].lower().removesuffix("s") in _SCALES:
         factor *= _SCALES[words[count].lower().removesuffix("s")]
         count += 1
