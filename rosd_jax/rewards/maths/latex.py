@@ -89,8 +89,7 @@ _PLAIN = frozenset(
     """alpha beta gamma delta theta lambda mu sigma omega phi pi rho tau infty sqrt sin cos tan cot sec csc
     arcsin arccos arctan sinh cosh tanh log ln exp""".split()
 )
-_PLAIN_ALIASES = {"infinity": r"\infty", "inf": r"\infty", "asin": r"\arcsin", "acos": r"\arccos",
-                  "atan": r"\arctan"}  # fmt: skip
+_PLAIN_ALIASES = _table(r"infinity:\infty inf:\infty asin:\arcsin acos:\arccos atan:\arctan")
 _UNICODE = _table(
     r"""×:\times ·:* ⋅:* ∙:* •:* ∗:* ÷:/ ∕:/ ⁄:/ √:\sqrt ∛:\sqrt[3] ∜:\sqrt[4] ∞:\infty ∪:\cup
     ∩:\cap ∖:\setminus ∈:\in ∉:\notin ∅:\emptyset ⌀:\emptyset ≤:\leq ≥:\geq ⩽:\leq ⩾:\geq ≦:\leq ≧:\geq

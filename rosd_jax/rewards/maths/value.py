@@ -18,7 +18,8 @@ import mpmath
 from rosd_jax.rewards.maths.cursor import Node
 from rosd_jax.rewards.maths.latex import Unreadable
 
-_LOW, _HIGH = 40, 200  # digits
+_LOW = 40  # digits
+_HIGH = 200
 _POINTS = 4
 _TRIES = 12
 _MAX_BITS = 200_000  # of an exact number
@@ -368,11 +369,22 @@ _NUMERIC: dict[str, Callable[..., Any]] = {
     "angle": lambda a: a * mpmath.pi / 180,
 }
 _CALLS: dict[str, Callable[..., Any]] = {
-    r"\log": _logarithm, r"\lg": _logarithm, r"\ln": mpmath.log, r"\exp": _bounded(mpmath.exp, 1e12),
-    r"\max": _extreme(max), r"\min": _extreme(min), r"\gcd": _whole("gcd"), r"\lcm": _whole("lcm"),
-    r"\Re": mpmath.re, r"\Im": mpmath.im, r"\arg": mpmath.arg,
-    r"\arsinh": mpmath.asinh, r"\arcosh": mpmath.acosh, r"\artanh": mpmath.atanh,
-    **{rf"\{name}": _bounded(getattr(mpmath, name), 1e12)
-       for name in "sin cos tan cot sec csc sinh cosh tanh coth".split()},
-    **{rf"\arc{name}": getattr(mpmath, f"a{name}") for name in "sin cos tan cot sec csc".split()},
-}  # fmt: skip
+    r"\log": _logarithm,
+    r"\lg": _logarithm,
+    r"\ln": mpmath.log,
+    r"\exp": _bounded(mpmath.exp, 1e12),
+    r"\max": _extreme(max),
+    r"\min": _extreme(min),
+    r"\gcd": _whole("gcd"),
+    r"\lcm": _whole("lcm"),
+    r"\Re": mpmath.re,
+    r"\Im": mpmath.im,
+    r"\arg": mpmath.arg,
+    r"\arsinh": mpmath.asinh,
+    r"\arcosh": mpmath.acosh,
+    r"\artanh": mpmath.atanh,
+}
+for _name in "sin cos tan cot sec csc sinh cosh tanh coth".split():
+    _CALLS[rf"\{_name}"] = _bounded(getattr(mpmath, _name), 1e12)
+for _name in "sin cos tan cot sec csc".split():
+    _CALLS[rf"\arc{_name}"] = getattr(mpmath, f"a{_name}")
