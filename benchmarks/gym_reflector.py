@@ -13,7 +13,7 @@ import json
 import jax
 import numpy as np
 
-from rosd_jax.data import gym, pretrain
+from rosd_jax.gym import problems, texts
 from rosd_jax.models.families import read_config
 from rosd_jax.models.weights import load_params
 from rosd_jax.rollout.loop import make_generate, settings
@@ -31,15 +31,15 @@ def main() -> None:
     print(json.dumps(measure(args.model, args.problems)))
 
 
-def measure(path: str, problems: int) -> dict[str, float]:
-    """Shares over `problems` held-out problems a row."""
+def measure(path: str, count: int) -> dict[str, float]:
+    """Shares over `count` held-out problems each."""
     tokenizer = load_tokenizer(path)
     model = read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat="none")
     params = load_params(path, model)
     rng = np.random.default_rng(1)
 
-    def ask(texts: list[str], temperature: float) -> list[str]:
-        ids = [tokenizer.chat_ids([{"role": "user", "content": t}], thinking=False) for t in texts]
+    def ask(asked: list[str], temperature: float) -> list[str]:
+        ids = [tokenizer.chat_ids([{"role": "user", "content": text}], thinking=False) for text in asked]
         generate = make_generate(
             settings(model, None, max_new=72, temperature=temperature, top_p=1.0, stop_ids=tokenizer.stop_ids)
         )
@@ -48,26 +48,30 @@ def measure(path: str, problems: int) -> dict[str, float]:
         rollout = decode_rows(generate, params, ids, uid_B, limit_B, key, rows=len(ids), longest=256)
         return decode(tokenizer, rollout)
 
-    def draw(family: str) -> list[gym.Chain]:
-        return [gym.sample_chain(rng, family, "test") for _ in range(problems)]
+    def draw(family: str) -> list[problems.Chain]:
+        return [problems.sample_chain(rng, family, "test") for _ in range(count)]
 
-    def solved(chains: list[gym.Chain], texts: list[str]) -> float:
-        answers = [gym.respond(gym.solve(chain)).split("\n")[-1] for chain in chains]
-        return float(np.mean([t.endswith(a) for t, a in zip(texts, answers, strict=True)]))
+    def solved(chains: list[problems.Chain], responses: list[str]) -> float:
+        answers = [problems.respond(problems.solve(chain)).split("\n")[-1] for chain in chains]
+        ends = [response.endswith(answer) for response, answer in zip(responses, answers, strict=True)]
+        return float(np.mean(ends))
 
-    result = {family: solved(chains, ask([c.text for c in chains], 1.0))
-              for family in gym.STEPS for chains in [draw(family)]}  # fmt: skip
+    result = {}
+    for family in problems.STEPS:
+        chains = draw(family)
+        result[family] = solved(chains, ask([chain.text for chain in chains], 1.0))
     chains = draw("chain")
-    lines = [gym.solve(chain)[rng.integers(len(chain.steps))] for chain in chains]
-    shown = [prompts.idea_text(c.text, line, gym.WORDING) for c, line in zip(chains, lines, strict=True)]
+    lines = [problems.solve(chain)[rng.integers(len(chain.steps))] for chain in chains]
+    shown = [prompts.idea_text(c.text, line, texts.WORDING) for c, line in zip(chains, lines, strict=True)]
     result["idea"] = solved(chains, ask(shown, 1.0))
-    attempts = [pretrain.wrong_solution(chain, rng) for chain in chains]
-    asked = [pretrain.reflection_text(c, w)[0] for c, w in zip(chains, attempts, strict=True)]
+    attempts = [texts.wrong_solution(chain, rng) for chain in chains]
+    asked = [texts.reflection_text(c, w)[0] for c, w in zip(chains, attempts, strict=True)]
     quotes = [spans.parse_reflection(raw)[1] for raw in ask(asked, 0.0)]
-    result["exact"] = float(np.mean([
-        quote == text[slice(*(gym.first_error(chain, text) or (0, 0)))]
-        for chain, text, quote in zip(chains, map(gym.respond, attempts), quotes, strict=True)
-    ]))  # fmt: skip
+    exact = []
+    for chain, attempt, quote in zip(chains, map(problems.respond, attempts), quotes, strict=True):
+        error = problems.first_error(chain, attempt) or (0, 0)
+        exact.append(quote == attempt[slice(*error)])
+    result["exact"] = float(np.mean(exact))
     return result
 
 

@@ -1,6 +1,6 @@
 """ROSD in a minute or two on a laptop: the tiny shipped model learns from its own slips on the gym.
 
-Paper       arXiv 2605.28014; the gym (rosd_jax/data/gym.py) stands in for its data sets.
+Paper       arXiv 2605.28014; the gym (rosd_jax/gym) stands in for its data sets.
 Trains on   gym:chain, four arithmetic steps; evaluated there and, out of domain, on longer chains
             and on chains in words. A validation split of gym:chain, seen nowhere else, chooses the best step.
 Method      the `span` preset but for one field: correct rollouts are not reflected (reflect.correct), so

@@ -33,7 +33,7 @@ PRESETS = ("paper", "span", "official")
 # span      v1's abstract to the letter, "the first erroneous span" ("paper" but for the two lines marked *)
 # official  the released PyTorch code (ZiqiZhao1/ROSD) as it runs; docs/differences.md has its defects
 METHOD: dict[str, tuple[Any, Any, Any]] = {
-    # Rollouts (table 4). rewards: the paper names its checkers only; "release" are the released ones.
+    # Rollouts (table 4). rewards: the paper names its checkers only; "official" are the released ones.
     "data.max_prompt_tokens": (2048, 2048, 2048),
     "batch.prompts": (32, 32, 32),
     "batch.samples": (8, 8, 8),
@@ -43,7 +43,7 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "thinking.student": (False, False, False),
     "thinking.reflector": (False, False, False),
     "thinking.teacher": (False, False, False),
-    "rewards": ("fixed", "fixed", "release"),
+    "rewards": ("fixed", "fixed", "official"),
     # The reflector (appendix B): the frozen initial model, greedy. It is shown the shortest correct
     # rollout of the group. overlong, uniform_groups: the paper is silent.
     "reflect.weights": ("frozen", "frozen", "student"),
@@ -172,8 +172,8 @@ def _validate_own(settings: Settings) -> None:
     """What users may bring themselves: a reward function, a wording, stop strings."""
     rewards, wording, stop = settings.rewards, settings.wording, settings.rollout.stop
     function = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", rewards)
-    known = rewards in ("fixed", "release") or function is not None
-    _require("rewards", rewards, known, "be fixed, release or MODULE:FUNCTION, a function of your own")
+    known = rewards in ("fixed", "official") or function is not None
+    _require("rewards", rewards, known, "be fixed, official or MODULE:FUNCTION, a function of your own")
     known = wording in ("english", "gym") or wording.endswith(".toml")
     _require("wording", wording, known, "be english, gym or the path of a .toml file of your own")
     _require("rollout.stop", stop, all(map(_is_text, stop)), "hold strings of text that are not empty")

@@ -254,7 +254,7 @@ class Settings:
     """One experiment."""
 
     rewards: str
-    """The checkers: fixed, release (as the released code grades), or MODULE:FUNCTION of your own."""
+    """The checkers: fixed, official (as the released code grades), or MODULE:FUNCTION of your own."""
     mesh: MeshSettings
     model: ModelSettings
     data: DataSettings

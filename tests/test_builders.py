@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rosd_jax.config import UserError
-from rosd_jax.data import builders, gym, rows
+from rosd_jax.data import builders, rows
 from rosd_jax.data.builders import load_problems
+from rosd_jax.gym import problems as gym
 from support import data_dir
 
 ROW = {

@@ -79,7 +79,7 @@ def test_several_choices_or_none_are_none(written):
 def test_the_tag_may_be_spelled_in_any_way_but_must_close(tags):
     assert mcq.grade(tags.format("B"), "B", mode="fixed").score == 1
     assert mcq.grade(tags.format("B").rpartition("<")[0], "B", mode="fixed").score == 0
-    assert mcq.grade(tags.format("B"), "B", mode="release").score == 0
+    assert mcq.grade(tags.format("B"), "B", mode="official").score == 0
 
 
 FORMS = (

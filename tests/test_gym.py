@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 
 import tiny
 from rosd_jax.config import UserError
-from rosd_jax.data import gym, pretrain
+from rosd_jax.gym import pretrain, texts
+from rosd_jax.gym import problems as gym
+from rosd_jax.gym.metric import quote_exact
 from rosd_jax.rewards import Grader
 from rosd_jax.text import spans
 from rosd_jax.text.tokenizer import load_tokenizer
+from rosd_jax.types import Graded, Problem, Prompts, Reflected, Reflection
 
 FAMILIES = tuple(gym.STEPS)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -29,7 +32,7 @@ def is_right(line):
     """Whether a line's arithmetic holds, worked out from the line alone."""
     value, op, operand, result = re.fullmatch(r"[a-h] (\d+)([-+*])(\d+)=(\d+)", line).groups()
     whole = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[op](int(value), int(operand))
-    return whole % gym.DIAL == int(result)
+    return whole % gym.MODULUS == int(result)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,18 +108,19 @@ def test_the_text_of_a_problem_reads_back(seed, family):
 
 @pytest.mark.parametrize("text", ["", "12", "12 + 7", "12 +7 x", " 12 +7", "12 over 7", "12 +7\n"])
 def test_other_text_is_no_problem(text):
-    assert gym.parse(text) is None
+    with pytest.raises(ValueError, match="not a problem of the gym"):
+        gym.parse(text)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_splits_are_disjoint_and_always_the_same(family):
     train, test = gym.load(family, "train"), gym.load(family, "test")
-    texts = [{problem.question for problem in split} for split in (train, test)]
-    assert not texts[0] & texts[1]
-    assert [len(split) for split in (train, test)] == [len(t) for t in texts] == [2048, 256]
+    asked = [{problem.question for problem in split} for split in (train, test)]
+    assert not asked[0] & asked[1]
+    assert [len(split) for split in (train, test)] == [len(found) for found in asked] == [2048, 256]
     assert gym.load(family, "test") == test
     assert len({problem.uid for problem in (*train, *test)}) == 2304
-    assert {gym.parse(text).family for text in texts[1]} == {family}
+    assert {gym.parse(text).family for text in asked[1]} == {family}
     with Grader("fixed") as grader:
         right = [gym.respond(gym.solve(gym.parse(problem.question))) for problem in test]
         assert all(grade.score == 1 for grade in grader.grade_all(right, test))
@@ -132,9 +136,9 @@ def test_unknown_names_are_refused_with_the_known_ones():
 @given(seed=SEEDS)
 def test_a_reflection_reads_back_and_points_at_the_wrong_line(seed):
     chain, _, rng = draw(seed)
-    wrong = pretrain.wrong_solution(chain, rng)
+    wrong = texts.wrong_solution(chain, rng)
     attempt = gym.respond(wrong)
-    prompt, reflection = pretrain.reflection_text(chain, wrong)
+    prompt, reflection = texts.reflection_text(chain, wrong)
     assert attempt in prompt and gym.respond(gym.solve(chain)) in prompt and chain.text in prompt
     idea, quote = spans.parse_reflection(reflection)
     located = spans.locate_quote(attempt, quote)
@@ -146,14 +150,47 @@ def test_a_reflection_reads_back_and_points_at_the_wrong_line(seed):
 def test_a_right_attempt_has_no_error_to_reflect_on():
     lines = gym.solve(gym.Chain(1, (("+", 2),)))
     with pytest.raises(ValueError, match="no wrong line"):
-        gym.reflect_wrong(lines, lines)
+        texts.reflect_wrong(lines, lines)
 
 
 def test_the_drills_are_true():
-    assert all(map(is_right, gym.facts(np.random.default_rng(0)).splitlines()))
-    for line in gym.comparisons(np.random.default_rng(0)).splitlines():
+    assert all(map(is_right, texts.facts(np.random.default_rng(0)).splitlines()))
+    for line in texts.comparisons(np.random.default_rng(0)).splitlines():
         _, a, b, verdict = line.split(" ")
         assert verdict == ("same" if a == b else "differ")
+
+
+# --- the metric --------------------------------------------------------------------------------------
+
+TEXT = "12 +7 *3 -5 +9"
+SLIPPED = gym.respond(["a 12+7=2", "b 2*3=7", "c 7-5=2", "d 2+9=11"])
+RIGHT = gym.respond(gym.solve(gym.parse(TEXT)))
+LINE = gym.first_error(gym.parse(TEXT), SLIPPED)
+
+
+def share(texts, rewards, reflections):
+    """`quote_exact` of rollouts of one problem."""
+    problem = Problem("u", "gym:chain", "gym", ({"role": "user", "content": TEXT},), "10")
+    prompts = Prompts((problem,), np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+    graded = Graded(prompts, None, tuple(texts), np.array(rewards, np.float32))
+    return quote_exact(Reflected(graded, tuple(reflections)))["quote_exact"]
+
+
+def test_a_quote_is_exact_where_it_is_the_first_wrong_line():
+    spans = [LINE, (LINE[0], LINE[1] - 1), (0, 9)]
+    reflections = [Reflection(raw="", char_span=span) for span in spans]
+    assert share([SLIPPED, SLIPPED, RIGHT], [0, 0, 0], reflections) == pytest.approx(1 / 3)
+
+
+def test_a_quote_that_is_not_found_is_not_exact():
+    found, lost = Reflection(raw="", char_span=LINE), Reflection(raw="")
+    assert share([SLIPPED] * 2, [0, 0], [found, lost]) == 1 / 2
+    assert share([SLIPPED] * 2, [0, 0], [lost, lost]) == 0
+
+
+def test_without_an_asked_quote_there_is_no_share():
+    right, unasked = Reflection(raw=""), Reflection()
+    assert np.isnan(share([RIGHT, SLIPPED], [1, 0], [right, unasked]))
 
 
 # --- the texts of pretraining, and the tokenizer that they are written in ----------------------------
@@ -164,16 +201,16 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(tiny.model_dir(tmp_path_factory))
 
 
-def texts(count=20):
+def pairs(count=20):
     """Pairs of every task and family of the mixture."""
     rng = np.random.default_rng(5)
     tasks = [(task, family) for task in pretrain.MIXTURE for family in FAMILIES]
-    return [(task, *pretrain.sample_text(rng, task, family)) for task, family in tasks for _ in range(count)]
+    return [(task, *texts.sample_text(rng, task, family)) for task, family in tasks for _ in range(count)]
 
 
 def test_every_text_is_in_the_vocabulary_and_reads_back(tokenizer):
     inner = pretrain.build_tokenizer()
-    for _, prompt, response in texts():
+    for _, prompt, response in pairs():
         text = pretrain.chat(prompt) + response + "<|im_end|>"
         ids = inner.encode(text).ids
         assert inner.token_to_id("<unk>") not in ids, text
@@ -183,7 +220,7 @@ def test_every_text_is_in_the_vocabulary_and_reads_back(tokenizer):
 
 def test_the_written_chat_template_is_the_pretraining_format(tokenizer):
     inner = pretrain.build_tokenizer()
-    for _, prompt, _ in texts(2):
+    for _, prompt, _ in pairs(2):
         messages = [{"role": "user", "content": prompt}]
         assert tokenizer.render(messages, thinking=False) == pretrain.chat(prompt)
         assert tokenizer.chat_ids(messages, thinking=False) == inner.encode(pretrain.chat(prompt)).ids
@@ -191,8 +228,8 @@ def test_the_written_chat_template_is_the_pretraining_format(tokenizer):
 
 def test_no_pretraining_text_holds_a_test_problem():
     held_out = {problem.question for family in FAMILIES for problem in gym.load(family, "test")}
-    first = [(task, prompt.split("\n")[0]) for task, prompt, _ in texts()]
-    seen = [(task, chain) for task, text in first if (chain := gym.parse(text))]  # drills state none
+    first = [(task, prompt.split("\n")[0]) for task, prompt, _ in pairs()]
+    seen = [(task, gym.parse(text)) for task, text in first if task not in texts.DRILLS]
     assert {"solve", "idea", "reflect_wrong", "reflect_right"} <= {task for task, _ in seen}
     assert all(gym.split_of(chain) == "train" and chain.text not in held_out for _, chain in seen)
 
@@ -200,7 +237,7 @@ def test_no_pretraining_text_holds_a_test_problem():
 def test_the_first_wrong_line_is_a_whole_number_of_tokens(tokenizer):
     for seed in range(30):
         chain, _, rng = draw(seed)
-        attempt = gym.respond(pretrain.wrong_solution(chain, rng))
+        attempt = gym.respond(texts.wrong_solution(chain, rng))
         offsets = tokenizer.offsets(tokenizer.encode(attempt))
         span = gym.first_error(chain, attempt)
         first, last = spans.chars_to_tokens(span, offsets)

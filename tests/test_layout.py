@@ -13,14 +13,14 @@ FLOORS = [
     {"types", "config", "settings", "fields", "masked", "kernels"},
     {"models"},
     {"text"},
-    {"data", "rollout", "rewards"},
+    {"data", "gym", "rollout", "rewards"},
     {"distill"},
     {"evals"},
     {"train"},
     {"plan"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-PACKAGE = sorted((ROOT / "rosd_jax").glob("*.py")) + sorted((ROOT / "rosd_jax").glob("*/*.py"))
+PACKAGE = sorted(path for path in (ROOT / "rosd_jax").rglob("*.py") if "kernels" not in path.parts)
 KERNELS = sorted((ROOT / "kernels").glob("*/*.py"))
 
 

@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 
 from rosd_jax.config import UserError
-from rosd_jax.data import gym
 from rosd_jax.evals.localize import (
     Finding,
     Truth,
     gym_truth,
     localization_scores,
     processbench_truth,
-    quote_exact,
 )
-from rosd_jax.types import Problem, Reflection
+from rosd_jax.gym import problems as gym
 from support import data_dir
 
 STEPS = ((0, 10), (12, 20), (22, 30), (32, 40))
@@ -81,17 +79,6 @@ def test_an_error_of_the_gym_is_always_a_step(response):
 def test_gym_truth_needs_a_gym_problem():
     with pytest.raises(ValueError, match="not a problem of the gym"):
         gym_truth("What is 2 + 2?", "4")
-
-
-def test_quote_exact_follows_the_first_wrong_line():
-    slipped = RIGHT.replace("2*3=6", "2*3=7").replace("6-5=1", "7-5=2")
-    line = gym.first_error(gym.parse(TEXT), slipped)
-    spans = [line, (line[0], line[1] - 1), None, (0, 9)]
-    problems = [Problem("u", "gym:chain", "gym", ({"role": "user", "content": TEXT},), "10")] * 4
-    reflections = [Reflection(char_span=span) for span in spans]
-    texts = [slipped, slipped, slipped, RIGHT]
-    assert quote_exact(problems, texts, reflections) == pytest.approx(1 / 3)
-    assert math.isnan(quote_exact(problems[:1], texts[:1], [Reflection()]))
 
 
 def test_a_perfect_reflector_of_the_gym_scores_one():

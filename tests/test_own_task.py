@@ -350,9 +350,9 @@ def test_files_that_are_no_wording_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("rewards", "lenient", "be fixed, release or MODULE:FUNCTION"),
-        ("rewards", "my.py:f:g", "be fixed, release or MODULE:FUNCTION"),
-        ("rewards", "dir/my:f", "be fixed, release or MODULE:FUNCTION"),
+        ("rewards", "lenient", "be fixed, official or MODULE:FUNCTION"),
+        ("rewards", "my.py:f:g", "be fixed, official or MODULE:FUNCTION"),
+        ("rewards", "dir/my:f", "be fixed, official or MODULE:FUNCTION"),
         ("wording", "klingon", "be english, gym or the path of a .toml file"),
         ("rollout.stop", ("a", ""), "hold strings of text that are not empty"),
         ("rollout.stop", (7,), "hold strings of text that are not empty"),

@@ -31,8 +31,8 @@ from worded import (
 
 from rosd_jax.config import UserError
 from rosd_jax.data import rows
-from rosd_jax.data.gym import load as gym_problems
 from rosd_jax.evals.evaluate import scores
+from rosd_jax.gym.problems import load as gym_problems
 from rosd_jax.models.families import read_config
 from rosd_jax.models.weights import load_params, weights_fingerprint
 from rosd_jax.rewards import Grader, mcq, tooluse

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_jax.config import UserError
-from rosd_jax.rewards import Grade, Grader, math, mcq, tooluse
+from rosd_jax.rewards import Grade, Grader, mcq, tooluse
+from rosd_jax.rewards.maths import checker
 from rosd_jax.types import Problem
 from support import ROOT, data_dir
 
@@ -53,7 +54,7 @@ def test_mcq_reads_no_choice_from_other_text(written):
 
 
 def test_mcq_needs_the_tag():
-    assert mcq.grade("B", "B", mode="release").score == 1
+    assert mcq.grade("B", "B", mode="official").score == 1
     for response in ("B", "The answer is B.", "\\boxed{B}", "<answer>B", "</answer>B<answer>"):
         assert mcq.grade(response, "B", mode="fixed").score == 0
 
@@ -95,8 +96,8 @@ def test_tooluse_accepts_every_gold_answer_of_the_test_set():
     assert len(answers) == 68
     grades = [tooluse.grade(_tool_response(json.loads(a)), a, mode="fixed") for a in answers]
     assert {(grade.score, grade.well_formed) for grade in grades} == {(1.0, True)}
-    release = [tooluse.grade(_tool_response(json.loads(a)), a, mode="release") for a in answers]
-    assert sum(grade.score for grade in release) == 66  # the released checker's ceiling
+    official = [tooluse.grade(_tool_response(json.loads(a)), a, mode="official") for a in answers]
+    assert sum(grade.score for grade in official) == 66  # the released checker's ceiling
 
 
 @pytest.mark.parametrize("as_text", [True, False])
@@ -173,7 +174,7 @@ def test_tooluse_gold_that_is_no_list_of_calls_is_named(grader, answer):
     ],
 )
 def test_math_reads_the_last_balanced_box(response, box):
-    assert math.predict(response, mode="fixed") == box
+    assert checker.predict(response, mode="fixed") == box
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_math_verify_reads_every_gold_answer(grader):
 def test_a_comparison_without_end_costs_only_itself():
     answers = ["$9^{9^{9^{9}}}$", "7\ud800", "\x00", '__import__("os")', "6", "5.0"]
     responses = [f"\\boxed{{{answer}}}" for answer in answers]
-    with Grader("release", timeout_s=3) as grader:  # math-verify has no limit of its own here
+    with Grader("official", timeout_s=3) as grader:  # math-verify has no limit of its own here
         grades = grader.grade_all(responses, [_problem("math", "5")] * len(responses))
         assert [grade.score for grade in grades] == [0, 0, 0, 0, 0, 1]
         assert grader.timeouts == 1
@@ -255,7 +256,7 @@ def test_grading_works_off_the_main_thread_beside_jax(grader):
 
 def test_workers_start_with_the_first_math_problem_and_import_no_jax():
     code = (
-        "import sys, rosd_jax.rewards.math as m\n"
+        "import sys, rosd_jax.rewards.maths.checker as m\n"
         "assert m.agree('0.5', '1/2', 'fixed')\n"
         "print('jax' in sys.modules)"
     )
@@ -290,9 +291,9 @@ def test_a_draft_in_thinking_that_the_prompt_opened_is_no_answer(grader, kind, d
         (f"hm</think>{draft}<think>more", True, 1),
     ):
         assert grader.grade_all([response], problem, thinking_open=opened)[0].score == score
-    with Grader("release") as release:  # its recorded verdicts know nothing of it; the gym has none
-        plain = release.grade_all([draft], problem)
-        assert (release.grade_all([draft], problem, thinking_open=True) == plain) is (kind != "gym")
+    with Grader("official") as official:  # its recorded verdicts know nothing of it; the gym has none
+        plain = official.grade_all([draft], problem)
+        assert (official.grade_all([draft], problem, thinking_open=True) == plain) is (kind != "gym")
 
 
 def test_batches_keep_their_order(grader):
@@ -321,13 +322,11 @@ PIECES = st.sampled_from(
 @settings(deadline=None, max_examples=60)
 @given(st.lists(PIECES | st.text(max_size=5), max_size=12).map("".join))
 def test_no_text_breaks_a_checker(response):
-    for mode in ("fixed", "release"):
+    for mode in ("fixed", "official"):
         assert mcq.grade(response, "B", mode=mode).score in (0, 1)
         assert tooluse.grade(response, '[{"Action": "f"}]', mode=mode).score in (0, 1)
-        assert isinstance(math.predict(response, mode=mode), str)
+        assert isinstance(checker.predict(response, mode=mode), str)
     assert mcq.grade_gym(response, "B").score in (0, 1)
-    assert mcq.grade_gpqa(response, "B").score in (0, 1)
-    assert mcq.grade_mmlu_pro(response, "B").score in (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +336,7 @@ def test_no_text_breaks_a_checker(response):
 )  # fmt: skip
 def test_a_megabyte_is_read_in_linear_time(piece):
     response = piece * (1_000_000 // len(piece))
-    for mode in ("fixed", "release"):
+    for mode in ("fixed", "official"):
         mcq.grade(response, "B", mode=mode)
         tooluse.grade(response, '[{"Action": "f"}]', mode=mode)
-        math.predict(response, mode=mode)
+        checker.predict(response, mode=mode)

@@ -18,7 +18,7 @@ from absl import flags
 
 import tiny
 from rosd_jax.config import default_config, validate
-from rosd_jax.data import gym
+from rosd_jax.gym import problems as gym
 from rosd_jax.models.families import read_config
 from rosd_jax.models.weights import load_params
 from rosd_jax.rewards import mcq

@@ -8,7 +8,7 @@ from support import ROOT
 
 @pytest.mark.slow
 def test_the_reflector_is_exact_and_the_solver_is_not():
-    shares = measure(str(ROOT / "models" / "gym"), problems=64)
+    shares = measure(str(ROOT / "models" / "gym"), count=64)
     assert shares["exact"] >= 0.9
     assert 0.3 < shares["chain"] < 0.8
     assert shares["idea"] > 0.4

@@ -12,9 +12,9 @@ from rosd_jax.text.spans import (
     chars_to_tokens,
     find_exact,
     locate_quote,
+    official_token_start,
+    parse_official,
     parse_reflection,
-    parse_released,
-    release_token_start,
 )
 
 TEXT = "First, x = 15.\nThen the naïve ﬁt gives y = 3.5 kg;\nSo  the\tresult is “large”. Done."
@@ -129,7 +129,7 @@ def test_huge_texts_take_linear_time(text, quote):
     assert time.perf_counter() - start < 15
 
 
-@pytest.mark.parametrize("parse", [parse_reflection, parse_released])
+@pytest.mark.parametrize("parse", [parse_reflection, parse_official])
 @pytest.mark.parametrize(
     "piece",
     ["<explanation>", "</explanation>", "<error_quote> ", "<think>", "<reflection></reflection>",
@@ -192,9 +192,9 @@ def test_parse_finds_the_block_that_was_meant(raw, idea, quote):
 
 def test_the_released_parser_begins_at_the_first_opening():
     raw = "The <error_quote>:\n<error_quote>q</error_quote><explanation> </explanation><reflection>r"
-    assert parse_released(raw) == (None, ":\n<error_quote>q")
+    assert parse_official(raw) == (None, ":\n<error_quote>q")
     raw = "<error_quote> </error_quote><error_quote>q</error_quote><Reflection> r </reflection>"
-    assert parse_released(raw) == ("r", None)
+    assert parse_official(raw) == ("r", None)
 
 
 def test_chars_to_tokens_leaves_out_empty_tokens_and_shares_split_characters():
@@ -206,8 +206,8 @@ def test_chars_to_tokens_leaves_out_empty_tokens_and_shares_split_characters():
         chars_to_tokens((6, 7), offsets)
 
 
-def test_release_start_is_the_length_of_the_encoded_prefix():
-    assert release_token_start(lambda s: s.split(" "), "one two three", 4) == 2
+def test_official_start_is_the_length_of_the_encoded_prefix():
+    assert official_token_start(lambda s: s.split(" "), "one two three", 4) == 2
 
 
 def test_find_exact_takes_the_first_place():

@@ -208,13 +208,13 @@ def test_a_run_whose_output_nobody_reads_saves_its_step_and_ends(finished, model
 # --- the grader's workers ------------------------------------------------------------------------------
 
 IDLE = """
-grader = Grader("release", timeout_s=1)  # whose comparison may never end
+grader = Grader("official", timeout_s=1)  # whose comparison may never end
 problem = Problem("set/0", "set", "math", ({"role": "user", "content": "?"},), "5")
 grader.grade_all(["\\\\boxed{5.0}"], [problem])
 (worker,) = [worker for worker in grader._pool._idle.queue if worker]
 """
-STARTING = "worker = workers._Worker('rosd_jax.rewards.math', ['fixed'])\n"
-BUSY = f"{IDLE}worker.pipe.send((1.0, ('9^{{9^{{9^{{9}}}}}}', '5', 'release')))\n"
+STARTING = "worker = workers._Worker('rosd_jax.rewards.maths.checker', ['fixed'])\n"
+BUSY = f"{IDLE}worker.pipe.send((1.0, ('9^{{9^{{9^{{9}}}}}}', '5', 'official')))\n"
 BEGINS = "import os\nfrom rosd_jax.rewards import Grader, workers\nfrom rosd_jax.types import Problem\n"
 DIES = "print(worker.process.pid, flush=True)\nos._exit(130)\n"
 

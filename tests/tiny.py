@@ -10,10 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rosd_jax.data import gym, pretrain
+from rosd_jax.gym import pretrain
+from rosd_jax.gym import problems as gym
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 
-NUMBERS = {str(n): 1 / gym.DIAL for n in range(gym.DIAL)}
+NUMBERS = {str(n): 1 / gym.MODULUS for n in range(gym.MODULUS)}
 FOLLOWS = {
     "\n": {"<error_quote>": 0.5, "<answer>": 0.45, "a ": 0.05},
     "a ": NUMBERS,

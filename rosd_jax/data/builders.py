@@ -27,6 +27,7 @@ from absl import logging
 
 from rosd_jax.config import UserError
 from rosd_jax.data import rows
+from rosd_jax.gym import problems as gym
 from rosd_jax.rewards import tooluse
 from rosd_jax.types import Problem
 
@@ -40,8 +41,6 @@ def load_problems(name: str, split: str, data_dir: str, cache_dir: str | None = 
     is written), and a cache that cannot be written.
     """
     if name.startswith("gym:"):
-        from rosd_jax.data import gym  # the gym needs no files, and the files no gym
-
         return gym.load(name.removeprefix("gym:"), split)
     folder, split = rows.locate(name, split, data_dir)
     if importlib.util.find_spec("array_record") is None:

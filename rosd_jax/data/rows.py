@@ -74,7 +74,8 @@ def read_examples(name: str, split: str, path: Path) -> list[Example]:
 
     Raises UserError naming file and line, and the field, of the first malformed row.
     """
-    read_row, called = source(name).read_row, set_name(name)
+    read_row = source(name).read_row
+    called = set_name(name)
     return [
         {"uid": f"{called}/{split}/{i}", "dataset": called, "extra": "", **read_row(row)}
         for i, row in enumerate(_read_rows(path))
@@ -321,7 +322,8 @@ def _chat_row(row: Row, kind: str) -> Example:
     kind = _text(row, "kind", kind)
     if kind not in GOLD:
         raise _wrong(row, "kind", f"must be one of {', '.join(GOLD)}")
-    system, user = _text(row, "system", ""), _text(row, "prompt")
+    system = _text(row, "system", "")
+    user = _text(row, "prompt")
     return {"kind": kind, "system": system, "user": user, "answer": GOLD[kind](row)}
 
 

@@ -8,14 +8,13 @@ from typing import Literal, cast
 
 import numpy as np
 
+from rosd_jax.rewards.grade import SUCCESS
 from rosd_jax.settings import LessonSettings, ReflectSettings
 from rosd_jax.text import prompts, spans
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.thinking import outside_thinking
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Graded, Message, Reflected, Reflection, Span
-
-SUCCESS = 0.5  # a reward of at least this much is a correct rollout
 
 # Why a rollout is out of the loss: the `note` of its reflection, and what a person reads.
 NOTES = {
@@ -47,7 +46,6 @@ def choose(
     solution: Literal["shortest", "first"],
     correct: bool = True,
     uniform_groups: bool = False,
-    threshold: float = SUCCESS,
 ) -> list[Plan]:
     """One plan a row (release: solution picking, skip flags and the zero-deviation mask).
 
@@ -63,7 +61,7 @@ def choose(
     plans = [Plan(None, None)] * len(rewards_B)
     for siblings in rows.values():
         rewards = [float(rewards_B[row]) for row in siblings]
-        solved = [row for row, reward in zip(siblings, rewards, strict=True) if reward >= threshold]
+        solved = [row for row, reward in zip(siblings, rewards, strict=True) if reward >= SUCCESS]
         if solution == "shortest":
             solved.sort(key=lambda row: int(length_B[row]))
         mixed = 0 < len(solved) < len(siblings)
@@ -99,12 +97,10 @@ def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[Plan]:
     )
 
 
-def reflector_messages(
-    graded: Graded, row: int, plan: Plan, wording: Wording = ENGLISH, *, show_gold: bool = True
-) -> list[Message]:
+def reflector_messages(graded: Graded, row: int, plan: Plan, wording: Wording = ENGLISH) -> list[Message]:
     """What the reflector is asked about a row; the task's own system prompt is not part of it."""
     problem = graded.prompts.problems[row * len(graded.prompts.problems) // len(graded.texts)]
-    gold = (problem.answer or None) if show_gold else None
+    gold = problem.answer or None
     attempt = graded.texts[row]
     if plan.kind == "right":
         return prompts.right_messages(problem.question, attempt, gold, wording)
@@ -135,7 +131,8 @@ def build_prompts(
     A prompt that is too long is left out (overlong="skip"), or its user text is cut from the right
     until it fits (overlong="cut", as released: the instruction at its end goes first).
     """
-    limit, cut = cast(int, reflect.max_prompt_tokens), reflect.overlong == "cut"
+    limit = cast(int, reflect.max_prompt_tokens)
+    cut = reflect.overlong == "cut"
     built: list[list[int] | None] = []
     for row, plan in enumerate(plans):
         ids = None
@@ -212,10 +209,10 @@ def read_reflection(
     if raw is None:
         fits = _note(plan, None, solution, None, lesson) == ""
         return Reflection(solution=solution, note=plan.note or ("" if fits else "overlong"))
-    idea, quote = parse(raw, released=lesson.locate == "reencode", thinking_open=thinking_open)
+    idea, quote = parse(raw, official=lesson.locate == "reencode", thinking_open=thinking_open)
     located = token_span = None
     if plan.kind == "wrong":
-        located = locate(text, quote, released=lesson.locate == "reencode")
+        located = locate(text, quote, official=lesson.locate == "reencode")
     else:
         quote = None
     if located:
@@ -233,23 +230,23 @@ def read_reflection(
     )
 
 
-def parse(raw: str, *, released: bool, thinking_open: bool) -> tuple[str | None, str | None]:
+def parse(raw: str, *, official: bool, thinking_open: bool) -> tuple[str | None, str | None]:
     """The idea and the quote of an answer, drafts inside its thinking left out.
 
-    released: as the release does, which reads the whole answer.
+    official: as the released code does, which reads the whole answer.
     """
-    if released:
-        return spans.parse_released(raw)
+    if official:
+        return spans.parse_official(raw)
     return spans.parse_reflection(outside_thinking(raw, opened=thinking_open))
 
 
-def locate(text: str, quote: str | None, *, released: bool) -> spans.Located | None:
+def locate(text: str, quote: str | None, *, official: bool) -> spans.Located | None:
     """Finds the quote as it stands, else with our look-alikes turned back to what they replaced.
 
-    released: letter by letter and the first occurrence, as the release does.
+    official: letter by letter and the first occurrence, as the released code does.
     """
     search: Callable[[str, str | None], spans.Located | None] = spans.locate_quote
-    if released:
+    if official:
         search = _first_exact
     restored = prompts.restore(quote or "")
     return search(text, quote) or (search(text, restored) if restored != quote else None)
@@ -263,7 +260,7 @@ def _first_exact(text: str, quote: str | None) -> spans.Located | None:
 def _token_span(char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenizer, how: str) -> Span:
     if how == "offsets":
         return spans.chars_to_tokens(char_span, tokenizer.offsets(ids))
-    start, stop = (spans.release_token_start(tokenizer.encode, text, at) for at in char_span)
+    start, stop = (spans.official_token_start(tokenizer.encode, text, at) for at in char_span)
     return min(start, len(ids)), min(stop, len(ids))
 
 

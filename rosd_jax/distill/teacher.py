@@ -9,7 +9,8 @@ from typing import cast
 import numpy as np
 
 from rosd_jax.distill.gold import repeats_gold, strip_gold
-from rosd_jax.distill.reflect import NOTES, SUCCESS
+from rosd_jax.distill.reflect import NOTES
+from rosd_jax.rewards.grade import SUCCESS
 from rosd_jax.settings import LessonSettings
 from rosd_jax.text.prompts import ENGLISH, Wording, idea_text, solution_text
 from rosd_jax.text.tokenizer import Tokenizer
@@ -23,7 +24,8 @@ def teacher_messages(
 
     Raises ValueError for a rollout that has neither what lesson.teacher_context asks for.
     """
-    idea, solution = taught_idea(problem, reflection, lesson), reflection.solution
+    idea = taught_idea(problem, reflection, lesson)
+    solution = reflection.solution
     if idea is not None:
         text = idea_text(problem.question, idea, wording)
     elif lesson.teacher_context != "idea" and solution is not None:
@@ -60,16 +62,19 @@ def teacher_prompts(
     rollout leaves the loss, noted as "teacher_overlong".
     """
     limit = cast(int, lesson.max_teacher_tokens)
-    reflections, prompts = [], []
+    reflections = []
+    prompts = []
     for row, reflection in enumerate(reflected.reflections):
-        ids, problem = None, _problem(reflected, row)
+        ids = None
+        problem = _problem(reflected, row)
         if not reflection.note and _untaught(problem, reflection, lesson):
             reflection = replace(reflection, note="no_idea")
         if not reflection.note:
             messages = teacher_messages(problem, reflection, lesson, wording)
             ids = tokenizer.chat_ids(messages, thinking=thinking)
             if len(ids) > limit:
-                ids, reflection = None, replace(reflection, note="teacher_overlong")
+                ids = None
+                reflection = replace(reflection, note="teacher_overlong")
         reflections.append(reflection)
         prompts.append(ids)
     return replace(reflected, reflections=tuple(reflections)), prompts
@@ -87,7 +92,8 @@ def region_weights(reflected: Reflected, lesson: LessonSettings, R: int) -> np.n
     for row, reflection in enumerate(reflected.reflections):
         if reflection.note:
             continue
-        start, stop = 0, int(length_B[row])
+        start = 0
+        stop = int(length_B[row])
         if reflection.token_span and lesson.region != "full":
             start = reflection.token_span[0]
             stop = min(stop, reflection.token_span[1]) if lesson.region == "span" else stop

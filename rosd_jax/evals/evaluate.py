@@ -20,10 +20,9 @@ from urllib.parse import quote
 import numpy as np
 
 from rosd_jax.config import UserError
-from rosd_jax.rewards.grade import Grade
+from rosd_jax.rewards.grade import SUCCESS, Grade
 from rosd_jax.types import Problem, Rollout
 
-SUCCESS = 0.5  # a reward of at least this much is a correct response
 NO_LIMIT = int(np.iinfo(np.int32).max)  # a row that only the sampler's own limit cuts
 
 # (prompt ids a row, uid_B int32, limit_B int32) -> a Rollout of NumPy arrays, B rows
@@ -167,7 +166,8 @@ def _sample_all(prompts: list[list[int]], sample: Sample, rows: int) -> tuple[li
     uid_B = np.where(index_B < real, index_B, 0).astype(np.int32)
     limit_B = np.where(index_B < real, NO_LIMIT, 0).astype(np.int32)
     rollout = sample(prompts + [prompts[-1]] * (-real % rows), uid_B, limit_B)
-    tokens_BR, length_B = np.asarray(rollout.tokens_BR), np.asarray(rollout.length_B)
+    tokens_BR = np.asarray(rollout.tokens_BR)
+    length_B = np.asarray(rollout.length_B)
     responses = [tokens_BR[b, : length_B[b]].tolist() for b in range(real)]
     return responses, np.asarray(rollout.finished_B)[:real].tolist()
 

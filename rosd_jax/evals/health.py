@@ -96,10 +96,12 @@ def _collapse(train: Sequence[Row]) -> str:
         return ""
     means = [mean(train[i : i + WINDOW], "reward") for i in range(len(train) - WINDOW + 1)]
     best = max(range(len(means)), key=lambda i: means[i])
-    high, low = means[best], means[-1]
+    high = means[best]
+    low = means[-1]
     if not (low < COLLAPSE * high and high - low >= LEAST_FALL):
         return ""
-    first, last = train[best]["step"], train[best + WINDOW - 1]["step"]
+    first = train[best]["step"]
+    last = train[best + WINDOW - 1]["step"]
     return (
         f"the reward fell from {high:.2f} (steps {first} to {last}) to {low:.2f}; lower optimizer.lr, or let "
         "validation.sets choose the best step"

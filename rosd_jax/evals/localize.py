@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rosd_jax.config import UserError
-from rosd_jax.data import gym
-from rosd_jax.types import Problem, Reflection, Span
+from rosd_jax.gym.problems import first_error, parse
+from rosd_jax.types import Span
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def gym_truth(problem_text: str, response: str) -> Truth:
     A response that stops early errs in an empty step at its end. Raises ValueError when the text is
     no gym problem.
     """
-    chain = _chain(problem_text)
-    error = gym.first_error(chain, response)
-    steps, start = [], 0
+    error = first_error(parse(problem_text), response)
+    steps = []
+    start = 0
     for line in response.split("\n"):
         steps.append((start, start + len(line)))
         start += len(line) + 1
@@ -88,8 +88,10 @@ def processbench_truth(row: Mapping[str, Any]) -> Truth:
     Fields: `response`, `step_char_spans` ([start, stop] a step), `label` (the index of the first
     wrong step; -1: none). Raises UserError naming the row and the field that breaks a rule.
     """
-    spans, label = row.get("step_char_spans"), row.get("label")
-    where, length = f"ProcessBench row {row.get('id')!r}", len(row.get("response") or "")
+    spans = row.get("step_char_spans")
+    label = row.get("label")
+    where = f"ProcessBench row {row.get('id')!r}"
+    length = len(row.get("response") or "")
     if not isinstance(spans, list) or not all(_is_span(span, length) for span in spans):
         raise UserError(
             f"{where}: step_char_spans must list [start, stop] pairs inside the response; correct it"
@@ -100,37 +102,16 @@ def processbench_truth(row: Mapping[str, Any]) -> Truth:
     return Truth(None if label < 0 else steps[label], steps)
 
 
-def quote_exact(
-    problems: Sequence[Problem], texts: Sequence[str], reflections: Sequence[Reflection]
-) -> float:
-    """Of the located quotes, the share that is exactly the gym's first wrong line; NaN for none.
-
-    The three sequences run row by row (B long). A quote out of a response without an error counts
-    as a miss. Raises ValueError when a quoted row's problem is not of the gym.
-    """
-    rows = zip(problems, texts, reflections, strict=True)
-    return _share(
-        reflection.char_span == gym.first_error(_chain(problem.question), text)
-        for problem, text, reflection in rows
-        if reflection.char_span is not None
-    )
-
-
 def _step_offset(finding: Finding) -> int | None:
     """The step pointed at minus the first wrong one; None when no step is pointed at."""
-    steps, error, span = finding.truth.steps, finding.truth.error, finding.span
+    steps = finding.truth.steps
+    error = finding.truth.error
+    span = finding.span
     if error is None or span is None:
         return None
     shares = (i for i, (start, stop) in enumerate(steps) if start < span[1] and span[0] < stop)
     pointed = next(shares, None)
     return None if pointed is None else pointed - steps.index(error)
-
-
-def _chain(problem_text: str) -> gym.Chain:
-    chain = gym.parse(problem_text)
-    if chain is None:
-        raise ValueError(f"not a problem of the gym: {problem_text[:60]!r}")
-    return chain
 
 
 def _is_span(span: Any, length: int) -> bool:

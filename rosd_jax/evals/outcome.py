@@ -89,7 +89,8 @@ def compare(
             by_set.setdefault(row["split"].removeprefix("eval/"), []).append(row)
     outcomes = []
     for name, found in by_set.items():
-        before, after = found[0], found[-1] if len(found) > 1 else None
+        before = found[0]
+        after = found[-1] if len(found) > 1 else None
         if until is not None:
             after = next((row for row in found[1:] if row["step"] == until), None)
         differences = _differences(before, after or {})
@@ -117,10 +118,12 @@ def _differences(before: Row, after: Row) -> tuple[str, ...]:
     """What two evaluations of a set do not share; a field that one of them lacks is none of it."""
     found = []
     for field, name in CONDITIONS.items():
-        old, new = number(before, field), number(after, field)
+        old = number(before, field)
+        new = number(after, field)
         if math.isfinite(old + new) and old != new:
             found.append(f"{name} {old:g} -> {new:g}")
-    old, new = number(before, PROBLEMS), number(after, PROBLEMS)
+    old = number(before, PROBLEMS)
+    new = number(after, PROBLEMS)
     if math.isfinite(old + new) and old != new:
         found.append("other problems or golds")
     return tuple(found)

@@ -31,8 +31,11 @@ from rosd_jax.evals.outcome import (
 
 Z = 1.96  # standard errors on either side of a 95% interval
 LETTER = "always the most frequent letter"
-REWARD, LOSS = "tab:blue", "tab:orange"
-BEFORE, BEST, AFTER = "tab:gray", "tab:green", "tab:blue"
+REWARD = "tab:blue"
+LOSS = "tab:orange"
+BEFORE = "tab:gray"
+BEST = "tab:green"
+AFTER = "tab:blue"
 LABEL = 18  # characters of a set's name that fit the table
 MADE = {
     "metrics.jsonl": "every number, one object a line",
@@ -122,7 +125,8 @@ def _at_best(
 
 def _validation_lines(rows: Sequence[Row]) -> list[str]:
     """Which step validation chose, and its score before, there and at the end."""
-    scores, best = validation_scores(rows), best_step(rows)
+    scores = validation_scores(rows)
+    best = best_step(rows)
     if best is None:
         return []
     names: dict[int, list[str]] = {}
@@ -150,7 +154,8 @@ def _table_lines(outcomes: Sequence[Outcome], train_set: str) -> list[str]:
 
 
 def _table_row(outcome: Outcome) -> str:
-    before, after = outcome.before, outcome.after or {}
+    before = outcome.before
+    after = outcome.after or {}
     old, new = (_percent(number(row, "avg")) for row in (before, after))
     passed = _percent(number(before, "pass"))
     if after:
@@ -181,7 +186,8 @@ def _notes(outcome: Outcome, span: str) -> list[str]:
     if _steps(outcome) != span:
         notes.append(f"here {_steps(outcome)}")
     notes += [f"not comparable: {difference}" for difference in outcome.differences]
-    old, new = number(outcome.before, "k"), number(outcome.after or {}, "k")
+    old = number(outcome.before, "k")
+    new = number(outcome.after or {}, "k")
     if math.isfinite(old + new) and old != new:
         notes.append(f"k {old:g} -> {new:g}: pass@k is not comparable")
     if outcome.after is None or outcome.differences or not math.isfinite(outcome.change_se):
@@ -196,7 +202,8 @@ def _notes(outcome: Outcome, span: str) -> list[str]:
 
 
 def _interval(row: Row) -> str:
-    avg, half = number(row, "avg"), Z * number(row, "avg_se")
+    avg = number(row, "avg")
+    half = Z * number(row, "avg_se")
     if not math.isfinite(avg + half):
         return "unknown"
     return f"[{_percent(avg - half)}, {_percent(avg + half)}]"

@@ -1,6 +1,6 @@
-"""Grades responses: one checker a kind of problem, each in a `fixed` and a `release` mode.
+"""Grades responses: one checker a kind of problem, each in a `fixed` and a `official` mode.
 
-`release` gives the released code's verdicts, defects included; `fixed` corrects them (each module says
+`official` gives the released code's verdicts, defects included; `fixed` corrects them (each module says
 which). A user's own function may take their place (custom.py). This package imports no JAX, so that
 worker processes load quickly.
 """
@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast, get_args
 
 from rosd_jax.config import UserError
-from rosd_jax.rewards import custom, math, mcq, tooluse
+from rosd_jax.rewards import custom, mcq, tooluse
 from rosd_jax.rewards.grade import Grade, Mode
+from rosd_jax.rewards.maths import checker
 from rosd_jax.rewards.workers import Pool
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _MAX_WORKERS = 8
 class Grader:
     """Grades batches of responses, and owns the processes that compare mathematics or run an own function.
 
-    A context manager: workers start when first needed and end on exit. mode: "fixed", "release" or
+    A context manager: workers start when first needed and end on exit. mode: "fixed", "official" or
     "MODULE:FUNCTION". `timeout_s` bounds one comparison, or one response in an own function; over it, the
     worker is ended and replaced and the response scores 0. `timeouts` counts these, and workers that died
     of an answer. Raises UserError for an unknown mode.
@@ -40,7 +41,7 @@ class Grader:
         workers = min(_MAX_WORKERS, os.cpu_count() or 1)
         self._own = custom.OwnReward(mode, timeout_s, workers) if ":" in mode else None
         self.mode: Mode = cast(Mode, mode)
-        self._pool = Pool(timeout_s, workers, math.__name__, [mode])
+        self._pool = Pool(timeout_s, workers, checker.__name__, [mode])
 
     def __enter__(self) -> Grader:
         return self
@@ -66,7 +67,7 @@ class Grader:
         """Grades response i against problem i.
 
         thinking_open: the prompts ended inside `<think>`, so the responses begin there, and one without
-        `</think>` has no answer. Release mode does not look at it.
+        `</think>` has no answer. Mode "official" does not look at it.
 
         Raises UserError naming the problem for an unknown kind or an answer that its checker cannot
         read, and ValueError when the lengths differ.
@@ -94,7 +95,7 @@ class Grader:
 
     def _grade_math(self, pairs: Sequence[tuple[str, Problem]], thinking_open: bool) -> list[Grade]:
         predictions = [
-            math.predict(response, mode=self.mode, thinking_open=thinking_open) for response, _ in pairs
+            checker.predict(response, mode=self.mode, thinking_open=thinking_open) for response, _ in pairs
         ]
         answers = [problem.answer for _, problem in pairs]
         found = zip(predictions, answers, strict=True)
@@ -119,7 +120,7 @@ class Grader:
                 waiting.setdefault(problem.uid, {})[prediction] = None
         voted: dict[tuple[str, str], str] = {}
         while waiting:
-            asked: list[math.Question] = [
+            asked: list[checker.Question] = [
                 (other, first, self.mode) for first, *others in waiting.values() for other in others
             ]
             agreed = iter(self._pool.answer_all(asked))
@@ -147,8 +148,8 @@ def check(
     if kind == "gym":
         return mcq.grade_gym(response, answer, thinking_open=thinking_open)
     if kind == "math":
-        found = math.predict(response, mode=mode, thinking_open=thinking_open)
-        right = bool(found) and (found == answer or math.answerer(mode)((found, answer, mode)))
+        found = checker.predict(response, mode=mode, thinking_open=thinking_open)
+        right = bool(found) and (found == answer or checker.answerer(mode)((found, answer, mode)))
         return Grade(float(right), found, bool(found))
-    checker = mcq if kind == "mcq" else tooluse
-    return checker.grade(response, answer, mode=mode, thinking_open=thinking_open)
+    grade = mcq.grade if kind == "mcq" else tooluse.grade
+    return grade(response, answer, mode=mode, thinking_open=thinking_open)

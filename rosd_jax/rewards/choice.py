@@ -109,7 +109,9 @@ def read_choice(answer: str) -> str:
     head = _LETTER.match(text, _after_lead(text))
     if head is None:
         return ""
-    before, letter, rest = text[: head.start()], head[1].upper(), text[head.end() :]
+    before = text[: head.start()]
+    letter = head[1].upper()
+    rest = text[head.end() :]
     if _END.match(rest):
         return letter
     label = _LABEL.match(rest) or ("*" in before and _BOXED_LABEL.match(rest)) or None
@@ -163,7 +165,8 @@ def _bracketed(said: str, in_brackets: bool) -> set[str]:
 
     "glutamate (E)" names an acid, and "(vitamin C)" ends a remark.
     """
-    found, depth = set(), 0
+    found = set()
+    depth = 0
     for mark in _BRACKET.finditer(said):
         letter = next(filter(None, mark.groups()), None)
         if letter is None:

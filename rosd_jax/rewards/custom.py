@@ -102,7 +102,8 @@ class _Caller:
     """Calls the function and reads what it returns."""
 
     def __init__(self, name: str, function: Callable[..., Any]):
-        self.name, self.function = name, function
+        self.name = name
+        self.function = function
         self.greeting = bool(getattr(function, "batched", False))
         arguments = "(prompts, responses, rows)" if self.greeting else "(prompt, response, row)"
         try:
@@ -144,7 +145,8 @@ def read_grade(value: Any) -> Grade:
         keys = ", ".join(map(str, fields)) or "none"
         may = " and ".join(RETURNS[1:])
         raise UserError(f"a dict with the keys {keys}; it must have score, and may have {may}")
-    score, well_formed = _plain(fields["score"]), _plain(fields.get("well_formed", True))
+    score = _plain(fields["score"])
+    well_formed = _plain(fields.get("well_formed", True))
     prediction = fields.get("prediction")
     if not isinstance(score, int | float):
         raise UserError(f"{_name(score)} as the score; it must be a number")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Mode = Literal["fixed", "release"]
+Mode = Literal["fixed", "official"]
+SUCCESS = 0.5  # a response with at least this score is correct
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ r"""Checkers that read an answer out of a tag or a sentence: multiple choice, an
 
 `fixed` reads the last complete `<answer>...</answer>` outside the thinking, however the tags are spaced
 and capitalised, and the one letter that stands there (choice.py). The tag is required: a bare letter
-without it scores 0. `release` is the released checker: whatever stands after the last
+without it scores 0. `official` is the released checker: whatever stands after the last
 `<answer>` (or the whole text, where there is no tag) must equal the gold letter exactly.
 """
 
@@ -22,10 +22,10 @@ _TAGGED_LETTER_AT_END = re.compile(r"<answer>\s*[ABCD]\s*</answer>$")
 def grade(response: str, answer: str, *, mode: Mode, thinking_open: bool = False) -> Grade:
     """Grades a multiple-choice response against the gold letter.
 
-    thinking_open: the prompt ended inside `<think>`; release mode does not look at it.
+    thinking_open: the prompt ended inside `<think>`; mode "official" does not look at it.
     """
-    if mode == "release":
-        return _grade_release(response, answer)
+    if mode == "official":
+        return _grade_official(response, answer)
     content = last_answer(outside_thinking(response, opened=thinking_open))
     letter = read_choice(content) if content is not None else ""
     return Grade(float(letter == answer.strip().upper()), letter, bool(letter))
@@ -47,34 +47,14 @@ def last_answer(text: str) -> str | None:
         if not tag[1]:
             start = tag.end()
         elif start is not None:
-            content, start = text[start : tag.start()], None
+            content = text[start : tag.start()]
+            start = None
     return content
 
 
-def _grade_release(response: str, answer: str) -> Grade:
+def _grade_official(response: str, answer: str) -> Grade:
     # The released `incorrect_format` is 1 for a right format; well_formed has the sign it says.
     tail = response.rpartition("<answer>")[2]
     prediction = tail.partition("</answer>")[0].strip()
     well_formed = _TAGGED_LETTER_AT_END.search(response) is not None
     return Grade(float(prediction == answer), prediction, well_formed)
-
-
-def grade_gpqa(response: str, answer: str) -> Grade:
-    """The release's GPQA rule: the last lone A, B, C or D in any case, the article "a" included."""
-    letters = re.findall(r"\b[ABCD]\b", response.upper())
-    prediction = letters[-1] if letters else response.strip().strip(".").rstrip("/")
-    return Grade(float(prediction == answer), prediction, prediction in set("ABCD"))
-
-
-def grade_mmlu_pro(response: str, answer: str) -> Grade:
-    """The release's MMLU-Pro rule: "answer is (X)", else "Answer: X", else the last lone A to J.
-
-    The first two patterns match in any case but the letter is compared as written, so "answer is j"
-    is read, and wrong.
-    """
-    said = re.search(r"answer is \(?([A-J])\)?", response, re.IGNORECASE) or re.search(
-        r"answer:\s*([A-J])", response, re.IGNORECASE
-    )
-    letters = [said[1]] if said else re.findall(r"\b[A-J]\b", response)
-    prediction = letters[-1] if letters else ""
-    return Grade(float(prediction == answer), prediction, prediction in set("ABCDEFGHIJ"))

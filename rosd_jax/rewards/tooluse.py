@@ -3,7 +3,7 @@
 `fixed` reads `Action: name` followed by `Action Input: {json}` in order and compares the calls pair
 by pair; the input may nest, and a call whose input cannot be read equals no gold call. A name is all
 that its line holds; headings, bullets, bold, fences, quotes, `()` and an end mark around labels, names
-and inputs are no part of them. `release` is the released checker: it compares the names as a multiset
+and inputs are no part of them. `official` is the released checker: it compares the names as a multiset
 and all inputs merged into one dictionary, reads an input only as far as its first `}`, drops what does
 not parse and cuts a name at the first character that is no letter, digit or `_`.
 """
@@ -47,11 +47,11 @@ def grade(
     """Grades the calls of a response.
 
     `answer` is what `gold_calls` takes. thinking_open: the prompt ended inside `<think>`. Raises
-    UserError for another `answer`; but release mode looks at no thinking, there an `answer` that is not
+    UserError for another `answer`; but mode "official" looks at no thinking, there an `answer` that is not
     JSON scores 0, and an input that is not JSON counts as `{}`.
     """
-    if mode == "release":
-        return _grade_release(response, answer)
+    if mode == "official":
+        return _grade_official(response, answer)
     try:
         gold = [_comparable(call) for call in gold_calls(answer)]
     except ValueError as error:
@@ -92,7 +92,8 @@ def _gold_call(call: dict[str, Any]) -> dict[str, Any]:
         )
     if not inputs and len(call) > 1:
         raise ValueError(f"must give each call an Action_Input, which none of the keys {keys} is")
-    name, value = call[names[0]], call[inputs[0]] if inputs else {}
+    name = call[names[0]]
+    value = call[inputs[0]] if inputs else {}
     if not isinstance(name, str) or not isinstance(value, dict | str):
         raise ValueError("must give each call a name, and as its input an object or JSON text")
     return {"Action": name, "Action_Input": value}
@@ -107,7 +108,8 @@ def _comparable(call: dict[str, Any]) -> Call:
 
 def _calls(text: str) -> Iterator[Call]:
     """The calls in order, up to the first that cannot be read: no later one can make up for it."""
-    position, value = 0, ""
+    position = 0
+    value = ""
     while value is not None and (label := _LABEL.search(text, position)):
         position = label.end()
         if label["input"] is None and (call := _call(text, label)):
@@ -182,10 +184,10 @@ def _whole(text: str) -> str | None:
     return value if end == len(text) else None
 
 
-def _grade_release(response: str, answer: str | list[dict[str, Any]]) -> Grade:
+def _grade_official(response: str, answer: str | list[dict[str, Any]]) -> Grade:
     if isinstance(answer, str) and _loads(answer) is None:
         return Grade(0.0, "", False)
-    gold = _release_gold(answer)
+    gold = _official_gold(answer)
     names = re.findall(r"Action:\s*(\w+)", response)
     inputs = _merge(_braced_inputs(response))
     same_names = Counter(names) == Counter(name for name, _ in gold)
@@ -197,7 +199,7 @@ def _grade_release(response: str, answer: str | list[dict[str, Any]]) -> Grade:
     return Grade(float(same_names and same_inputs), prediction, well_formed)
 
 
-def _release_gold(answer: str | list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _official_gold(answer: str | list[dict[str, Any]]) -> list[tuple[str, str]]:
     """The gold's names and inputs, the latter as JSON text."""
     try:
         items = json.loads(answer) if isinstance(answer, str) else answer

@@ -18,32 +18,47 @@ SEGMENT_LIMIT = 31  # characters; Unicode's stream-safe bound, keeps reordering 
 _WIDE_ASCII = re.compile("[！-～]")
 _PLAIN = re.compile(r"[!-~]+(?: [!-~]+)*(?=[\x00-\x7f]|\Z)")  # nothing to fold but case, no marks behind it
 
-_GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi "
-    "chi psi omega"
-).split()  # fmt: skip
+
+def _table(pairs: str) -> dict[str, str]:
+    """What is written as `from:to from:to`."""
+    return dict([pair.rsplit(":", 1) for pair in pairs.split()])
+
+
+_GREEK = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon
+    phi chi psi omega""".split()
 _CAPITALS = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
-_COMMANDS = {
-    "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "ne": "≠", "neq": "≠",
-    "lt": "<", "gt": ">", "times": "*", "ast": "*", "cdot": "*", "div": "/", "pm": "±", "mp": "∓",
-    "to": "→", "rightarrow": "→", "longrightarrow": "→", "Rightarrow": "⇒", "Longrightarrow": "⇒",
-    "implies": "⇒", "iff": "⇔", "Leftrightarrow": "⇔", "leftrightarrow": "↔", "approx": "≈", "sim": "~",
-    "equiv": "≡", "infty": "∞", "dots": "...", "ldots": "...", "cdots": "...", "in": "∈", "partial": "∂",
-    "sum": "∑", "int": "∫", "nabla": "∇", "cup": "∪", "cap": "∩", "quad": " ", "qquad": " ",
-    "dfrac": "\\frac", "tfrac": "\\frac", "left": "", "right": "",
-    **{name: unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}") for name in _GREEK},
-    **{name: unicodedata.lookup(f"GREEK CAPITAL LETTER {name.replace('Lambda', 'Lamda')}")
-       for name in _CAPITALS},
-}  # fmt: skip
-_SIGNS = {
-    "<=>": "⇔", "<==>": "⇔", "<->": "↔", "<-->": "↔", "->": "→", "-->": "→", "=>": "⇒", "==>": "⇒",
-    "<=": "≤", ">=": "≥", "!=": "≠", "--": "-", "---": "-", "{,}": ",",
-    "\\,": " ", "\\;": " ", "\\:": " ", "\\!": "", "″": "''", "‴": "'''",
-}  # fmt: skip
-_ALIKE = {
-    "-": "‐‑‒–—―−﹣﹘⁃", "'": "’‘‚‛′´ʼʹ`", '"': "“”„‟«»「」『』〝〞", "≤": "≦⩽", "≥": "≧⩾", "*": "×✕✖∗⨯·⋅∙",
-    "/": "÷∕⁄", ":": "∶", "~": "∼", "→": "⟶➔➜", "⇒": "⟹", "⇔": "⟺", "↔": "⟷",
-}  # fmt: skip
+_COMMANDS = _table(
+    r"""le:≤ leq:≤ leqslant:≤ ge:≥ geq:≥ geqslant:≥ ne:≠ neq:≠ lt:< gt:> times:* ast:* cdot:* div:/ pm:± mp:∓
+    to:→ rightarrow:→ longrightarrow:→ Rightarrow:⇒ Longrightarrow:⇒ implies:⇒ iff:⇔ Leftrightarrow:⇔
+    leftrightarrow:↔ approx:≈ sim:~ equiv:≡ infty:∞ dots:... ldots:... cdots:... in:∈ partial:∂ sum:∑ int:∫
+    nabla:∇ cup:∪ cap:∩ dfrac:\frac tfrac:\frac"""
+)
+_COMMANDS |= {"quad": " ", "qquad": " ", "left": "", "right": ""}
+for _name in _GREEK:
+    _letter = _name.replace("lambda", "lamda")  # as Unicode spells it
+    _COMMANDS[_name] = unicodedata.lookup(f"GREEK SMALL LETTER {_letter}")
+for _name in _CAPITALS:
+    _letter = _name.replace("Lambda", "Lamda")
+    _COMMANDS[_name] = unicodedata.lookup(f"GREEK CAPITAL LETTER {_letter}")
+_SIGNS = _table(
+    """<=>:⇔ <==>:⇔ <->:↔ <-->:↔ ->:→ -->:→ =>:⇒ ==>:⇒ <=:≤ >=:≥ !=:≠ --:- ---:- {,}:, ″:'' ‴:'''"""
+)
+_SIGNS |= {r"\,": " ", r"\;": " ", r"\:": " ", r"\!": ""}
+_ALIKE = {  # a sign, and the characters that are read as it
+    "-": "‐‑‒–—―−﹣﹘⁃",
+    "'": "’‘‚‛′´ʼʹ`",
+    '"': "“”„‟«»「」『』〝〞",
+    "≤": "≦⩽",
+    "≥": "≧⩾",
+    "*": "×✕✖∗⨯·⋅∙",
+    "/": "÷∕⁄",
+    ":": "∶",
+    "~": "∼",
+    "→": "⟶➔➜",
+    "⇒": "⟹",
+    "⇔": "⟺",
+    "↔": "⟷",
+}
 _SIGNS |= {character: sign for sign, characters in _ALIKE.items() for character in characters}
 _SIGN = re.compile(
     r"(?<!\\)\\(?P<command>[A-Za-z]+)|(?<!\\)\\(?P<escaped>[*_#$%&{}\"'])|(?<!\\)\\[,;:!]"
@@ -79,7 +94,10 @@ def finish(folded: Folded) -> Folded:
 
 def _fold_letters(folded: Folded) -> Folded:
     text = folded.text
-    pieces, starts, stops, at = [], [], [], 0
+    pieces = []
+    starts = []
+    stops = []
+    at = 0
     while at < len(text):
         plain = _PLAIN.match(text, at)
         if plain:

@@ -66,7 +66,8 @@ def unescape(text: str) -> Folded:
 
     What an escape stands for is no markup: where it could be, its full-width form takes its place.
     """
-    edits, opened = [], 0
+    edits = []
+    opened = 0
     for match in _UNSEEN.finditer(text):
         operates = match[0] in "\u2062\u2063\u2064"  # unseen, yet digits around it are no one number
         new: str | None = " " if operates and _between_digits(text, match) else ""
@@ -106,10 +107,14 @@ def line_marks(text: str, *, numbers: bool = True) -> Iterator[Span]:
     A block quote or a bullet that could be a sign stands at the beginning, behind an empty line, a finished
     sentence or another one of its kind, and before a word; the numbers of a list count up.
     """
-    fresh, quoted, listed, last_number = True, False, False, None
+    fresh = True
+    quoted = False
+    listed = False
+    last_number = None
     at = 0
     while at < len(text):
-        first, stop = at, _line_stop(text, at)
+        first = at
+        stop = _line_stop(text, at)
         at = _skip_spaces(text, at, stop)
         quote = _BLOCK_QUOTE.match(text, at, stop)
         quoted = quote is not None and (fresh or quoted)
@@ -171,7 +176,8 @@ def _inline_marks(text: str) -> list[Span]:
     pending: dict[str, Span] = {}
     marks = []
     for match in _INLINE.finditer(text):
-        mark, span = match[0], match.span()
+        mark = match[0]
+        span = match.span()
         if mark[0] == "\n":
             pending = {} if len(mark) > 1 else {k: v for k, v in pending.items() if k != "$"}
         elif len(mark) > 3 or _before(text, span[0]) == "\\":
@@ -196,7 +202,9 @@ def _set_commands(text: str) -> list[Span]:
 
 
 def _may_open(text: str, span: Span) -> bool:
-    mark, before, after = text[slice(*span)], _before(text, span[0]), text[span[1] : span[1] + 1]
+    mark = text[slice(*span)]
+    before = _before(text, span[0])
+    after = text[span[1] : span[1] + 1]
     if mark == "$$":
         return True
     if not after or before.isalnum() or before in tuple(")]}!%'"):
@@ -210,7 +218,9 @@ def _may_open(text: str, span: Span) -> bool:
 
 
 def _may_close(text: str, span: Span) -> bool:
-    mark, before, after = text[slice(*span)], _before(text, span[0]), text[span[1] : span[1] + 1]
+    mark = text[slice(*span)]
+    before = _before(text, span[0])
+    after = text[span[1] : span[1] + 1]
     if mark == "$$":
         return True
     if mark == "$":
@@ -240,7 +250,10 @@ def _entity(name: str) -> str | None:
 
 def edit(folded: Folded, edits: Iterable[tuple[int, int, str]]) -> Folded:
     """With text[start:stop] replaced by the new text, for edits in order."""
-    pieces, starts, stops, at = [], [], [], 0
+    pieces = []
+    starts = []
+    stops = []
+    at = 0
     for start, stop, new in edits:
         pieces += [folded.text[at:start], new]
         starts += folded.start[at:start]

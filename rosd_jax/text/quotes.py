@@ -10,18 +10,15 @@ from dataclasses import dataclass, replace
 from rosd_jax.text.fold import finish
 from rosd_jax.text.markup import Folded, has_list_numbers, line_marks, strip_markup, strip_rules, unescape
 
-QUOTATION_MARKS = (
-    '""', "''", "“”", "‘’", "„“", "„”", "”“", "‚‘", "«»", "»«", "「」", "『』", "〝〞", "｢｣", "❝❞", "❮❯",
-    "´´", "＇＇", "＂＂", "《》", "【】"
-)  # fmt: skip
-BRACKETS = (
-    "()", "[]", "{}", "（）", "［］", "〔〕", "〈〉", "<>", "‹›", "⟨⟩", "⟦⟧", "〖〗", "〘〙", "｛｝", "＜＞"
-)  # fmt: skip
+QUOTATION_MARKS = tuple(
+    """"" '' “” ‘’ „“ „” ”“ ‚‘ «» »« 「」 『』 〝〞 ｢｣ ❝❞ ❮❯ ´´ ＇＇ ＂＂ 《》 【】""".split()
+)
+BRACKETS = tuple("() [] {} （） ［］ 〔〕 〈〉 <> ‹› ⟨⟩ ⟦⟧ 〖〗 〘〙 ｛｝ ＜＞".split())
 DOUBLE_MARKS = '"“”„«»'  # any opens and any closes: people mix straight and curly ones
 END_MARKS = ".,;:?。、।．，；：？"
 LONE_MARKS = tuple('"“”„«»')
 _DOT_BRACKETS = {pair[0]: pair[1] for pair in BRACKETS}
-LAYERS = 8  # of marks around a quote that are taken off
+MAX_LAYERS = 8  # of marks around a quote that are taken off
 
 
 _TAG = re.compile(r"<([A-Za-z][\w-]{0,20})>")
@@ -63,7 +60,7 @@ def _from_json(text: str) -> str:
 
 def _layers(plain: str, *, numbers: bool) -> Iterator[Needle]:
     rule = Needle("", unnumbered=not numbers)
-    for _ in range(LAYERS):
+    for _ in range(MAX_LAYERS):
         start, stop = next(line_marks(plain, numbers=numbers), (1, 1))
         if start == 0:
             if numbers:

@@ -69,7 +69,7 @@ def parse_reflection(raw: str) -> tuple[str | None, str | None]:
     return idea, said.get(QUOTE_TAG)
 
 
-def parse_released(raw: str) -> tuple[str | None, str | None]:
+def parse_official(raw: str) -> tuple[str | None, str | None]:
     """The idea and the quote as the release reads them; None for what is missing or blank.
 
     Idea: the first non-blank of the first `explaination`, `explanation` and `reflection` blocks, in
@@ -128,14 +128,15 @@ def chars_to_tokens(span: Span, offsets: np.ndarray) -> Span:
     offsets: int [tokens, 2], from `Tokenizer.offsets`; zero-width tokens belong to no span. Raises
     ValueError when no token shares a character with it.
     """
-    start, stop = offsets[:, 0], offsets[:, 1]
+    start = offsets[:, 0]
+    stop = offsets[:, 1]
     inside = np.flatnonzero((stop > span[0]) & (start < span[1]) & (stop > start))
     if not len(inside):
         raise ValueError(f"no token covers any of the characters {span}")
     return int(inside[0]), int(inside[-1]) + 1
 
 
-def release_token_start(encode: Callable[[str], Sequence[int]], text: str, start: int) -> int:
+def official_token_start(encode: Callable[[str], Sequence[int]], text: str, start: int) -> int:
     """The released mapping: tokens of the re-encoded prefix. One token late after a space."""
     return len(encode(text[:start]))
 
@@ -151,7 +152,8 @@ class _Block:
 
 
 def _only_named(raw: str, tag: re.Match[str]) -> bool:
-    before, after = raw[tag.start() - 1 : tag.start()], raw[tag.end() : tag.end() + 1]
+    before = raw[tag.start() - 1 : tag.start()]
+    after = raw[tag.end() : tag.end() + 1]
     return before + after in ("``", '""', "''", "“”", "‘’")
 
 
@@ -209,8 +211,10 @@ def _cuts(text: str, at: int) -> bool:
     """Whether the place between two characters lies inside a word, a number, a power or an operator."""
     if not 0 < at < len(text):
         return False
-    left, right = text[at - 1], text[at]
-    before, after = text[max(0, at - 2) : at - 1], text[at + 1 : at + 2]
+    left = text[at - 1]
+    right = text[at]
+    before = text[max(0, at - 2) : at - 1]
+    after = text[at + 1 : at + 2]
     if _in_word(left) and _in_word(right):
         return True
     if right.isdigit() and (left in ".,-−/^" or (left == ":" and before.isdigit())):
@@ -246,7 +250,8 @@ def _in_word(character: str) -> bool:
 
 
 def _fills_lines(text: str, span: Span) -> bool:
-    left, right = span[0], span[1]
+    left = span[0]
+    right = span[1]
     while left > 0 and text[left - 1] in " \t\r":
         left -= 1
     while right < len(text) and text[right] in " \t\r":
@@ -310,7 +315,8 @@ def _begins(text: str, folded: Folded, at: int, *, line: bool) -> bool:
 
 def _operates(text: str, folded: Folded, at: int, step: int) -> bool:
     """Whether an operand or an operator is next to this place of the line, in this direction."""
-    letters, near = folded.text, at + step
+    letters = folded.text
+    near = at + step
     while 0 <= near < len(letters) and (letters[near] == " " or unicodedata.combining(letters[near])):
         near += step
     if not 0 <= near < len(letters):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-OPEN, CLOSE = "<think>", "</think>"
+OPEN = "<think>"
+CLOSE = "</think>"
 
 
 def outside_thinking(text: str, *, opened: bool = False) -> str:

@@ -42,7 +42,7 @@ from rosd_jax.types import Message  # noqa: E402
 # Words, numbers, marks, white space and other scripts, to see how a tokenizer splits them.
 PROBE = "The 3 foxes' 1,024 naps:\n\n\tx_1 = -(a + b)^2 / 7.5e-3  # na\u00efve \u4e2d\u6587 \U0001f600"
 TODAY = "26 Jul 2024"  # to every template: a run that is resumed another day has the same prompts
-CONTEXT = 4  # tokens of left context when a decoder is asked for the text of one token
+LEFT_CONTEXT = 4  # tokens of left context when a decoder is asked for the text of one token
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -171,10 +171,15 @@ class Tokenizer:
         if not any(pattern.search(m["content"]) for m in messages):
             return self.inner.encode(self.render(messages, thinking), add_special_tokens=False)
         mark = _unused_character("".join(m["content"] for m in messages))
-        hide = lambda match: f"{mark}{control[match[0]]}{mark}"
-        hidden = [{**m, "content": pattern.sub(hide, m["content"])} for m in messages]
         names = {token: string for string, token in control.items()}
-        show = lambda text: re.sub(f"{mark}(\\d+){mark}", lambda m: names[int(m[1])], text)
+
+        def hide(text: str) -> str:
+            return pattern.sub(lambda match: f"{mark}{control[match[0]]}{mark}", text)
+
+        def show(text: str) -> str:
+            return re.sub(f"{mark}(\\d+){mark}", lambda match: names[int(match[1])], text)
+
+        hidden = [{**m, "content": hide(m["content"])} for m in messages]
         ids: list[int] = []
         for piece in re.split(f"({pattern.pattern})", self.render(hidden, thinking)):
             ids += [control[piece]] if piece in control else self.encode(show(piece))
@@ -193,7 +198,7 @@ class Tokenizer:
 
         A character whose bytes are split over tokens belongs to each of them. Control tokens have
         empty spans. Linear in the text for byte-level tokenizers, and for others whose decoder
-        needs no more than `CONTEXT` tokens to the left; quadratic for the rest.
+        needs no more than `LEFT_CONTEXT` tokens to the left; quadratic for the rest.
         """
         ids = [int(i) for i in ids]
         control = set(self._control().values())
@@ -226,10 +231,10 @@ class Tokenizer:
                 "rollout.stop needs a tokenizer whose decoder is ByteLevel or Fuse, and that of model.path "
                 f"is {type(decoder).__name__}; leave rollout.stop empty"
             )
-        of = _token_bytes if isinstance(decoder, ByteLevel) else str.encode
+        to_bytes = _token_bytes if isinstance(decoder, ByteLevel) else str.encode
         hidden = {i for string, i in self._control().items() if string not in shown}
         names = map(self.inner.backend_tokenizer.id_to_token, range(self.num_tokens))
-        return [b"" if i in hidden else of(name or "") for i, name in enumerate(names)]
+        return [b"" if i in hidden else to_bytes(name or "") for i, name in enumerate(names)]
 
     def save(self, path: str | Path) -> None:
         """Copies the tokenizer's files into a directory, readable by transformers 4 and 5.
@@ -338,10 +343,12 @@ def _replaced_width(head: bytes) -> int:
 
 def _text_ends(decode: Callable[[list[int]], str], ids: list[int]) -> list[int]:
     """Where each token ends in `decode(ids)`, for a decoder of any kind."""
-    text, pieces = decode(ids), []
+    text = decode(ids)
+    pieces = []
     for k in range(len(ids)):
-        window = ids[max(0, k - CONTEXT) : k + 1]
-        before, after = decode(window[:-1]), decode(window)
+        window = ids[max(0, k - LEFT_CONTEXT) : k + 1]
+        before = decode(window[:-1])
+        after = decode(window)
         pieces.append(after[len(before) :] if after.startswith(before) else "\0")
     if "".join(pieces) == text:
         return np.cumsum([len(piece) for piece in pieces]).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from absl import logging
 
+from rosd_jax.gym.metric import quote_exact
 from rosd_jax.models.sharding import make_mesh, replicated_dims, row_devices, validate_mesh_for
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.floor import measure_floor
@@ -18,6 +19,8 @@ from rosd_jax.train.step import Tools
 from rosd_jax.train.stopping import polled
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import make_optimizer, make_update
+
+TASK_METRICS = {"gym": quote_exact}  # by the kind of the training problems
 
 
 def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]:
@@ -36,6 +39,7 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Tools, Tree
         logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
     engine = engines(config, model, mesh, inputs.tokenizer.stop_ids)
     tools = Tools(
+        task_metrics=TASK_METRICS.get(inputs.train[0][0].kind),
         config=config,
         model=model,
         tokenizer=inputs.tokenizer,

@@ -13,12 +13,12 @@ from typing import Literal, get_args
 from absl import logging
 
 from rosd_jax.config import UserError
-from rosd_jax.data import gym
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.data.rows import same_data, set_name
 from rosd_jax.evals import health
 from rosd_jax.fields import value
+from rosd_jax.gym.texts import WORDING as GYM
 from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.rewards import Grader, Mode
@@ -33,7 +33,7 @@ from rosd_jax.types import Problem
 
 Split = Literal["eval", "validation"]  # of what is scored, as lines of metrics.jsonl begin
 FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that is read for it
-WORDINGS = {"english": ENGLISH, "gym": gym.WORDING}
+WORDINGS = {"english": ENGLISH, "gym": GYM}
 
 
 @dataclass(frozen=True)

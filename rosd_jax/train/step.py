@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 
 from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.distill import reflect, teacher
-from rosd_jax.evals.localize import quote_exact
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import on_device, row_devices
 from rosd_jax.rewards import Grader
@@ -55,6 +54,7 @@ class Tools:
     evaluate: Callable[..., Rollout]  # evaluation's answers
     student_thinking_open: bool  # the student's prompts end inside <think>
     reflector_thinking_open: bool  # the reflector's prompts do
+    task_metrics: Callable[[Reflected], Numbers] | None  # numbers that only this task has
     update: Update
 
 
@@ -86,7 +86,10 @@ def train_step(
     with clock("update"):
         state, metrics = tools.update(state, frozen_params, lesson)
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    numbers = {**describe(graded), **describe_reflections(reflected, lesson.weight_BR), **metrics}
+    numbers = {**describe(graded), **describe_reflections(reflected, lesson.weight_BR)}
+    if tools.task_metrics:
+        numbers |= tools.task_metrics(reflected)
+    numbers |= metrics
     numbers["unknown_tokens"] = tools.tokenizer.unknown_share(prompt_ids(prompts))
     numbers |= describe_decoding(rollout, tools.floor, clock.spent["rollout"], "rollout")
     numbers |= describe_decoding(reflected.answers, tools.floor, clock.spent["reflect"], "reflect")
@@ -222,19 +225,12 @@ def describe_reflections(reflected: Reflected, weight_BR: np.ndarray) -> Numbers
     counts = teacher.count(reflected, weight_BR)
     rows, tokens = len(reflected.reflections), int(np.sum(reflected.graded.rollout.length_B))
     asked, found = counts["quotes_asked"], counts.pop("quotes_found")
-    numbers: Numbers = dict(
+    return dict(
         reflected=counts.pop("reflected") / rows,
         quote_found=found / asked if asked else float("nan"),
         active_tokens_share=counts.pop("active_tokens") / max(tokens, 1),
         **counts,
     )
-    if reflected.graded.prompts.problems[0].kind == "gym":
-        problems = reflected.graded.prompts.problems
-        G = rows // len(problems)
-        repeated = [problem for problem in problems for _ in range(G)]
-        exact = quote_exact(repeated, reflected.graded.texts, reflected.reflections)
-        numbers["quote_exact"] = exact * found / asked if found else (0.0 if asked else float("nan"))
-    return numbers
 
 
 class Clock:

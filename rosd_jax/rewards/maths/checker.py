@@ -1,12 +1,12 @@
 r"""The mathematics checker: the boxed answer against the gold one, compared in workers.
 
 Reading the box is a pure function of the text. Comparing two answers is not so tame: it computes what
-a model wrote, and math-verify, which `release` needs, may take a lifetime (for 9^{9^{9^{9}}}) and guards
+a model wrote, and math-verify, which `official` needs, may take a lifetime (for 9^{9^{9^{9}}}) and guards
 itself with an alarm that works on a main thread only. So the comparison runs in worker processes
 (workers.py); this module imports neither JAX nor (in the parent) math-verify.
 
 `fixed` takes the last box of the whole response (box.py), outside the thinking, and compares both
-answers as mathematics (equal.py; docs/grading.md has the rules). `release` is the released checker: only
+answers as mathematics (equal.py; docs/grading.md has the rules). `official` is the released checker: only
 the last 100 characters are searched, and the answers are compared as bare strings, which leaves most
 LaTeX unread.
 """
@@ -16,27 +16,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from rosd_jax.rewards.box import last_box
 from rosd_jax.rewards.grade import Mode
+from rosd_jax.rewards.maths.box import last_box
 from rosd_jax.text.thinking import outside_thinking
 
 Question = tuple[str, str, Mode]  # prediction, gold answer, mode
 
-_RELEASE_WINDOW = 100  # characters
+_OFFICIAL_WINDOW = 100  # characters
 _MAX_ANSWER = 1000  # characters; nothing longer is an answer, and parsing it may take minutes
 
 
 def predict(response: str, *, mode: Mode, thinking_open: bool = False) -> str:
     """The content of the last box of a response, "" where there is none.
 
-    thinking_open: the prompt ended inside `<think>`; release mode does not look at it.
+    thinking_open: the prompt ended inside `<think>`; mode "official" does not look at it.
     """
-    if mode == "release":
-        return _last_box_release(response[-_RELEASE_WINDOW:])
+    if mode == "official":
+        return _last_box_official(response[-_OFFICIAL_WINDOW:])
     return last_box(outside_thinking(response, opened=thinking_open))
 
 
-def _last_box_release(text: str) -> str:
+def _last_box_official(text: str) -> str:
     _, opened, rest = text.rpartition("\\boxed{")
     depth = 1
     for position, character in enumerate(rest if opened else ""):
@@ -54,7 +54,7 @@ def agree(prediction: str, answer: str, mode: Mode) -> bool:
     if len(prediction) > _MAX_ANSWER:
         return False
     if mode == "fixed":
-        from rosd_jax.rewards.equal import equal
+        from rosd_jax.rewards.maths.equal import equal
 
         return equal(prediction, answer)
     from math_verify import parse, verify
@@ -65,7 +65,7 @@ def agree(prediction: str, answer: str, mode: Mode) -> bool:
 
 def answerer(mode: Mode) -> Callable[[Question], bool]:
     """What a worker answers with (workers.py): whether the two answers of a question agree."""
-    if mode == "release":
+    if mode == "official":
         import math_verify  # noqa: F401  (now, so that it takes no time of the first question)
 
         logging.disable(logging.CRITICAL)  # it logs what it cannot parse

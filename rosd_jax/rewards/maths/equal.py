@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from rosd_jax.rewards.answer import canonical, read_answer
-from rosd_jax.rewards.cursor import Node
-from rosd_jax.rewards.latex import Unreadable
-from rosd_jax.rewards.reals import as_reals, same_reals
-from rosd_jax.rewards.value import proportional, same_value
+from rosd_jax.rewards.maths.answer import canonical, read_answer
+from rosd_jax.rewards.maths.cursor import Node
+from rosd_jax.rewards.maths.latex import Unreadable
+from rosd_jax.rewards.maths.reals import as_reals, same_reals
+from rosd_jax.rewards.maths.value import proportional, same_value
 
 _MAX_ITEMS = 100
 _TURNED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
@@ -168,12 +168,15 @@ def _is_interval(node: Node) -> bool:
 
 
 def _same_relation(a: Node, b: Node) -> bool:
-    first, second = _assigned(a), _assigned(b)
+    first = _assigned(a)
+    second = _assigned(b)
     if first is not None and second is not None and _equal(a.parts[0], b.parts[0]):
         return _equal(first, second)
-    signs, other_signs = a.text.split(), b.text.split()
+    signs = a.text.split()
+    other_signs = b.text.split()
     if {*signs, *other_signs} <= set(_TURNED):
-        bounded, other = as_reals(a), as_reals(b)
+        bounded = as_reals(a)
+        other = as_reals(b)
         if bounded is not None and other is not None:
             return _equal(_unknown(a), _unknown(b)) and same_reals(bounded, other)
     for turned in (b, _turned(b)):
@@ -240,7 +243,8 @@ def _is_constant(node: Node) -> bool:
 
 
 def _equal_sets(a: Node, b: Node) -> bool:
-    left, right = as_reals(a), as_reals(b)
+    left = as_reals(a)
+    right = as_reals(b)
     if left is not None and right is not None:
         return same_reals(left, right)
     return a.kind == b.kind and (_in_any_order if a.kind == "union" else _in_order)(_flat(a), _flat(b))

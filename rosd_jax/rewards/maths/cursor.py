@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rosd_jax.rewards.latex import Token, Unreadable
+from rosd_jax.rewards.maths.latex import Token, Unreadable
 
 _MAX_EXPONENT = 5000  # of ten, in a number's own text
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import mpmath
 
-from rosd_jax.rewards.cursor import Node
-from rosd_jax.rewards.latex import Unreadable
-from rosd_jax.rewards.value import real
+from rosd_jax.rewards.maths.cursor import Node
+from rosd_jax.rewards.maths.latex import Unreadable
+from rosd_jax.rewards.maths.value import real
 
 _MAX_PIECES = 100
 
@@ -131,10 +131,12 @@ def _merged(pieces: list[Piece]) -> Reals:
 
 def _outside(reals: Reals) -> Reals:
     out: list[Piece] = []
-    low, has_low = -mpmath.inf, False
+    low = -mpmath.inf
+    has_low = False
     for piece in reals:
         out.append(Piece(low, piece.low, has_low, not piece.has_low))
-        low, has_low = piece.high, not piece.has_high
+        low = piece.high
+        has_low = not piece.has_high
     out.append(Piece(low, mpmath.inf, has_low, False))
     return _merged([piece for piece in out if piece.low < piece.high or (piece.has_low and piece.has_high)])
 
@@ -143,7 +145,8 @@ def _common(a: Reals, b: Reals) -> Reals:
     out: list[Piece] = []
     for x in a:
         for y in b:
-            low, high = max(x.low, y.low), min(x.high, y.high)
+            low = max(x.low, y.low)
+            high = min(x.high, y.high)
             has_low = all(p.has_low or p.low < low for p in (x, y))
             has_high = all(p.has_high or p.high > high for p in (x, y))
             if low < high or (low == high and has_low and has_high):

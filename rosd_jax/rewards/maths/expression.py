@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rosd_jax.rewards.cursor import Cursor, Node, number, read_number
-from rosd_jax.rewards.latex import Token, Unreadable
-from rosd_jax.rewards.words import is_typed_word
+from rosd_jax.rewards.maths.cursor import Cursor, Node, number, read_number
+from rosd_jax.rewards.maths.latex import Token, Unreadable
+from rosd_jax.rewards.maths.words import is_typed_word
 
 _MAX_DEPTH = 60
 
@@ -100,7 +100,8 @@ class _Reader(Cursor):
         return factors[0] if len(factors) == 1 else Node("mul", tuple(factors))
 
     def starts_factor(self) -> bool:
-        text, kind = self.peek(), self.kind()
+        text = self.peek()
+        kind = self.kind()
         if kind in ("num", "let", "text"):
             return True
         if text == "|":
@@ -182,13 +183,15 @@ class _Reader(Cursor):
             return number(token.text[0])
         if token.kind == "let":
             return _variable(self.one_letter())
-        outer, self.splits = self.splits, split
+        outer = self.splits
+        self.splits = split
         node = self.primary()
         self.splits = outer
         return node
 
     def primary(self) -> Node:
-        text, kind = self.peek(), self.kind()
+        text = self.peek()
+        kind = self.kind()
         if kind == "num":
             return self.mixed(read_number(self))
         if text in ("(", "[", "{", r"\lfloor", r"\lceil"):
@@ -207,7 +210,8 @@ class _Reader(Cursor):
     def group(self) -> Node:
         opener = self.take().text
         outer = self.bars, self.splits
-        self.bars, self.splits = 0, False
+        self.bars = 0
+        self.splits = False
         inside = self.sum()
         self.take(_CLOSERS[opener])
         self.bars, self.splits = outer
@@ -230,7 +234,8 @@ class _Reader(Cursor):
         """1 1/2 and 1\frac12, of integers only."""
         if not whole.text.isdigit():
             return whole
-        start, tokens = self.at, list(self.tokens)
+        start = self.at
+        tokens = list(self.tokens)
         if self.peek() == r"\frac":
             fraction = self.command()
         elif (
@@ -246,7 +251,8 @@ class _Reader(Cursor):
             return whole
         if fraction.kind == "div" and all(part.text.isdigit() for part in fraction.parts):
             return Node("add", (whole, fraction))
-        self.at, self.tokens = start, tokens
+        self.at = start
+        self.tokens = tokens
         return whole
 
     def command(self) -> Node:
@@ -321,7 +327,8 @@ class _Reader(Cursor):
             elif self.peek() == "^" and power is None:
                 self.take()
                 power = self.exponent()
-        outer, self.in_angle = self.in_angle, name in ANGLED
+        outer = self.in_angle
+        self.in_angle = name in ANGLED
         arguments = self.function_arguments(name)
         self.in_angle = outer
         if power and power.kind == "neg" and power.parts[0].value == 1 and name in ANGLED:

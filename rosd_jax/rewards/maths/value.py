@@ -15,10 +15,11 @@ from typing import Any
 
 import mpmath
 
-from rosd_jax.rewards.cursor import Node
-from rosd_jax.rewards.latex import Unreadable
+from rosd_jax.rewards.maths.cursor import Node
+from rosd_jax.rewards.maths.latex import Unreadable
 
-_LOW, _HIGH = 40, 200  # digits
+_LOW = 40  # digits
+_HIGH = 200
 _POINTS = 4
 _TRIES = 12
 _MAX_BITS = 200_000  # of an exact number
@@ -32,7 +33,8 @@ class _Inexact(Exception):
 
 def same_value(a: Node, b: Node) -> bool:
     """Whether two expressions are equal. Raises Unreadable where they have no value."""
-    exact_a, exact_b = _exact_or_none(a), _exact_or_none(b)
+    exact_a = _exact_or_none(a)
+    exact_b = _exact_or_none(b)
     if exact_a is not None and exact_b is not None:
         return exact_a == exact_b or _stands_for(a, exact_b, b) or _stands_for(b, exact_a, a)
     free = _variables(a) | _variables(b)
@@ -104,7 +106,8 @@ def _difference(a: Node, b: Node, point: int) -> bool | None:
 
 def _subtracted(a: Node, b: Node, point: int, digits: int) -> Any:
     with mpmath.workdps(digits):
-        left, right = _numeric_or_none(a, point), _numeric_or_none(b, point)
+        left = _numeric_or_none(a, point)
+        right = _numeric_or_none(b, point)
         return None if left is None or right is None else left - right
 
 
@@ -121,7 +124,8 @@ def _numeric_or_none(node: Node, point: int) -> Any:
 
 def _same_infinity(a: Node, b: Node) -> bool:
     try:
-        left, right = _numeric(a, 0), _numeric(b, 0)
+        left = _numeric(a, 0)
+        right = _numeric(b, 0)
     except (ZeroDivisionError, OverflowError):
         return False
     return bool(mpmath.isinf(left) and left == right)
@@ -217,7 +221,8 @@ def _exact_power(parts: Sequence[Fraction]) -> Fraction:
 def _exact_root(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent != Fraction(1, 2) or base < 0:
         raise _Inexact
-    upper, lower = math.isqrt(base.numerator), math.isqrt(base.denominator)
+    upper = math.isqrt(base.numerator)
+    lower = math.isqrt(base.denominator)
     if upper**2 != base.numerator or lower**2 != base.denominator:
         raise _Inexact
     return Fraction(upper, lower)
@@ -364,11 +369,22 @@ _NUMERIC: dict[str, Callable[..., Any]] = {
     "angle": lambda a: a * mpmath.pi / 180,
 }
 _CALLS: dict[str, Callable[..., Any]] = {
-    r"\log": _logarithm, r"\lg": _logarithm, r"\ln": mpmath.log, r"\exp": _bounded(mpmath.exp, 1e12),
-    r"\max": _extreme(max), r"\min": _extreme(min), r"\gcd": _whole("gcd"), r"\lcm": _whole("lcm"),
-    r"\Re": mpmath.re, r"\Im": mpmath.im, r"\arg": mpmath.arg,
-    r"\arsinh": mpmath.asinh, r"\arcosh": mpmath.acosh, r"\artanh": mpmath.atanh,
-    **{rf"\{name}": _bounded(getattr(mpmath, name), 1e12)
-       for name in "sin cos tan cot sec csc sinh cosh tanh coth".split()},
-    **{rf"\arc{name}": getattr(mpmath, f"a{name}") for name in "sin cos tan cot sec csc".split()},
-}  # fmt: skip
+    r"\log": _logarithm,
+    r"\lg": _logarithm,
+    r"\ln": mpmath.log,
+    r"\exp": _bounded(mpmath.exp, 1e12),
+    r"\max": _extreme(max),
+    r"\min": _extreme(min),
+    r"\gcd": _whole("gcd"),
+    r"\lcm": _whole("lcm"),
+    r"\Re": mpmath.re,
+    r"\Im": mpmath.im,
+    r"\arg": mpmath.arg,
+    r"\arsinh": mpmath.asinh,
+    r"\arcosh": mpmath.acosh,
+    r"\artanh": mpmath.atanh,
+}
+for _name in "sin cos tan cot sec csc sinh cosh tanh coth".split():
+    _CALLS[rf"\{_name}"] = _bounded(getattr(mpmath, _name), 1e12)
+for _name in "sin cos tan cot sec csc".split():
+    _CALLS[rf"\arc{_name}"] = getattr(mpmath, f"a{_name}")

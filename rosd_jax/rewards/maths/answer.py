@@ -19,11 +19,11 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from rosd_jax.rewards import words
-from rosd_jax.rewards.box import last_box
-from rosd_jax.rewards.cursor import Node, number
-from rosd_jax.rewards.expression import ANGLED, read_expression
-from rosd_jax.rewards.latex import Token, Unreadable, tokenize
+from rosd_jax.rewards.maths import words
+from rosd_jax.rewards.maths.box import last_box
+from rosd_jax.rewards.maths.cursor import Node, number
+from rosd_jax.rewards.maths.expression import ANGLED, read_expression
+from rosd_jax.rewards.maths.latex import Token, Unreadable, tokenize
 
 _MAX_DEPTH = 20
 _PREFIX = re.compile(
@@ -239,7 +239,8 @@ def _bracketed(tokens: list[Token], depth: int) -> Node:
     tokens = _trimmed(tokens)
     if not tokens:
         raise Unreadable("nothing where a set should be")
-    first, last = tokens[0].text, tokens[-1].text
+    first = tokens[0].text
+    last = tokens[-1].text
     if len(tokens) == 1 and first == r"\RR":
         return Node("reals")
     if len(tokens) == 1 and first == r"\emptyset":
@@ -350,7 +351,8 @@ def _unit_start(tokens: list[Token]) -> int:
 
 
 def _begins_unit(tokens: list[Token], index: int) -> bool:
-    token, before = tokens[index], tokens[index - 1]
+    token = tokens[index]
+    before = tokens[index - 1]
     if token.kind == "text":
         return len(token.text) > 1 or words.is_known_unit(token.text)
     if token.kind == "let":

@@ -89,8 +89,7 @@ _PLAIN = frozenset(
     """alpha beta gamma delta theta lambda mu sigma omega phi pi rho tau infty sqrt sin cos tan cot sec csc
     arcsin arccos arctan sinh cosh tanh log ln exp""".split()
 )
-_PLAIN_ALIASES = {"infinity": r"\infty", "inf": r"\infty", "asin": r"\arcsin", "acos": r"\arccos",
-                  "atan": r"\arctan"}  # fmt: skip
+_PLAIN_ALIASES = _table(r"infinity:\infty inf:\infty asin:\arcsin acos:\arccos atan:\arctan")
 _UNICODE = _table(
     r"""×:\times ·:* ⋅:* ∙:* •:* ∗:* ÷:/ ∕:/ ⁄:/ √:\sqrt ∛:\sqrt[3] ∜:\sqrt[4] ∞:\infty ∪:\cup
     ∩:\cap ∖:\setminus ∈:\in ∉:\notin ∅:\emptyset ⌀:\emptyset ≤:\leq ≥:\geq ⩽:\leq ⩾:\geq ≦:\leq ≧:\geq
@@ -191,14 +190,17 @@ def _tokens(text: str, depth: int, upright: bool) -> list[Token]:
     if depth > 8:
         raise Unreadable("text groups nested too deep")
     out: list[Token] = []
-    position, gap = 0, ""
+    position = 0
+    gap = ""
     while match := _TOKEN.match(text, position) if position < len(text) else None:
         position = match.end()
-        kind, piece = match.lastgroup or "", match[0]
+        kind = match.lastgroup or ""
+        piece = match[0]
         if kind == "row":
             piece = "\\\\"
         elif piece == "\\\\" and (doubled := _DOUBLED.match(text, position - 1)):
-            position, piece = doubled.end(), doubled[0]
+            position = doubled.end()
+            piece = doubled[0]
         if kind == "let" or (kind == "sign" and piece.isalpha()):
             letters = _LETTERS.match(text, match.start())
             assert letters
@@ -322,7 +324,9 @@ def _join_numbers(tokens: list[Token]) -> list[Token]:
 
 def _joined(tokens: list[Token], start: int, commas: bool) -> tuple[str, int]:
     """The number that starts there, and where the next token is."""
-    text, position, style = tokens[start].text, start + 1, ""
+    text = tokens[start].text
+    position = start + 1
+    style = ""
     whole = text.isdigit()
     while whole and len(text) <= 3 and text[0] != "0" or style:
         found = _separator(tokens, position, commas)
@@ -332,7 +336,9 @@ def _joined(tokens: list[Token], start: int, commas: bool) -> tuple[str, int]:
         digits, point, _ = group.text.partition(".")
         if len(digits) != 3 or not digits.isdigit():
             break
-        text, position, style = text + group.text, position + 1 + (found != "gap"), found
+        text += group.text
+        position += 1 + (found != "gap")
+        style = found
         if point:
             break
     if not style and whole and _separator(tokens, position, commas=False) == "{,}":

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
-from rosd_jax.rewards.latex import Token, Unreadable
+from rosd_jax.rewards.maths.latex import Token, Unreadable
+
+
+def _numbers(pairs: str) -> dict[str, int]:
+    """What is written as `name:number name:number`."""
+    return {name: int(number) for name, number in (pair.split(":") for pair in pairs.split())}
+
 
 _NAMES = """m meter metre|cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre
 nm nanometer nanometre|um micrometer micrometre micron|in inch inche|ft foot feet|yd yard|mi mile
@@ -31,15 +37,17 @@ _TYPED_UNITS = frozenset(
     kph cup day ton cal men per pct sq ml mL kWh KB MB GB TB""".split()
 ) | {name for name in _UNITS if len(name) > 3}
 
-_FRACTIONS = {"halve": 2, "third": 3, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
-              "tenth": 10, "ten-thousandth": 10**4, "hundred-thousandth": 10**5, "hundredth": 10**2,
-              "thousandth": 10**3, "millionth": 10**6, "billionth": 10**9}  # fmt: skip
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
-           "quadrillion": 10**15, "dozen": 12, "lakh": 10**5, "crore": 10**7, "tausend": 10**3,
-           "millionen": 10**6, "millones": 10**6, "milliard": 10**9, "milliarde": 10**9, "milliarden": 10**9,
-           "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "만": 10**4,
-           "亿": 10**8, "億": 10**8, "억": 10**8,
-           **{name: Fraction(1, part) for name, part in _FRACTIONS.items()}}  # fmt: skip
+_FRACTIONS = _numbers(
+    """halve:2 third:3 fifth:5 sixth:6 seventh:7 eighth:8 ninth:9 tenth:10 hundredth:100 thousandth:1000
+    ten-thousandth:10000 hundred-thousandth:100000 millionth:1000000 billionth:1000000000"""
+)
+_POWERS = _numbers(  # of ten
+    """hundred:2 thousand:3 tausend:3 lakh:5 million:6 millionen:6 millones:6 crore:7 billion:9 milliard:9
+    milliarde:9 milliarden:9 trillion:12 quadrillion:15 百:2 千:3 万:4 萬:4 만:4 亿:8 億:8 억:8"""
+)
+_SCALES: dict[str, int | Fraction] = {name: 10**power for name, power in _POWERS.items()}
+_SCALES |= {"dozen": 12}
+_SCALES |= {name: Fraction(1, part) for name, part in _FRACTIONS.items()}
 _SCALE_CHARACTERS = "万萬만亿億억"  # no unit begins with one, as kilometres in Chinese do with a thousand
 _PERCENT = frozenset(["%", "percent", "percentage", "pct", "per-cent"])
 _PERCENT_PAIRS = frozenset([("per", "cent"), ("percentage", "point"), ("percentage", "points")])
@@ -101,7 +109,8 @@ def phrase_key(words: Iterable[str]) -> str:
 
 def scale(words: Sequence[str]) -> tuple[Fraction, int]:
     """The product of the number words that come first, and how many they are."""
-    factor, count = Fraction(1), 0
+    factor = Fraction(1)
+    count = 0
     while count < len(words) and words[count].lower().removesuffix("s") in _SCALES:
         factor *= _SCALES[words[count].lower().removesuffix("s")]
         count += 1
@@ -120,7 +129,9 @@ def unit(tokens: Sequence[Token]) -> str:
     Raises Unreadable for anything but a unit or a noun with its adjectives.
     """
     powers: dict[str, int] = {}
-    name, sign, lent = "", 1, 1  # the unit before, 1 or -1 (after a slash), what `square` lends to the next
+    name = ""  # the unit before
+    sign = 1  # -1 after a slash
+    lent = 1  # the power that `square` or `cubic` gives to the next unit
     position = 0
     while position < len(tokens):
         token = tokens[position]
