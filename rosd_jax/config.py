@@ -112,14 +112,12 @@ def default_config() -> Config:
             steps=100,
             wording="english",  # or "gym", in the vocabulary of the shipped tiny model; or a file, PATH.toml
             reward_timeout=5.0,  # CPU seconds to grade a response; beyond that it scores 0
-            # -1: all remaining devices. With data=-1 on CPU, the host is split into one JAX device per core,
-            # if there are enough rows.
+            # -1: all remaining devices; with data=-1, a CPU is split into one JAX device per core if rows suffice
             mesh=dict(data=1, fsdp=-1, tensor=1),
             # remat: what the backward pass recomputes. none: nothing; block: every layer; attention: every
             # layer except its attention; offload: every layer, whose inputs are kept in host memory.
             # frozen: where the frozen tree is kept. On the host it takes device memory only while it is used.
-            # lora: with rank 0 all weights are trained, otherwise only adapters of the targets, scaled by
-            # alpha / rank.
+            # lora: rank 0 trains all weights; otherwise only adapters of the targets, scaled by alpha / rank.
             model=dict(
                 path="",
                 dtype="bfloat16",
@@ -131,9 +129,8 @@ def default_config() -> Config:
             batch=dict(device_rows=1),  # rows per row device in one forward and backward pass
             thinking=dict(),
             # slots: maximum concurrent rollouts or reflections; finished ones are replaced; null: all.
-            # cache_tokens: KV cache capacity for response tokens, per row device, in evaluation too. When it
-            # is full, responses queue; the newest may be preempted and is later regenerated with the same
-            # random numbers.
+            # cache_tokens: KV cache capacity for response tokens, per row device, in evaluation too. When full,
+            # responses queue; the newest may be preempted, then regenerated with the same random numbers.
             rollout=dict(
                 stop=(),  # strings that end a response like a stop token, in evaluation too
                 slots=placeholder(int),
@@ -148,7 +145,7 @@ def default_config() -> Config:
             optimizer=dict(mu_dtype="float32", grad_dtype="float32"),
             compile_cache="~/.cache/rosd_jax/compiled",  # where compiled programs are kept; "": nowhere
             # sets: their mean avg@k chooses the best step, on a split that is neither trained on nor
-            # reported; "": none is chosen. Scored before training, every `every` steps (0: never), at the end.
+            # reported; "": none is chosen. Scored before training, every `every` steps (0: never), and after.
             validation=dict(sets="", every=10),
             eval=dict(
                 sets="",  # names, separated by commas
