@@ -112,7 +112,7 @@ def default_config() -> Config:
             steps=100,
             wording="english",  # or "gym", in the vocabulary of the shipped tiny model; or a file, PATH.toml
             reward_timeout=5.0,  # CPU seconds to grade a response; beyond that it scores 0
-            # -1: all remaining devices; with data=-1, a CPU is split into one JAX device per core if rows suffice
+            # -1: all remaining devices. With data=-1 each core of a CPU is a device, if rows suffice.
             mesh=dict(data=1, fsdp=-1, tensor=1),
             # remat: what the backward pass recomputes. none: nothing; block: every layer; attention: every
             # layer except its attention; offload: every layer, whose inputs are kept in host memory.
@@ -129,8 +129,8 @@ def default_config() -> Config:
             batch=dict(device_rows=1),  # rows per row device in one forward and backward pass
             thinking=dict(),
             # slots: maximum concurrent rollouts or reflections; finished ones are replaced; null: all.
-            # cache_tokens: KV cache capacity for response tokens, per row device, in evaluation too. When full,
-            # responses queue; the newest may be preempted, then regenerated with the same random numbers.
+            # cache_tokens: KV cache capacity for response tokens, per row device. When it is full, responses
+            # queue; the newest may be preempted and is later regenerated with the same random numbers.
             rollout=dict(
                 stop=(),  # strings that end a response like a stop token, in evaluation too
                 slots=placeholder(int),
