@@ -1,7 +1,7 @@
 """Every field of an experiment with its default, and the rules between fields.
 
 A file in configs/ starts from `default_config()` (the `paper` preset), states what differs, and returns
-it; `use_preset(config, name)` sets every field of the method to the column `name` of `METHOD`. `validate`
+it; `use_preset(config, name)` sets every field of the method to another column of `METHOD`. `validate`
 runs before any device is touched.
 """
 
@@ -37,17 +37,17 @@ CHOICES = {
     "rollout.attention": (None, "xla", "ragged_tpu", "pallas_tpu", "pallas_gpu"),
 }
 
-LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that LoRA may adapt
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that may adapt
 PRESETS = ("paper", "span", "official")
 
-# The method, field by field: one column per preset, in the order of PRESETS. Sources of the columns:
+# The method, field by field: one column a preset, in the order of PRESETS. Sources of the columns:
 #
-# paper     arXiv 2605.28014v1 according to two independent reading notes (the PDF was not available):
-#           the loss and the tokens it applies to, equations 7 to 9; settings, table 4; reflecting,
-#           appendix B (places assigned by subject, not checked). If they are silent, the released code's
-#           value, provided that it is sound.
-# span      v1's abstract to the letter, "the first erroneous span" (`paper`, except the two lines marked *)
-# official  the released PyTorch code (ZiqiZhao1/ROSD) as it runs; docs/differences.md lists its defects
+# paper     arXiv 2605.28014v1 as two independent reading notes give it (the PDF was not at hand while
+#           this was written): where the loss lies and what it is, equations 7 to 9; settings, table 4;
+#           reflecting, appendix B (places assigned by subject, not checked). Where they are silent, the
+#           released code's value if it is sound.
+# span      v1's abstract to the letter, "the first erroneous span" ("paper" but for the two lines marked *)
+# official  the released PyTorch code (ZiqiZhao1/ROSD) as it runs; docs/differences.md has its defects
 METHOD: dict[str, tuple[Any, Any, Any]] = {
     # Rollouts (table 4). rewards: the paper names its checkers only; "release" are the released ones.
     "data.max_prompt_tokens": (2048, 2048, 2048),
@@ -60,8 +60,8 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "thinking.reflector": (False, False, False),
     "thinking.teacher": (False, False, False),
     "rewards": ("fixed", "fixed", "release"),
-    # The reflector (appendix B): the frozen initial model, greedy, which sees the shortest correct rollout
-    # of the group. On overlong and uniform_groups the paper is silent.
+    # The reflector (appendix B): the frozen initial model, greedy. It is shown the shortest correct
+    # rollout of the group. overlong, uniform_groups: the paper is silent.
     "reflect.weights": ("frozen", "frozen", "student"),
     "reflect.temperature": (0.0, 0.0, 1.0),
     "reflect.max_prompt_tokens": (8192, 8192, 2048),
@@ -70,13 +70,13 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "reflect.solution": ("shortest", "shortest", "first"),
     "reflect.correct": (True, True, True),
     "reflect.uniform_groups": (False, False, True),
-    # The tokens in the loss (equations 7 to 9): k = Locate(quote, response), and the mask is 1 for t >= k.
-    # Without a match k = 0. Correct rollouts: all tokens.
+    # Where the loss lies (equations 7 to 9): k = Locate(quote, response), the mask is 1 for t >= k; no
+    # match: k = 0; correct rollouts: all tokens.
     "lesson.region": ("suffix", "span", "suffix"),  # *
     "lesson.quote_missing": ("full", "skip", "full"),  # *
     "lesson.locate": ("offsets", "offsets", "reencode"),
-    # What the teacher sees (equations 7 to 9): the problem and the idea. On a rollout without an idea the
-    # paper is silent.
+    # What the teacher sees (equations 7 to 9): the problem and the idea. The paper is silent on a rollout
+    # without an idea.
     "lesson.teacher_context": ("idea", "idea", "idea_or_solution"),
     "lesson.gold_in_idea": ("keep", "keep", "keep"),
     "lesson.max_teacher_tokens": (10240, 10240, 10240),
@@ -85,7 +85,7 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "loss.alpha": (0.5, 0.5, 0.5),
     "loss.tail": ("bucket", "bucket", "bucket"),
     "loss.ratio_cap": (2.0, 2.0, 2.0),
-    # The optimizer (table 4): AdamW at 1e-5 after 10 warm-up steps.
+    # The optimizer (table 4): AdamW at 1e-5 after 10 steps of warm-up.
     "optimizer.lr": (1e-5, 1e-5, 1e-5),
     "optimizer.warmup_steps": (10, 10, 10),
     "optimizer.warmup_from_zero": (False, False, True),
@@ -103,21 +103,21 @@ class UserError(ValueError):
 
 
 def default_config() -> Config:
-    """The paper's main run: the `paper` preset, and the fields that do not belong to the method."""
+    """The paper's main run: the `paper` preset, and the fields that are not of the method."""
     config = ConfigDict(
         dict(
             name="",
             method="rosd",
             seed=0,
             steps=100,
-            wording="english",  # or "gym", in the vocabulary of the shipped tiny model; or a file, PATH.toml
-            reward_timeout=5.0,  # CPU seconds to grade a response; beyond that it scores 0
-            # -1: all remaining devices. With data=-1 each core of a CPU is a device, if rows suffice.
+            wording="english",  # "gym": in the shipped tiny model's closed vocabulary; or a file, PATH.toml
+            reward_timeout=5.0,  # CPU seconds to grade a response; over it the response scores 0
+            # -1: all remaining devices. Under data=-1 each core of a CPU is a device, where rows suffice.
             mesh=dict(data=1, fsdp=-1, tensor=1),
-            # remat: what the backward pass recomputes. none: nothing; block: every layer; attention: every
-            # layer except its attention; offload: every layer, whose inputs are kept in host memory.
-            # frozen: where the frozen tree is kept. On the host it takes device memory only while it is used.
-            # lora: rank 0 trains all weights; otherwise only adapters of the targets, scaled by alpha / rank.
+            # remat: what the backward pass computes again. none: nothing; block: each layer; attention: each
+            # layer but its attention; offload: each layer, whose inputs wait in the host's memory.
+            # frozen: where the frozen tree lies; on the host it takes no memory of the device but in use.
+            # lora: rank 0: all weights learn; else only adapters of the targets' kernels, times alpha / rank.
             model=dict(
                 path="",
                 dtype="bfloat16",
@@ -126,33 +126,33 @@ def default_config() -> Config:
                 lora=dict(rank=0, alpha=32.0, targets=LAYERS),
             ),
             data=dict(dir="", train=""),
-            batch=dict(device_rows=1),  # rows per row device in one forward and backward pass
+            batch=dict(device_rows=1),  # rows of each row device in one forward and backward pass
             thinking=dict(),
-            # slots: maximum concurrent rollouts or reflections; finished ones are replaced; null: all.
-            # cache_tokens: KV cache capacity for response tokens, per row device. When it is full, responses
-            # queue; the newest may be preempted and is later regenerated with the same random numbers.
+            # slots: rollouts (and reflections) decoded together, those that end make room; null: all
+            # cache_tokens: response tokens with room in the cache of each row device, in evaluation too;
+            # where they run out, the youngest responses wait and start anew
             rollout=dict(
-                stop=(),  # strings that end a response like a stop token, in evaluation too
+                stop=(),  # texts that end a response as a stop token does, in evaluation too
                 slots=placeholder(int),
-                cache_tokens=2**16,  # a quarter of what 32 rollouts of 8192 tokens need
-                prompt_tokens=2**16,  # the same for distinct prompts; larger batches are split
-                attention=placeholder(str),  # implementation for decoding; null: by platform
+                cache_tokens=2**16,  # a quarter of 32 rollouts of 8192
+                prompt_tokens=2**16,  # of different prompts with room there besides; more take turns
+                attention=placeholder(str),  # a decoding step's; null: by platform
             ),
             reflect=dict(),
             lesson=dict(),
             loss=dict(chunk=1024),
-            # mu_dtype: AdamW's first moment; grad_dtype: the accumulated gradient
+            # of AdamW's first moment, and of the sum of gradients
             optimizer=dict(mu_dtype="float32", grad_dtype="float32"),
-            compile_cache="~/.cache/rosd_jax/compiled",  # where compiled programs are kept; "": nowhere
-            # sets: their mean avg@k chooses the best step, on a split that is neither trained on nor
-            # reported; "": none is chosen. Scored before training, every `every` steps (0: never), and after.
+            compile_cache="~/.cache/rosd_jax/compiled",  # compiled programs, for later starts; "": none
+            # Sets whose mean avg@k chooses the best step, on a split that is neither trained on nor
+            # reported; "": no step is chosen. Scored before, every so many steps (0: never) and at the end.
             validation=dict(sets="", every=10),
             eval=dict(
                 sets="",  # names, separated by commas
                 samples=16,
-                limit=0,  # items per set; 0: all
+                limit=0,  # items a set; 0: all
                 every=10,
-                batch=256,  # maximum concurrent sequences, over all devices; finished ones are replaced
+                batch=256,  # rows decoded together, over all devices; those that end make room
                 temperature=0.6,
                 top_p=0.95,
                 max_new_tokens=8192,
@@ -165,7 +165,7 @@ def default_config() -> Config:
 
 
 def use_preset(config: Config, name: str) -> Config:
-    """Sets every field of the method to the column `name` of METHOD, and returns the config."""
+    """Sets every field of the method to the column of METHOD that bears the name, and returns the config."""
     column = PRESETS.index(name)
     for field, values in METHOD.items():
         *above, last = field.split(".")
@@ -175,7 +175,7 @@ def use_preset(config: Config, name: str) -> Config:
 
 
 def parse_variant(arg: str | None, known: Iterable[str]) -> tuple[str, ...]:
-    """Splits the `:a,b` after a config path. Raises UserError for a name not in `known`."""
+    """Splits the `:a,b` behind a config path. Raises UserError for a name not in `known`."""
     names = tuple(name for name in (arg or "").split(",") if name)
     known = tuple(known)
     for name in names:
@@ -185,7 +185,7 @@ def parse_variant(arg: str | None, known: Iterable[str]) -> tuple[str, ...]:
 
 
 def choose_one(variants: Sequence[str], choices: Iterable[str], default: T) -> str | T:
-    """The one of `choices` among the variants. Raises UserError if there are several."""
+    """The one of `choices` among the variants. Raises UserError where there are several."""
     named = [name for name in variants if name in tuple(choices)]
     if len(named) > 1:
         raise UserError(f"config variant names {' and '.join(named)}; name one of them")
@@ -216,7 +216,7 @@ def validate(config: Config) -> None:
 
 
 def _validate_own(config: Config) -> None:
-    """What a user may supply: a reward function, a wording, stop strings."""
+    """What a user may bring: a reward function, a wording, stop strings."""
     rewards, wording, stop = config.rewards, config.wording, config.rollout.stop
     named = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", rewards)
     _require(config, "rewards", rewards in ("fixed", "release") or named is not None,
@@ -236,7 +236,7 @@ def _validate_lora(config: Config) -> None:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a string that is not empty and that UTF-8 can encode."""
+    """Not empty, and nothing in it that UTF-8 cannot hold."""
     return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value != ""
 
 
