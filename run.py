@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 
 def obey(argv: list[str]) -> None:
-    """Does what the command line asks for. Raises BrokenPipeError if nobody reads what it prints."""
+    """Does what the command line asks for. Raises BrokenPipeError where nobody reads what it prints."""
     try:
         config = read_flags(argv)
         validate(config)
@@ -131,7 +131,7 @@ def explain(error: BaseException) -> str:
     if ours:
         return str(ours[-1])
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
-        return MISSING  # the config's fields become flags only with a config
+        return MISSING  # the config's fields are flags once there is a config
     if isinstance(chain[-1], KeyError):
         return f"the config has no field {chain[-1].args[0]!r}; rosd_jax/config.py lists the fields"
     if isinstance(error, AttributeError | OSError):
@@ -140,7 +140,7 @@ def explain(error: BaseException) -> str:
 
 
 def run(config) -> None:
-    from rosd_jax.plan import command  # after the flags, so that --help is fast
+    from rosd_jax.plan import command  # after the flags, so that --help is quick
     from rosd_jax.train import loop, workdir
 
     directory = Path(_WORKDIR.value or workdir.default_workdir(config.name))
