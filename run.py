@@ -4,13 +4,15 @@
                   [--config.FIELD=VALUE ...]
     python run.py --mode=plan --topology=v5p:2x2x2 [--compile=all|STAGE,...] [--json] --config=...
 
-The same command on the same DIR goes on where the run stopped, and without --config by the config that DIR
-holds.
+The same command on the same DIR resumes the run there. Without --config it uses the config stored in DIR.
 
-Exit status 0: done. 2: a mistake in config, model or data, named in one sentence. 128 + N: stopped by
-signal N, so 130 by Ctrl-C and 143 by SIGTERM; the first lets the call under way return and saves the last
-whole step, a second one ends the run at once, and neither loses what is written. 141: nobody reads stdout
-any more, as in `python run.py ... | head`.
+Exit status
+0        done
+2        a mistake in config, model or data, named in one sentence
+128 + N  stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM. The first signal lets the current device call
+         return and saves the last complete step; a second one ends the run at once. Neither loses what is
+         written
+141      nobody reads stdout any more, as in `python run.py ... | head`
 """
 
 from __future__ import annotations
@@ -89,12 +91,12 @@ def obey(argv: list[str]) -> None:
 
 
 def read_flags(argv: list[str]) -> ConfigDict:
-    """The config that the command line asks for. Raises UserError for whatever does not parse."""
+    """The config that the command line asks for. Raises UserError if something does not parse."""
     app.define_help_flags()
     try:
         rest = flags.FLAGS(with_stored_config(argv))
         config = _CONFIG.value
-    except BrokenPipeError:  # of --help, and an OSError
+    except BrokenPipeError:  # raised by --help; it is an OSError too
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(explain(error)) from error
@@ -102,13 +104,13 @@ def read_flags(argv: list[str]) -> ConfigDict:
         raise UserError(f"{rest[1]!r} is no flag; flags are written --name=value")
     if config is None:
         raise UserError(MISSING)
-    if not isinstance(config, ConfigDict):  # ml_collections' stand-in for a file that did not load
+    if not isinstance(config, ConfigDict):  # what ml_collections returns for a file that did not load
         raise UserError(NO_CONFIG)
     return config
 
 
 def with_stored_config(argv: list[str]) -> list[str]:
-    """argv, and --config with what the --workdir holds where it holds a run and no --config is given."""
+    """argv; if it has no --config and the --workdir contains a run, with that run's config as --config."""
     given = flags.FlagValues()
     for name in ("config", "workdir"):
         flags.DEFINE_string(name, None, "", flag_values=given)
@@ -120,7 +122,7 @@ def with_stored_config(argv: list[str]) -> list[str]:
 
 
 def explain(error: BaseException) -> str:
-    """One sentence for an error out of absl or ml_collections, which wrap ours in a traceback."""
+    """One sentence for an error raised by absl or ml_collections, which may wrap a UserError of ours."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)

@@ -1,13 +1,14 @@
-"""ROSD in a minute or two on a laptop: the tiny shipped model learns from its own slips on the gym.
+"""ROSD in a minute or two on a laptop: the shipped tiny model learns from its own mistakes in the gym.
 
-Paper       arXiv 2605.28014; the gym (rosd_jax/gym) stands in for its data sets.
-Trains on   gym:chain, four arithmetic steps; evaluated there and, out of domain, on longer chains
-            and on chains in words. A validation split of gym:chain, seen nowhere else, chooses the best step.
-Method      the `span` preset but for one field: correct rollouts are not reflected (reflect.correct), so
-            that the loss lies on error spans alone. Validation favours it (docs/performance.md).
+Paper       arXiv 2605.28014, with the gym (docs/gym.md) instead of its data sets
+Data        trained on gym:chain, four arithmetic steps; evaluated on it and, out of domain, on longer
+            chains and on chains in words. A validation split of gym:chain, used for nothing else, chooses
+            the best step
+Method      the `span` preset, except that correct rollouts are not reflected (reflect.correct): the loss
+            is on error spans only. Chosen on the validation split (docs/log.md)
 Command     python run.py --config=configs/quickstart.py
-Variants    paper | span | official: that preset instead, reflect.correct as the preset has it
-            debug: two short steps, to see that everything runs
+Variants    paper | span | official: that preset, with its own reflect.correct
+            debug: two short steps, to check that everything runs
 """
 
 from rosd_jax.config import PRESETS, choose_one, default_config, parse_variant, use_preset
@@ -20,7 +21,7 @@ def get_config(arg=None):
     c.name = "quickstart"
     c.steps = 8
     c.wording = "gym"
-    c.mesh.update(data=-1, fsdp=1)  # a model so small is whole on every device; a CPU's cores share the rows
+    c.mesh.update(data=-1, fsdp=1)  # the model is replicated; rows are split over all devices, or CPU cores
     c.model.update(path="models/gym", dtype="float32", remat="none")
     c.data.update(train="gym:chain", max_prompt_tokens=64)
     c.batch.update(prompts=16, samples=8, device_rows=16)

@@ -1,34 +1,35 @@
 """ROSD on SciKnowEval with Qwen3-4B or 8B: the paper's main run.
 
-Paper       arXiv 2605.28014, main table. Train on one science domain, evaluate on all four, tool use
-            and AIME24 with 16 samples each at temperature 0.6, top-p 0.95, before, every 10 steps, after.
-            The paper's scores are the highest of these during training; report.md shows the last and all.
-Data        the released split files under data.dir (rosd_jax/data/builders.py lists them)
+Paper       arXiv 2605.28014, main table. Trains on one science domain and evaluates on all four, tool use
+            and AIME24, with 16 samples each at temperature 0.6, top-p 0.95: before, every 10 steps, after.
+            The paper reports the highest score during training; report.md shows the last one and all others
+Data        the released split files under data.dir (docs/running.md lists them)
 Cost        ten epochs of 32 prompts x 8 rollouts: biology 140, chemistry 590, material 260, physics 220
-            steps. Not yet run at full size with this code: no time or score is claimed here.
+            steps. Not yet run at full size with this code, so no time or score is claimed
 Command     python run.py --config=configs/qwen3_science.py:physics \\
                 --config.model.path=DIR --config.data.dir=DIR
 Variants    biology | chemistry | material | physics (default: biology)
-            paper | span | official (default: paper; rosd_jax/config.py: METHOD has each, field by field)
-            4b | 8b: which Qwen3 model.path holds; named so that a slice that does not hold it is refused
-            v5p-8 | v5p-64 | v6e-16 | v6e-64 | v5e-64 | h100x8 | h200: mesh and memory for that slice, as
-            `--mode=plan` counts them (SLICES). Cloud TPU counts v5p in TensorCores: v5p-8 is 2x2x1 = 4
-            chips and v5p-64 is 2x4x4 = 32; v6e-16 is 4x4, v6e-64 and v5e-64 are 8x8 chips
-            lora: adapters of rank 64 learn in place of the whole model; 8B then fits one H100 (h100:1)
+            paper | span | official (default: paper; METHOD in rosd_jax/config.py lists their fields)
+            4b | 8b: the size of the Qwen3 in model.path, so that a slice too small for it is refused
+            v5p-8 | v5p-64 | v6e-16 | v6e-64 | v5e-64 | h100x8 | h200: the mesh for that slice (SLICES), which
+            fits according to `--mode=plan`. Cloud TPU counts v5p in TensorCores: v5p-8 is 2x2x1 = 4
+            chips, v5p-64 is 2x4x4 = 32; v6e-16 is 4x4 chips, v6e-64 and v5e-64 are 8x8
+            lora: train adapters of rank 64 instead of all weights; 8B then fits one H100 (h100:1)
             debug: small batch, short texts, two steps
-Smallest    slices that hold all of it at these lengths, by the plan: 8B takes v5p-8, v6e-8 with
-            mesh.tensor=4, v5e-32 with mesh.tensor=4 or four H100 (not one H200: trained whole it needs 148
-            GB there); 4B takes v6e-4 with mesh.tensor=2, v5e-8 with mesh.tensor=8, two H100 or one H200.
-            Nothing was run on them yet, and runs over several hosts (more than 4 chips of v5p or 8 of v5e and
-            v6e) are not built.
+Smallest    slices that fit at these lengths, according to the plan. 8B: v5p-8, v6e-8 with mesh.tensor=4,
+            v5e-32 with mesh.tensor=4, or four H100 (not one H200, where training all weights needs 148
+            GB). 4B: v6e-4 with mesh.tensor=2, v5e-8 with mesh.tensor=8, two H100, or one H200. None of
+            them has been used yet. Runs over several hosts (more than 4 chips of v5p or 8 of v5e and
+            v6e) are not built
 """
 
 from rosd_jax.config import PRESETS, UserError, choose_one, default_config, parse_variant, use_preset
 
 EPOCH_STEPS = {"biology": 14, "chemistry": 59, "material": 26, "physics": 22}
 SIZES = ("4b", "8b")
-# The slice as --topology names it, and mesh.data, mesh.fsdp, mesh.tensor. Up to 16 row devices: with more,
-# the last trips of an update are mostly empty rows. The rest splits heads, so that decoding's weights fit.
+# The slice as --topology names it, then mesh.data, mesh.fsdp, mesh.tensor. At most 16 row devices: with more,
+# the last trips of an update are mostly empty rows. The remaining factor splits heads, so that the weights
+# for decoding fit.
 SLICES = {
     "v5p-8": ("v5p:2x2x1", (1, 4, 1)),
     "v5p-64": ("v5p:2x4x4", (1, 16, 2)),
