@@ -24,14 +24,14 @@ Draft: TypeAlias = Any  # a ConfigDict as config files and flags change it; `val
 
 PRESETS = ("paper", "span", "official")
 
-# The method, field by field: one column a preset, in the order of PRESETS. Sources of the columns:
+# The method, field by field: one column per preset, in the order of PRESETS. Sources of the columns:
 #
-# paper     arXiv 2605.28014v1 as two independent reading notes give it (the PDF was not at hand while
-#           this was written): where the loss lies and what it is, equations 7 to 9; settings, table 4;
-#           reflecting, appendix B (places assigned by subject, not checked). Where they are silent, the
-#           released code's value if it is sound.
-# span      v1's abstract to the letter, "the first erroneous span" ("paper" but for the two lines marked *)
-# official  the released PyTorch code (ZiqiZhao1/ROSD) as it runs; docs/differences.md has its defects
+# paper     arXiv 2605.28014v1 according to two independent reading notes (the PDF was not available):
+#           the loss and the tokens it applies to, equations 7 to 9; settings, table 4; reflecting,
+#           appendix B (places assigned by subject, not checked). If they are silent, the released code's
+#           value, provided that it is sound.
+# span      v1's abstract to the letter, "the first erroneous span" (`paper`, except the two lines marked *)
+# official  the released PyTorch code (ZiqiZhao1/ROSD) as it runs; docs/differences.md lists its defects
 METHOD: dict[str, tuple[Any, Any, Any]] = {
     # Rollouts (table 4). rewards: the paper names its checkers only; "official" are the released ones.
     "data.max_prompt_tokens": (2048, 2048, 2048),
@@ -44,8 +44,8 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "thinking.reflector": (False, False, False),
     "thinking.teacher": (False, False, False),
     "rewards": ("fixed", "fixed", "official"),
-    # The reflector (appendix B): the frozen initial model, greedy. It is shown the shortest correct
-    # rollout of the group. overlong, uniform_groups: the paper is silent.
+    # The reflector (appendix B): the frozen initial model, greedy, which sees the shortest correct rollout
+    # of the group. On overlong and uniform_groups the paper is silent.
     "reflect.weights": ("frozen", "frozen", "student"),
     "reflect.temperature": (0.0, 0.0, 1.0),
     "reflect.max_prompt_tokens": (8192, 8192, 2048),
@@ -54,13 +54,13 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "reflect.solution": ("shortest", "shortest", "first"),
     "reflect.correct": (True, True, True),
     "reflect.uniform_groups": (False, False, True),
-    # Where the loss lies (equations 7 to 9): k = Locate(quote, response), the mask is 1 for t >= k; no
-    # match: k = 0; correct rollouts: all tokens.
+    # The tokens in the loss (equations 7 to 9): k = Locate(quote, response), and the mask is 1 for t >= k.
+    # Without a match k = 0. Correct rollouts: all tokens.
     "lesson.region": ("suffix", "span", "suffix"),  # *
     "lesson.quote_missing": ("full", "skip", "full"),  # *
     "lesson.locate": ("offsets", "offsets", "reencode"),
-    # What the teacher sees (equations 7 to 9): the problem and the idea. The paper is silent on a rollout
-    # without an idea.
+    # What the teacher sees (equations 7 to 9): the problem and the idea. On a rollout without an idea the
+    # paper is silent.
     "lesson.teacher_context": ("idea", "idea", "idea_or_solution"),
     "lesson.gold_in_idea": ("keep", "keep", "keep"),
     "lesson.max_teacher_tokens": (10240, 10240, 10240),
@@ -69,7 +69,7 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "loss.alpha": (0.5, 0.5, 0.5),
     "loss.tail": ("bucket", "bucket", "bucket"),
     "loss.ratio_cap": (2.0, 2.0, 2.0),
-    # The optimizer (table 4): AdamW at 1e-5 after 10 steps of warm-up.
+    # The optimizer (table 4): AdamW at 1e-5 after 10 warm-up steps.
     "optimizer.lr": (1e-5, 1e-5, 1e-5),
     "optimizer.warmup_steps": (10, 10, 10),
     "optimizer.warmup_from_zero": (False, False, True),
@@ -97,14 +97,14 @@ def default_config() -> Draft:
 
 
 def use_preset(config: Draft, name: str) -> Draft:
-    """Sets every field of the method to the column of METHOD that bears the name, and returns the config."""
+    """Sets every field of the method to the column `name` of METHOD, and returns the config."""
     column = PRESETS.index(name)
     config.update_from_flattened_dict({field: values[column] for field, values in METHOD.items()})
     return config
 
 
 def parse_variant(arg: str | None, known: Iterable[str]) -> tuple[str, ...]:
-    """Splits the `:a,b` behind a config path. Raises UserError for a name not in `known`."""
+    """Splits the `:a,b` after a config path. Raises UserError for a name not in `known`."""
     names = tuple(name for name in (arg or "").split(",") if name)
     known = tuple(known)
     for name in names:
@@ -114,7 +114,7 @@ def parse_variant(arg: str | None, known: Iterable[str]) -> tuple[str, ...]:
 
 
 def choose_one(variants: Sequence[str], choices: Iterable[str], default: T) -> str | T:
-    """The one of `choices` among the variants. Raises UserError where there are several."""
+    """The one of `choices` among the variants. Raises UserError if there are several."""
     named = [name for name in variants if name in tuple(choices)]
     if len(named) > 1:
         raise UserError(f"config variant names {' and '.join(named)}; name one of them")

@@ -4,8 +4,8 @@ A config file in configs/ returns an `ml_collections.ConfigDict`, which config.p
 defaults, so that flags can override each field. Once it is validated (config.validate), all other code
 reads it as the frozen `Settings` below.
 
-Fields without a default here belong to the method: `METHOD` in config.py has their values, a column a
-preset. The text under a field is its documentation; docs/fields.md is made of it.
+Fields without a default here belong to the method: `METHOD` in config.py has their values, one column per
+preset. The text under a field is its documentation; docs/fields.md is generated from it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class MeshSettings:
     """How devices are laid out. One of the three may be -1: all remaining devices."""
 
     data: int = 1
-    """Devices that hold whole copies of the weights and share the rows. With -1 on a CPU, the host is split
-    into one JAX device per core, where there are rows enough."""
+    """Replicas of the weights, which share the rows. With -1 on CPU, the host is split into one JAX device
+    per core, if there are enough rows."""
     fsdp: int = -1
     """Devices that share the rows and split every weight."""
     tensor: int = 1
-    """Devices that split attention heads, inner widths and the vocabulary."""
+    """Devices that split attention heads, inner widths and the vocabulary; they share their rows."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class ModelSettings:
     dtype: Dtype = "bfloat16"
     """Type that the model computes in. The weights that are trained are float32."""
     remat: Literal["none", "block", "attention", "offload"] = "block"
-    """What the backward pass computes again. none: nothing. block: each layer. attention: each layer except
-    its attention. offload: each layer, whose inputs wait in host memory."""
+    """What the backward pass recomputes. none: nothing. block: every layer. attention: every layer except its
+    attention. offload: every layer, with the layers' inputs kept in host memory."""
     frozen: Literal["device", "host"] = "device"
-    """Where the frozen weights lie. On the host they take device memory only while they are used."""
+    """Where the frozen weights are kept. On the host they take device memory only while they are used."""
     lora: LoraSettings = field(default_factory=LoraSettings)
 
 
@@ -67,11 +67,11 @@ class DataSettings:
     """The problems."""
 
     max_prompt_tokens: int
-    """Longest prompt of the student; longer ones are left out and named."""
+    """Longest prompt of the student; longer ones are left out, and a warning names them."""
     dir: str = ""
     """Directory of the released data sets."""
     train: str = ""
-    """The set to train on: a name that the README lists, or the path of a set of your own."""
+    """The set to train on: a name that docs/running.md lists, or the path of a set of your own."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class BatchSettings:
     """One training step's batch."""
 
     prompts: int
-    """Prompts in a step."""
+    """Prompts per step."""
     samples: int
-    """Rollouts for each prompt, at least 2."""
+    """Rollouts per prompt, at least 2."""
     device_rows: int = 1
-    """Rows of each device in one forward and backward pass."""
+    """Rows per row device (data x fsdp) in one forward and backward pass."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,18 @@ class RolloutSettings:
     max_new_tokens: int
     """Longest response."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response as a stop token does, in evaluation too."""
+    """Strings that end a response like a stop token, in evaluation too."""
     slots: int | None = None
-    """Most rollouts (or reflections) decoded at the same time; finished ones are replaced. null: all."""
+    """Maximum number of concurrent rollouts or reflections, over all devices; finished ones are replaced.
+    null: all."""
     cache_tokens: int = 2**16
-    """Response tokens that fit the KV cache of each device, in evaluation too. When it is full, responses
-    queue; the newest may be preempted, and is later regenerated with the same random numbers. The default
-    is a quarter of 32 rollouts of 8192 tokens."""
+    """KV cache capacity for response tokens, per row device (data x fsdp), in evaluation too. When it is
+    full, responses queue; the newest may be preempted and is later regenerated with the same random numbers.
+    The default is a quarter of what 32 rollouts of 8192 tokens need."""
     prompt_tokens: int = 2**16
-    """Cache capacity for distinct prompts, per device; larger batches are split."""
+    """KV cache capacity for the tokens of distinct prompts, per row device; larger batches are split."""
     attention: Literal["xla", "ragged_tpu", "pallas_tpu", "pallas_gpu"] | None = None
-    """Implementation of a decoding step's attention; null: the best one for the platform."""
+    """Implementation of attention in decoding; null: the best one for the platform."""
 
 
 @dataclass(frozen=True)
@@ -135,30 +136,31 @@ class ReflectSettings:
     max_new_tokens: int
     """Longest reflection."""
     overlong: Literal["skip", "cut"]
-    """A rollout whose reflector prompt is too long leaves the loss, or the prompt is cut."""
+    """If a reflector prompt is too long. skip: the rollout leaves the loss. cut: the prompt is cut."""
     solution: Literal["shortest", "first"]
-    """Which correct rollout of the group is shown."""
+    """Which correct rollout of the group the reflector sees."""
     correct: bool
     """Whether correct rollouts are reflected and taught too."""
     uniform_groups: bool
-    """Whether groups that are all wrong or all right are reflected too."""
+    """Whether groups that are all wrong or all correct are reflected too."""
 
 
 @dataclass(frozen=True)
 class LessonSettings:
-    """Where the loss lies and what the teacher sees."""
+    """Which tokens are in the loss, and what the teacher sees."""
 
     region: Literal["span", "suffix", "full"]
-    """Of a wrong rollout: the quoted error alone, everything from the error on, or all tokens."""
+    """The tokens of a wrong rollout in the loss. span: the quoted error only. suffix: from the error to
+    the end. full: all."""
     quote_missing: Literal["skip", "full"]
-    """A wrong rollout whose quote is not found leaves the loss, or is taught in full."""
+    """If the quote is not found. skip: the rollout leaves the loss. full: all its tokens are in the loss."""
     locate: Literal["offsets", "reencode"]
-    """How a place in the text becomes tokens: by the sampled tokens' own offsets, or by tokenizing the text
-    before it again, as the release does."""
+    """How a place in the text is mapped to tokens. offsets: by the offsets of the sampled tokens. reencode:
+    by tokenizing the text before it again, as the released code does."""
     teacher_context: Literal["idea", "idea_or_solution", "solution"]
-    """What the teacher is shown next to the problem."""
+    """What the teacher sees in addition to the problem."""
     gold_in_idea: Literal["keep", "strip"]
-    """Whether an idea may tell the gold answer."""
+    """If an idea gives the gold answer away. keep: it is used. strip: the answer is removed from it."""
     max_teacher_tokens: int
     """Longest prompt of the teacher."""
 
@@ -168,7 +170,7 @@ class LossSettings:
     """The divergence between student and teacher."""
 
     topk: int
-    """The student's most likely tokens that are compared one by one."""
+    """Number of the student's most likely tokens that are compared one by one."""
     alpha: float
     """Weight of the teacher in the mixture of the Jensen-Shannon divergence."""
     tail: Literal["bucket", "renorm"]
@@ -176,19 +178,19 @@ class LossSettings:
     ratio_cap: float
     """Largest importance weight, exp(trainer's log-prob - sampler's log-prob)."""
     chunk: int = 1024
-    """Tokens whose logits are held at the same time."""
+    """Tokens whose logits are in memory at the same time."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW behind a global-norm clip."""
+    """AdamW after clipping by the global norm."""
 
     lr: float
     """Learning rate after the warm-up."""
     warmup_steps: int
     """Steps of linear warm-up."""
     warmup_from_zero: bool
-    """Whether the first step has rate 0, as in the release."""
+    """Whether the first step has rate 0, as in the released code."""
     b1: float
     """Decay of the first moment."""
     b2: float
@@ -200,11 +202,11 @@ class OptimizerSettings:
     clip_norm: float
     """Largest global norm of the gradient."""
     empty_batch: Literal["skip", "step"]
-    """What happens when no token is active: nothing, or a step of weight decay and momentum alone."""
+    """If no token is active. skip: no step. step: a step of weight decay and momentum only."""
     mu_dtype: Dtype = "float32"
-    """Type of the first moment."""
+    """Type of AdamW's first moment."""
     grad_dtype: Dtype = "float32"
-    """Type of the sum of gradients."""
+    """Type of the accumulated gradient."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ class ValidationSettings:
     sets: str = ""
     """Sets whose mean avg@k chooses the best step, separated by commas; empty: no step is chosen."""
     every: int = 10
-    """Steps between two validations; 0: only before the first step and after the last."""
+    """Steps between validations; 0: only before the first step and after the last."""
 
 
 @dataclass(frozen=True)
@@ -224,17 +226,17 @@ class EvalSettings:
     sets: str = ""
     """Sets, separated by commas."""
     samples: int = 16
-    """Responses for each problem."""
+    """Responses per problem."""
     limit: int = 0
-    """Problems of each set; 0: all."""
+    """Problems per set; 0: all."""
     every: int = 10
-    """Steps between two evaluations; 0: only before the first step and after the last."""
+    """Steps between evaluations; 0: only before the first step and after the last."""
     batch: int = 256
-    """Most responses decoded at the same time, over all devices; finished ones are replaced."""
+    """Maximum number of concurrent responses, over all devices; finished ones are replaced."""
     temperature: float = 0.6
     """0: greedy."""
     top_p: float = 0.95
-    """Share of the probability that is sampled from."""
+    """Probability mass that is sampled from (nucleus sampling)."""
     max_new_tokens: int = 8192
     """Longest response."""
 
@@ -244,9 +246,9 @@ class CheckpointSettings:
     """When the state is saved."""
 
     every: int = 10
-    """Steps between two checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Newest checkpoints that are kept. The step that validation chose is kept besides."""
+    """Number of newest checkpoints to keep. The step that validation chose is kept in addition."""
 
 
 @dataclass(frozen=True)
@@ -271,17 +273,17 @@ class Settings:
     name: str = ""
     """Name of the experiment; the default workdir begins with it."""
     method: Literal["rosd"] = "rosd"
-    """The training method, so that runs state it."""
+    """The training method, so that runs record it."""
     seed: int = 0
     """Seed of the order of problems, of sampling and of adapters."""
     steps: int = 100
-    """Training steps in all."""
+    """Total number of training steps."""
     wording: str = "english"
     """Texts of the prompts: english, gym (the shipped tiny model's vocabulary), or PATH.toml of your own."""
     reward_timeout: float = 5.0
     """CPU seconds to grade one response; one that takes longer scores 0."""
     compile_cache: str = "~/.cache/rosd_jax/compiled"
-    """Directory of compiled programs, which later starts reuse; empty: none."""
+    """Directory in which compiled programs are cached for later starts; empty: no cache."""
 
     @property
     def rows(self) -> int:
