@@ -72,13 +72,12 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         return fail(str(error))
     except OSError as error:
+        name = error.filename or "the workdir"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return fail(f"{error.filename or 'the workdir'} cannot be written ({error.strerror}); "
-                        "use another --workdir")  # fmt: skip
+            return fail(f"{name} cannot be written ({error.strerror}); use another --workdir")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return fail(f"the disk of {error.filename or 'the workdir'} is full; free some space and "
-                    "run the same command to resume")  # fmt: skip
+        return fail(f"the disk of {name} is full; free some space and run the same command to resume")
     return 0
 
 

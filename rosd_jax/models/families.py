@@ -190,9 +190,12 @@ def _one_scaling(rope: Fields, name: str, file: Path) -> Llama3Scaling | None:
     if kind == "default":
         return None
     inner = {f"{name}.{key}": value for key, value in rope.items()}
-    number = lambda key: files.positive(inner, f"{name}.{key}", file)
     length = files.whole_number(inner, f"{name}.original_max_position_embeddings", file)
-    scaling = Llama3Scaling(number("factor"), number("low_freq_factor"), number("high_freq_factor"), length)
+    factor, low, high = (
+        files.positive(inner, f"{name}.{key}", file)
+        for key in ("factor", "low_freq_factor", "high_freq_factor")
+    )
+    scaling = Llama3Scaling(factor, low, high, length)
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         rule = f"above low_freq_factor = {scaling.low_freq_factor}"
         raise wrong(file, f"{name}.high_freq_factor", scaling.high_freq_factor, rule)

@@ -163,9 +163,11 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, position_BT):
         c = self.config
         B, T, _ = x_BTD.shape
-        heads = lambda width, name: Dense(c, width * c.head_dim, c.attention_bias, name=name)(x_BTD).reshape(
-            B, T, width, c.head_dim
-        )
+
+        def heads(count, name):
+            y = Dense(c, count * c.head_dim, c.attention_bias, name=name)(x_BTD)
+            return y.reshape(B, T, count, c.head_dim)
+
         q = heads(c.num_attention_heads, "q_proj")
         k = heads(c.num_key_value_heads, "k_proj")
         v = heads(c.num_key_value_heads, "v_proj")
@@ -215,11 +217,11 @@ class Block(nn.Module):
     def __call__(self, x, position_BT):
         c = self.config
         x = checkpoint_name(x, "block_input")
-        dense = lambda width, name: Dense(c, width, False, name=name)
         x = x + Attention(c, name="attention")(RMSNorm(c.rms_norm_eps, name="input_norm")(x), position_BT)
         h = RMSNorm(c.rms_norm_eps, name="post_norm")(x)
-        gate = nn.silu(dense(c.intermediate_size, "gate_proj")(h))
-        h = dense(c.hidden_size, "down_proj")(gate * dense(c.intermediate_size, "up_proj")(h))
+        gate = nn.silu(Dense(c, c.intermediate_size, False, name="gate_proj")(h))
+        up = Dense(c, c.intermediate_size, False, name="up_proj")(h)
+        h = Dense(c, c.hidden_size, False, name="down_proj")(gate * up)
         return x + h, None
 
 

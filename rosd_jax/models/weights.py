@@ -92,8 +92,11 @@ def load_params(
             read = cache(lambda *ranges: _read_shard(tensors, name, shape.shape, ranges, jnp.dtype(dtype)))
             if sharding is None:
                 return jnp.asarray(read(*((0, n) for n in shape.shape)))
-            part = lambda index: read(*(i.indices(n)[:2] for i, n in zip(index, shape.shape, strict=True)))
-            return jax.make_array_from_callback(shape.shape, sharding, part)
+
+            def shard(index):
+                return read(*(i.indices(n)[:2] for i, n in zip(index, shape.shape, strict=True)))
+
+            return jax.make_array_from_callback(shape.shape, sharding, shard)
 
         rest = () if shardings is None else (shardings,)
         return jax.tree_util.tree_map_with_path(leaf, shapes, *rest)

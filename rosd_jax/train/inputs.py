@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -74,6 +75,7 @@ def read_inputs(config: Settings) -> Inputs:
     stops = make_stops(stop, tokenizer.pieces(stop)) if stop else None
     with Grader(config.rewards, config.reward_timeout) as grader:
         grader.start()  # raises where an own reward function cannot be used
+    chat_ids = partial(tokenizer.chat_ids, thinking=config.thinking.student)
     overlong: dict[str, list[str]] = {}
     found: dict[str, dict[str, int]] = {}
 
@@ -81,7 +83,6 @@ def read_inputs(config: Settings) -> Inputs:
         problems = load_problems(name, split, config.data.dir)
         found[f"{set_name(name)}/{split}"] = {"rows": len(problems), "crc32": problems_crc32(problems)}
         check_kinds(config, problems)
-        chat_ids = lambda messages: tokenizer.chat_ids(messages, thinking=config.thinking.student)
         kept, dropped = encode_problems(problems, chat_ids, config.data.max_prompt_tokens)
         if dropped:
             overlong[f"{set_name(name)}/{split}"] = dropped
@@ -100,8 +101,10 @@ def read_inputs(config: Settings) -> Inputs:
     for name, uids in overlong.items():
         logging.warning(
             "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
-            name, len(uids), ", ".join(uids),
-        )  # fmt: skip
+            name,
+            len(uids),
+            ", ".join(uids),
+        )
     return Inputs(model, tokenizer, wording, stops, train, evals, validation, overlong, found)
 
 

@@ -36,7 +36,7 @@ from rosd_jax.models.lora import combine, init_adapters
 from rosd_jax.models.sharding import AXES, on_device, row_devices, row_sharding
 from rosd_jax.settings import Settings
 from rosd_jax.train.trips import Trip, plan_trips
-from rosd_jax.types import Lesson, Params, TrainState
+from rosd_jax.types import Array, Lesson, Params, TrainState
 
 Metrics = dict[str, jax.Array]
 SUMS = ("loss", "divergence", "ratio", "logp_gap", "student_topk_mass", "teacher_topk_mass")
@@ -49,11 +49,14 @@ def make_optimizer(config: Settings) -> optax.GradientTransformation:
     """
     c = config.optimizer
     first = 0 if c.warmup_from_zero else 1
-    rate = lambda k: c.lr * jnp.minimum(1.0, (k + first) / max(c.warmup_steps, 1))
+
+    def warm_up(k: jax.typing.ArrayLike) -> jax.Array:
+        return c.lr * jnp.minimum(1.0, (k + first) / c.warmup_steps)
+
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
         optax.adamw(
-            rate if c.warmup_steps else c.lr,
+            warm_up if c.warmup_steps else c.lr,
             c.b1,
             c.b2,
             c.eps,
@@ -117,8 +120,9 @@ class Update:
         trip = Trip(ints, teacher_BT, shift_B, ints, floats, floats)
         D, dtype = self.model.hidden_size, self.model.dtype
         grads, sums = jax.eval_shape(self.zeros)
-        as_params = lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding)
-        grads = jax.tree.map(as_params, grads, like.params)
+        grads = jax.tree.map(
+            lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding), grads, like.params
+        )
         total = jax.ShapeDtypeStruct((), jnp.float32)
         return {
             "teach": self.teach.trace(frozen_like, teacher_BT),
@@ -165,10 +169,11 @@ def make_update(
         return grads, dict.fromkeys(SUMS, jnp.zeros((), jnp.float32))
 
     def learn(params, frozen_params, grads, sums, teacher_BSD, trip):
-        objective = lambda p: trip_loss(p, frozen_params, teacher_BSD, trip, config, model, mesh)
-        (_, more), by = jax.value_and_grad(objective, has_aux=True)(params)
-        add = lambda carry, x: carry + x.astype(carry.dtype)
-        return jax.tree.map(add, grads, by), jax.tree.map(add, sums, more)
+        def loss(params):
+            return trip_loss(params, frozen_params, teacher_BSD, trip, config, model, mesh)
+
+        (_, more), by = jax.value_and_grad(loss, has_aux=True)(params)
+        return add(grads, by), add(sums, more)
 
     def apply(state, grads, sums, total):
         grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
@@ -178,8 +183,13 @@ def make_update(
         norm = optax.tree.norm(grads)
         empty = total == 0
         keep = jnp.isfinite(norm) & (~empty | (config.optimizer.empty_batch == "step"))
-        pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
-        state = TrainState(state.step + 1, pick(params, state.params), pick(opt_state, state.opt_state))
+        # A step that is not kept leaves weights and moments as they are, but counts.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(keep, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        state = TrainState(state.step + 1, params, opt_state)
         return state, summarise(sums, total, norm, keep, empty)
 
     return Update(
@@ -227,13 +237,11 @@ def trip_loss(
     """
     student = learner(params, frozen_params, config)
     student_BSD = qwen3.hidden_states(student, model, jnp.asarray(trip.student_BS))
-    flat = lambda x: x.reshape(-1, *x.shape[2:])
-    head = lambda tree: qwen3.head_VD(tree).astype(model.dtype)
     loss, aux = span_loss(
         flat(student_BSD),
-        head(student),
+        qwen3.head_VD(student).astype(model.dtype),
         flat(teacher_BSD),
-        jax.lax.stop_gradient(on_device(head(frozen_params))),
+        jax.lax.stop_gradient(on_device(qwen3.head_VD(frozen_params).astype(model.dtype))),
         flat(trip.weight_BS),
         flat(trip.target_BS),
         flat(trip.sampler_logp_BS),
@@ -246,6 +254,7 @@ def trip_loss(
         temperature=config.rollout.temperature,
         sharding=loss_sharding(mesh, model.vocab_size),
     )
+    assert aux.student_logp_N is not None  # since the loss was told the tokens
     active_N = flat(trip.weight_BS) != 0
     per_token = {
         "divergence": aux.divergence_N,
@@ -256,6 +265,16 @@ def trip_loss(
     }
     sums = {name: jnp.where(active_N, x, 0.0).sum() for name, x in per_token.items()}
     return loss, {"loss": loss, **jax.lax.stop_gradient(sums)}
+
+
+def add(total: Any, more: Any) -> Any:
+    """The sum of two trees, at the types of the first."""
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
+
+
+def flat(x: Array) -> jax.Array:
+    """[B, S, ...] as [B x S, ...]."""
+    return jnp.asarray(x).reshape(-1, *x.shape[2:])
 
 
 def loss_sharding(mesh: Mesh, vocab: int) -> Sharding | None:

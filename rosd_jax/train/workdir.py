@@ -35,6 +35,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rosd_jax.config import UserError, default_config
 from rosd_jax.fields import from_config
 from rosd_jax.settings import Settings
@@ -133,8 +135,7 @@ def write_rollouts(workdir: Path, step: int, rows: Iterable[dict[str, Any]]) -> 
     """
     path = workdir / "rollouts" / f"step_{step}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    to_list = lambda value: value.tolist()
-    write_atomic(path, (json.dumps(row, ensure_ascii=True, default=to_list) + "\n" for row in rows))
+    write_atomic(path, (json.dumps(row, ensure_ascii=True, default=np.ndarray.tolist) + "\n" for row in rows))
     return path
 
 
