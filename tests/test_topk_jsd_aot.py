@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import topk_jsd_tpu
 from rosd_jax.kernels.topk_jsd import pallas_tpu, topk_jsd_from_logits, topk_jsd_loss
-from rosd_jax.kernels.topk_jsd.reference import Options
+from rosd_jax.kernels.topk_jsd.records import Options
 from support import NEEDS_LIBTPU
 
 pytestmark = NEEDS_LIBTPU
