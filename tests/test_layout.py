@@ -10,7 +10,7 @@ import pytest
 from support import ROOT
 
 FLOORS = [
-    {"types", "config", "masked", "kernels"},
+    {"types", "config", "kernels"},
     {"models"},
     {"text"},
     {"data", "rollout", "rewards"},
