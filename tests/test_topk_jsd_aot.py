@@ -27,7 +27,7 @@ def test_real_sizes_compile_within_their_memory_and_time(topology):
         assert loss["bytes_a_logit"] < 10.5  # two float32, one bfloat16, and little else
         assert loss["matmuls_a_chunk"] < 4.01
     assert all(found["cycles_a_row"].values())
-    assert found["share_of_matmul_floor"]["4096"] < SHARE_OF_MATMULS[topology]
+    assert found["share_of_matmuls"]["4096"] < SHARE_OF_MATMULS[topology]
 
 
 def test_rows_of_the_real_vocabulary_take_less_than_half_of_the_smallest_core():

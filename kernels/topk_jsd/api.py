@@ -73,10 +73,7 @@ def topk_jsd_loss(
         cannot split the pallas implementations.
 
     Returns:
-      (scalar loss, LossAux).
-
-    Raises:
-      ValueError: for arguments that do not fit together.
+      (scalar loss, LossAux). Raises ValueError for arguments that do not fit together.
     """
     options = plain(Options(k, alpha, tail, temperature, num_tokens, ratio_cap, chunk, implementation))
     student = (jnp.asarray(student_hidden_ND), jnp.asarray(student_head_VD))
@@ -156,7 +153,9 @@ def topk_jsd_rows(
             "implementation is 'reference'; the row kernel is 'xla', 'pallas_tpu' or 'pallas_gpu'"
         )
     grad_dtype = checks.read_grad_dtype(grad_dtype, student_NV)
-    return chunked.loss_and_grad(options, student_NV, teacher_NV, rows, grad_dtype)
+    loss_and_aux, grad_NV = chunked.loss_and_grad(options, student_NV, teacher_NV, rows, grad_dtype)
+    assert grad_NV is not None
+    return loss_and_aux, grad_NV
 
 
 def sampled_token_loss_from_logits(

@@ -48,11 +48,12 @@ def row_sums(plan: Plan, load: Callable) -> tuple[Terms, jax.Array]:
     everything = Choice(calc.KEY_OF_MINUS_INF, np.int32(plan.limit))
     if plan.k is None:
         return _terms(plan, everything, partial(_sum_of_row, plan, load, everything), lse, None), lse[0]
-    bracket = _search_kept(plan, kept)
+    k = np.int32(plan.k)
+    bracket = _search_kept(k, kept)
     # A lane drops nothing above the least that it keeps. So the choice is settled where all of those
     # lie below the threshold.
     least_kept, _ = kept[-1]
-    settled = (bracket.reach_low == plan.k) & (calc.largest_key(least_kept) < bracket.low)
+    settled = (bracket.reach_low == k) & (calc.largest_key(least_kept) < bracket.low)
 
     def from_kept():
         choice = everything._replace(key=bracket.low)
@@ -60,7 +61,7 @@ def row_sums(plan: Plan, load: Callable) -> tuple[Terms, jax.Array]:
 
     def from_row():
         largest, _ = kept[0]
-        choice = _recount(plan, load, bracket.low, calc.largest_key(largest) + 1)
+        choice = _recount(plan, k, load, bracket.low, calc.largest_key(largest) + 1)
         return _terms(plan, choice, partial(_sum_of_row, plan, load, choice), lse, None)
 
     return lax.cond(settled, from_kept, from_row), lse[0]
@@ -97,17 +98,17 @@ def _survey(plan: Plan, load: Callable) -> tuple:
 # ---- threshold -----------------------------------------------------------------------------------
 
 
-def _search_kept(plan: Plan, kept: tuple) -> calc.Bracket:
+def _search_kept(k: np.int32, kept: tuple) -> calc.Bracket:
     """Bisects over the kept scores alone, which lie in registers."""
 
     def reach(probe):
         return calc.count_true(*(student >= calc.float_of(probe) for student, _ in kept))
 
     bracket = calc.Bracket(calc.KEY_OF_MINUS_INF, calc.largest_key(kept[0][0]) + 1)
-    return calc.search(lambda probes: map(reach, probes), bracket, np.int32(plan.k), depth=1)
+    return calc.search(lambda probes: map(reach, probes), bracket, k, depth=1)
 
 
-def _recount(plan: Plan, load: Callable, low: Any, high: Any) -> Choice:
+def _recount(plan: Plan, k: np.int32, load: Callable, low: Any, high: Any) -> Choice:
     """The exact choice, from the row itself: at least k of its scores reach `low`, none `high`."""
 
     def count(probes):
@@ -120,7 +121,6 @@ def _recount(plan: Plan, load: Callable, low: Any, high: Any) -> Choice:
         none = (plan.full(0, jnp.int32),) * len(probes)
         return [jnp.sum(x) for x in for_tiles(plan, load, plan.limit, take, none)]
 
-    k = np.int32(plan.k)
     found = calc.search(count, calc.Bracket(low, high), k, PROBES)
 
     def by_id():

@@ -185,6 +185,7 @@ class Block(NamedTuple):
 def _kernel(options, plan, with_tokens, with_grad, tokens_ref, given_ref, *refs):
     student_ref, teacher_ref, stats_ref, *rest = refs
     grad_ref = rest.pop(0) if with_grad else None
+    student_buffer, teacher_buffer = rest
     row = Source(student_ref, teacher_ref, plan.tokens, min(SLAB, plan.vocab), 1.0 / options.temperature)
     weight, live, sampler_logp = (given_ref[:, i : i + 1] for i in range(3))
     # Read outside of the branches, since the branch of an interpreted kernel has no grid.
@@ -194,7 +195,7 @@ def _kernel(options, plan, with_tokens, with_grad, tokens_ref, given_ref, *refs)
     @pl.when(some)
     def _():
         score = _token_scores(row, tokens_ref, first) if with_tokens else None
-        candidates = Source(*rest, plan.candidates, SLAB)
+        candidates = Source(student_buffer, teacher_buffer, plan.candidates, SLAB)
         block = Block(row, candidates, weight, live, sampler_logp, score, stats_ref, grad_ref)
         _block_terms(options, plan, block)
 
@@ -224,11 +225,12 @@ def _block_terms(options: Options, plan: Plan, block: Block) -> None:
     """Finds the threshold, then takes the short way or the long one."""
     row = block.row
     live = block.live
+    k = plan.k
     finish = partial(_finish, options, plan, block)
-    if plan.k is None:
+    if k is None:
         finish(row, _peaks(row), _everything, long=True, trips=jnp.int32(0))
         return
-    search = partial(passes.find_threshold, k=plan.k, live=live)
+    search = partial(passes.find_threshold, k=k, live=live)
     overflow = None  # whether a bin dropped one of the chosen tokens; None without bins
     if plan.bins:
         dropped, teacher_peak = passes.collect(row, plan.bins, block.candidates)
@@ -247,7 +249,7 @@ def _block_terms(options: Options, plan: Plan, block: Block) -> None:
         finish(block.candidates, peaks, chosen, long=False, trips=found.trips)
 
     def long():
-        cut = passes.tie_cut(row, plan.k, found.threshold, found.count)
+        cut = passes.tie_cut(row, k, found.threshold, found.reached)
 
         def chosen(at, scores):
             tied = (scores == found.threshold) & (passes.lane_ids(at, scores.shape) < cut)
@@ -259,7 +261,7 @@ def _block_terms(options: Options, plan: Plan, block: Block) -> None:
         long()
         return
     # A block with a dead row takes the long way too: only there is the gradient of a dead row cleared.
-    exact = jnp.min(jnp.where((live > 0) & (found.count == plan.k), 1.0, 0.0)) > 0
+    exact = jnp.min(jnp.where((live > 0) & (found.reached == k), 1.0, 0.0)) > 0
     lax.cond(exact & ~overflow, short, long)
 
 

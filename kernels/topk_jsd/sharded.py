@@ -153,7 +153,7 @@ def _over_mesh(
     rows = jax.tree.map(lambda x_N: lay(pad(x_N), by_rows), rows)
     loss, aux, trips, grads = run(lay_model(student), lay_model(teacher), rows)
     aux = jax.tree.map(cut, aux)._replace(chunks_run=trips)
-    if with_grad:
+    if grads is not None:
         hidden_grad_ND, head_grad_VD = grads
         hidden_spec, head_spec = (jax.typeof(x).sharding.spec for x in student)
         grads = (lay(cut(hidden_grad_ND), hidden_spec), lay(head_grad_VD, head_spec))

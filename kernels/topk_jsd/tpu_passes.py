@@ -52,7 +52,8 @@ class Source:
             both = tuple(x * jnp.float32(self.scale) for x in both)
         if ragged:
             both = tuple(jnp.where(lane_ids(at, x.shape) < self.tokens, x, -jnp.inf) for x in both)
-        return both
+        student, teacher = both
+        return student, teacher
 
 
 def lane_ids(at: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -174,7 +175,7 @@ class Found(NamedTuple):
     """What `find_threshold` finds of each row, [R, 1], and the trips it took."""
 
     threshold: jax.Array  # the k largest scores reach it
-    count: jax.Array  # how many scores reach it, float32; more than k only in a tie
+    reached: jax.Array  # how many scores reach it, float32; more than k only in a tie
     peak: jax.Array  # the largest score
     trips: jax.Array  # int32 scalar
 
@@ -207,24 +208,24 @@ def find_threshold(source: Source, k: int, live: jax.Array) -> Found:
     return Found(unordered(low), count, peak, trips)
 
 
-def tie_cut(row: Source, k: int, threshold: jax.Array, count: jax.Array) -> jax.Array:
+def tie_cut(row: Source, k: int, threshold: jax.Array, reached: jax.Array) -> jax.Array:
     """The id below which scores equal to the threshold are chosen, so that exactly k are."""
 
     def narrow(_, bounds):
         low, high = bounds  # a cut at `high` chooses k or more, one at `low` fewer
         half = middle(low, high)
 
-        def reached(at, student, teacher):
+        def chosen(at, student, teacher):
             tied = (student == threshold) & (lane_ids(at, student.shape) < half)
             return (_as_float((student > threshold) | tied),)
 
-        enough = sums(row, reached)[0] >= k
+        enough = sums(row, chosen)[0] >= k
         return jnp.where(enough, low, half), jnp.where(enough, half, high)
 
     low = jnp.zeros(threshold.shape, jnp.int32)
     high = jnp.full(threshold.shape, row.tokens, jnp.int32)
     _, high = lax.fori_loop(0, row.tokens.bit_length(), narrow, (low, high))
-    return jnp.where(count > k, high, NOWHERE)
+    return jnp.where(reached > k, high, NOWHERE)
 
 
 def _as_float(holds: jax.Array) -> jax.Array:
