@@ -17,6 +17,7 @@ def attend(q_BTHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array) -> jax.Array
     B, T, H, E = q_BTHE.shape
     K = k_BSKE.shape[2]
     wide = jnp.float64 if q_BTHE.dtype == jnp.float64 else jnp.float32
+    # Everything in the wide dtype: the faster versions are measured by their distance from this.
     q_BTKGE = q_BTHE.astype(wide).reshape(B, T, K, H // K, E)
     scores_BKGTS = jnp.einsum("btkge,bske->bkgts", q_BTKGE, k_BSKE.astype(wide)) / math.sqrt(E)
     seen_TS = jnp.tril(jnp.ones((T, T), bool))

@@ -75,6 +75,7 @@ def _hidden_fwd(options, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD,
 
 def _hidden_bwd(options, grads, cotangents):
     del options
+    # The loss's cotangent only: aux has no gradient.
     return *scale_grads(grads, cotangents[0]), None, None, None
 
 
@@ -100,6 +101,7 @@ def run_chunks(
     size = min(options.chunk, n_rows)
     live_N = rows.weight_N != 0
     n_live = jnp.sum(live_N, dtype=jnp.int32)
+    # Live rows first. Stable, so that those of a chunk are near each other in memory.
     order_N = jnp.argsort(~live_N, stable=True).astype(jnp.int32)
     # Padding ids lie past the last row: reads of them are clipped, and writes dropped.
     padding = n_rows + jnp.arange(-n_rows % size, dtype=jnp.int32)
@@ -117,6 +119,8 @@ def run_chunks(
             return all_N.at[ids_C].set(x_C, mode="drop", unique_indices=True)
 
         if grads_C is not None:
+            # A row is in one chunk only, so its gradient is final and can be narrow. Every chunk adds to the
+            # head's, which therefore accumulates in float32.
             hidden_grad_CD, head_grad_VD = grads_C
             sums = (put(sums[0], hidden_grad_CD.astype(hidden_ND.dtype)), sums[1] + head_grad_VD)
         return jax.tree.map(put, stats_N, stats_C), sums, trips + 1
@@ -150,6 +154,7 @@ def _chunk(options, student, teacher, rows, ids_C, live_C, with_grad):
         return x_N.at[ids_C].get(mode="clip")
 
     def pick_live(hidden_ND):
+        # A dead row may be NaN, and 0 x NaN would spoil the head's gradient.
         return jnp.where(live_C[:, None], pick(hidden_ND), 0)
 
     hidden_ND, head_VD = student
@@ -158,6 +163,7 @@ def _chunk(options, student, teacher, rows, ids_C, live_C, with_grad):
     student_CV = _matmul(student_CD, head_VD, (1, 1))
     teacher_CV = _matmul(pick_live(teacher_hidden_ND), teacher_head_VD, (1, 1))
     rows_C = jax.tree.map(pick, rows)
+    # The dtype of the head, so that both gradient matmuls have operands of one dtype.
     grad_dtype = head_VD.dtype if with_grad else None
     stats_C, grad_CV = row_terms(options, student_CV, teacher_CV, rows_C, live_C, grad_dtype)
     if grad_CV is None:

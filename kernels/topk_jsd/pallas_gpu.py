@@ -89,6 +89,7 @@ def _row_terms(options, grad_dtype, interpret, student_CV, teacher_CV, rows_C, l
     token_score_C = _token_scores(options, student_CV, rows_C.tokens_N)
     given_FC = _given(live_C, rows_C.weight_N, token_score_C, rows_C.sampler_logp_N)
 
+    # A row shorter than a tile is padded to one; the plan's limit keeps the padding out.
     def widen(x_CV):
         return jnp.pad(x_CV, ((0, 0), (0, max(LANES - vocab, 0))))
 
@@ -167,6 +168,7 @@ def _kernel(plan: Plan, student_ref, teacher_ref, given_ref, stats_ref, *grad_re
         for grad_ref in grad_refs:
             write_gradient(grad_ref, lambda *scores: scale * _slope(plan, terms, *scores))
 
+    # A dead row still owns its place in the gradient, which nothing else would clear.
     @pl.when(given_ref[_LIVE, row] == 0)
     def _():
         for grad_ref in grad_refs:

@@ -99,7 +99,7 @@ def _survey(plan: Plan, load: Callable) -> tuple:
 
 
 def _search_kept(k: np.int32, kept: tuple) -> calc.Bracket:
-    """Bisects over the kept scores alone, which lie in registers."""
+    """Bisects over the kept scores only, which lie in registers."""
 
     def reach(probe):
         return calc.count_true(*(student >= calc.float_of(probe) for student, _ in kept))

@@ -89,6 +89,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 def _logits(hidden_ND, head_VD, live_N):
     hidden_ND = jnp.where(live_N[:, None], hidden_ND, 0)
+    # HIGHEST, since accelerators would round float32 operands to bfloat16 or the like.
     return jnp.einsum("nd,vd->nv", _wide(hidden_ND), _wide(head_VD), precision=lax.Precision.HIGHEST)
 
 
@@ -156,12 +157,14 @@ def _ratio(options, divergence_N, logp_N, rows):
     if options.ratio_cap is None:
         return jnp.ones_like(divergence_N)
     log_ratio_N = lax.stop_gradient(logp_N) - rows.sampler_logp_N.astype(logp_N.dtype)
+    # Clipped before the exponential, so that it cannot overflow where no cap is reached.
     ratio_N = jnp.exp(jnp.clip(log_ratio_N, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
     return jnp.minimum(ratio_N, options.ratio_cap)
 
 
 def _weigh(aux, rows):
     """The loss of the rows' terms, and the terms without gradient, 0 where the weight is."""
+    # Selects, not products with a weight of 0: the ratio of a dead row may be NaN.
     live_N = rows.weight_N != 0
     scale_N = jnp.where(live_N, rows.weight_N.astype(aux.divergence_N.dtype) * aux.ratio_N, 0)
     loss = jnp.sum(jnp.where(live_N, scale_N * aux.divergence_N, 0))

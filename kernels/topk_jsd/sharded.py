@@ -1,6 +1,6 @@
 """The loss over a mesh, every collective written out: a compiler cannot split a kernel by itself.
 
-Rows alone: each device runs the chunk loop over its rows with the whole head. The loop holds no collective,
+Rows only: each device runs the chunk loop over its rows with the whole head. The loop holds no collective,
 so devices may run different numbers of trips; the head's gradient is summed over devices once, after it.
 
 Rows and vocabulary: each device holds some rows of the heads, and devices that share rows of the batch go
@@ -141,6 +141,7 @@ def _over_mesh(
     def pad(x_N):
         if not spare:
             return x_N
+        # While replicated, since an Explicit axis cannot split a dimension that it does not divide.
         return jnp.pad(lay(x_N, whole), ((0, spare), *((0, 0),) * (x_N.ndim - 1)))
 
     def cut(x_N):
@@ -154,6 +155,7 @@ def _over_mesh(
     loss, aux, trips, grads = run(lay_model(student), lay_model(teacher), rows)
     aux = jax.tree.map(cut, aux)._replace(chunks_run=trips)
     if grads is not None:
+        # Back to the layouts of the operands.
         hidden_grad_ND, head_grad_VD = grads
         hidden_spec, head_spec = (jax.typeof(x).sharding.spec for x in student)
         grads = (lay(cut(hidden_grad_ND), hidden_spec), lay(head_grad_VD, head_spec))
@@ -169,6 +171,7 @@ def _lay(sharding, x, spec):
 
 def _on_device(sharding, options, with_grad, scatter, student, teacher, rows):
     loss, aux, grads = chunked.run_chunks(options, student, teacher, rows, with_grad)
+    # Over the rows' axes only: devices that share rows have computed the same loss.
     loss = lax.psum(loss, sharding.rows)
     trips = lax.pmax(aux.chunks_run, sharding.rows)
     if grads is not None:
