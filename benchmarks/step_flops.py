@@ -1,12 +1,12 @@
-"""FLOPs of one update as it is planned, over those of the ideal, which computes nothing in vain.
+"""FLOPs of one update as planned, relative to an ideal that computes nothing unnecessary.
 
     JAX_PLATFORMS=cpu python -m benchmarks.step_flops [--model=8b] [--draws=20] [--devices=1,4,8,16,64]
 
-The ideal cuts each row at its last token with loss, pads nothing, has causal attention at half of T x T,
-and multiplies by the heads for tokens with loss alone. It costs three forward passes of the student (one
-forward, two backward; one more where the backward pass makes activations again) and one of the teacher.
-Nothing is compiled: what is counted are the trips that the update would make on rows drawn at the paper's
-lengths (benchmarks/step_rows.py says how).
+The ideal cuts each row at its last token with loss, pads nothing, computes half of the T x T products of
+attention, and multiplies by the heads only for tokens with loss. It costs three forward passes of the student
+(one forward, two backward; one more where the backward pass recomputes activations) and one of the teacher.
+Nothing is compiled: the trips are counted that the update would make on rows drawn at the paper's lengths
+(benchmarks/step_rows.py says how).
 """
 
 import argparse
@@ -31,21 +31,22 @@ QWEN3 = {
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one update: one forward pass of each model, and the heads' four products with their gradients."""
+    """FLOPs of one forward pass of each model, and of the heads' four products with their gradients."""
 
     student: float
     teacher: float
     heads: float
 
     def total(self, remat: bool, lora: bool = False) -> float:
-        """With the backward pass; under adapters without the gradients of matrices."""
+        """FLOPs of an update with its backward pass; with adapters, without the matrices' gradients."""
         passes = (2 if lora else 3) + remat
         return passes * self.student + self.teacher + (0.75 if lora else 1.0) * self.heads
 
 
 def forward(model: Qwen3Config, tokens: np.ndarray | int) -> np.ndarray:
-    """FLOPs of the layers for rows of so many tokens."""
-    c, T = model, np.asarray(tokens, np.float64)
+    """FLOPs of the layers for rows of this many tokens."""
+    c = model
+    T = np.asarray(tokens, np.float64)
     heads = c.num_attention_heads * c.head_dim
     weights = c.hidden_size * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
     causal = 2 * heads * T  # queries by keys and weights by values, half of each
@@ -58,15 +59,15 @@ def heads(model: Qwen3Config, tokens: float) -> float:
 
 
 def ideal(model: Qwen3Config, lengths: Lengths) -> Flops:
-    """What cannot be left out."""
+    """The FLOPs that no update can do without."""
     student, teacher = (float(forward(model, need_B).sum()) for need_B in needs(lengths))
     return Flops(student, teacher, heads(model, int(lengths.active_B.sum())))
 
 
 def planned(model: Qwen3Config, trips: list[Trip], rows: int, lengths: Lengths) -> Flops:
     """What these trips compute, `rows` rows each."""
-    widths_of = lambda trip: (trip.student_BS.shape[1], trip.teacher_BT.shape[1])
-    student, teacher = rows * forward(model, np.array([widths_of(trip) for trip in trips])).sum(axis=0)
+    widths = np.array([(trip.student_BS.shape[1], trip.teacher_BT.shape[1]) for trip in trips])
+    student, teacher = rows * forward(model, widths).sum(axis=0)
     return Flops(float(student), float(teacher), heads(model, int(lengths.active_B.sum())))
 
 
@@ -74,11 +75,13 @@ def waste(
     model: Qwen3Config, preset: Preset, devices: int, draws: int, device_rows: int = 1
 ) -> tuple[float, float, float]:
     """Planned FLOPs over the ideal's, without and with rematerialisation, and trips; means of the steps."""
-    found, longest = [], longest_rows(validate(default_config()))
+    found = []
+    longest = longest_rows(validate(default_config()))
     for seed in range(draws):
         lengths = draw(Sizes(), preset, seed)
         trips = plan_trips(lesson(lengths, model.vocab_size), devices * device_rows, longest)
-        least, plan = ideal(model, lengths), planned(model, trips, devices * device_rows, lengths)
+        least = ideal(model, lengths)
+        plan = planned(model, trips, devices * device_rows, lengths)
         ratios = [plan.total(remat) / least.total(remat) for remat in (False, True)]
         found.append((*ratios, len(trips)))
     plain, remat, count = np.mean(found, axis=0)

@@ -100,7 +100,10 @@ def run_part(part: str, args: argparse.Namespace) -> Record:
     """What one part measures."""
     kind, _, which = part.partition("-")
     name, _, lora = which.partition("-")
-    model = lambda: TINY if args.tiny else QWEN3[name]
+
+    def model():
+        return TINY if args.tiny else QWEN3[name]
+
     parts: dict[str, Callable[[], Record]] = {
         "attention": lambda: attention(args.tiny),
         "update": lambda: update(model(), bool(lora), args.tiny),
@@ -117,14 +120,17 @@ def attention(tiny: bool) -> Record:
         ("xla", "reference") if jax.default_backend() == "cpu" else ("cudnn_gpu", "xla", "reference")
     )
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = (1, T, H, E), (1, T, K, E), (1, T, K, E), (1, T, H, E)
+    shapes = ((1, T, H, E), (1, T, K, E), (1, T, K, E), (1, T, H, E))
     *operands, weight = (
         jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
     )
 
     def with_grads(name: Any) -> Callable[..., Any]:
         out = partial(causal_attention, implementation=name)
-        scalar = lambda *qkv: jnp.vdot(out(*qkv).astype(jnp.float32), weight.astype(jnp.float32))
+
+        def scalar(*qkv):
+            return jnp.vdot(out(*qkv).astype(jnp.float32), weight.astype(jnp.float32))
+
         return jax.jit(lambda *qkv: (out(*qkv), *jax.grad(scalar, argnums=(0, 1, 2))(*qkv)))
 
     with jax.default_matmul_precision("highest"):
@@ -132,7 +138,8 @@ def attention(tiny: bool) -> Record:
     found: Record = {"device": jax.devices()[0].device_kind, "shape": [1, T, H, K, E]}
     products = 4 * T * T * H * E / 2  # causal, forward; backward as implemented takes 2.5 times that
     for name in names:
-        forward, both = jax.jit(partial(causal_attention, implementation=name)), with_grads(name)
+        forward = jax.jit(partial(causal_attention, implementation=name))
+        both = with_grads(name)
         pairs = zip("out dq dk dv".split(), both(*operands), exact, strict=True)
         errors = {what: relative_error(got, want) for what, got, want in pairs}
         times = {"forward_ms": timed(forward, operands), "forward_backward_ms": timed(both, operands)}

@@ -1,19 +1,21 @@
-"""The contestants of the update's benchmark, each a process of its own.
+"""The contestants of the update's benchmark, each in its own process.
 
     PYTHON -m benchmarks.step_peers {ours,plain,tunix,trl} FOLDER
 
-FOLDER holds model/ (a Hugging Face directory, student and teacher at once), rows.npz (a Lesson's fields,
-rows padded to the longest) and settings.json. A worker answers each JSON line on stdin by one update of all
-rows: {"loss": the active tokens' mean before the update, "cpu_s": processor seconds, "peak_bytes": the most
-memory that the process ever had}.
+FOLDER holds model/ (a Hugging Face directory, for student and teacher), rows.npz (a Lesson's fields, rows
+padded to the longest) and settings.json. For each JSON line on stdin a worker makes one update of all rows
+and answers {"loss": the mean over active tokens before the update, "cpu_s": processor seconds,
+"peak_bytes": the process's peak memory so far}.
 
-    ours    rosd_jax's update, rows over as many CPU devices as settings.json says
-    plain   the same Flax model under [T, T] attention, every row as wide as the longest, all logits at
+    ours    rosd_jax's update, with rows split over the number of CPU devices in settings.json
+    plain   the same Flax model with [T, T] attention, every row as wide as the longest, all logits at
             once, micro-batches of a few rows in one jitted update
     tunix   its DistillationTrainer with its own Qwen3, gradients accumulated over the same micro-batches.
-            None of its strategies is this loss, so one is given, with the loss of `plain`
-    trl     SDPOTrainer's loss of its own (JSD of the student's top k with a tail, capped ratio), its
-            training_step and optimizer, on given rollouts
+            None of its strategies has this loss, so it is given one with the loss of `plain`
+    trl     SDPOTrainer's own loss (JSD of the student's top k with a tail, capped ratio), training_step
+            and optimizer, on given rollouts
+
+B rows, P tokens of a prompt, R of a response, T of both, D width, V vocabulary.
 """
 
 import importlib.metadata
@@ -30,7 +32,7 @@ import numpy as np
 from benchmarks.decode_peers import MARK
 
 Rows = dict[str, np.ndarray]
-Step = Callable[[], float]  # one update; its loss
+Step = Callable[[], float]  # makes one update and returns its loss
 Contestant = Callable[[Path, Rows, dict[str, Any]], Step]
 
 
@@ -52,7 +54,8 @@ def ours(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     config.optimizer.update(lr=settings["lr"], warmup_steps=0)
     config.update_from_flattened_dict(settings["limits"])
     model = read_config(folder / "model", num_tokens=None, dtype="float32", remat="none")
-    mesh, optimizer = make_mesh(-1, 1, 1), make_optimizer(config)
+    mesh = make_mesh(-1, 1, 1)
+    optimizer = make_optimizer(config)
     trees = Trees(config, model, mesh, optimizer)
     state = trees.first()
     frozen = trees.frozen(state)
@@ -81,14 +84,19 @@ def plain(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     from rosd_jax.models.families import read_config
     from rosd_jax.models.weights import load_params
 
-    qwen3.attend = lambda q, k, v: causal_attention(q, k, v, implementation="reference")
+    def whole_attention(q, k, v):
+        return causal_attention(q, k, v, implementation="reference")
+
+    qwen3.attend = whole_attention
     model = read_config(folder / "model", num_tokens=None, dtype="float32", remat="none")
-    params, frozen = (load_params(folder / "model", model) for _ in range(2))
+    params = load_params(folder / "model", model)
+    frozen = load_params(folder / "model", model)
     optimizer = optax_optimizer(settings)
     which = dict(k=settings["k"], cap=settings["cap"])
     weight_BR = rows["weight_BR"] / rows["weight_BR"].sum()
-    student, teacher = sequences(rows, "", left=False), sequences(rows, "teacher_", left=False)
-    given = *student, *teacher, rows["response_BR"], rows["sampler_logp_BR"], weight_BR
+    student = sequences(rows, "", left=False)
+    teacher = sequences(rows, "teacher_", left=False)
+    given = (*student, *teacher, rows["response_BR"], rows["sampler_logp_BR"], weight_BR)
     groups = [np.asarray(x).reshape(-1, settings["rows"], *x.shape[1:]) for x in given]
 
     def logits(params, tokens_BT, length_B, R):
@@ -108,7 +116,7 @@ def plain(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
             found = jax.value_and_grad(loss)(params, frozen, group)
             return jax.tree.map(jnp.add, sums, found), None
 
-        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         (value, grads), _ = jax.lax.scan(add, zeros, groups)
         updates, moments = optimizer.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments, value
@@ -138,14 +146,18 @@ def tunix(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     from benchmarks.step_loss import plain_loss
 
     config = tunix_config(folder / "model")
-    load = lambda: weights.create_model_from_safe_tensors(str(folder / "model"), config, dtype=jnp.float32)
-    size, which = settings["rows"], dict(k=settings["k"], cap=settings["cap"])
+    size = settings["rows"]
+    which = dict(k=settings["k"], cap=settings["cap"])
     turns = len(rows["weight_BR"]) // size
-    weight_BR = turns * rows["weight_BR"] / rows["weight_BR"].sum()  # its trainer takes the turns' mean
+    # Times `turns`, since its trainer takes the mean over the turns.
+    weight_BR = turns * rows["weight_BR"] / rows["weight_BR"].sum()
     R = weight_BR.shape[1]
 
+    def load():
+        return weights.create_model_from_safe_tensors(str(folder / "model"), config, dtype=jnp.float32)
+
     class TopK(strategies.BaseStrategy):
-        """Our loss: none of its own is it."""
+        """Our loss, which none of its own strategies has."""
 
         def compute_loss(self, student_output, teacher_output, labels):
             value = plain_loss(student_output, teacher_output, *labels, **which)
@@ -157,19 +169,17 @@ def tunix(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     def forward(who: str):
         def run(model, input_tokens, input_mask):
             mask_BT = input_mask[who]
-            positions_BT, seen_BTT = build_positions_from_mask(mask_BT), make_causal_attn_mask(mask_BT)
+            positions_BT = build_positions_from_mask(mask_BT)
+            seen_BTT = make_causal_attn_mask(mask_BT)
             return model(input_tokens[who], positions_BT, None, seen_BTT)[0][:, -R - 1 : -1]
 
         return run
 
-    labels = lambda input_tokens, input_mask: (
-        input_tokens["response"],
-        input_mask["sampler_logp"],
-        input_mask["weight"],
-    )
+    def labels(input_tokens, input_mask):
+        return input_tokens["response"], input_mask["sampler_logp"], input_mask["weight"]
 
     class Trainer(DistillationTrainer):
-        """Keeps the losses."""
+        """Records the losses."""
 
         def _post_process_train_step(self, aux):
             losses.append(aux["loss"])
@@ -178,10 +188,9 @@ def tunix(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     strategy = TopK(forward("student"), forward("teacher"), labels)
     how = TrainingConfig(eval_every_n_steps=10**9, gradient_accumulation_steps=turns)
     trainer = Trainer(load(), load(), strategy, optax_optimizer(settings), how)
-    trainer.is_managed_externally = True  # its loop may then run more than once
-    (student, student_mask), (teacher, teacher_mask) = (
-        sequences(rows, who, left=True) for who in ("", "teacher_")
-    )
+    trainer.is_managed_externally = True  # so that its loop may run more than once
+    student, student_mask = sequences(rows, "", left=True)
+    teacher, teacher_mask = sequences(rows, "teacher_", left=True)
     batches = []
     for at in range(0, turns * size, size):
         some = slice(at, at + size)
@@ -214,7 +223,7 @@ def trl(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     turns = len(rows["weight_BR"]) // size
 
     class Trainer(SDPOTrainer):
-        """Takes prepared rows, and a mask within the response, which it lacks."""
+        """Takes prepared rows, and a mask within the response, which the original has not."""
 
         def _prepare_inputs(self, generation_batch):
             return generation_batch
@@ -269,14 +278,15 @@ def trl(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
         trainer.accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        # It logs the mean of each turn's tokens, and differentiates the mean of its sequences' means.
-        return float(np.average(logged, weights=[float(batch["weight"].sum()) for batch in batches]))
+        # It logs the mean over each turn's tokens, but differentiates the mean of its sequences' means.
+        active = [float(batch["weight"].sum()) for batch in batches]
+        return float(np.average(logged, weights=active))
 
     return step
 
 
 def trl_batches(rows: Rows, size: int) -> list[dict[str, Any]]:
-    """What its `_prepare_inputs` would return, and `weight`."""
+    """What TRL's `_prepare_inputs` would return, and `weight`."""
     import torch
 
     R = rows["response_BR"].shape[1]
@@ -293,8 +303,11 @@ def trl_batches(rows: Rows, size: int) -> list[dict[str, Any]]:
         teacher_attention_mask=teacher_mask_BT,
         weight=rows["weight_BR"],
     )
-    whole = lambda x: torch.from_numpy(x if x.dtype == np.float32 else x.astype(np.int64))
-    tensors = {name: whole(x) for name, x in fields.items()}
+
+    def tensor(x):
+        return torch.from_numpy(x if x.dtype == np.float32 else x.astype(np.int64))
+
+    tensors = {name: tensor(x) for name, x in fields.items()}
     starts = range(0, len(inside_BR), size)
     return [{name: x[at : at + size] for name, x in tensors.items()} for at in starts]
 
@@ -302,22 +315,25 @@ def trl_batches(rows: Rows, size: int) -> list[dict[str, Any]]:
 def sequences(rows: Rows, who: str, left: bool) -> tuple[np.ndarray, np.ndarray]:
     """Prompts with their responses [B, P + R], and the prompts' lengths.
 
-    left: prompts are padded on the left, and a mask stands for the lengths.
+    left: prompts are padded on the left, and a mask is returned instead of the lengths.
     """
-    prompt = rows["teacher_prompt_BQ" if who else "prompt_BP"]
-    length_B, response_BR = rows[f"{who}prompt_len_B"], rows["response_BR"]
-    (B, P), R = prompt.shape, response_BR.shape[1]
-    tokens_BT, mask_BT = np.zeros((B, P + R), np.int32), np.zeros((B, P + R), bool)
+    prompt_BP = rows["teacher_prompt_BQ" if who else "prompt_BP"]
+    length_B = rows[f"{who}prompt_len_B"]
+    response_BR = rows["response_BR"]
+    B, P = prompt_BP.shape
+    R = response_BR.shape[1]
+    tokens_BT = np.zeros((B, P + R), np.int32)
+    mask_BT = np.zeros((B, P + R), bool)
     for row, (length, answer) in enumerate(zip(length_B, rows["response_len_B"], strict=True)):
         start = P - length if left else 0
         end = start + length + answer
-        tokens_BT[row, start:end] = np.append(prompt[row, :length], response_BR[row, :answer])
+        tokens_BT[row, start:end] = np.append(prompt_BP[row, :length], response_BR[row, :answer])
         mask_BT[row, start:end] = True
     return tokens_BT, mask_BT if left else length_B
 
 
 def optax_optimizer(settings: dict[str, Any]) -> Any:
-    """AdamW at a constant rate behind a clip."""
+    """AdamW at a constant rate, after clipping by the global norm."""
     import optax
 
     adamw = optax.adamw(settings["lr"], 0.9, settings["b2"], 1e-8, weight_decay=settings["weight_decay"])
@@ -334,19 +350,24 @@ CONTESTANTS: dict[str, tuple[Contestant, Sequence[str]]] = {
 
 def main() -> None:
     """The worker."""
-    name, folder = sys.argv[1], Path(sys.argv[2])
+    name = sys.argv[1]
+    folder = Path(sys.argv[2])
     contestant, packages = CONTESTANTS[name]
     settings = json.loads((folder / "settings.json").read_text())
     with np.load(folder / "rows.npz") as file:
         rows = dict(file)
-    emit = lambda answer: print(MARK + json.dumps(answer), flush=True)
+
+    def emit(answer: dict[str, Any]) -> None:
+        print(MARK + json.dumps(answer), flush=True)
+
     step = contestant(folder, rows, settings)
     emit({package: importlib.metadata.version(package) for package in packages})
     for _ in sys.stdin:
         start = time.process_time()
-        answer = {"loss": step(), "cpu_s": time.process_time() - start}
+        loss = step()
+        cpu_s = time.process_time() - start
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        emit(answer | {"peak_bytes": 1024 * peak_kib})
+        emit({"loss": loss, "cpu_s": cpu_s, "peak_bytes": 1024 * peak_kib})
 
 
 if __name__ == "__main__":

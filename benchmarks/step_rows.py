@@ -1,11 +1,11 @@
-"""Rows of one training step as they come in practice: lengths, where the loss lies, and a Lesson of them.
+"""Rows of one training step as they occur in practice: lengths, where the loss lies, and a Lesson of them.
 
     draw(sizes, preset, seed)        -> Lengths
     lesson(lengths, vocab)           -> Lesson of random ids, on the host
     needs(lengths)                   -> tokens that each model must read of each row
 
-Responses are lognormal (mean `mean` before the cut at `most`), half of them are right, six groups in ten
-hold right and wrong ones, and errors lie early. What is taught, by preset:
+Response lengths are lognormal, with mean `mean` before the cut at `most`. Half of the responses are right,
+six groups in ten hold right and wrong ones, and errors occur early. The tokens with loss, by preset:
 
     span     right responses whole, wrong ones on the error's span
     paper    right responses whole, wrong ones from the error to the end
@@ -21,14 +21,15 @@ from rosd_jax.types import Lesson
 
 Preset = Literal["span", "paper", "errors"]
 PRESETS: tuple[Preset, ...] = ("span", "paper", "errors")
-SIGMA = 0.8  # of the responses' logarithms
-MIXED, RIGHT = 0.6, 0.5  # shares of the groups that hold both kinds, and of their right responses
-EARLY = 1.2, 3.0  # of the beta distribution of an error's place
+SIGMA = 0.8  # standard deviation of the logarithm of a response's length
+MIXED = 0.6  # share of the groups that hold right and wrong responses
+RIGHT = 0.5  # share of right responses
+EARLY = (1.2, 3.0)  # parameters of the beta distribution of an error's place in its response
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many rows, and lengths in tokens: medians of what is lognormal, and limits. The paper's."""
+    """The paper's number of rows, and lengths in tokens: medians of the lognormal ones, and limits."""
 
     prompts: int = 32
     samples: int = 8
@@ -43,13 +44,14 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        """Of one step."""
+        """The number of rows of one step."""
         return self.prompts * self.samples
 
     @property
     def limits(self) -> dict[str, int]:
         """The fields of a run with such rows, for its config's `update_from_flattened_dict`."""
-        prompt, idea = self.prompt_limits[1], self.idea_limits[1]
+        prompt = self.prompt_limits[1]
+        idea = self.idea_limits[1]
         return {
             "data.max_prompt_tokens": prompt,
             "lesson.max_teacher_tokens": prompt + self.frame + idea,
@@ -58,8 +60,13 @@ class Sizes:
 
     def scaled(self, by: float, prompts: int) -> "Sizes":
         """Lengths `by` times as long, and another number of prompts."""
-        times = lambda n: max(1, round(by * n))
-        both = lambda limits: (times(limits[0]), times(limits[1]))
+
+        def times(n: int) -> int:
+            return max(1, round(by * n))
+
+        def both(limits: tuple[int, int]) -> tuple[int, int]:
+            return times(limits[0]), times(limits[1])
+
         return Sizes(
             prompts,
             self.samples,
@@ -96,9 +103,16 @@ class Lengths:
 
 def draw(sizes: Sizes, preset: Preset, seed: int) -> Lengths:
     """The rows of one step, the same for one seed."""
-    rng, B = np.random.default_rng(seed), sizes.rows
-    lognormal = lambda median, sigma, n: rng.lognormal(np.log(median), sigma, n)
-    within = lambda x, limits: np.clip(x, *limits).astype(np.int32)
+    rng = np.random.default_rng(seed)
+    B = sizes.rows
+
+    def lognormal(median, sigma, n):
+        return rng.lognormal(np.log(median), sigma, n)
+
+    def within(x, limits):
+        return np.clip(x, *limits).astype(np.int32)
+
+    # exp(-sigma^2 / 2) makes the given number the mean of the lognormal, instead of its median.
     response_B = within(lognormal(sizes.mean, SIGMA, B) * np.exp(-(SIGMA**2) / 2), (1, sizes.most))
     prompt_N = within(lognormal(sizes.prompt, 0.5, sizes.prompts), sizes.prompt_limits)
     prompt_B = np.repeat(prompt_N, sizes.samples)
@@ -110,26 +124,37 @@ def draw(sizes: Sizes, preset: Preset, seed: int) -> Lengths:
     end_B = np.minimum(response_B, error_B + rng.integers(*sizes.span_limits, B, endpoint=True))
     last_B = np.where(right_B | (preset == "paper"), response_B, end_B)
     first_B = np.where(right_B, 0, error_B)
-    first_B, last_B = np.where(taught_B, first_B, 0), np.where(taught_B, last_B, 0)
+    first_B = np.where(taught_B, first_B, 0)
+    last_B = np.where(taught_B, last_B, 0)
     return Lengths(prompt_B, teacher_prompt_B, response_B, first_B, last_B)
 
 
 def needs(lengths: Lengths) -> tuple[np.ndarray, np.ndarray]:
     """Tokens that student and teacher must read of rows with loss: up to the last one's predecessor."""
     live_B = lengths.active_B > 0
-    need = lambda prompt_B: (prompt_B + lengths.last_B - 1)[live_B].astype(np.int64)
+
+    def need(prompt_B):
+        return (prompt_B + lengths.last_B - 1)[live_B].astype(np.int64)
+
     return need(lengths.prompt_B), need(lengths.teacher_prompt_B)
 
 
 def lesson(lengths: Lengths, vocab: int, seed: int = 0) -> Lesson:
     """Random ids of these lengths, padded to the longest of their kind."""
-    rng, R = np.random.default_rng(seed), lengths.response_B.max()
-    B, P, Q = len(lengths.prompt_B), lengths.prompt_B.max(), lengths.teacher_prompt_B.max()
-    padded = lambda width, length_B: np.where(
-        np.arange(width) < length_B[:, None], rng.integers(2, vocab, (B, width)), 0
-    ).astype(np.int32)
-    at_BR = np.arange(R)
-    inside = lambda low_B, high_B: (low_B[:, None] <= at_BR) & (at_BR < high_B[:, None])
+    rng = np.random.default_rng(seed)
+    B = len(lengths.prompt_B)
+    P = lengths.prompt_B.max()
+    Q = lengths.teacher_prompt_B.max()
+    R = lengths.response_B.max()
+    at_R = np.arange(R)
+
+    def padded(width, length_B):
+        ids = rng.integers(2, vocab, (B, width))
+        return np.where(np.arange(width) < length_B[:, None], ids, 0).astype(np.int32)
+
+    def inside(low_B, high_B):
+        return (low_B[:, None] <= at_R) & (at_R < high_B[:, None])
+
     logp_BR = np.where(inside(0 * lengths.response_B, lengths.response_B), -np.log(vocab), 0.0)
     return Lesson(
         prompt_BP=padded(P, lengths.prompt_B),

@@ -1,4 +1,4 @@
-"""Timing several calls against each other in one process, and what to say about the outcome."""
+"""Times several calls against each other in one process, and formats the results."""
 
 import importlib.metadata
 import platform
@@ -15,9 +15,9 @@ def interleaved(
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Wall time of each call in ms, and the calls that raised, with their exception.
 
-    A call returns once its work is done. After the warm-ups the calls take turns, in the given order
-    and in its reverse, so that a drift of the clock meets them all alike. Each has `reps` turns, or as
-    many as fit into `seconds`, at least `FEWEST`.
+    A call must return only once its work is done. After the warm-ups the calls take turns, in the given
+    order and in its reverse, so that a drift of the clock affects them all alike. Each gets `reps` turns,
+    or as many as fit into `seconds`, but at least `FEWEST`.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, Exception] = {}
@@ -27,8 +27,9 @@ def interleaved(
         start = time.perf_counter()
         try:
             calls[name]()
-        except Exception as error:  # whatever stops one of them must not stop the others
-            errors[name] = error.with_traceback(None)  # whose frames would hold on to arrays
+        except Exception as error:  # whatever stops one call must not stop the others
+            # Without the traceback, whose frames would keep arrays alive.
+            errors[name] = error.with_traceback(None)
             return None
         return 1e3 * (time.perf_counter() - start)
 
@@ -38,9 +39,13 @@ def interleaved(
             if took is not None:
                 turns[name] = int(min(reps, max(FEWEST, 1e3 * seconds / took)))
     for turn in range(reps):
-        for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
-            if name not in errors and turn < turns[name]:
-                times[name] += [took for took in [run(name)] if took is not None]
+        order = list(calls) if turn % 2 == 0 else list(reversed(calls))
+        for name in order:
+            if name in errors or turn >= turns[name]:
+                continue
+            took = run(name)
+            if took is not None:
+                times[name].append(took)
     return times, errors
 
 
@@ -58,7 +63,7 @@ def cells(stats: dict[str, float], digits: int) -> list[str]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of installed packages."""
+    """The versions of Python and of these packages."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -69,5 +74,6 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """In markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    """A table in markdown."""
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])

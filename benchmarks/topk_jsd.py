@@ -1,11 +1,11 @@
-"""The loss kernel against the matmuls it cannot do without, plain XLA, PyTorch and Liger, on one GPU.
+"""The loss kernel against its own matmuls, plain XLA, PyTorch and Liger, on one GPU.
 
     python -m benchmarks.topk_jsd --out=DIR [--quick] [--tiny] [--sizes=4096x16384,...] [--masks=1,0.3]
         [--only=time] [--contestants=matmuls,ours@2048,...] [--chunk=1024] [--minutes=9.5]
 
-Writes DIR/topk_jsd.json and DIR/topk_jsd.md, anew after every measurement. A size is width x tokens; they
-run in the given order. Times come from processes that hold all contestants in JAX or all in PyTorch, two
-rounds of each in turn, with bare matmuls in every one; memory comes from a process for each contestant.
+Writes DIR/topk_jsd.json and DIR/topk_jsd.md after every measurement. A size is width x tokens; sizes run in
+the given order. Times come from processes that hold all JAX contestants or all PyTorch ones, in two
+alternating rounds, with bare matmuls in every process. Memory is measured in one process for each contestant.
 Running out of memory is a result. `--tiny` shrinks everything, to try the script on a CPU.
 """
 
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from benchmarks.topk_jsd_contestants import IN_JAX, IN_TORCH, Case
 from benchmarks.topk_jsd_report import render
 
-MARK = "@@"  # before what a worker has to say
+MARK = "@@"  # begins each line that a worker reports
 SIZES = "4096x16384,2560x16384,4096x65536,4096x4096,2560x65536,2560x4096"
 VOCAB = 151_936  # rows of Qwen3's heads
 Record = Callable[..., None]
@@ -38,7 +38,7 @@ class Session(NamedTuple):
 
     env: dict[str, str]
     stop_at: float  # by time.monotonic()
-    environment: dict[str, Any]  # filled in by what workers report of themselves
+    environment: dict[str, Any]  # filled in from the workers' reports
 
 
 def main() -> None:
@@ -80,9 +80,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="time,memory")
     parser.add_argument("--contestants", default=",".join([*IN_JAX, *IN_TORCH]))
     parser.add_argument("--chunk", type=int, default=1024)
-    parser.add_argument("--minutes", type=float, default=9.5, help="no measurement goes on after these")
+    parser.add_argument("--minutes", type=float, default=9.5, help="limit of the whole run")
     args = parser.parse_args(argv)
-    args.sizes = (args.sizes or ("32x256" if args.tiny else SIZES)).split(",")
+    default_sizes = "32x256" if args.tiny else SIZES
+    args.sizes = (args.sizes or default_sizes).split(",")
     args.masks = [float(mask) for mask in args.masks.split(",")]
     args.contestants = args.contestants.split(",")
     for name in args.contestants:
@@ -94,7 +95,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def make_case(size: str, args: argparse.Namespace) -> Case:
     """WIDTHxTOKENS with Qwen3's vocabulary and the paper's k, or with small ones."""
     width, tokens = map(int, size.split("x"))
-    return Case(width, tokens, 4096, 20, 64) if args.tiny else Case(width, tokens, VOCAB, 100, args.chunk)
+    if args.tiny:
+        return Case(width, tokens, vocab=4096, k=20, chunk=64)
+    return Case(width, tokens, vocab=VOCAB, k=100, chunk=args.chunk)
 
 
 def worker_env(cache: str) -> dict[str, str]:
@@ -102,7 +105,7 @@ def worker_env(cache: str) -> dict[str, str]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        # So that a program is compiled once, and the process that tells its memory does no autotuning.
+        # Shared caches: a program is compiled once, and the process that measures memory does no autotuning.
         "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch",
@@ -110,8 +113,10 @@ def worker_env(cache: str) -> dict[str, str]:
 
 
 def measure_times(session: Session, case: Case, args: argparse.Namespace, record: Record) -> None:
-    """Rounds of a process for JAX and one for PyTorch; who failed once is left out of what follows."""
-    rounds, reps, seconds = (1, 5, 5) if args.quick else (2, 10, 10)
+    """Rounds of one JAX and one PyTorch process. A contestant that failed is left out of later ones."""
+    rounds = 1 if args.quick else 2
+    reps = 5 if args.quick else 10
+    seconds = 5 if args.quick else 10
     spec = {"task": "time", "masks": args.masks, "warmups": 3, "reps": reps, "seconds": seconds}
     failed: set[str] = set()
 
@@ -123,7 +128,7 @@ def measure_times(session: Session, case: Case, args: argparse.Namespace, record
     for round in range(rounds):
         for library, all_names in libraries(args.contestants):
             again = True
-            while again:  # without the one that brought the process down
+            while again:  # without the contestant that ended the process
                 names = [name for name in all_names if name not in failed]
                 more = {"library": library, "names": names, "check": round == 0, "round": round}
                 again = work(session, case, spec | more, keep)
@@ -138,20 +143,18 @@ def measure_memory(session: Session, case: Case, args: argparse.Namespace, recor
 
 def libraries(names: list[str]) -> list[tuple[str, list[str]]]:
     """The contestants of each library that is installed."""
+    has_torch = importlib.util.find_spec("torch") is not None
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
     kinds = {name: name.split("@")[0] for name in names}
-    torch = importlib.util.find_spec("torch") is not None
-    liger = importlib.util.find_spec("liger_kernel") is not None
-    return [
-        ("jax", [name for name in names if kinds[name] in IN_JAX]),
-        (
-            "torch",
-            [name for name in names if torch and kinds[name] in IN_TORCH and (liger or name != "liger")],
-        ),
-    ]
+    in_jax = [name for name in names if kinds[name] in IN_JAX]
+    in_torch = [name for name in names if has_torch and kinds[name] in IN_TORCH]
+    if not has_liger:
+        in_torch = [name for name in in_torch if kinds[name] != "liger"]
+    return [("jax", in_jax), ("torch", in_torch)]
 
 
 def work(session: Session, case: Case, spec: dict[str, Any], record: Record) -> bool:
-    """Runs one worker and records what it says. True if a contestant ended it early."""
+    """Runs one worker and records its reports. True if a contestant ended the process early."""
     seconds = session.stop_at - time.monotonic()
     if seconds < 5 or not spec["names"]:
         return False
@@ -170,7 +173,8 @@ def work(session: Session, case: Case, spec: dict[str, Any], record: Record) -> 
                 session.environment[spec["library"]] = news.pop("environment")
             if news:
                 record(**stamp, **news)
-    code, in_time = process.wait(), timer.is_alive()
+    code = process.wait()
+    in_time = timer.is_alive()
     timer.cancel()
     if code != 0:
         why = f"the process ended with {code}" if in_time else "out of time"

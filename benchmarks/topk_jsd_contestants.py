@@ -1,9 +1,11 @@
 """The inputs of the loss kernel's benchmarks, and the contestants in JAX.
 
 A contestant is a function of (student hidden [N, D], student head [V, D], teacher hidden, teacher head,
-weight [N]) that gives (loss, its gradient in the student's hidden states, and in its head). Only the
+weight [N]) that returns the loss and its gradients in the student's hidden states and head. Only the
 matmuls and ours skip rows of weight 0; the others compute every row, as the released code of the method
-does. Everything is at alpha 0.5, temperature 1, with the tail bucket.
+does. All run at alpha 0.5 and temperature 1, with the tail bucket.
+
+N rows, C rows of a chunk, D width, V vocabulary, K buckets (the top k and the tail).
 """
 
 import math
@@ -27,7 +29,7 @@ _HEAD, _TEACHER_HEAD, _HIDDEN, _TEACHER_HIDDEN, _TARGET, _STRENGTH = range(1, 7)
 
 @dataclass(frozen=True)
 class Case:
-    """What one program is compiled for."""
+    """The sizes and dtype that one program is compiled for."""
 
     width: int
     tokens: int
@@ -37,7 +39,7 @@ class Case:
     dtype: str = "bfloat16"
 
     def flops(self, live: int) -> int:
-        """Of the four matmuls of `live` rows."""
+        """FLOPs of the four matmuls of `live` rows."""
         return 8 * self.width * self.vocab * live
 
 
@@ -58,7 +60,8 @@ def first_rows(case: Case, rows: int) -> np.ndarray:
 
 
 def _hash(i: Any, seed: int) -> Any:
-    """A well mixed int32 of each int32; the shifts are made logical by their masks."""
+    """A well mixed int32 for each int32."""
+    # The masks after the shifts make them logical ones: torch shifts int32 arithmetically.
     x = i + ((seed * 0x9E3779B9 + 2**31) % 2**32 - 2**31)
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
@@ -89,7 +92,7 @@ def hidden(case: Case, row_N1: Any, col_1D: Any, of_teacher: bool) -> tuple[Any,
     i_ND = row_N1 * case.width + col_1D
     target_N1 = (_hash(row_N1, _TARGET) & 0x7FFFFFFF) % case.vocab
     strength_N1 = 8 + (_hash(row_N1, _STRENGTH) & 0x7FFFFFFF) % 48
-    # In the units of a width of 4096: a narrower model has to lean further towards its target.
+    # Scaled from a width of 4096: a narrower model has to lean further towards its target.
     strength_N1 = strength_N1 * round(16 * math.sqrt(4096 / case.width))
     lean_ND = strength_N1 * _normal(target_N1 * case.width + col_1D, _HEAD)
     x_ND = 256 * 16 * _normal(i_ND, _HIDDEN) + lean_ND
@@ -103,19 +106,24 @@ def jax_inputs(case: Case) -> tuple[jax.Array, ...]:
 
     @partial(jax.jit, static_argnums=(0, 1, 2))
     def draw(kind, rows, of_teacher):
-        row_N1, col_1D = (jnp.arange(n, dtype=jnp.int32) for n in (rows, case.width))
-        x_ND, unit = kind(case, row_N1[:, None], col_1D, of_teacher)
+        row_N1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
+        col_1D = jnp.arange(case.width, dtype=jnp.int32)
+        x_ND, unit = kind(case, row_N1, col_1D, of_teacher)
         return (x_ND.astype(jnp.float32) * np.float32(unit)).astype(case.dtype)
 
-    return tuple(draw(kind, rows, who) for who in (False, True)
-                 for kind, rows in ((hidden, case.tokens), (head, case.vocab)))  # fmt: skip
+    return (
+        draw(hidden, case.tokens, False),
+        draw(head, case.vocab, False),
+        draw(hidden, case.tokens, True),
+        draw(head, case.vocab, True),
+    )
 
 
 # ---- JAX ----------------------------------------------------------------------------------------
 
 
 def jax_contestant(name: str, case: Case) -> Callable[..., Any]:
-    """One of `IN_JAX`, in chunks of another size if `@size` follows the name; ValueError on other names."""
+    """One of `IN_JAX`, in chunks of another size if `@size` follows the name. Raises ValueError on others."""
     name, _, size = name.partition("@")
     chunk = int(size or case.chunk)
     loss = partial(topk_jsd_loss, k=case.k, chunk=chunk)
@@ -145,23 +153,27 @@ def _with_grads(loss):
 
 def _matmuls(chunk, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD, weight_N):
     """The four matmuls of as many rows as are live, chunk by chunk, and nothing else."""
-    dtype, size = hidden_ND.dtype, min(chunk, hidden_ND.shape[0])
+    dtype = hidden_ND.dtype
+    size = min(chunk, hidden_ND.shape[0])
 
     def dot(a, b, contract, out):
         return lax.dot_general(a, b, ((contract[:1], contract[1:]), ((), ())), preferred_element_type=out)
 
-    def trip(i, sums):
-        rows = lambda x_ND: lax.dynamic_slice_in_dim(x_ND, i * size, size)
-        student_CV = dot(rows(hidden_ND), head_VD, (1, 1), dtype)
-        teacher_CV = dot(rows(teacher_hidden_ND), teacher_head_VD, (1, 1), dtype)
+    def trip(i, grads):
+        grad_ND, head_grad_VD = grads
+        hidden_CD = lax.dynamic_slice_in_dim(hidden_ND, i * size, size)
+        teacher_CD = lax.dynamic_slice_in_dim(teacher_hidden_ND, i * size, size)
+        student_CV = dot(hidden_CD, head_VD, (1, 1), dtype)
+        teacher_CV = dot(teacher_CD, teacher_head_VD, (1, 1), dtype)
+        # The logits stand for their own gradient: what is multiplied does not matter to the time.
         grad_CD = dot(student_CV, head_VD, (1, 0), dtype)
-        head_grad_VD = sums[1] + dot(teacher_CV, rows(hidden_ND), (0, 0), jnp.float32)
-        return lax.dynamic_update_slice_in_dim(sums[0], grad_CD, i * size, 0), head_grad_VD
+        head_grad_VD = head_grad_VD + dot(teacher_CV, hidden_CD, (0, 0), jnp.float32)
+        return lax.dynamic_update_slice_in_dim(grad_ND, grad_CD, i * size, 0), head_grad_VD
 
     trips = (jnp.count_nonzero(weight_N) + size - 1) // size
     start = (jnp.zeros_like(hidden_ND), jnp.zeros(head_VD.shape, jnp.float32))
-    grads = lax.fori_loop(0, trips, trip, start)
-    return jnp.float32(0), grads[0], grads[1].astype(dtype)
+    grad_ND, head_grad_VD = lax.fori_loop(0, trips, trip, start)
+    return jnp.float32(0), grad_ND, head_grad_VD.astype(dtype)
 
 
 def _naive_loss(k, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD, weight_N):
@@ -176,16 +188,22 @@ def _naive_loss(k, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD, weigh
         inside_N1 = jnp.minimum(jax.nn.logsumexp(logp_NK, axis=-1, keepdims=True), -1e-7)
         return jnp.concatenate([logp_NK, jnp.log(-jnp.expm1(inside_N1))], axis=-1)
 
-    logq_NK, logr_NK = buckets(student_NV), buckets(teacher_NV)
+    logq_NK = buckets(student_NV)
+    logr_NK = buckets(teacher_NV)
     logm_NK = jnp.logaddexp(logq_NK, logr_NK) - math.log(2)
-    kl = lambda logp_NK: jnp.sum(jnp.exp(logp_NK) * (logp_NK - logm_NK), axis=-1)
-    return jnp.sum(weight_N * 0.5 * (kl(logq_NK) + kl(logr_NK)))
+
+    def kl_to_mixture(logp_NK):
+        return jnp.sum(jnp.exp(logp_NK) * (logp_NK - logm_NK), axis=-1)
+
+    return jnp.sum(weight_N * 0.5 * (kl_to_mixture(logq_NK) + kl_to_mixture(logr_NK)))
 
 
 def _checkpointed_loss(k, chunk, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD, weight_N):
-    """A scan over chunks that keeps nothing but its inputs: logits are made again for the gradient."""
+    """A scan over chunks that keeps only its inputs and recomputes the logits for the gradient."""
     size = min(chunk, hidden_ND.shape[0])
-    split = lambda x: x.reshape(-1, size, *x.shape[1:])
+
+    def split(x):
+        return x.reshape(-1, size, *x.shape[1:])
 
     @jax.checkpoint
     def add(total, rows):

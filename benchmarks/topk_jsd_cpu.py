@@ -3,9 +3,9 @@
     JAX_PLATFORMS=cpu python -m benchmarks.topk_jsd_cpu [--out=DIR] [--width=512] [--tokens=512]
         [--vocab=151936] [--chunk=128] [--k=100] [--reps=5]
 
-Float32, one process, interleaved; times in ms. The mask is tried with chunks of a quarter of the size, so
-that there are enough of them to leave out. Temporary memory is what the compiler planned beside inputs and
-results. With --out it writes DIR/topk_jsd_cpu.json and DIR/topk_jsd_cpu.md.
+Float32, one process, interleaved; times in ms. The mask is measured with chunks of a quarter of the size, so
+that there are enough of them to skip. Temporary memory is what the compiler planned in addition to inputs
+and results. With --out it writes DIR/topk_jsd_cpu.json and DIR/topk_jsd_cpu.md.
 """
 
 import argparse
@@ -30,8 +30,11 @@ MASK = 0.3
 def main() -> None:
     parser = argparse.ArgumentParser(description="The loss kernel's XLA path on a CPU")
     parser.add_argument("--out")
-    for name, default in (("width", 512), ("tokens", 512), ("vocab", 151_936), ("chunk", 128), ("k", 100)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--k", type=int, default=100)
     parser.add_argument("--reps", type=int, default=5)
     args = parser.parse_args()
     case = Case(args.width, args.tokens, args.vocab, args.k, args.chunk, "float32")
@@ -54,7 +57,8 @@ def measure(case: Case, reps: int) -> dict[str, Any]:
     inputs = jax_inputs(case)
     masked = f"{OURS}@{case.chunk // 4}"
     weights = {share: jnp.asarray(span_weights(case, share)) for share in (1.0, MASK)}
-    calls, programs = {}, {}
+    calls = {}
+    programs = {}
     for name in ("matmuls", OURS, masked, "checkpoint", "naive"):
         compiled = jax.jit(jax_contestant(name, case)).lower(*inputs, weights[1.0]).compile()
         planned: Any = compiled.memory_analysis()
@@ -70,23 +74,25 @@ def measure(case: Case, reps: int) -> dict[str, Any]:
 
 
 def render(results: dict[str, Any]) -> str:
-    """In markdown."""
+    """The results in markdown."""
     stats = {name: summary(ms) for name, ms in results["ms"].items()}
     masked = f"{OURS}@{results['case']['chunk'] // 4}"
-    ours, all_rows, some_rows = (
-        stats[name]["median"] for name in (f"{OURS} 100%", f"{masked} 100%", f"{masked} {MASK:.0%}")
-    )
+    ours = stats[f"{OURS} 100%"]["median"]
+    all_rows = stats[f"{masked} 100%"]["median"]
+    some_rows = stats[f"{masked} {MASK:.0%}"]["median"]
     rows = [[name, *cells(s, 0), f"{s['median'] / ours:.3f}"] for name, s in stats.items()]
     programs = [
         [name, f"{p['loss']:.7f}", f"{p['temporary'] / 1e6:.0f}"] for name, p in results["programs"].items()
     ]
     facts = [f"{key} {value}" for part in ("environment", "case") for key, value in results[part].items()]
-    return "\n".join([
-        f"`{results['command']}`, {results['date']}", "", ", ".join(facts), "",
-        table(["contestant, mask", "ms", "20 - 80 %", "n", "to ours"], rows), "",
-        f"{MASK:.0%} mask against all rows: {some_rows / all_rows:.3f}", "",
+    parts = [
+        f"`{results['command']}`, {results['date']}",
+        ", ".join(facts),
+        table(["contestant, mask", "ms", "20 - 80 %", "n", "to ours"], rows),
+        f"{MASK:.0%} mask against all rows: {some_rows / all_rows:.3f}",
         table(["contestant", "loss", "temporary MB"], programs),
-    ])  # fmt: skip
+    ]
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The contestants of the loss kernel's benchmark in PyTorch: the official mathematics, and Liger's kernel.
 
-They have the signature, the inputs and the settings of those in JAX.
+They have the same signature, inputs, settings and dimensions as the contestants in JAX.
 """
 
 import math
@@ -23,17 +23,22 @@ def torch_inputs(case: Case, device: str) -> tuple[torch.Tensor, ...]:
     """Student hidden states and head, which require gradients, teacher hidden states and head."""
 
     def draw(kind, rows, of_teacher):
-        row_N, col_D = (torch.arange(n, dtype=torch.int32, device=device) for n in (rows, case.width))
-        x_ND, unit = kind(case, row_N[:, None], col_D, of_teacher)
+        row_N1 = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+        col_1D = torch.arange(case.width, dtype=torch.int32, device=device)
+        x_ND, unit = kind(case, row_N1, col_1D, of_teacher)
         x_ND = (x_ND.float() * float(np.float32(unit))).to(getattr(torch, case.dtype))
         return x_ND.requires_grad_(not of_teacher)
 
-    return tuple(draw(kind, rows, who) for who in (False, True)
-                 for kind, rows in ((hidden, case.tokens), (head, case.vocab)))  # fmt: skip
+    return (
+        draw(hidden, case.tokens, False),
+        draw(head, case.vocab, False),
+        draw(hidden, case.tokens, True),
+        draw(head, case.vocab, True),
+    )
 
 
 def torch_contestant(name: str, case: Case) -> Callable[..., Any]:
-    """ImportError where liger_kernel is not installed, ValueError on an unknown name."""
+    """One of `IN_TORCH`. Raises ImportError where Liger is not installed, ValueError on other names."""
     official = partial(official_loss, case.k)
     name, _, size = name.partition("@")
     match name:
@@ -61,9 +66,13 @@ def with_grads(loss: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.T
 
 
 def official_loss(
-    k: int | None, hidden_ND: torch.Tensor, head_VD: torch.Tensor, teacher_hidden_ND: torch.Tensor,
-    teacher_head_VD: torch.Tensor, weight_N: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+    k: int | None,
+    hidden_ND: torch.Tensor,
+    head_VD: torch.Tensor,
+    teacher_hidden_ND: torch.Tensor,
+    teacher_head_VD: torch.Tensor,
+    weight_N: torch.Tensor,
+) -> torch.Tensor:
     """What the released code computes: logits in the operands' dtype, then float32. k None: no top k."""
     student_NV = hidden_ND @ head_VD.T
     with torch.no_grad():
@@ -82,8 +91,11 @@ def official_loss(
     with torch.no_grad():
         logr_NK = buckets(teacher_NV)
     logm_NK = torch.logaddexp(logq_NK, logr_NK) - math.log(2)
-    kl = lambda logp_NK: (logp_NK.exp() * (logp_NK - logm_NK)).sum(-1)
-    return (weight_N * 0.5 * (kl(logq_NK) + kl(logr_NK))).sum()
+
+    def kl_to_mixture(logp_NK):
+        return (logp_NK.exp() * (logp_NK - logm_NK)).sum(-1)
+
+    return (weight_N * 0.5 * (kl_to_mixture(logq_NK) + kl_to_mixture(logr_NK))).sum()
 
 
 def _liger_loss(apply, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD, weight_N):
@@ -95,49 +107,64 @@ def _liger_loss(apply, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD, w
 @torch.no_grad()
 def _matmuls(chunk, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD, weight_N):
     """The four matmuls of as many rows as are live; the head's gradient is summed in its own dtype."""
-    live, head_grad_VD = int((weight_N != 0).sum()), torch.zeros_like(head_VD)
+    live = int((weight_N != 0).sum())
     grad_ND = torch.zeros_like(hidden_ND)
+    head_grad_VD = torch.zeros_like(head_VD)
     for at in range(0, live, chunk):
         rows = slice(at, at + chunk)
-        student_CV, teacher_CV = hidden_ND[rows] @ head_VD.T, teacher_hidden_ND[rows] @ teacher_head_VD.T
+        student_CV = hidden_ND[rows] @ head_VD.T
+        teacher_CV = teacher_hidden_ND[rows] @ teacher_head_VD.T
         torch.mm(student_CV, head_VD, out=grad_ND[rows])
         head_grad_VD.addmm_(teacher_CV.T, hidden_ND[rows])
     return torch.zeros(()), grad_ND, head_grad_VD
 
 
-def torch_library(case: Case) -> tuple[Any, ...]:
+def torch_library(case: Case) -> dict[str, Any]:
     """The fields of a worker's `Library`, on CUDA if there is any, else on the CPU."""
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
     inputs = torch_inputs(case, device)
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
+    def wait():
+        if on_gpu:
+            torch.cuda.synchronize()
+
     def prepare(name):
-        run, start = torch_contestant(name, case), time.perf_counter()
+        run = torch_contestant(name, case)
+        start = time.perf_counter()
 
         def call(weight_N):
             result = run(*inputs, weight_N)
             wait()
             return result
 
-        if name == "torch-compile":
+        if name == "torch-compile":  # compiles on its first call
             call(torch.zeros(case.tokens, device=device))
         return call, {"compile_s": round(time.perf_counter() - start, 1)}
 
     @lru_cache(1)
     def oracle(k, rows):
-        wide = [x.detach().float().requires_grad_(x.requires_grad) for x in inputs]
-        wide[0], wide[2] = (x.detach()[:rows].requires_grad_(x.requires_grad) for x in (wide[0], wide[2]))
+        hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD = (x.detach().float() for x in inputs)
+        student = (hidden_ND[:rows].requires_grad_(), head_VD.requires_grad_())
+        teacher = (teacher_hidden_ND[:rows], teacher_head_VD)
         weight_N = torch.full((rows,), 1 / rows, device=device)
-        return with_grads(partial(official_loss, k))(*wide, weight_N)
+        return with_grads(partial(official_loss, k))(*student, *teacher, weight_N)
+
+    def answers():
+        torch.ones(8, device=device).sum()
+        wait()
 
     name = torch.cuda.get_device_name() if on_gpu else platform.machine()
-    environment = {"device": name, "platform": device, **versions("torch", "triton", "liger-kernel")}
-    return (
-        environment, inputs, lambda x_N: torch.from_numpy(x_N).to(device), prepare, oracle,
-        lambda x: x.float(), lambda: torch.cuda.max_memory_allocated() if on_gpu else None,
-        lambda: (torch.ones(8, device=device).sum(), wait()),
-    )  # fmt: skip
+    return {
+        "environment": {"device": name, "platform": device, **versions("torch", "triton", "liger-kernel")},
+        "inputs": inputs,
+        "to_device": lambda x_N: torch.from_numpy(x_N).to(device),
+        "prepare": prepare,
+        "oracle": oracle,
+        "to_float32": lambda x: x.float(),
+        "peak": lambda: torch.cuda.max_memory_allocated() if on_gpu else None,
+        "answers": answers,
+    }

@@ -1,10 +1,10 @@
-"""What the TPU compiler makes of the loss, without a TPU: memory, work, and instructions of the row kernel.
+"""The loss as compiled for TPUs, without a TPU: memory, work, and instructions of the row kernel.
 
     python -m benchmarks.topk_jsd_tpu [--topology=v5p:2x2x1]      one JSON object a line
 
-libtpu compiles ahead of time for a machine that is not there, and writes out the instruction bundles of
-each kernel. A bundle is at least one cycle, so bundles x trips is a lower bound of the kernel's time: no
-stall and no memory traffic is in it. Clock rates are assumptions (the vendor's peak / multipliers).
+libtpu compiles ahead of time for a TPU that need not exist here, and dumps the instruction bundles of each
+kernel. A bundle takes at least one cycle, so bundles x trips is a lower bound on the kernel's time, without
+stalls and memory traffic. Clock rates are assumptions (the vendor's peak / multipliers).
 """
 
 from __future__ import annotations
@@ -16,18 +16,24 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-VOCAB, K, CHUNK = 151936, 100, 1024
-TRIPS = 16  # of the bisection: 15.8 on average over blocks of eight rows, half of normal, half of Zipf logits
+if TYPE_CHECKING:
+    import jax
 
+VOCAB = 151936
+K = 100
+CHUNK = 1024
+# Trips of the bisection: 15.8 on average over blocks of eight rows, half normal and half Zipf logits.
+TRIPS = 16
 
 COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 
 
 class Machine(NamedTuple):
-    """One chip: cores that take rows, assumed clock in GHz, peak in Tflop/s, memory in TB/s."""
+    """One chip: cores that run the kernel, assumed clock in GHz, peak in TFLOP/s, memory in TB/s."""
 
     cores: int
     ghz: float
@@ -40,14 +46,16 @@ MACHINES = {
     "v5p:2x2x1": Machine(2, 1.75, 459, 2.77),
     "v6e:2x2": Machine(1, 1.75, 918, 1.64),
 }
-PASSES = {"candidates": [1], "threshold": [2, 3, 4], "sums": [8, 9, 10], "gradient": [11]}  # loops by place
+# The loops of each pass, by their place in the code.
+PASSES = {"candidates": [1], "threshold": [2, 3, 4], "sums": [8, 9, 10], "gradient": [11]}
+BISECTION = (3, 4)  # those that run TRIPS times
 
 
 def main() -> None:
     """Prints one JSON object for each topology."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--topology", choices=MACHINES)
-    parser.add_argument("--dump", type=Path, help="compile the row kernel alone; its bundles lie there")
+    parser.add_argument("--dump", type=Path, help="compile the row kernel only, and read its bundles here")
     args = parser.parse_args()
     if args.dump:
         compile_rows(args.topology)
@@ -58,12 +66,12 @@ def main() -> None:
 
 
 def report(topology: str) -> dict:
-    """Memory of the loss for D of Qwen3-4B and 8B, and the row kernel's cycles a row."""
+    """Memory of the loss at the widths of Qwen3-4B and 8B, and the row kernel's cycles a row."""
     machine = MACHINES[topology]
-    sizes = ((2560, 4096), (4096, 65536))
+    sizes = ((2560, 4096), (4096, 65536))  # width, rows
     cycles = measure_rows(topology)
     total = sum(cycles.values())
-    floor_us = {width: 8 * width * VOCAB / machine.tflops / 1e6 for width in (2560, 4096)}
+    matmul_us = {width: 8 * width * VOCAB / machine.tflops / 1e6 for width, _ in sizes}
     row_us = total / machine.ghz / machine.cores / 1e3
     return {
         "topology": topology,
@@ -71,7 +79,7 @@ def report(topology: str) -> dict:
         "cycles_a_row": {name: round(x) for name, x in cycles.items()} | {"all": round(total)},
         "row_us": round(row_us, 3),
         "memory_bound_us": round(10 * VOCAB / machine.terabytes / 1e6, 3),
-        "share_of_matmul_floor": {str(width): round(row_us / us, 4) for width, us in floor_us.items()},
+        "share_of_matmuls": {str(width): round(row_us / us, 4) for width, us in matmul_us.items()},
     }
 
 
@@ -80,13 +88,8 @@ def measure_rows(topology: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as dump:
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
         env = os.environ | COMPILE_ONLY | {"LIBTPU_INIT_ARGS": flags}
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.topk_jsd_tpu",
-            f"--topology={topology}",
-            f"--dump={dump}",
-        ]
+        module = [sys.executable, "-m", "benchmarks.topk_jsd_tpu"]
+        command = [*module, f"--topology={topology}", f"--dump={dump}"]
         root = Path(__file__).resolve().parent.parent
         done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
     if done.returncode:
@@ -102,17 +105,19 @@ def compile_rows(topology: str) -> None:
     from rosd_jax.kernels.topk_jsd import topk_jsd_rows
 
     put = on_device(topology)
-    logits, per_row = put(64, VOCAB, dtype=jnp.float32), put(64, dtype=jnp.float32)
+    logits = put(64, VOCAB, dtype=jnp.float32)
+    per_row = put(64, dtype=jnp.float32)
+    tokens = put(64, dtype=jnp.int32)
 
     def run(student, teacher, weight, tokens, sampler_logp):
         given = {"tokens_N": tokens, "sampler_logp_N": sampler_logp, "ratio_cap": 2.0}
         return topk_jsd_rows(student, teacher, weight, k=K, grad_dtype=jnp.bfloat16, **given)
 
-    jax.jit(run).lower(logits, logits, per_row, put(64, dtype=jnp.int32), per_row).compile()
+    jax.jit(run).lower(logits, logits, per_row, tokens, per_row).compile()
 
 
 def loss_memory(topology: str, width: int, rows: int) -> dict:
-    """Bytes and flops of the compiled loss with both gradients, bfloat16 operands."""
+    """Bytes and FLOPs of the compiled loss with both gradients, for bfloat16 operands."""
     import jax
     import jax.numpy as jnp
 
@@ -121,29 +126,31 @@ def loss_memory(topology: str, width: int, rows: int) -> dict:
     put = on_device(topology)
 
     def loss(hidden, head, teacher_hidden, teacher_head, weight, tokens, sampler_logp):
-        return topk_jsd_loss(
-            hidden, head, teacher_hidden, teacher_head, weight, k=K, chunk=CHUNK,
-            tokens_N=tokens, sampler_logp_N=sampler_logp, ratio_cap=2.0,
-        )  # fmt: skip
+        given = {"tokens_N": tokens, "sampler_logp_N": sampler_logp, "ratio_cap": 2.0}
+        return topk_jsd_loss(hidden, head, teacher_hidden, teacher_head, weight, k=K, chunk=CHUNK, **given)
 
     models = (put(rows, width), put(VOCAB, width), put(rows, width), put(VOCAB, width))
     per_row = (put(rows, dtype=jnp.float32), put(rows, dtype=jnp.int32), put(rows, dtype=jnp.float32))
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     compiled = run.lower(*models, *per_row).compile()
-    temp = compiled.memory_analysis().temp_size_in_bytes
-    flops = compiled.cost_analysis()["flops"]  # the loop's body is counted once
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis()
+    text = compiled.as_text()
+    assert memory is not None and cost is not None and text is not None
+    temp = memory.temp_size_in_bytes
+    flops = cost["flops"]  # the loop's body is counted once
     return {
         "width": width,
         "rows": rows,
         "temp_bytes": temp,
         "bytes_a_logit": round((temp - 4 * VOCAB * width) / (CHUNK * VOCAB), 3),
         "matmuls_a_chunk": round(flops / (2 * CHUNK * VOCAB * width), 3),
-        "row_kernel": "tpu_custom_call" in compiled.as_text(),
+        "row_kernel": "tpu_custom_call" in text,
     }
 
 
-def on_device(topology: str):
-    """f(*shape, dtype=bfloat16): an abstract array on the first chip of a topology that is not there."""
+def on_device(topology: str) -> Callable[..., jax.ShapeDtypeStruct]:
+    """f(*shape, dtype=bfloat16) makes an abstract array on the first chip of a topology."""
     os.environ.update(COMPILE_ONLY)
     import jax
     import jax.numpy as jnp
@@ -151,31 +158,40 @@ def on_device(topology: str):
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
-    return lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def put(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return put
 
 
 # ---- instruction bundles -------------------------------------------------------------------------
 
 
 def row_cycles(dump: Path) -> dict[str, float]:
-    """Bundles x trips of the short way a row, by pass; "around" is what stands outside of their loops.
+    """Cycles (bundles x trips) a row on the short way, by pass; "around" is the code outside of their loops.
 
-    Code of the long way that no loop encloses is in "around" too.
+    Code of the long way that is in no loop counts as "around" too.
     """
-    final = [path for path in dump.glob("*topk_jsd_rows*-final_bundles.txt") if "schedule" not in path.name]
-    loops = read_loops(max(final, key=lambda path: path.stat().st_mtime).read_text())
     from rosd_jax.kernels.topk_jsd import pallas_tpu
 
-    trips = lambda i: TRIPS if i in (3, 4) else 1
-    cost = lambda i: loops[i]["bundles"] * (loops[i]["trips"] or 1) * trips(i)
-    cycles = {name: sum(cost(i) for i in places) for name, places in PASSES.items()}
+    final = [path for path in dump.glob("*topk_jsd_rows*-final_bundles.txt") if "schedule" not in path.name]
+    loops = read_loops(max(final, key=lambda path: path.stat().st_mtime).read_text())
+    cycles = {name: sum(loop_cycles(loops, i) for i in places) for name, places in PASSES.items()}
     cycles["around"] = loops[0]["bundles"]
     return {name: x / pallas_tpu.ROWS for name, x in cycles.items()}
 
 
+def loop_cycles(loops: list[dict], i: int) -> int:
+    """Bundles x trips of one loop of the kernel."""
+    repeats = TRIPS if i in BISECTION else 1
+    return loops[i]["bundles"] * (loops[i]["trips"] or 1) * repeats
+
+
 def read_loops(text: str) -> list[dict]:
-    """Loops in the order of the code: own bundles (inner loops left out), and trips where constant."""
-    loops, current = [], {}
+    """Loops in the order of the code: their bundles without inner loops', and trips where constant."""
+    loops = []
+    current = {}  # the open loop at each depth
     for line in text.splitlines():
         bundle = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]*)\s*:\s*(>*) ?\{", line)
         if not bundle:
@@ -185,7 +201,7 @@ def read_loops(text: str) -> list[dict]:
             current = {d: loop for d, loop in current.items() if d < depth}
             current[depth] = {"bundles": 0, "trips": None}
             loops.append(current[depth])
-        # Bundles of two loops may interleave where one ends and the next begins: depth tells them apart.
+        # Bundles of two loops may interleave where one ends and the next begins. Depth tells them apart.
         here = max((d for d in current if d <= depth), default=0)
         if depth and here:
             current[here]["bundles"] += 1

@@ -1,11 +1,11 @@
-"""One process of the loss kernel's benchmark: it measures what its argument says and prints JSON lines.
+"""One process of the loss kernel's benchmark: measures what its argument says and prints JSON lines.
 
     python -m benchmarks.topk_jsd_worker '{"case": {...}, "names": [...], "task": "time", ...}'
 
-A process holds contestants in JAX or in PyTorch, never both: the two would contend for device memory.
-What it prints, marked so that nothing else on stdout is taken for it: the environment, which contestant
-it is about to prepare, and measurements. A contestant that fails says so, and the others go on unless
-the device no longer answers.
+A process holds contestants in JAX or in PyTorch, never both, since the two would compete for device memory.
+It prints the environment, the contestant that it is about to prepare, and measurements, in lines marked so
+that no other output is mistaken for them. When a contestant fails, the others go on unless the device no
+longer answers.
 """
 
 import gc
@@ -31,13 +31,13 @@ CHECKED_ROWS = 512
 
 
 class Library(NamedTuple):
-    """What the worker needs of JAX or PyTorch. A call returns when its work is done."""
+    """What the worker needs from JAX or PyTorch. A call returns when its work is done."""
 
     environment: dict[str, str]
     inputs: tuple[Any, ...]
     to_device: Callable[[np.ndarray], Any]
-    prepare: Callable[[str], tuple[Callable[[Any], Any], dict[str, Any]]]  # (call of weights, what it cost)
-    oracle: Any  # (k, rows) -> loss and gradients in float32 of the first rows; keeps the last result
+    prepare: Callable[[str], tuple[Callable[[Any], Any], dict[str, Any]]]  # f(weights), and its cost
+    oracle: Any  # f(k, rows): loss and gradients of the first rows in float32; caches the last result
     to_float32: Callable[[Any], Any]
     peak: Callable[[], int | None]  # bytes of device memory; None: the device does not say
     answers: Callable[[], object]  # raises if the device no longer works
@@ -49,7 +49,7 @@ def main() -> None:
     if spec["library"] == "torch":
         from benchmarks.topk_jsd_torch import torch_library  # PyTorch is no dependency of this project
 
-        library = Library(*torch_library(case))
+        library = Library(**torch_library(case))
     else:
         library = jax_library(case)
     emit(environment=library.environment)
@@ -75,7 +75,7 @@ def measure_times(library: Library, case: Case, spec: dict[str, Any]) -> None:
         except Exception as error:
             calls.pop(name, None)
             emit(name=name, **outcome(error))
-            del error
+            del error  # its traceback holds arrays
             recover(library)
         else:
             emit(name=name, **record)
@@ -101,7 +101,7 @@ def measure_memory(library: Library, case: Case, name: str) -> None:
     inputs = sum(x.nbytes for x in library.inputs)
     try:
         call, record = library.prepare(name)
-        # Compiling may have tried matmuls on the device: then the peak is not the program's.
+        # Compiling may have tried matmuls on the device. Then the peak is not the program's.
         before = library.peak()
         call(library.to_device(contestants.span_weights(case, 1.0)))
         emit(name=name, memory={"inputs": inputs, "peak_before": before, "peak": library.peak()} | record)
@@ -110,7 +110,7 @@ def measure_memory(library: Library, case: Case, name: str) -> None:
 
 
 def outcome(error: Exception) -> dict[str, str]:
-    """How a failure is recorded: out of memory is a result."""
+    """The record of a failure. Running out of memory is a result."""
     text = f"{type(error).__name__}: {error}"
     if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
         return {"outcome": "out of memory"}
@@ -118,7 +118,7 @@ def outcome(error: Exception) -> dict[str, str]:
 
 
 def recover(library: Library) -> None:
-    """Frees what a failure left behind; ends the process if the device does not answer any more."""
+    """Frees what a failure left behind. Ends the process if the device no longer answers."""
     gc.collect()
     try:
         library.answers()
@@ -127,7 +127,7 @@ def recover(library: Library) -> None:
 
 
 def check(library: Library, case: Case, name: str, call: Callable[[Any], Any]) -> dict[str, Any]:
-    """Value and gradients on the first rows alone, by the same program, against float32."""
+    """Value and gradients on the first rows, by the same program, against float32."""
     if "matmuls" in name:
         return {}
     rows = min(CHECKED_ROWS, case.tokens // 2)
@@ -137,9 +137,11 @@ def check(library: Library, case: Case, name: str, call: Callable[[Any], Any]) -
     result = {"loss": float(got[0]), "oracle_loss": float(want[0])}
     result["loss_error"] = abs(result["loss"] / result["oracle_loss"] - 1)
     for key, a, b in zip(("hidden", "head"), got[1:], want[1:], strict=True):
-        a, b = library.to_float32(a), library.to_float32(b)
-        a = a[: b.shape[0]]
-        aa, ab, bb = (float((x * y).sum()) for x, y in ((a, a), (a, b), (b, b)))
+        b = library.to_float32(b)
+        a = library.to_float32(a)[: b.shape[0]]
+        aa = float((a * a).sum())
+        ab = float((a * b).sum())
+        bb = float((b * b).sum())
         result[f"{key}_cosine"] = ab / math.sqrt(aa * bb)
         result[f"{key}_error"] = math.sqrt(float(((a - b) ** 2).sum()) / bb)
     return {"values": result}
@@ -150,7 +152,8 @@ def check(library: Library, case: Case, name: str, call: Callable[[Any], Any]) -
 
 def jax_library(case: Case) -> Library:
     """JAX on its default device."""
-    device, inputs = jax.devices()[0], jax.block_until_ready(contestants.jax_inputs(case))
+    device = jax.devices()[0]
+    inputs = jax.block_until_ready(contestants.jax_inputs(case))
 
     def prepare(name):
         start = time.perf_counter()
@@ -164,22 +167,34 @@ def jax_library(case: Case) -> Library:
     @lru_cache(1)
     def oracle(k, rows):
         hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD = (x.astype(jnp.float32) for x in inputs)
-        loss = lambda *args: topk_jsd_loss(*args, k=k, implementation="reference")[0]
-        value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
-            hidden_ND[:rows], head_VD, teacher_hidden_ND[:rows], teacher_head_VD,
-            jnp.full(rows, 1 / rows, jnp.float32),
-        )  # fmt: skip
+        weight_N = jnp.full(rows, 1 / rows, jnp.float32)
+
+        def loss(*args):
+            return topk_jsd_loss(*args, k=k, implementation="reference")[0]
+
+        # All arrays are arguments: closed over, they would become constants of the program.
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        value, grads = run(hidden_ND[:rows], head_VD, teacher_hidden_ND[:rows], teacher_head_VD, weight_N)
         return value, *grads
 
     def peak():
         stats = device.memory_stats()
         return stats and stats["peak_bytes_in_use"]
 
-    environment = {"device": device.device_kind, "platform": device.platform, **versions("jax", "jaxlib")}
     return Library(
-        environment, inputs, jnp.asarray, prepare, oracle, lambda x: x.astype(jnp.float32), peak,
-        lambda: jnp.ones(8).sum().block_until_ready(),
-    )  # fmt: skip
+        environment={
+            "device": device.device_kind,
+            "platform": device.platform,
+            **versions("jax", "jaxlib"),
+        },
+        inputs=inputs,
+        to_device=jnp.asarray,
+        prepare=prepare,
+        oracle=oracle,
+        to_float32=lambda x: x.astype(jnp.float32),
+        peak=peak,
+        answers=lambda: jnp.ones(8).sum().block_until_ready(),
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rosd_jax.distill.loss import aggregate_weights, importance_weights
+from oracles.token_weights import aggregate_weights, importance_weights
 from rosd_jax.kernels.topk_jsd import rows_xla, sampled_token_loss_from_logits, topk_jsd_from_logits
 from support import golden_dir
 

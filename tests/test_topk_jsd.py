@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rosd_jax.distill.loss import aggregate_weights, importance_weights, span_loss
+from oracles.token_weights import aggregate_weights, importance_weights
+from rosd_jax.distill.loss import span_loss
 from rosd_jax.kernels.topk_jsd import (
     sampled_token_loss_from_logits,
     topk_jsd_from_logits,
@@ -326,6 +327,16 @@ def test_span_loss_weighs_rows_by_the_capped_ratio_without_gradient():
     grad = jax.grad(lambda w: run(args[0], w, *args[2:], tokens, sampler_logp)[0])(args[1])
     wanted, (_, wanted_grad), _ = chunked(*args[:4], args[4] * ratio)
     close((value, grad), (wanted, wanted_grad), 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_log_ratios_are_clipped_to_20_either_way(implementation):
+    equal = jnp.zeros((4, 8))
+    tokens = jnp.zeros(4, jnp.int32)
+    sampler_logp = -np.log(8) - jnp.array([-30.0, -3.0, 3.0, 30.0])
+    rows = {"tokens_N": tokens, "sampler_logp_N": sampler_logp, "ratio_cap": 1e12}
+    _, aux = topk_jsd_from_logits(equal, equal, jnp.ones(4), k=3, implementation=implementation, **rows)
+    np.testing.assert_allclose(aux.ratio_N, np.exp([-20.0, -3.0, 3.0, 20.0]), rtol=1e-5)
 
 
 def test_sampled_token_gradient_averages_to_that_of_the_reverse_kl():

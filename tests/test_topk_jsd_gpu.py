@@ -13,7 +13,7 @@ from jax.interpreters import mlir
 
 from rosd_jax.kernels.topk_jsd import reference, topk_jsd_from_logits, topk_jsd_loss
 from rosd_jax.kernels.topk_jsd.pallas_gpu import LANES, row_terms
-from rosd_jax.kernels.topk_jsd.reference import Options, Rows
+from rosd_jax.kernels.topk_jsd.records import Options, Rows
 
 V = 2 * LANES + 76  # two whole tiles and a ragged one
 

@@ -144,7 +144,7 @@ def test_in_float32_eight_devices_are_one(place):
 
 @pytest.mark.parametrize("place", [ROWS, VOCAB_2], ids=str)
 def test_blocks_of_rows_and_bins_of_scores_change_nothing(place):
-    """So many rows and tokens that a chunk is taken in blocks, and the top k from bins."""
+    """Enough rows and tokens for a chunk to be computed in blocks, and the top k from bins."""
     args = operands(n=320, v=12800, step=0.5)
     options = {"k": 20, "chunk": 40}
     found = run(*args, sharding=make(*place), **options)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.topk_jsd_tpu import TRIPS
 from rosd_jax.kernels.topk_jsd import pallas_tpu, rows, topk_jsd_from_logits, topk_jsd_loss, topk_jsd_rows
-from rosd_jax.kernels.topk_jsd.reference import Options, Rows
+from rosd_jax.kernels.topk_jsd.records import Options, Rows
 
 LONG = pallas_tpu.STATS.index("long")
 BINNED = 6200  # wide enough that k = 20 goes through the bins

@@ -133,7 +133,7 @@ def test_of_logits_is_a_loop(implementation, function, in_axes, interpreted):
 
 def test_nested_vmaps_are_nested_loops():
     args = operands(SETS, 2)
-    heads = (0, None, 0, None, 0, 0, 0)  # of the outer batch alone
+    heads = (0, None, 0, None, 0, 0, 0)  # of the outer batch only
     args = [x if axis == 0 else x[:, 0] for x, axis in zip(args, heads, strict=True)]
     assert_is_a_loop(jax.vmap(from_hidden, heads), args, ALL)
 

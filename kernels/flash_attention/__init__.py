@@ -1,6 +1,6 @@
-"""Causal attention whose memory grows with the length, not with its square. See README.md."""
+"""Causal attention whose memory grows linearly with the sequence length. See README.md."""
 
 from .api import Implementation, causal_attention
-from .reference import SAVED
+from .names import SAVED
 
 __all__ = ["SAVED", "Implementation", "causal_attention"]

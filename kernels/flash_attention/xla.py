@@ -1,8 +1,11 @@
-"""Blocks of queries in plain XLA, for any platform and type.
+"""Blocks of queries in plain XLA, for any platform and dtype.
 
-Scores of one block exist at a time, [B, H, QUERIES, keys]; the backward pass computes them again. Queries
-are cut into SPANS, each of which reads keys only as far as its own end, so that of the T x T products that
-a causal mask leaves half of, (1 + 1 / SPANS) / 2 are made.
+The scores of one block exist at a time, [B, H, QUERIES, keys]; the backward pass computes them again.
+Queries are cut into SPANS, each of which reads keys only as far as its own end. Of the T x T products, half
+of which a causal mask needs, (1 + 1 / SPANS) / 2 are computed.
+
+B rows, T positions of the sequence, Q queries of a span or block, S keys that it reads, H query heads,
+K key-value heads, G query heads of a group, E width of a head, N blocks of a span.
 """
 
 from __future__ import annotations
@@ -13,14 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .reference import working_dtype
-
 QUERIES = 256  # of one block
 SPANS = 4
 
 
 def attend(q_BTHE: jax.Array, k_BTKE: jax.Array, v_BTKE: jax.Array) -> jax.Array:
-    """`api.causal_attention`; scores and sums are float32, or float64 of float64 operands."""
+    """`api.causal_attention`; scores and sums are float32, or float64 for float64 operands."""
     T = q_BTHE.shape[1]
     if T <= QUERIES:
         return _block(q_BTHE, k_BTKE, v_BTKE, 0)
@@ -38,10 +39,11 @@ def _span(q_BQHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, start: int) -
     blocks = -(-Q // QUERIES)
     q_BQHE = jnp.pad(q_BQHE, ((0, 0), (0, blocks * QUERIES - Q), (0, 0), (0, 0)))
 
+    # Without the checkpoint, the map would keep the scores of all blocks for the backward pass.
     @jax.checkpoint
     def block(first):
-        q = lax.dynamic_slice_in_dim(q_BQHE, first, QUERIES, axis=1)
-        return _block(q, k_BSKE, v_BSKE, start + first)
+        block_BQHE = lax.dynamic_slice_in_dim(q_BQHE, first, QUERIES, axis=1)
+        return _block(block_BQHE, k_BSKE, v_BSKE, start + first)
 
     out_NBQHE = lax.map(block, jnp.arange(0, blocks * QUERIES, QUERIES))
     return jnp.moveaxis(out_NBQHE, 0, 1).reshape(B, -1, H, E)[:, :Q]
@@ -49,11 +51,15 @@ def _span(q_BQHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, start: int) -
 
 def _block(q_BQHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, start: jax.Array | int) -> jax.Array:
     """Queries at positions from `start` on against the keys at positions from 0 on."""
-    (B, Q, H, E), (_, S, K, _) = q_BQHE.shape, k_BSKE.shape
-    wide = working_dtype(q_BQHE)
+    B, Q, H, E = q_BQHE.shape
+    S, K = k_BSKE.shape[1:3]
+    wide = jnp.float64 if q_BQHE.dtype == jnp.float64 else jnp.float32
     q_BQKGE = q_BQHE.reshape(B, Q, K, H // K, E)
-    scores = jnp.einsum("bqkge,bske->bkgqs", q_BQKGE, k_BSKE, preferred_element_type=wide) / math.sqrt(E)
+    # Operands stay narrow for the matrix units, which accumulate in float32.
+    scores_BKGQS = jnp.einsum("bqkge,bske->bkgqs", q_BQKGE, k_BSKE, preferred_element_type=wide)
+    scores_BKGQS = scores_BKGQS / math.sqrt(E)
     seen_QS = jnp.arange(S) <= start + jnp.arange(Q)[:, None]
-    weights = jax.nn.softmax(jnp.where(seen_QS, scores, -jnp.inf), axis=-1).astype(v_BSKE.dtype)
-    out_BQKGE = jnp.einsum("bkgqs,bske->bqkge", weights, v_BSKE, preferred_element_type=wide)
+    weights_BKGQS = jax.nn.softmax(jnp.where(seen_QS, scores_BKGQS, -jnp.inf), axis=-1)
+    weights_BKGQS = weights_BKGQS.astype(v_BSKE.dtype)
+    out_BQKGE = jnp.einsum("bkgqs,bske->bqkge", weights_BKGQS, v_BSKE, preferred_element_type=wide)
     return out_BQKGE.reshape(q_BQHE.shape).astype(q_BQHE.dtype)

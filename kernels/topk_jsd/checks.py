@@ -1,4 +1,7 @@
-"""Reading the arguments of the public functions: arrays, plain numbers, and a sentence on each mistake."""
+"""Reads the arguments of the public functions: arrays, plain numbers, and one sentence for each mistake.
+
+N rows, D model width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import sharded
-from .reference import Options, Rows, working_dtype
+from .chunked import Model
+from .records import Options, Rows, working_dtype
 from .sharded import Sharding
 
 Tail = Literal["bucket", "renorm"]
@@ -22,7 +26,7 @@ Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 
 
 def plain(options: Options) -> Options:
-    """The options as int and float: they are keys of compiled programs, where 3.0 would pass for 3."""
+    """The options as int and float. They are keys of compiled programs, where 3.0 would equal 3."""
     whole = {name: _number(options, name, Integral, int) for name in ("k", "num_tokens", "chunk")}
     real = {name: _number(options, name, Real, float) for name in ("alpha", "temperature", "ratio_cap")}
     return replace(options, **whole, **real)
@@ -59,7 +63,8 @@ def _check_options(options: Options, rows: Rows, vocab: int) -> None:
 
 
 def _check_implementation(options: Options, student: jnp.dtype, teacher: jnp.dtype) -> None:
-    name, known = options.implementation, get_args(Implementation)
+    name = options.implementation
+    known = get_args(Implementation)
     if name not in (None, *known):
         raise ValueError(f"implementation is {name!r}; it must be None or one of {', '.join(known)}")
     if str(name).startswith("pallas") and jnp.dtype(jnp.float64) in (student, teacher):
@@ -81,9 +86,8 @@ def constant(x: Any) -> jax.Array:
 def read_rows(student: jax.Array, weight_N: Any, tokens_N: Any, sampler_logp_N: Any) -> Rows:
     """The rows' arrays, constant: numbers in the dtype of the student's logits, tokens in int32."""
     wide = working_dtype(student)
-    weight_N = _read(
-        "weight_N", weight_N, {"boolean": "bool", "integer": "integral", "real": "real floating"}
-    )
+    weight_kinds = {"boolean": "bool", "integer": "integral", "real": "real floating"}
+    weight_N = _read("weight_N", weight_N, weight_kinds)
     if tokens_N is not None:
         tokens_N = _read("tokens_N", tokens_N, {"integer": "integral"}).astype(jnp.int32)
     if sampler_logp_N is not None:
@@ -98,18 +102,22 @@ def _read(name, x, kinds):
     return x_N
 
 
-def check_hidden(options: Options, student: Any, teacher: Any, rows: Rows, sharding: Sharding | None) -> None:
+def check_hidden(
+    options: Options, student: Model, teacher: Model, rows: Rows, sharding: Sharding | None
+) -> None:
     """Raises ValueError where hidden states, heads, rows, options and sharding do not fit together."""
+    n_rows = student[0].shape[0]
+    vocab = student[1].shape[0]
     _check_model("student", *student)
     _check_model("teacher", *teacher)
     _check_pair(student, teacher)
-    _check_rows(rows, student[0].shape[0])
-    _check_options(options, rows, student[1].shape[0])
+    _check_rows(rows, n_rows)
+    _check_options(options, rows, vocab)
     _check_implementation(options, student[0].dtype, teacher[0].dtype)
     if options.implementation != "reference":
         check_gradient("student_hidden_ND", student[0].dtype)
     if sharding is not None:
-        sharded.check(sharding, options.implementation, student[1].shape[0])
+        sharded.check(sharding, options.implementation, vocab)
 
 
 def check_logits(options: Options, student_NV: jax.Array, teacher_NV: jax.Array, rows: Rows) -> None:
@@ -129,8 +137,8 @@ def check_logits(options: Options, student_NV: jax.Array, teacher_NV: jax.Array,
 def check_gradient(name: str, dtype: jnp.dtype) -> None:
     """Raises ValueError where the gradient would be float16.
 
-    It is rounded in the forward pass, before the cotangent multiplies it: loss scaling comes too late for
-    what underflows. The other dtypes have the exponents of float32, or more.
+    The gradient is rounded in the forward pass, before the cotangent multiplies it, so loss scaling comes
+    too late for what underflows. The other dtypes have at least the exponents of float32.
     """
     if dtype == jnp.float16:
         raise ValueError(
@@ -140,11 +148,12 @@ def check_gradient(name: str, dtype: jnp.dtype) -> None:
 
 
 def read_grad_dtype(grad_dtype: Any, student_NV: jax.Array) -> jnp.dtype:
-    """The dtype of `topk_jsd_rows`'s gradient; None: that of the student's logits."""
+    """The dtype of `topk_jsd_rows`'s gradient; for None, that of the student's logits."""
     if grad_dtype is None:
         check_gradient("student_logits_NV", student_NV.dtype)
         return student_NV.dtype
-    dtype, wide = jnp.dtype(grad_dtype), working_dtype(student_NV)
+    dtype = jnp.dtype(grad_dtype)
+    wide = working_dtype(student_NV)
     check_gradient("grad_dtype", dtype)
     if dtype not in (jnp.bfloat16, jnp.float32, wide):
         raise ValueError(
@@ -172,10 +181,9 @@ def _check_model(who: str, hidden_ND: jax.Array, head_VD: jax.Array) -> None:
     _check_float(f"{who}_hidden_ND", hidden_ND)
 
 
-def _check_pair(student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array]) -> None:
-    (n_rows, vocab), (teacher_rows, teacher_vocab) = (
-        (hidden_ND.shape[0], head_VD.shape[0]) for hidden_ND, head_VD in (student, teacher)
-    )
+def _check_pair(student: Model, teacher: Model) -> None:
+    n_rows, teacher_rows = (hidden_ND.shape[0] for hidden_ND, _ in (student, teacher))
+    vocab, teacher_vocab = (head_VD.shape[0] for _, head_VD in (student, teacher))
     if vocab != teacher_vocab:
         raise ValueError(
             f"teacher_head_VD has {teacher_vocab} rows and student_head_VD {vocab}; "

@@ -1,7 +1,7 @@
 """The arithmetic of the GPU row kernel: what Mosaic GPU lowers, and nothing about memory.
 
-Arrays hold one number per lane. Integer keys stand for float32 scores: they order as the floats do,
-with -0 just below 0.
+Arrays are [LANES], one number per lane. Integer keys stand for float32 scores: they order as the floats
+do, with -0 just below 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .divergence import bucket, small_expm1
+from .row_math import bucket, small_expm1
 
 LANES = 512  # tokens of a tile, 4 for each thread of a block
 KEY_OF_MINUS_INF = np.int32(-0x7F800001)
@@ -45,7 +45,8 @@ class Bracket(NamedTuple):
 
 def float_of(key: Any) -> jax.Array:
     """The float that a key stands for, in every lane."""
-    # Arrays, not scalars: not all of Mosaic GPU's lowerings bitcast a scalar.
+    # Arrays and not scalars, since not all of Mosaic GPU's lowerings bitcast a scalar. The sign bit stays,
+    # and a negative float's other bits are flipped, since those order backwards.
     keys = jnp.full((LANES,), key, jnp.int32)
     return lax.bitcast_convert_type(keys ^ ((keys >> 31) & 0x7FFFFFFF), jnp.float32)
 
@@ -57,7 +58,7 @@ def largest_key(scores: jax.Array) -> jax.Array:
 
 
 def search(count: Callable, bracket: Bracket, k: Any, depth: int) -> Bracket:
-    """Narrows until exactly k items reach `low`, or `high` is `low` + 1.
+    """Narrows the bracket until exactly k items reach `low`, or `high` is `low` + 1.
 
     `count` takes 2^depth - 1 integers and returns how many items reach each.
     """
@@ -69,9 +70,12 @@ def search(count: Callable, bracket: Bracket, k: Any, depth: int) -> Bracket:
         low, high, reach_low, reach_high = bracket
         probes = _between(low, high, depth)
         for probe, reach in zip(probes, count(probes), strict=True):
-            up, down = (reach >= k) & (probe > low), (reach < k) & (probe < high)
-            low, reach_low = jnp.where(up, probe, low), jnp.where(up, reach, reach_low)
-            high, reach_high = jnp.where(down, probe, high), jnp.where(down, reach, reach_high)
+            up = (reach >= k) & (probe > low)
+            down = (reach < k) & (probe < high)
+            low = jnp.where(up, probe, low)
+            reach_low = jnp.where(up, reach, reach_low)
+            high = jnp.where(down, probe, high)
+            reach_high = jnp.where(down, reach, reach_high)
         return Bracket(low, high, reach_low, reach_high)
 
     return lax.while_loop(unsettled, narrow, bracket)
@@ -112,5 +116,6 @@ def share(alpha: float) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax
 
 
 def _log1p(x):
-    y = 1 + x  # Kahan: its rounding cancels in the quotient below
+    # Kahan's: the rounding of 1 + x cancels in the quotient.
+    y = 1 + x
     return jnp.where(y == 1, x, jnp.log(y) * (x / (y - 1)))

@@ -1,10 +1,12 @@
-"""The row kernel for the hardware at hand: what turns logits into divergence and gradient.
+"""Picks the row kernel for the hardware: what turns logits into divergence and gradient.
 
     row_terms(options, student_CV, teacher_CV, rows_C, live_C, grad_dtype)  -> LossAux of [C], grad_CV
 
 `rows_xla.py` says what it computes; `pallas_tpu.py` and `pallas_gpu.py` compute the same. Under `jax.vmap`
-a batch of row sets is one longer set, since rows are independent: no kernel needs a batching rule, and what
-is decided for all rows of a call (a tie, a dead block) stays a branch.
+a batch of row sets becomes one longer set, since rows are independent. So no kernel needs a batching rule,
+and what is decided once for all rows of a call (a tie, a dead block) stays a branch.
+
+C rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from . import pallas_tpu, rows_xla
-from .reference import LossAux, Options, Rows, working_dtype
+from .records import LossAux, Options, Rows, working_dtype
 
 
 def row_terms(
-    options: Options, student_CV: jax.Array, teacher_CV: jax.Array, rows_C: Rows, live_C: jax.Array,
+    options: Options,
+    student_CV: jax.Array,
+    teacher_CV: jax.Array,
+    rows_C: Rows,
+    live_C: jax.Array,
     grad_dtype: Any,
-) -> tuple[LossAux, jax.Array | None]:  # fmt: skip
+) -> tuple[LossAux, jax.Array | None]:
     """By `options.implementation`; None: pallas_tpu on a TPU, pallas_gpu on a Hopper GPU, else xla."""
     kernel = custom_vmap(partial(_row_terms, options, grad_dtype))
     n_rows = student_CV.shape[0]
@@ -36,7 +42,8 @@ def row_terms(
             return x.reshape(sets * n_rows, *x.shape[2:])
 
         operands = jax.tree.map(to_rows, operands, tuple(is_batched))
-        out = row_terms(options, *operands, grad_dtype=grad_dtype)  # itself batched where vmaps are nested
+        # This function and not the kernel, so that the call can be batched again by an outer vmap.
+        out = row_terms(options, *operands, grad_dtype=grad_dtype)
         out = jax.tree.map(lambda x: x.reshape(sets, n_rows, *x.shape[1:]), out)
         return out, jax.tree.map(lambda _: True, out)
 
@@ -55,16 +62,22 @@ def _row_terms(options, grad_dtype, student_CV, teacher_CV, rows_C, live_C):
             return on_tpu(*operands)
         case "pallas_gpu":
             return on_gpu(*operands)
+    # The Pallas kernels compute in float32 and on whole rows.
     if working_dtype(student_CV).itemsize > 4 or options.vocab_axis:
         return in_xla(*operands)
-    kernels = {"tpu": on_tpu} if pallas_tpu.fits(options, student_CV.shape[1], grad_dtype) else {}
-    if getattr(jax.devices()[0], "compute_capability", None) == "9.0":  # Hopper, where it has been run
+    kernels = {}
+    if pallas_tpu.fits(options, student_CV.shape[1], grad_dtype):
+        kernels["tpu"] = on_tpu
+    # Lowering knows the platform but not the GPU's generation, so that is asked of the default device.
+    # 9.0 is Hopper, the one generation that the kernel has been run on.
+    if getattr(jax.devices()[0], "compute_capability", None) == "9.0":
         kernels["cuda"] = on_gpu
     return lax.platform_dependent(*operands, **kernels, default=in_xla)
 
 
 def _on_gpu(options, grad_dtype, student_CV, teacher_CV, rows_C, live_C):
-    from . import pallas_gpu  # Mosaic GPU is a large import that few need
+    from . import pallas_gpu  # here, since Mosaic GPU is a large import that few need
 
-    wide = (x_CV.astype(jnp.float32) for x_CV in (student_CV, teacher_CV))
-    return pallas_gpu.row_terms(options, *wide, rows_C, live_C, grad_dtype)
+    student_CV = student_CV.astype(jnp.float32)
+    teacher_CV = teacher_CV.astype(jnp.float32)
+    return pallas_gpu.row_terms(options, student_CV, teacher_CV, rows_C, live_C, grad_dtype)

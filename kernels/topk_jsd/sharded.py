@@ -1,15 +1,16 @@
 """The loss over a mesh, every collective written out: a compiler cannot split a kernel by itself.
 
-Rows alone are split: each device runs the chunk loop over its rows with the whole head. The loop holds
-no collective, so devices may run different numbers of trips; the head's gradient is summed over
-devices once, behind it.
+Rows only: each device runs the chunk loop over its rows with the whole head. The loop holds no collective,
+so devices may run different numbers of trips; the head's gradient is summed over devices once, after it.
 
-The vocabulary is split as well: each device holds some rows of the heads, and those that share rows of
-the batch go through the loop together. A trip exchanges a few numbers a row (`rows_xla.py`), the top k
-scores of each shard (`selection.py`) and the hidden states' gradient.
+Rows and vocabulary: each device holds some rows of the heads, and devices that share rows of the batch go
+through the loop together. A trip exchanges a few numbers a row (`rows_xla.py`), the top k scores of each
+shard (`selection.py`) and the hidden states' gradient.
 
-Gradients are computed in the forward pass inside one shard_map and nothing differentiates through it,
-so replication need not be tracked.
+Gradients are computed in the forward pass inside one shard_map. Nothing differentiates through it, so
+replication need not be tracked (check_vma=False).
+
+N rows, D model width, V vocabulary, in all or on one device.
 """
 
 from __future__ import annotations
@@ -17,26 +18,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from . import chunked
-from .reference import LossAux, Options, Rows
+from .chunked import Model
+from .records import LossAux, Options, Rows
 
 
 @dataclass(frozen=True)
 class Sharding:
     """How `topk_jsd_loss` splits its work over a mesh; operands may lie anywhere on it.
 
-    mesh: its axes all Auto or all Explicit; those that neither field names repeat the work.
-    rows: the axes that split the rows; a number of rows that they do not divide is padded.
-    vocab: the axis that splits the vocabulary, which it must divide; None gathers the heads. Only
-      the "xla" implementation can do it.
+    mesh: its axes are all Auto or all Explicit; axes named by neither field repeat the work.
+    rows: the axes that split the rows. The number of rows is padded to a multiple of their devices.
+    vocab: the axis that splits the vocabulary, whose size must divide it; None gathers the heads. Only
+      the "xla" implementation can split the vocabulary.
     """
 
     mesh: Mesh
@@ -48,10 +48,20 @@ class Sharding:
         """The number of shards of the rows."""
         return math.prod(self.mesh.shape[axis] for axis in self.rows)
 
+    @property
+    def vocab_devices(self) -> int:
+        """The number of shards of the vocabulary."""
+        return 1 if self.vocab is None else self.mesh.shape[self.vocab]
+
+    @property
+    def vocab_axes(self) -> tuple[str, ...]:
+        """The axes that split the vocabulary: one or none."""
+        return () if self.vocab is None else (self.vocab,)
+
 
 def check(sharding: Sharding, implementation: str | None, vocab: int) -> None:
     """Raises ValueError where the axes do not fit the mesh, the vocabulary or the implementation."""
-    axes = (*sharding.rows, *filter(None, [sharding.vocab]))
+    axes = (*sharding.rows, *sharding.vocab_axes)
     if len(set(axes)) < len(axes) or not set(axes) <= set(sharding.mesh.axis_names):
         raise ValueError(
             f"sharding.rows is {sharding.rows!r} and sharding.vocab {sharding.vocab!r}; they must name "
@@ -66,22 +76,28 @@ def check(sharding: Sharding, implementation: str | None, vocab: int) -> None:
             f"implementation is {implementation!r} and sharding.vocab {sharding.vocab!r}; "
             "only 'xla' can split the vocabulary"
         )
-    shards = sharding.mesh.shape[sharding.vocab]
-    if vocab % shards:
+    if vocab % sharding.vocab_devices:
         raise ValueError(
-            f"the vocabulary is {vocab}; the {shards} devices of sharding.vocab {sharding.vocab!r} must "
-            "divide it: pad the heads (num_tokens) or set sharding.vocab to None"
+            f"the vocabulary is {vocab}; the {sharding.vocab_devices} devices of sharding.vocab "
+            f"{sharding.vocab!r} must divide it: pad the heads (num_tokens) or set sharding.vocab to None"
         )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def loss_from_hidden(
-    sharding: Sharding, options: Options, student_hidden_ND: jax.Array, student_head_VD: jax.Array,
-    teacher_hidden_ND: jax.Array, teacher_head_VD: jax.Array, rows: Rows,
-) -> tuple[jax.Array, LossAux]:  # fmt: skip
+    sharding: Sharding,
+    options: Options,
+    student_hidden_ND: jax.Array,
+    student_head_VD: jax.Array,
+    teacher_hidden_ND: jax.Array,
+    teacher_head_VD: jax.Array,
+    rows: Rows,
+) -> tuple[jax.Array, LossAux]:
     """`chunked.loss_from_hidden` over the mesh. Loss and chunks_run are replicated."""
-    student, teacher = (student_hidden_ND, student_head_VD), (teacher_hidden_ND, teacher_head_VD)
-    return _over_mesh(sharding, options, False, student, teacher, rows)[:2]
+    student = (student_hidden_ND, student_head_VD)
+    teacher = (teacher_hidden_ND, teacher_head_VD)
+    loss, aux, _ = _over_mesh(sharding, options, False, student, teacher, rows)
+    return loss, aux
 
 
 def _forward(sharding, options, hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD, rows):
@@ -100,36 +116,54 @@ loss_from_hidden.defvjp(_forward, _backward)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))  # so that callers outside of jit run it compiled
-def _over_mesh(sharding: Sharding, options: Options, with_grad: bool, student: Any, teacher: Any, rows: Rows):
-    """What `chunked.run_chunks` returns, of all rows."""
-    n_rows, vocab = rows.weight_N.shape[0], student[1].shape[0]
-    spare = -n_rows % sharding.row_devices
-    of_rows, of_head = P(sharding.rows), P(sharding.vocab)
-    local_vocab = vocab // (sharding.mesh.shape[sharding.vocab] if sharding.vocab else 1)
-    scatter = local_vocab % sharding.row_devices == 0
-    of_grad = P((*filter(None, [sharding.vocab]), *sharding.rows)) if scatter else of_head
+def _over_mesh(
+    sharding: Sharding, options: Options, with_grad: bool, student: Model, teacher: Model, rows: Rows
+) -> tuple[jax.Array, LossAux, Model | None]:
+    """What `chunked.run_chunks` returns, for the rows of all devices."""
+    n_rows = rows.weight_N.shape[0]
+    vocab = student[1].shape[0]
+    whole = PartitionSpec()
+    by_rows = PartitionSpec(sharding.rows)
+    by_vocab = PartitionSpec(sharding.vocab)
+    # The head's gradient leaves split over the devices that sum it, where they divide it.
+    scatter = vocab // sharding.vocab_devices % sharding.row_devices == 0
+    head_grad = PartitionSpec((*sharding.vocab_axes, *sharding.rows)) if scatter else by_vocab
     run = jax.shard_map(
         partial(_on_device, sharding, replace(options, vocab_axis=sharding.vocab), with_grad, scatter),
         mesh=sharding.mesh,
-        in_specs=((of_rows, of_head), (of_rows, of_head), of_rows),
-        out_specs=(P(), of_rows, P(), (of_rows, of_grad) if with_grad else P()),
+        in_specs=((by_rows, by_vocab), (by_rows, by_vocab), by_rows),
+        out_specs=(whole, by_rows, whole, (by_rows, head_grad) if with_grad else whole),
         check_vma=False,
     )
     lay = partial(_lay, sharding)
-    pad = lambda x_N: jnp.pad(lay(x_N, P()), ((0, spare), *((0, 0),) * (x_N.ndim - 1))) if spare else x_N
-    cut = lambda x_N: lay(x_N, P())[:n_rows] if spare else x_N
-    of_model = lambda hidden_ND, head_VD: (lay(pad(hidden_ND), of_rows), lay(head_VD, of_head))
-    rows = jax.tree.map(lambda x_N: lay(pad(x_N), of_rows), rows)
-    loss, aux, trips, grads = run(of_model(*student), of_model(*teacher), rows)
+    spare = -n_rows % sharding.row_devices
+
+    def pad(x_N):
+        if not spare:
+            return x_N
+        # While replicated, since an Explicit axis cannot split a dimension that it does not divide.
+        return jnp.pad(lay(x_N, whole), ((0, spare), *((0, 0),) * (x_N.ndim - 1)))
+
+    def cut(x_N):
+        return lay(x_N, whole)[:n_rows] if spare else x_N
+
+    def lay_model(model):
+        hidden_ND, head_VD = model
+        return lay(pad(hidden_ND), by_rows), lay(head_VD, by_vocab)
+
+    rows = jax.tree.map(lambda x_N: lay(pad(x_N), by_rows), rows)
+    loss, aux, trips, grads = run(lay_model(student), lay_model(teacher), rows)
     aux = jax.tree.map(cut, aux)._replace(chunks_run=trips)
-    if with_grad:
-        spec = lambda x: jax.typeof(x).sharding.spec
-        grads = (lay(cut(grads[0]), spec(student[0])), lay(grads[1], spec(student[1])))
+    if grads is not None:
+        # Back to the layouts of the operands.
+        hidden_grad_ND, head_grad_VD = grads
+        hidden_spec, head_spec = (jax.typeof(x).sharding.spec for x in student)
+        grads = (lay(cut(hidden_grad_ND), hidden_spec), lay(head_grad_VD, head_spec))
     return loss, aux, grads
 
 
 def _lay(sharding, x, spec):
-    """Explicit axes are moved by hand; of Auto ones the compiler does the same where they are used."""
+    """Explicit axes are moved here; for Auto ones the compiler does the same where they are used."""
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
@@ -137,9 +171,15 @@ def _lay(sharding, x, spec):
 
 def _on_device(sharding, options, with_grad, scatter, student, teacher, rows):
     loss, aux, grads = chunked.run_chunks(options, student, teacher, rows, with_grad)
-    loss, trips = lax.psum(loss, sharding.rows), lax.pmax(aux.chunks_run, sharding.rows)
+    # Over the rows' axes only: devices that share rows have computed the same loss.
+    loss = lax.psum(loss, sharding.rows)
+    trips = lax.pmax(aux.chunks_run, sharding.rows)
     if grads is not None:
-        # Summed once and in the accumulator's dtype; where it can, each device keeps its part alone.
-        reduce = partial(lax.psum_scatter, scatter_dimension=0, tiled=True) if scatter else lax.psum
-        grads = (grads[0], reduce(grads[1], sharding.rows))
+        hidden_grad_ND, head_grad_VD = grads
+        # Summed once, after the loop, and in the accumulator's float32.
+        if scatter:
+            head_grad_VD = lax.psum_scatter(head_grad_VD, sharding.rows, scatter_dimension=0, tiled=True)
+        else:
+            head_grad_VD = lax.psum(head_grad_VD, sharding.rows)
+        grads = (hidden_grad_ND, head_grad_VD)
     return loss, aux._replace(chunks_run=None), trips, grads
