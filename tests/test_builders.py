@@ -156,11 +156,11 @@ def test_without_array_record_the_same_problems_are_read_and_it_says_so(tmp_path
     [
         (
             {k: v for k, v in ROW.items() if k != "answer"},
-            "field 'answer' is missing, and the row holds prompt, kind, ",
+            "field 'answer' is missing, and the row has prompt, kind, ",
         ),
         (ROW | {"answer": None}, "field 'answer' is missing"),
-        ({"question": "Which?"}, "field 'prompt' is missing, and the row holds question; add it, rename"),
-        ({}, "field 'prompt' is missing, and the row holds no field"),
+        ({"question": "Which?"}, "field 'prompt' is missing, and the row has question; add it, rename"),
+        ({}, "field 'prompt' is missing, and the row has no field"),
         (ROW | {"answer": "  "}, "field 'answer' is '  '; it must not be empty, so correct or drop"),
         (ROW | {"answer": 3}, "field 'answer' is 3; it must be a string, so correct or drop the row"),
         (ROW | {"answer": "B: text"}, "field 'answer' is 'B: text'; it must be one letter"),
@@ -169,13 +169,13 @@ def test_without_array_record_the_same_problems_are_read_and_it_says_so(tmp_path
         (ROW | {"kind": "math", "answer": "long " * 99 + "\ud800"}, "field 'answer' is 'long long long"),
         (ROW | {"prompt": ""}, "field 'prompt' is ''; it must not be empty"),
         (ROW | {"prompt": ["a"]}, "field 'prompt' is ['a']; it must be a string"),
-        (ROW | {"prompt": "\ud800"}, "field 'prompt' is '\\ud800'; it must hold no half of a surrogate pair"),
+        (ROW | {"prompt": "\ud800"}, "field 'prompt' is '\\ud800'; it must not have an unpaired surrogate"),
         (ROW | {"system": 5}, "field 'system' is 5; it must be a string"),
         (ROW | {"kind": "code"}, "field 'kind' is 'code'; it must be one of mcq, math, tooluse"),
         ([1, 2], "is [1, 2], a list; a row must be one JSON object"),
         (
             '{"prompt": "?", "answer": ' + "9" * 5000 + "}",
-            "(a number of 5000 digits, which nothing here can read)",
+            "(a number of 5000 digits, more than can be read)",
         ),
         ('{"prompt": ', "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
@@ -202,17 +202,17 @@ def test_a_byte_order_mark_and_crlf_are_no_matter(tmp_path):
 
 def test_missing_things_name_the_path_and_the_field(tmp_path):
     assert "data.dir is " in refusal(tmp_path, "physics")
-    with pytest.raises(UserError, match="data.dir is ''; it must be the folder that holds"):
+    with pytest.raises(UserError, match="data.dir is ''; it must be the folder with"):
         load_problems("physics", "train", "")
     physics(tmp_path, ROW)
     missing = tmp_path / "data" / "tooluse" / "train.json"
     assert refusal(tmp_path, "tooluse").startswith(f"{missing} is missing; set data.dir")
     assert "has no 'train' split" in refusal(tmp_path, "aime24")
     unknown = refusal(tmp_path, "phisics")
-    assert "'phisics' is no known set" in unknown
+    assert "'phisics' is not a known set" in unknown
     assert all(name in unknown for name in ("physics", "gsm8k", "jsonl:PATH", "gym:FAMILY"))
     physics(tmp_path, "")
-    assert "holds no rows" in refusal(tmp_path, "physics")
+    assert "has no rows" in refusal(tmp_path, "physics")
 
 
 def test_tool_use_may_have_a_test_file_only(tmp_path):
@@ -270,9 +270,7 @@ def test_a_number_is_the_one_that_the_file_says(tmp_path, written, read):
 )
 def test_a_gold_of_marks_alone_is_refused(tmp_path, answer):
     write(tmp_path / "own.jsonl", {"prompt": "?", "answer": "\\{\\}"}, {"prompt": "?", "answer": answer})
-    with pytest.raises(
-        UserError, match="line 2: field 'answer' is .*; it must hold an answer, not marks alone"
-    ):
+    with pytest.raises(UserError, match="line 2: field 'answer' is .*; it must be more than marks"):
         load_problems(f"jsonl:{tmp_path}/own.jsonl", "train", "", str(tmp_path / "cache"))
 
 
@@ -297,13 +295,13 @@ def test_answers_that_are_no_number_are_refused(tmp_path, answer):
     assert "line 1: field 'answer'" in refusal(tmp_path, "aime25", "test")
 
 
-def test_gsm8k_answers_stand_behind_the_mark(tmp_path):
+def test_gsm8k_answers_follow_the_mark(tmp_path):
     path = tmp_path / "data/eval/gsm8k_train.jsonl"
     write(path, {"question": "Cost?", "answer": "2 * 60 <<x>>\n#### $1,200\n#### 1,080"})
     assert [p.answer for p in load(tmp_path, "gsm8k")] == ["1080"]
     write(path, {"question": "Cost?", "answer": "1080"})
     with pytest.raises(
-        UserError, match='line 1: field .answer. is .1080.; it must have a final answer behind "####"'
+        UserError, match='line 1: field .answer. is .1080.; it must have a final answer after "####"'
     ):
         load(tmp_path, "gsm8k")
 
@@ -319,7 +317,7 @@ def test_a_file_of_ones_own_serves_either_split(tmp_path, monkeypatch):
             ("mcq", "B", f"{name}/train/1"),
         ]
         assert train[0].messages == ({"role": "user", "content": "1 + 1?"},)
-    with pytest.raises(UserError, match="names no file; give data.train or eval.sets jsonl:PATH"):
+    with pytest.raises(UserError, match="names no file; set data.train or eval.sets to jsonl:PATH"):
         load_problems("jsonl:absent.jsonl", "train", "")
 
 

@@ -327,7 +327,7 @@ def test_a_wording_comes_back_from_its_file(tmp_path):
             dict(reflect_wrong_user="{attempt} <error_quote>"),
             "'reflect_wrong_user' must ask for <explanation>",
         ),
-        (dict(reflect_right_user="{gold}: {attempt} <reflection>"), "must have {gold} on a line of its own"),
+        (dict(reflect_right_user="{gold}: {attempt} <reflection>"), "must have {gold} on a separate line"),
     ],
 )
 def test_a_wording_that_breaks_a_rule_names_file_and_field(tmp_path, changes, words):
@@ -343,7 +343,7 @@ def test_files_that_are_no_wording_are_named(tmp_path):
         read_wording(str(tmp_path / "absent.toml"))
     for content in (b"reflect = ", b"\xff"):
         (tmp_path / "bad.toml").write_bytes(content)
-        with pytest.raises(UserError, match="bad.toml', which is no valid TOML"):
+        with pytest.raises(UserError, match="bad.toml', which is not valid TOML"):
             read_wording(str(tmp_path / "bad.toml"))
 
 
