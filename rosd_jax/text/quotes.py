@@ -114,7 +114,9 @@ def _without_tags(text: str) -> str | None:
 def _without_lone_mark(text: str) -> str:
     if sum(map(text.count, LONE_MARKS)) != 1:
         return text
-    return text[1:] if text[0] in LONE_MARKS else text[:-1] if text[-1] in LONE_MARKS else text
+    if text[0] in LONE_MARKS:
+        return text[1:]
+    return text[:-1] if text[-1] in LONE_MARKS else text
 
 
 def _without_leading_dots(text: str) -> str:
