@@ -52,8 +52,14 @@ def physics(tmp_path: Path, *records: object, split: str = "train") -> Path:
     return write(tmp_path / "data" / "sciknoweval-physics" / f"{split}.json", *records)
 
 
+@pytest.fixture(autouse=True)
+def prepared_copies(tmp_path, monkeypatch):
+    """They go to a new folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def load(tmp_path: Path, name: str, split: str = "train"):
-    return load_problems(name, split, str(tmp_path / "data"), str(tmp_path / "cache"))
+    return load_problems(name, split, str(tmp_path / "data"))
 
 
 def refusal(tmp_path: Path, name: str, split: str = "train") -> str:
@@ -113,7 +119,7 @@ def test_a_copy_that_lost_rows_is_never_put_in_place(tmp_path, monkeypatch):
     monkeypatch.setattr(builders._TextBuilder, "_generate_examples", lossy)
     with pytest.raises(RuntimeError, match="did not keep the train rows of physics"):
         load(tmp_path, "physics")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache" / "rosd_jax" / "tfds").iterdir())
 
 
 @pytest.mark.parametrize("kept", [0, 100])
@@ -134,10 +140,10 @@ def test_an_unwritable_cache_is_told(tmp_path):
         load(tmp_path, "physics")
 
 
-def test_the_default_cache_follows_xdg(tmp_path, monkeypatch):
+def test_the_cache_follows_xdg(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     physics(tmp_path, ROW)
-    load_problems("physics", "train", str(tmp_path / "data"))
+    load(tmp_path, "physics")
     assert list((tmp_path / "xdg" / "rosd_jax" / "tfds").iterdir())
 
 
@@ -271,7 +277,7 @@ def test_a_number_is_the_one_that_the_file_says(tmp_path, written, read):
 def test_a_gold_of_marks_alone_is_refused(tmp_path, answer):
     write(tmp_path / "own.jsonl", {"prompt": "?", "answer": "\\{\\}"}, {"prompt": "?", "answer": answer})
     with pytest.raises(UserError, match="line 2: field 'answer' is .*; it must be more than marks"):
-        load_problems(f"jsonl:{tmp_path}/own.jsonl", "train", "", str(tmp_path / "cache"))
+        load_problems(f"jsonl:{tmp_path}/own.jsonl", "train", "")
 
 
 @pytest.mark.parametrize("written", ["B", "b", "(B)", "B.", "**B**", " [b] "])
@@ -310,8 +316,8 @@ def test_a_file_of_ones_own_serves_either_split(tmp_path, monkeypatch):
     write(tmp_path / "own.jsonl", {"prompt": "1 + 1?", "answer": 2}, ROW)
     monkeypatch.chdir(tmp_path)
     for name in (f"jsonl:{tmp_path}/own.jsonl", "jsonl:own.jsonl"):
-        train = load_problems(name, "train", "", str(tmp_path / "cache"))
-        assert train == load_problems(name, "test", "", str(tmp_path / "cache"))
+        train = load_problems(name, "train", "")
+        assert train == load_problems(name, "test", "")
         assert [(p.kind, p.answer, p.uid) for p in train] == [
             ("math", "2", f"{name}/train/0"),
             ("mcq", "B", f"{name}/train/1"),
@@ -324,22 +330,21 @@ def test_a_file_of_ones_own_serves_either_split(tmp_path, monkeypatch):
 def test_a_set_of_ones_own_may_have_a_name_and_two_splits(tmp_path):
     write(tmp_path / "own" / "train.jsonl", {"prompt": "1 + 1?", "answer": 2})
     write(tmp_path / "own" / "test.jsonl", {"prompt": "1 + 2?", "answer": 3})
-    cache = str(tmp_path / "cache")
     for name, called in (
         (f"jsonl:{tmp_path}/own", f"jsonl:{tmp_path}/own"),
         (f"sums=jsonl:{tmp_path}/own", "sums"),
     ):
         for split, answer in (("train", "2"), ("test", "3")):
-            (problem,) = load_problems(name, split, "", cache)
+            (problem,) = load_problems(name, split, "")
             assert (problem.uid, problem.dataset, problem.answer) == (f"{called}/{split}/0", called, answer)
-    (problem,) = load_problems(f"sums=jsonl:{tmp_path}/own/test.jsonl", "train", "", cache)
+    (problem,) = load_problems(f"sums=jsonl:{tmp_path}/own/test.jsonl", "train", "")
     assert (problem.uid, problem.answer) == ("sums/train/0", "3")
     (tmp_path / "own" / "test.jsonl").unlink()
     with pytest.raises(UserError, match="has no 'test' split, since .*test.jsonl is missing; add that file"):
-        load_problems(f"jsonl:{tmp_path}/own", "test", "", cache)
+        load_problems(f"jsonl:{tmp_path}/own", "test", "")
     for bad in ("physics", "a b", "", "a/b"):
         with pytest.raises(UserError, match=f"names a set '{bad}'; a name must"):
-            load_problems(f"{bad}=jsonl:{tmp_path}/own", "train", "", cache)
+            load_problems(f"{bad}=jsonl:{tmp_path}/own", "train", "")
 
 
 def test_sets_are_one_by_their_files_not_by_spelling(tmp_path):
@@ -395,8 +400,9 @@ def real_cache(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize(("name", "split"), COUNTS)
-def test_real_sets_are_whole(real_cache, name, split):
-    problems = load_problems(name, split, str(data_dir()), real_cache)
+def test_real_sets_are_whole(real_cache, monkeypatch, name, split):
+    monkeypatch.setenv("XDG_CACHE_HOME", real_cache)
+    problems = load_problems(name, split, str(data_dir()))
     assert len(problems) == COUNTS[name, split]
     assert len({p.uid for p in problems}) == len(problems)
     assert {p.dataset for p in problems} == {name}
@@ -405,8 +411,9 @@ def test_real_sets_are_whole(real_cache, name, split):
     assert ("system" in {m["role"] for p in problems for m in p.messages}) == (kind == "mcq")
 
 
-def test_real_physics_test_has_its_known_majority_letter(real_cache):
-    problems = load_problems("physics", "test", str(data_dir()), real_cache)
+def test_real_physics_test_has_its_known_majority_letter(real_cache, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", real_cache)
+    problems = load_problems("physics", "test", str(data_dir()))
     letters, counts = np.unique([p.answer for p in problems], return_counts=True)
     assert letters[counts.argmax()] == "B"
     assert counts.max() == 33

@@ -233,10 +233,16 @@ def test_signals_to_all_processes_change_no_reward_and_children_obey_them(reward
 # ---- rows
 
 
+@pytest.fixture(autouse=True)
+def prepared_copies(tmp_path, monkeypatch):
+    """They go to a new folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def read(tmp_path, *rows):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_problems(f"jsonl:{path}", "train", "", str(tmp_path / "cache"))
+    return load_problems(f"jsonl:{path}", "train", "")
 
 
 def test_rows_keep_all_their_fields_and_need_no_answer(tmp_path, monkeypatch):
@@ -271,7 +277,7 @@ def test_deep_rows_are_read_or_refused(tmp_path):
         path = tmp_path / "mine.jsonl"
         path.write_text(line.replace("[" * 90, "[" * depth).replace("]" * 90, "]" * depth))
         try:
-            (found,) = load_problems(f"jsonl:{path}", "train", "", str(tmp_path / "cache"))
+            (found,) = load_problems(f"jsonl:{path}", "train", "")
         except UserError as error:
             assert f"{path} line 1" in str(error)
             assert depth > 100

@@ -32,7 +32,7 @@ from rosd_jax.rewards import tooluse
 from rosd_jax.types import Problem
 
 
-def load_problems(name: str, split: str, data_dir: str, cache_dir: str | None = None) -> list[Problem]:
+def load_problems(name: str, split: str, data_dir: str) -> list[Problem]:
     """The problems of one split, in file order.
 
     `name` is one of rows.SOURCES, "jsonl:PATH", "NAME=jsonl:PATH" or "gym:FAMILY"; `split` is "train",
@@ -46,7 +46,7 @@ def load_problems(name: str, split: str, data_dir: str, cache_dir: str | None = 
         logging.log_first_n(logging.WARNING, "array_record is absent: files are read directly", 1)
         examples = rows.read_examples(name, split, rows.present(name, folder)[split])
     else:
-        examples = _read_prepared(name, split, folder, cache_dir)
+        examples = _read_prepared(name, split, folder)
     return [_problem(example) for example in examples]
 
 
@@ -126,9 +126,8 @@ def _builder(name: str, directory: Path) -> tfds.core.GeneratorBasedBuilder:
     return owner(config=name, **where)
 
 
-def _read_prepared(name: str, split: str, folder: str, cache_dir: str | None) -> list[rows.Example]:
-    root = Path(cache_dir) if cache_dir else _default_cache()
-    final = root / _content_key(name, folder)
+def _read_prepared(name: str, split: str, folder: str) -> list[rows.Example]:
+    final = _cache() / _content_key(name, folder)
     with _quiet():
         if not final.is_dir():
             _fill_cache(name, folder, final)
@@ -159,7 +158,7 @@ def _fill_cache(name: str, folder: str, final: Path) -> None:
         ) from error
 
 
-def _default_cache() -> Path:
+def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base, "rosd_jax", "tfds")
 

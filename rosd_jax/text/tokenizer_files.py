@@ -126,8 +126,8 @@ def copy_files(source: Path, target: Path) -> None:
 def repair(folder: Path, loaded_class: str, special_tokens: dict[str, str]) -> None:
     """Rewrites fields that transformers 4 cannot read. Files that it can read are not touched.
 
-    `loaded_class` and `special_tokens` are those of the tokenizer in use. They are written into a directory
-    that names no class which both versions have, since the class also determines the special tokens.
+    `loaded_class` and `special_tokens` are those of the tokenizer in use. They are written if the directory
+    names no class that both versions have, since the class also determines the special tokens.
     """
     for name in (SPECIAL, CONFIG):
         fields = read_json(folder / name) if (folder / name).exists() else {}
