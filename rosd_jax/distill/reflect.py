@@ -210,14 +210,14 @@ def read_reflection(
     if plan.kind is None:
         return Reflection(solution=solution, note=plan.note)
     if raw is None:
-        fits = _note(plan, None, solution, None, lesson) == ""
-        return Reflection(solution=solution, note=plan.note or ("" if fits else "overlong"))
+        # Without a prompt there is no idea; the rollout stays in the loss only if the teacher needs none.
+        left_out = _note(plan, None, solution, None, lesson) != ""
+        return Reflection(solution=solution, note=plan.note or ("overlong" if left_out else ""))
     idea, quote = parse(raw, official=lesson.locate == "reencode", thinking_open=thinking_open)
-    located = token_span = None
-    if plan.kind == "wrong":
-        located = locate(text, quote, official=lesson.locate == "reencode")
-    else:
+    if plan.kind == "right":
         quote = None
+    located = locate(text, quote, official=lesson.locate == "reencode")
+    char_span = token_span = None
     if located:
         char_span = (located.start, located.stop)
         token_span = _token_span(char_span, text, ids, tokenizer, str(lesson.locate))
@@ -225,7 +225,7 @@ def read_reflection(
         raw=raw,
         idea=idea,
         quote=quote,
-        char_span=(located.start, located.stop) if located else None,
+        char_span=char_span,
         token_span=token_span,
         ambiguous=bool(located and located.ambiguous),
         solution=solution,

@@ -28,9 +28,9 @@ from rosd_jax.config import UserError  # noqa: E402
 from rosd_jax.models.files import REMEDY, wrong  # noqa: E402
 from rosd_jax.text.thinking import CLOSE, OPEN  # noqa: E402
 from rosd_jax.text.tokenizer_files import (  # noqa: E402
-    CONFIG,
     GENERATION,
     TEMPLATE,
+    TOKENIZER_CONFIG,
     check_files,
     copy_files,
     eos_ids,
@@ -92,7 +92,9 @@ def _explain(path: Path, error: Exception) -> UserError:
         pass  # a tokenizer loads without it
     except Exception as cause:
         return UserError(f"{path / 'config.json'} is not a model config ({_one_line(cause)}); {REMEDY}")
-    return UserError(f"{path / CONFIG} gives no tokenizer with {table.name} ({_one_line(error)}); {REMEDY}")
+    return UserError(
+        f"{path / TOKENIZER_CONFIG} gives no tokenizer with {table.name} ({_one_line(error)}); {REMEDY}"
+    )
 
 
 def _one_line(error: Exception) -> str:
@@ -266,7 +268,7 @@ def _stop_ids(inner: Any, path: Path) -> tuple[int, ...]:
     These are the end token, the ids in generation_config.json and config.json, and the padding token.
     """
     if inner.eos_token_id is None:
-        raise wrong(path / CONFIG, "eos_token", None, "the token that ends a message")
+        raise wrong(path / TOKENIZER_CONFIG, "eos_token", None, "the token that ends a message")
     listed = [inner.eos_token_id]
     for name in (GENERATION, "config.json"):
         listed += eos_ids(path / name, len(inner))

@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 
 from rosd_jax.models.files import Fields, read_json, read_text, write_bytes, write_json, wrong
 
-CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
-OBJECTS = (CONFIG, SPECIAL, "added_tokens.json", GENERATION, "chat_template.json", "vocab.json")
+OBJECTS = (TOKENIZER_CONFIG, SPECIAL, "added_tokens.json", GENERATION, "chat_template.json", "vocab.json")
 TEXTS = ("tokenizer.json", "merges.txt", TEMPLATE)  # their content is checked when they are loaded
 MORE_TEMPLATES = "additional_chat_templates"
 Rules: TypeAlias = tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...]
@@ -80,7 +80,7 @@ def _is_template(value: object) -> bool:
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 RULES: dict[str, Rules] = {  # file -> (fields, what they must be, a check of a value)
-    CONFIG: (
+    TOKENIZER_CONFIG: (
         (TOKENS, "the text of a token, an AddedToken or null", _is_token),
         (MORE_TOKENS, "a list of tokens", _are_tokens),
         (("added_tokens_decoder",), "an object of ids and their tokens", _are_numbered_tokens),
@@ -129,10 +129,10 @@ def repair(folder: Path, loaded_class: str, special_tokens: dict[str, str]) -> N
     `loaded_class` and `special_tokens` are those of the tokenizer in use. They are written if the directory
     names no class that both versions have, since the class also determines the special tokens.
     """
-    for name in (SPECIAL, CONFIG):
+    for name in (SPECIAL, TOKENIZER_CONFIG):
         fields = read_json(folder / name) if (folder / name).exists() else {}
         fixed = _without_list(fields)
-        if name == CONFIG and not _is_shared(fixed.get("tokenizer_class")):
+        if name == TOKENIZER_CONFIG and not _is_shared(fixed.get("tokenizer_class")):
             known = loaded_class if _is_shared(loaded_class) else "PreTrainedTokenizerFast"
             fixed = special_tokens | fixed | {"tokenizer_class": known}
         if fixed != fields:
