@@ -24,7 +24,7 @@ from rosd_jax.train.step import decode
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--model", default="models/gym")
     parser.add_argument("--problems", type=int, default=512)
     args = parser.parse_args()

@@ -52,8 +52,14 @@ def physics(tmp_path: Path, *records: object, split: str = "train") -> Path:
     return write(tmp_path / "data" / "sciknoweval-physics" / f"{split}.json", *records)
 
 
+@pytest.fixture(autouse=True)
+def prepared_copies(tmp_path, monkeypatch):
+    """They go to a new folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def load(tmp_path: Path, name: str, split: str = "train"):
-    return load_problems(name, split, str(tmp_path / "data"), str(tmp_path / "cache"))
+    return load_problems(name, split, str(tmp_path / "data"))
 
 
 def refusal(tmp_path: Path, name: str, split: str = "train") -> str:
@@ -113,7 +119,7 @@ def test_a_copy_that_lost_rows_is_never_put_in_place(tmp_path, monkeypatch):
     monkeypatch.setattr(builders._TextBuilder, "_generate_examples", lossy)
     with pytest.raises(RuntimeError, match="did not keep the train rows of physics"):
         load(tmp_path, "physics")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache" / "rosd_jax" / "tfds").iterdir())
 
 
 @pytest.mark.parametrize("kept", [0, 100])
@@ -134,10 +140,10 @@ def test_an_unwritable_cache_is_told(tmp_path):
         load(tmp_path, "physics")
 
 
-def test_the_default_cache_follows_xdg(tmp_path, monkeypatch):
+def test_the_cache_follows_xdg(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     physics(tmp_path, ROW)
-    load_problems("physics", "train", str(tmp_path / "data"))
+    load(tmp_path, "physics")
     assert list((tmp_path / "xdg" / "rosd_jax" / "tfds").iterdir())
 
 
@@ -156,11 +162,11 @@ def test_without_array_record_the_same_problems_are_read_and_it_says_so(tmp_path
     [
         (
             {k: v for k, v in ROW.items() if k != "answer"},
-            "field 'answer' is missing, and the row holds prompt, kind, ",
+            "field 'answer' is missing, and the row has prompt, kind, ",
         ),
         (ROW | {"answer": None}, "field 'answer' is missing"),
-        ({"question": "Which?"}, "field 'prompt' is missing, and the row holds question; add it, rename"),
-        ({}, "field 'prompt' is missing, and the row holds no field"),
+        ({"question": "Which?"}, "field 'prompt' is missing, and the row has question; add it, rename"),
+        ({}, "field 'prompt' is missing, and the row has no field"),
         (ROW | {"answer": "  "}, "field 'answer' is '  '; it must not be empty, so correct or drop"),
         (ROW | {"answer": 3}, "field 'answer' is 3; it must be a string, so correct or drop the row"),
         (ROW | {"answer": "B: text"}, "field 'answer' is 'B: text'; it must be one letter"),
@@ -169,13 +175,13 @@ def test_without_array_record_the_same_problems_are_read_and_it_says_so(tmp_path
         (ROW | {"kind": "math", "answer": "long " * 99 + "\ud800"}, "field 'answer' is 'long long long"),
         (ROW | {"prompt": ""}, "field 'prompt' is ''; it must not be empty"),
         (ROW | {"prompt": ["a"]}, "field 'prompt' is ['a']; it must be a string"),
-        (ROW | {"prompt": "\ud800"}, "field 'prompt' is '\\ud800'; it must hold no half of a surrogate pair"),
+        (ROW | {"prompt": "\ud800"}, "field 'prompt' is '\\ud800'; it must not have an unpaired surrogate"),
         (ROW | {"system": 5}, "field 'system' is 5; it must be a string"),
         (ROW | {"kind": "code"}, "field 'kind' is 'code'; it must be one of mcq, math, tooluse"),
         ([1, 2], "is [1, 2], a list; a row must be one JSON object"),
         (
             '{"prompt": "?", "answer": ' + "9" * 5000 + "}",
-            "(a number of 5000 digits, which nothing here can read)",
+            "(a number of 5000 digits, more than can be read)",
         ),
         ('{"prompt": ', "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
@@ -202,17 +208,17 @@ def test_a_byte_order_mark_and_crlf_are_no_matter(tmp_path):
 
 def test_missing_things_name_the_path_and_the_field(tmp_path):
     assert "data.dir is " in refusal(tmp_path, "physics")
-    with pytest.raises(UserError, match="data.dir is ''; it must be the folder that holds"):
+    with pytest.raises(UserError, match="data.dir is ''; it must be the folder with"):
         load_problems("physics", "train", "")
     physics(tmp_path, ROW)
     missing = tmp_path / "data" / "tooluse" / "train.json"
     assert refusal(tmp_path, "tooluse").startswith(f"{missing} is missing; set data.dir")
     assert "has no 'train' split" in refusal(tmp_path, "aime24")
     unknown = refusal(tmp_path, "phisics")
-    assert "'phisics' is no known set" in unknown
+    assert "'phisics' is not a known set" in unknown
     assert all(name in unknown for name in ("physics", "gsm8k", "jsonl:PATH", "gym:FAMILY"))
     physics(tmp_path, "")
-    assert "holds no rows" in refusal(tmp_path, "physics")
+    assert "has no rows" in refusal(tmp_path, "physics")
 
 
 def test_tool_use_may_have_a_test_file_only(tmp_path):
@@ -270,10 +276,8 @@ def test_a_number_is_the_one_that_the_file_says(tmp_path, written, read):
 )
 def test_a_gold_of_marks_alone_is_refused(tmp_path, answer):
     write(tmp_path / "own.jsonl", {"prompt": "?", "answer": "\\{\\}"}, {"prompt": "?", "answer": answer})
-    with pytest.raises(
-        UserError, match="line 2: field 'answer' is .*; it must hold an answer, not marks alone"
-    ):
-        load_problems(f"jsonl:{tmp_path}/own.jsonl", "train", "", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="line 2: field 'answer' is .*; it must be more than marks"):
+        load_problems(f"jsonl:{tmp_path}/own.jsonl", "train", "")
 
 
 @pytest.mark.parametrize("written", ["B", "b", "(B)", "B.", "**B**", " [b] "])
@@ -297,13 +301,13 @@ def test_answers_that_are_no_number_are_refused(tmp_path, answer):
     assert "line 1: field 'answer'" in refusal(tmp_path, "aime25", "test")
 
 
-def test_gsm8k_answers_stand_behind_the_mark(tmp_path):
+def test_gsm8k_answers_follow_the_mark(tmp_path):
     path = tmp_path / "data/eval/gsm8k_train.jsonl"
     write(path, {"question": "Cost?", "answer": "2 * 60 <<x>>\n#### $1,200\n#### 1,080"})
     assert [p.answer for p in load(tmp_path, "gsm8k")] == ["1080"]
     write(path, {"question": "Cost?", "answer": "1080"})
     with pytest.raises(
-        UserError, match='line 1: field .answer. is .1080.; it must have a final answer behind "####"'
+        UserError, match='line 1: field .answer. is .1080.; it must have a final answer after "####"'
     ):
         load(tmp_path, "gsm8k")
 
@@ -312,36 +316,35 @@ def test_a_file_of_ones_own_serves_either_split(tmp_path, monkeypatch):
     write(tmp_path / "own.jsonl", {"prompt": "1 + 1?", "answer": 2}, ROW)
     monkeypatch.chdir(tmp_path)
     for name in (f"jsonl:{tmp_path}/own.jsonl", "jsonl:own.jsonl"):
-        train = load_problems(name, "train", "", str(tmp_path / "cache"))
-        assert train == load_problems(name, "test", "", str(tmp_path / "cache"))
+        train = load_problems(name, "train", "")
+        assert train == load_problems(name, "test", "")
         assert [(p.kind, p.answer, p.uid) for p in train] == [
             ("math", "2", f"{name}/train/0"),
             ("mcq", "B", f"{name}/train/1"),
         ]
         assert train[0].messages == ({"role": "user", "content": "1 + 1?"},)
-    with pytest.raises(UserError, match="names no file; give data.train or eval.sets jsonl:PATH"):
+    with pytest.raises(UserError, match="names no file; set data.train or eval.sets to jsonl:PATH"):
         load_problems("jsonl:absent.jsonl", "train", "")
 
 
 def test_a_set_of_ones_own_may_have_a_name_and_two_splits(tmp_path):
     write(tmp_path / "own" / "train.jsonl", {"prompt": "1 + 1?", "answer": 2})
     write(tmp_path / "own" / "test.jsonl", {"prompt": "1 + 2?", "answer": 3})
-    cache = str(tmp_path / "cache")
     for name, called in (
         (f"jsonl:{tmp_path}/own", f"jsonl:{tmp_path}/own"),
         (f"sums=jsonl:{tmp_path}/own", "sums"),
     ):
         for split, answer in (("train", "2"), ("test", "3")):
-            (problem,) = load_problems(name, split, "", cache)
+            (problem,) = load_problems(name, split, "")
             assert (problem.uid, problem.dataset, problem.answer) == (f"{called}/{split}/0", called, answer)
-    (problem,) = load_problems(f"sums=jsonl:{tmp_path}/own/test.jsonl", "train", "", cache)
+    (problem,) = load_problems(f"sums=jsonl:{tmp_path}/own/test.jsonl", "train", "")
     assert (problem.uid, problem.answer) == ("sums/train/0", "3")
     (tmp_path / "own" / "test.jsonl").unlink()
     with pytest.raises(UserError, match="has no 'test' split, since .*test.jsonl is missing; add that file"):
-        load_problems(f"jsonl:{tmp_path}/own", "test", "", cache)
+        load_problems(f"jsonl:{tmp_path}/own", "test", "")
     for bad in ("physics", "a b", "", "a/b"):
         with pytest.raises(UserError, match=f"names a set '{bad}'; a name must"):
-            load_problems(f"{bad}=jsonl:{tmp_path}/own", "train", "", cache)
+            load_problems(f"{bad}=jsonl:{tmp_path}/own", "train", "")
 
 
 def test_sets_are_one_by_their_files_not_by_spelling(tmp_path):
@@ -397,8 +400,9 @@ def real_cache(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize(("name", "split"), COUNTS)
-def test_real_sets_are_whole(real_cache, name, split):
-    problems = load_problems(name, split, str(data_dir()), real_cache)
+def test_real_sets_are_whole(real_cache, monkeypatch, name, split):
+    monkeypatch.setenv("XDG_CACHE_HOME", real_cache)
+    problems = load_problems(name, split, str(data_dir()))
     assert len(problems) == COUNTS[name, split]
     assert len({p.uid for p in problems}) == len(problems)
     assert {p.dataset for p in problems} == {name}
@@ -407,8 +411,9 @@ def test_real_sets_are_whole(real_cache, name, split):
     assert ("system" in {m["role"] for p in problems for m in p.messages}) == (kind == "mcq")
 
 
-def test_real_physics_test_has_its_known_majority_letter(real_cache):
-    problems = load_problems("physics", "test", str(data_dir()), real_cache)
+def test_real_physics_test_has_its_known_majority_letter(real_cache, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", real_cache)
+    problems = load_problems("physics", "test", str(data_dir()))
     letters, counts = np.unique([p.answer for p in problems], return_counts=True)
     assert letters[counts.argmax()] == "B"
     assert counts.max() == 33

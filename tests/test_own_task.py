@@ -233,10 +233,16 @@ def test_signals_to_all_processes_change_no_reward_and_children_obey_them(reward
 # ---- rows
 
 
+@pytest.fixture(autouse=True)
+def prepared_copies(tmp_path, monkeypatch):
+    """They go to a new folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def read(tmp_path, *rows):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_problems(f"jsonl:{path}", "train", "", str(tmp_path / "cache"))
+    return load_problems(f"jsonl:{path}", "train", "")
 
 
 def test_rows_keep_all_their_fields_and_need_no_answer(tmp_path, monkeypatch):
@@ -271,7 +277,7 @@ def test_deep_rows_are_read_or_refused(tmp_path):
         path = tmp_path / "mine.jsonl"
         path.write_text(line.replace("[" * 90, "[" * depth).replace("]" * 90, "]" * depth))
         try:
-            (found,) = load_problems(f"jsonl:{path}", "train", "", str(tmp_path / "cache"))
+            (found,) = load_problems(f"jsonl:{path}", "train", "")
         except UserError as error:
             assert f"{path} line 1" in str(error)
             assert depth > 100
@@ -327,7 +333,7 @@ def test_a_wording_comes_back_from_its_file(tmp_path):
             dict(reflect_wrong_user="{attempt} <error_quote>"),
             "'reflect_wrong_user' must ask for <explanation>",
         ),
-        (dict(reflect_right_user="{gold}: {attempt} <reflection>"), "must have {gold} on a line of its own"),
+        (dict(reflect_right_user="{gold}: {attempt} <reflection>"), "must have {gold} on a separate line"),
     ],
 )
 def test_a_wording_that_breaks_a_rule_names_file_and_field(tmp_path, changes, words):
@@ -343,7 +349,7 @@ def test_files_that_are_no_wording_are_named(tmp_path):
         read_wording(str(tmp_path / "absent.toml"))
     for content in (b"reflect = ", b"\xff"):
         (tmp_path / "bad.toml").write_bytes(content)
-        with pytest.raises(UserError, match="bad.toml', which is no valid TOML"):
+        with pytest.raises(UserError, match="bad.toml', which is not valid TOML"):
             read_wording(str(tmp_path / "bad.toml"))
 
 

@@ -84,7 +84,7 @@ def test_overlong_prompts_are_named():
 
 
 def test_no_prompt_that_fits_is_a_user_error():
-    with pytest.raises(UserError, match="max_prompt_tokens is 4, which none of 2 .* at least 5"):
+    with pytest.raises(UserError, match="max_prompt_tokens is 4, and all of the 2 .* at least 5"):
         encode_problems(problems_of(5, 6), chat_ids, 4)
 
 

@@ -121,7 +121,7 @@ UNDER = dict(n=50, temperature=0.6, top_p=0.95, max_new_tokens=64, problems_crc3
         ("temperature", 1.0, "temperature 0.6 -> 1"),
         ("top_p", 1.0, "top_p 0.95 -> 1"),
         ("max_new_tokens", 128, "max_new_tokens 64 -> 128"),
-        ("problems_crc32", 8, "other problems or golds"),
+        ("problems_crc32", 8, "other problems or gold answers"),
     ],
 )
 def test_no_change_is_shown_between_evaluations_under_different_conditions(tmp_path, field, value, words):
@@ -174,7 +174,7 @@ def test_it_survives(tmp_path, rows):
 
 
 def test_it_survives_without_metrics(tmp_path):
-    assert "No evaluation was made." in write_report(tmp_path, ["a"])
+    assert "There was no evaluation." in write_report(tmp_path, ["a"])
 
 
 def test_hostile_set_names(tmp_path):

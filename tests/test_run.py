@@ -470,7 +470,7 @@ def test_a_finished_run_is_evaluated_on_corrected_golds_and_the_report_says_so(o
     write_problems(tmp_path / "here" / "train.jsonl", "12345")  # no evaluation depends on it
     printed = finish(["--workdir=run", "--mode=eval"], tmp_path / "here", **cache)
     assert "evaluates the checkpoint of step 1" in printed
-    assert "not comparable: other problems or golds" in printed
+    assert "not comparable: other problems or gold answers" in printed
 
 
 # --- full disks --------------------------------------------------------------------------------------
@@ -649,7 +649,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(name, run, tmp_path):
 
 FIELD_MISTAKES = {
     "unknown set": (dict(data__train="gym:maze"), "the gym has chain, long, words"),
-    "unknown source": (dict(eval__sets="biologie"), "'biologie' is no known set"),
+    "unknown source": (dict(eval__sets="biologie"), "'biologie' is not a known set"),
     "no such file": (dict(data__train="jsonl:none.jsonl"), "'jsonl:none.jsonl' names no file"),
     "a known name": (dict(data__train="gsm8k=jsonl:x"), "names a set 'gsm8k'; a name must"),
     "one name for two sets": (

@@ -429,7 +429,7 @@ def test_a_token_that_is_no_text_is_refused(name, value, gym):
 )
 def test_a_config_that_is_wrong_is_not_blamed_on_the_tokenizer(fields, gym):
     gym("config.json", **fields)
-    with pytest.raises(UserError, match="/config.json is not a model's config") as error:
+    with pytest.raises(UserError, match="/config.json is not a model config") as error:
         load_tokenizer(gym.path)
     assert "tokenizer_config" not in str(error.value) and "\n" not in str(error.value)
 

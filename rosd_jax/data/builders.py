@@ -1,12 +1,12 @@
-"""The text sets as TFDS builders (array_record only, no TensorFlow), and `load_problems`.
+"""The data sets as TFDS builders (array_record only, no TensorFlow), and `load_problems`.
 
-The user's files lie under `data.dir` (rows.py says what a row holds):
+The user's files are under `data.dir` (rows.py says what a row must have):
 
     sciknoweval-{biology,chemistry,material,physics}/{train,test}.json
     tooluse/{train,test}.json
     eval/{aime24,aime25,amc23,math500,gsm8k_train,gsm8k_test}.jsonl
 
-Prepared copies lie under $XDG_CACHE_HOME (or ~/.cache), keyed by the content of the files.
+Prepared copies are under $XDG_CACHE_HOME (or ~/.cache), keyed by the content of the files.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ from rosd_jax.rewards import tooluse
 from rosd_jax.types import Problem
 
 
-def load_problems(name: str, split: str, data_dir: str, cache_dir: str | None = None) -> list[Problem]:
+def load_problems(name: str, split: str, data_dir: str) -> list[Problem]:
     """The problems of one split, in file order.
 
-    `name` is one of rows.SOURCES, "jsonl:PATH", "NAME=jsonl:PATH" or "gym:FAMILY"; `split` is "train"
-    or "test".
-    Raises UserError for an unknown set or split, a missing file, a malformed row (before anything
-    is written), and a cache that cannot be written.
+    `name` is one of rows.SOURCES, "jsonl:PATH", "NAME=jsonl:PATH" or "gym:FAMILY"; `split` is "train",
+    "validation" or "test". Raises UserError for an unknown set or split, a missing file, a malformed row
+    (before anything is written), and a cache that cannot be written.
     """
     if name.startswith("gym:"):
         return gym.load(name.removeprefix("gym:"), split)
@@ -47,7 +46,7 @@ def load_problems(name: str, split: str, data_dir: str, cache_dir: str | None = 
         logging.log_first_n(logging.WARNING, "array_record is absent: files are read directly", 1)
         examples = rows.read_examples(name, split, rows.present(name, folder)[split])
     else:
-        examples = _read_prepared(name, split, folder, cache_dir)
+        examples = _read_prepared(name, split, folder)
     return [_problem(example) for example in examples]
 
 
@@ -65,17 +64,17 @@ def _problem(example: rows.Example) -> Problem:
 
 @dataclasses.dataclass(eq=False)
 class SetConfig(tfds.core.BuilderConfig):
-    """A TFDS config that carries the name by which `load_problems` knows the set."""
+    """A TFDS config with the name by which `load_problems` knows the set."""
 
     set_name: str = ""
 
 
 class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What the builders share: one schema, all fields text, rows in file order."""
+    """Common to all builders: one schema with text fields only, and rows in file order."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Give the folder that `data.dir` names as manual_dir."
-    # TFDS 4.9.10 finds it through importlib_resources, which it installs only below Python 3.9.
+    # TFDS 4.9.10 looks for it with importlib_resources, which it installs only below Python 3.9.
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -88,7 +87,7 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         assert isinstance(self.builder_config, SetConfig)
         name = self.builder_config.set_name
         files = rows.present(name, os.fspath(dl_manager.manual_dir))
-        # All is read before TFDS writes a file, so a malformed row leaves nothing behind.
+        # Everything is read before TFDS writes, so a malformed row leaves no file behind.
         read = {split: rows.read_examples(name, split, path) for split, path in files.items()}
         return {split: self._generate_examples(examples) for split, examples in read.items()}
 
@@ -97,19 +96,19 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class SciKnowEval(_TextBuilder):
-    """Level-3 multiple choice of SciKnowEval in four domains (arXiv 2406.09098)."""
+    """SciKnowEval, level 3, multiple choice in four domains (arXiv 2406.09098)."""
 
     BUILDER_CONFIGS = [SetConfig(name=name, set_name=name) for name in rows.SCIENCE]
 
 
 class ToolUse(_TextBuilder):
-    """Tool calls after ToolAlpaca (arXiv 2306.05301)."""
+    """Tool calls from ToolAlpaca (arXiv 2306.05301)."""
 
     BUILDER_CONFIGS = [SetConfig(name="tooluse", set_name="tooluse")]
 
 
 class MathEval(_TextBuilder):
-    """AIME 2024 and 2025, AMC 2023, MATH-500 and GSM8K, each asked with rows.MATH_REQUEST."""
+    """AIME 2024 and 2025, AMC 2023, MATH-500 and GSM8K, each problem followed by rows.MATH_REQUEST."""
 
     BUILDER_CONFIGS = [SetConfig(name=name, set_name=name) for name in (*rows.CONTESTS, "gsm8k")]
 
@@ -127,18 +126,17 @@ def _builder(name: str, directory: Path) -> tfds.core.GeneratorBasedBuilder:
     return owner(config=name, **where)
 
 
-def _read_prepared(name: str, split: str, folder: str, cache_dir: str | None) -> list[rows.Example]:
-    root = Path(cache_dir) if cache_dir else _default_cache()
-    final = root / _content_key(name, folder)
+def _read_prepared(name: str, split: str, folder: str) -> list[rows.Example]:
+    final = _cache() / _content_key(name, folder)
     with _quiet():
         if not final.is_dir():
             _fill_cache(name, folder, final)
         try:
             return _read(_builder(name, final), split)
-        except Exception as error:  # TFDS and array_record raise what they please on damaged files
+        except Exception as error:  # TFDS and array_record raise errors of any type on damaged files
             raise UserError(
                 f"the prepared copy {final} is damaged ({type(error).__name__}); "
-                "delete that folder, and the next run prepares it anew"
+                "delete that folder, and the next run prepares it again"
             ) from error
 
 
@@ -148,7 +146,7 @@ def _read(builder: tfds.core.GeneratorBasedBuilder, split: str) -> list[rows.Exa
 
 
 def _fill_cache(name: str, folder: str, final: Path) -> None:
-    # All rows are read first: a malformed one shows before the cache is touched.
+    # All rows are read first, so a malformed one is found before the cache is touched.
     files = rows.present(name, folder).items()
     expected = {split: rows.read_examples(name, split, path) for split, path in files}
     try:
@@ -160,13 +158,13 @@ def _fill_cache(name: str, folder: str, final: Path) -> None:
         ) from error
 
 
-def _default_cache() -> Path:
+def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base, "rosd_jax", "tfds")
 
 
 def _content_key(name: str, folder: str) -> str:
-    """Changed data, and a changed reader (these files), get another key."""
+    """A hash of the data files and of the code that reads them, so a change of either changes the key."""
     digest = hashlib.sha256(name.encode("utf-8"))
     sources = {"reader": Path(rows.__file__), "calls": Path(tooluse.__file__), "builder": Path(__file__)}
     for label, path in (sources | rows.present(name, folder)).items():
@@ -176,28 +174,31 @@ def _content_key(name: str, folder: str) -> str:
 
 
 def _prepare(name: str, folder: str, final: Path, expected: dict[str, list[rows.Example]]) -> None:
-    """Made aside, compared, renamed into place: no killed or concurrent run leaves half a copy."""
+    """Prepares a copy in a temporary folder, compares it with `expected`, and renames it into place.
+
+    So a killed or concurrent run never leaves half a copy.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     config = tfds.download.DownloadConfig(manual_dir=folder, try_download_gcs=False)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix="unfinished-") as aside:
         made = Path(aside, "data")
         builder = _builder(name, made)
         builder.download_and_prepare(download_config=config)
-        # TFDS derives a source's length from its own notes, and some of its writers lose rows.
+        # TFDS takes the length from its own metadata, and some of its writers lose rows.
         for split, examples in expected.items():
             if _read(builder, split) != examples:
                 raise RuntimeError(f"TFDS did not keep the {split} rows of {name}")
         try:
             made.rename(final)
         except OSError as error:
-            # Another run was first, and its copy is the same.
+            # Another run finished first, and its copy is the same.
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TFDS prints to stdout, draws bars and warns of things that are no news here."""
+    """Suppresses what TFDS prints, its progress bars, and warnings that do not matter here."""
     verbosity = logging.get_verbosity()
     tfds.disable_progress_bar()
     logging.set_verbosity(logging.ERROR)

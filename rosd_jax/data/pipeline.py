@@ -1,4 +1,4 @@
-"""From problems to fixed-shape batches: prompt lengths checked, order fixed by (seed, step)."""
+"""From problems to batches of fixed shape, in an order that (seed, step) determines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Encoded = Sequence[tuple[Problem, list[int]]]  # each problem with its chat-temp
 def bucket_length(n: int, maximum: int) -> int:
     """The padded length for n tokens: a power of two from 16 to 1024, then a multiple of 256.
 
-    Few lengths mean few compilations. Never above `maximum`; raises ValueError if n is.
+    Few different lengths mean few compilations. At most `maximum`; raises ValueError if n is more.
     """
     if n > maximum:
         raise ValueError(f"{n} tokens do not fit the maximum of {maximum}")
@@ -27,7 +27,7 @@ def bucket_length(n: int, maximum: int) -> int:
 
 
 def problems_crc32(problems: Sequence[Problem]) -> int:
-    """A checksum of what the problems ask, of their golds and checkers, and of their order."""
+    """A checksum of the problems: their messages, gold answers, checkers and order."""
     check = 0
     for problem in problems:
         line = json.dumps([problem.kind, problem.messages, problem.answer, problem.extra], sort_keys=True)
@@ -50,8 +50,8 @@ def encode_problems(
     if not kept:
         shortest = min((len(ids) for _, ids in encoded), default=0)
         raise UserError(
-            f"data.max_prompt_tokens is {max_prompt_tokens}, which none of {len(encoded)} prompts "
-            f"fits; give at least {shortest}, the length of the shortest"
+            f"data.max_prompt_tokens is {max_prompt_tokens}, and all of the {len(encoded)} prompts are "
+            f"longer; give at least {shortest}, the length of the shortest"
         )
     return kept, overlong
 
@@ -59,9 +59,8 @@ def encode_problems(
 def batch_at(encoded: Encoded, step: int, seed: int, batch_prompts: int) -> Prompts:
     """The N = `batch_prompts` problems of one step: a pure function of (seed, step).
 
-    Each epoch has its own order and drops its incomplete last batch, as the release's loader does,
-    so no batch holds a problem twice. Prompts are padded to a bucketed length, at most that of the
-    longest prompt.
+    Each epoch has its own order and drops its incomplete last batch, as the released loader does, so no
+    problem is in a batch twice. Prompts are padded to a bucketed length, at most that of the longest prompt.
     Raises UserError if there are fewer problems than N.
     """
     if batch_prompts > len(encoded):

@@ -1,16 +1,17 @@
-"""The text sets as files: where each lies, what a row must hold, and how it becomes a problem.
+"""The data sets as files: where each is, what a row must have, and how a row becomes a problem.
 
-Every file holds one JSON object a line, whatever its suffix. Science and tool-use files carry the
-fields of the released splits, of which `prompt`, `answer`, `system` and `kind` are read. A set of
-one's own is `jsonl:PATH`, with fields `prompt` and `answer`, and optionally `system` and `kind`
-("math" unless given, or "mcq", "tooluse" or "own"). Its prompt is sent as it stands, so a "math" prompt
-should itself ask for a final \\boxed{} answer. A file is one split, whichever is asked for; a folder
-holds train.jsonl, validation.jsonl and test.jsonl, or some of them. `NAME=jsonl:PATH` names the set in
-metrics, files and report.
+Every file has one JSON object per line, whatever its suffix. Science and tool-use files have the fields of
+the released splits; `prompt`, `answer`, `system` and `kind` are read.
 
-Only a reward function of one's own grades the kind "own", whose answer may be anything, or absent; such a
-function is handed all other fields of a row too. For the other kinds a gold answer that no response could
-match is refused with the row.
+A user's own set is `jsonl:PATH`. Its rows have `prompt` and `answer`, and optionally `system` and `kind`
+("math" by default, or "mcq", "tooluse" or "own"). The prompt is sent unchanged, so a "math" prompt should
+itself ask for a final \\boxed{} answer. A file serves as any split; a folder has train.jsonl,
+validation.jsonl and test.jsonl, or some of them. `NAME=jsonl:PATH` gives the set a name in metrics, files
+and report.
+
+The kind "own" is graded by the user's reward function alone. Its answer may be anything, or absent, and the
+function receives all other fields of the row too. For the other kinds, a row whose gold answer no response
+could match is an error.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from rosd_jax.config import UserError
 from rosd_jax.rewards import tooluse
 
 FIELDS = ("uid", "dataset", "kind", "system", "user", "answer", "extra")
-READ = ("prompt", "system", "kind", "answer")  # what we take from a row of one's own
+READ = ("prompt", "system", "kind", "answer")  # what is read from a row of a user's file
 MATH_REQUEST = "Reason step by step, then state the final answer inside \\boxed{}."
 
-# Of a folder of one's own.
+# The files of a user's folder.
 OWN_SPLITS = {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
-POSITIONAL = range(-30, 16)  # powers of ten that are written out where a file writes an exponent
+POSITIONAL = range(-30, 16)  # powers of ten that are written out even if the file has an exponent
 
-# Marks that hold no answer by themselves.
+# Marks that are no answer by themselves.
 NO_CONTENT = re.compile(
     r"(?:\\(?:boxed|fbox|text|textbf|mathrm|mathbf|left|right|displaystyle|quad|[,;:! ()\[\]])"
     r"|[\s$*_`\"'.,:;!?{}~-])*"
 )
-LETTER = re.compile(r"[\s(\[*\"']*([A-Za-z])[\s.):\]*\"']*")
+LETTER_ANSWER = re.compile(r"[\s(\[*\"']*([A-Za-z])[\s.):\]*\"']*")
 
 Example = dict[str, str]  # FIELDS, as TFDS stores them
 
 
 class WrittenFloat(float):
-    """A float of a JSON file that keeps the digits it was written with."""
+    """A float of a JSON file, with the digits that the file has."""
 
     def __init__(self, written: str):
         self.written = written
@@ -55,7 +56,7 @@ class WrittenFloat(float):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a file, with the words that say where it stands."""
+    """One line of a file, and where it is, in words."""
 
     where: str  # "<path> line <number>"
     fields: dict[str, Any]
@@ -63,9 +64,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set's splits lie and how one of its rows is read."""
+    """Where the splits of a set are and how its rows are read."""
 
-    files: dict[str, str]  # split -> path under data.dir (for jsonl: under the set's own folder)
+    files: dict[str, str]  # split -> path under data.dir, or under the folder of jsonl:PATH
     read_row: Callable[[Row], Example]
 
 
@@ -83,7 +84,7 @@ def read_examples(name: str, split: str, path: Path) -> list[Example]:
 
 
 def source(name: str) -> Source:
-    """The source of a known set, or of one's own."""
+    """The source of a known set, or of a user's own."""
     path = own_path(name)
     if path is None:
         return SOURCES[name]
@@ -92,17 +93,17 @@ def source(name: str) -> Source:
 
 
 def set_name(name: str) -> str:
-    """What a set is called in metrics, files and report: NAME of "NAME=jsonl:PATH", else as it is asked for.
+    """The name of a set in metrics, files and report: NAME of "NAME=jsonl:PATH", otherwise `name` itself.
 
-    Raises UserError for a NAME that is not plain, or that a known set has.
+    Raises UserError for a NAME that has other characters than PLAIN_NAME, or is that of a known set.
     """
     called, given, _ = name.partition("=jsonl:")
     if not given or ":" in called:
         return name
     if not PLAIN_NAME.fullmatch(called) or called in SOURCES:
         raise UserError(
-            f"{name!r} names a set {called!r}; a name must be of letters, digits, - and _ and no known "
-            "set's, so choose another"
+            f"{name!r} names a set {called!r}; a name must have letters, digits, - and _ only, and not "
+            "be that of a known set, so choose another"
         )
     return called
 
@@ -114,12 +115,12 @@ def own_path(name: str) -> Path | None:
 
 
 def same_data(name: str, other: str, data_dir: str) -> bool:
-    """Whether two sets are one: by name, or by a file. train.jsonl and test.jsonl of a folder are one set."""
+    """Whether two sets are the same: by name or by file. The files of one folder are one set."""
     return name == other or not _all_files(name, data_dir).isdisjoint(_all_files(other, data_dir))
 
 
 def _all_files(name: str, data_dir: str) -> set[Path]:
-    """The files of all splits of a set, resolved; those of a gym family are none."""
+    """The files of all splits of a set, resolved. A gym family has none."""
     path = own_path(name)
     if path is None:
         files = SOURCES[name].files.values() if name in SOURCES else ()
@@ -131,7 +132,7 @@ def _all_files(name: str, data_dir: str) -> set[Path]:
 
 
 def present(name: str, folder: str) -> dict[str, Path]:
-    """The splits of a set whose files are at hand (the tool-use training file often is not)."""
+    """The splits of a set whose files exist (the tool-use training file often does not)."""
     paths = {split: Path(folder, file) for split, file in source(name).files.items()}
     return {split: path for split, path in paths.items() if path.is_file()}
 
@@ -143,15 +144,15 @@ def locate(name: str, split: str, data_dir: str) -> tuple[str, str]:
         return _locate_own(name, split, path)
     if name not in SOURCES:
         known = ", ".join((*SOURCES, "jsonl:PATH", "NAME=jsonl:PATH", "gym:FAMILY"))
-        raise UserError(f"{name!r} is no known set; give data.train or eval.sets one of {known}")
+        raise UserError(f"{name!r} is not a known set; set data.train or eval.sets to one of {known}")
     files = SOURCES[name].files
     if split not in files:
         raise UserError(f"{name!r} has no {split!r} split, only {', '.join(files)}; choose another set")
     folder = Path(data_dir).expanduser()
     if not data_dir or not folder.is_dir():
-        raise UserError(f"data.dir is {data_dir!r}; it must be the folder that holds {files[split]}")
+        raise UserError(f"data.dir is {data_dir!r}; it must be the folder with {files[split]}")
     if split not in present(name, str(folder)):
-        raise UserError(f"{folder / files[split]} is missing; set data.dir to the folder that holds it")
+        raise UserError(f"{folder / files[split]} is missing; set data.dir to the folder that has it")
     return str(folder), split
 
 
@@ -165,8 +166,8 @@ def _locate_own(name: str, split: str, path: Path) -> tuple[str, str]:
         return str(path), split
     if not path.is_file():
         raise UserError(
-            f"{name!r} names no file; give data.train or eval.sets jsonl:PATH of a real one, or of a folder "
-            f"with {', '.join(OWN_SPLITS.values())}"
+            f"{name!r} names no file; set data.train or eval.sets to jsonl:PATH of an existing file, or of a "
+            f"folder with {', '.join(OWN_SPLITS.values())}"
         )
     return str(path.parent), "train"
 
@@ -183,7 +184,7 @@ def _read_rows(path: Path) -> list[Row]:
     lines = file_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     rows = [_parse(f"{path} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not rows:
-        raise UserError(f"{path} holds no rows; it must hold one JSON object a line")
+        raise UserError(f"{path} has no rows; it must have one JSON object per line")
     return rows
 
 
@@ -204,7 +205,7 @@ def _whole(written: str) -> int:
     try:
         return int(written)
     except ValueError:  # Python reads no more than 4300 digits
-        raise ValueError(f"a number of {len(written)} digits, which nothing here can read") from None
+        raise ValueError(f"a number of {len(written)} digits, more than can be read") from None
 
 
 def _short(value: object) -> str:
@@ -220,13 +221,13 @@ def _wrong(row: Row, field: str, rule: str) -> UserError:
 def _absent(row: Row, field: str) -> UserError:
     named = _short(", ".join(row.fields)).strip("'\"") or "no field"
     return UserError(
-        f"{row.where}: field {field!r} is missing, and the row holds {named}; add it, rename the field that "
-        "is meant, or drop the row"
+        f"{row.where}: field {field!r} is missing, and the row has {named}; add it, rename the field that "
+        "has it, or drop the row"
     )
 
 
 def _text(row: Row, field: str, default: str | None = None) -> str:
-    """The field as text; absent or blank it is the default, or an error where there is none."""
+    """The field as text. An absent or blank field is the default, or an error without a default."""
     value = row.fields.get(field)
     if value is None and default is None:
         raise _absent(row, field)
@@ -239,12 +240,12 @@ def _text(row: Row, field: str, default: str | None = None) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _wrong(row, field, "must hold no half of a surrogate pair, which is no text") from None
+        raise _wrong(row, field, "must not have an unpaired surrogate, which is not text") from None
     return value
 
 
 def _math_answer(row: Row) -> str:
-    """Text, or a number as text: 70 and 27.0 become "70" and "27"."""
+    """The answer as text; the numbers 70 and 27.0 become "70" and "27"."""
     value = row.fields.get("answer")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return _math_text(row, _text(row, "answer"))
@@ -254,13 +255,13 @@ def _math_answer(row: Row) -> str:
         number = Decimal(value.written if isinstance(value, WrittenFloat) else value)
         if number.is_finite():
             return _number_text(number, positional="e" not in str(getattr(value, "written", "")).lower())
-    except InvalidOperation:  # its exponent has more digits than Decimal takes
+    except InvalidOperation:  # the exponent has more digits than Decimal accepts
         pass
     raise _wrong(row, "answer", "must be a finite number")
 
 
 def _number_text(number: Decimal, positional: bool) -> str:
-    """The number in decimal digits, or in LaTeX where it is far from 1 and its file writes an exponent."""
+    """The number in decimal digits, or in LaTeX if it is far from 1 and the file has an exponent."""
     sign, digits, exponent = number.as_tuple()
     written = "".join(map(str, digits)).lstrip("0")
     kept = written.rstrip("0")
@@ -278,7 +279,7 @@ def _number_text(number: Decimal, positional: bool) -> str:
 
 def _math_text(row: Row, answer: str) -> str:
     if NO_CONTENT.fullmatch(answer):
-        raise _wrong(row, "answer", "must hold an answer, not marks alone, which no response can match")
+        raise _wrong(row, "answer", "must be more than marks, which no response can match")
     return answer.strip()
 
 
@@ -295,15 +296,15 @@ def _tool_answer(row: Row) -> str:
 
 
 def _letter_answer(row: Row) -> str:
-    """The letter, in capitals and without marks: "b" and "(B)" become "B"."""
-    letter = LETTER.fullmatch(_text(row, "answer"))
+    """The letter as a capital, without marks: "b" and "(B)" become "B"."""
+    letter = LETTER_ANSWER.fullmatch(_text(row, "answer"))
     if letter is None:
         raise _wrong(row, "answer", "must be one letter")
     return letter[1].upper()
 
 
 def _any_answer(row: Row) -> str:
-    """Text, any other value as JSON text, or "" where there is none."""
+    """The answer as text; another value as JSON text; "" where there is none."""
     value = row.fields.get("answer")
     if value is None:
         return ""
@@ -318,7 +319,7 @@ GOLD = {"mcq": _letter_answer, "math": _math_answer, "tooluse": _tool_answer, "o
 
 
 def _chat_row(row: Row, kind: str) -> Example:
-    """A row of the released schema or of a user's own file; `kind` serves rows that name none."""
+    """A row of the released schema or of a user's file. `kind` is that of rows that name none."""
     kind = _text(row, "kind", kind)
     if kind not in GOLD:
         raise _wrong(row, "kind", f"must be one of {', '.join(GOLD)}")
@@ -328,7 +329,7 @@ def _chat_row(row: Row, kind: str) -> Example:
 
 
 def _own_row(row: Row) -> Example:
-    """A row of a user's own file; `extra` keeps, as a JSON object, what a reward function may want to see."""
+    """A row of a user's file. `extra` keeps the other fields, as a JSON object, for a reward function."""
     example = _chat_row(row, kind="math")
     whole = example["kind"] == "own" and not isinstance(row.fields.get("answer", ""), str)
     extra = {k: v for k, v in row.fields.items() if k not in READ or (k == "answer" and whole)}
@@ -343,11 +344,11 @@ def _math_row(row: Row) -> Example:
 
 
 def _gsm8k_row(row: Row) -> Example:
-    """The answer stands behind the last "####" of the worked solution."""
+    """The answer follows the last "####" of the worked solution."""
     _, mark, answer = _text(row, "answer").rpartition("####")
     answer = answer.replace(",", "").strip()
     if not mark or not answer:
-        raise _wrong(row, "answer", 'must have a final answer behind "####"')
+        raise _wrong(row, "answer", 'must have a final answer after "####"')
     return _math_example(_text(row, "question"), _math_text(row, answer))
 
 

@@ -1,11 +1,12 @@
-"""Whether an idea tells the gold answer (host).
+"""Whether an idea gives away the gold answer (host).
 
-An idea repeats the gold answer when whoever reads the idea alone has been told it: the answer stands in
-it as written, as a word or a number of its own, not as part of another (4 in 14, 4.5, -4, 1/4 or 4%). A
-gold answer that is one capital letter names an option, and letters stand for much else: the article "A",
-the pronoun "I", a point, a vitamin, a variable. So a letter counts only where it is said to be the choice:
-in parentheses, in a box or alone; behind "answer", "option", "pick" and the like; before "is right"; or as
-the end of "so B".
+An idea repeats the gold answer if it contains the answer as written, as a separate word or number and not
+as part of another (4 in 14, 4.5, -4, 1/4 or 4%).
+
+A gold answer that is one capital letter is an option, but a letter may also be the article "A", the pronoun
+"I", a point, a vitamin or a variable. So a letter counts only where the text marks it as the choice: in
+parentheses, in a box or alone; after "answer", "option", "pick" and the like; before "is right"; or at the
+end of "so B".
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import functools
 import re
 
-_LEFT = r"[*_`\"'“‘(\[{$]{0,4}(?:\\boxed\{)?"  # marks that may stand around the letter
+_LEFT = r"[*_`\"'“‘(\[{$]{0,4}(?:\\boxed\{)?"  # marks that may surround the letter
 _RIGHT = r"[*_`\"'”’)\]}$]{0,4}"
 _IS = r"(?:is|was|be|are|must be|should be|would be|will be|has to be|is clearly|is therefore|is thus)"
 _OPTION = r"(?:answers?|options?|choices?|alternatives?)"
@@ -36,12 +37,12 @@ _NO_TERM = r"(?![\w'’-]|\s*[=+*/^<>≤≥×·−]|\s+-\s|\s+(?:such that|so th
 
 
 def repeats_gold(idea: str, gold: str) -> bool:
-    """Whether the idea tells the gold answer (see above); never where there is none."""
+    """Whether the idea gives away the gold answer; False if there is none."""
     return bool(gold.strip()) and _gold(gold.strip()).search(idea) is not None
 
 
 def strip_gold(idea: str, gold: str) -> str:
-    """The idea without what tells the gold answer; it may be blank."""
+    """The idea without the phrases that give away the gold answer; it may be blank."""
     return _gold(gold.strip()).sub("", idea).strip() if gold.strip() else idea
 
 
@@ -55,7 +56,7 @@ def _gold(gold: str) -> re.Pattern[str]:
 
 def _option_forms(letter: str) -> list[str]:
     said = rf"{_LEFT}{letter}\b{_RIGHT}"
-    # "the answer I found", "the choice I made": the pronoun needs a verb or a colon before it.
+    # "the answer I found", "the choice I made": here I is a pronoun, so a verb or a colon must precede it.
     behind_option = rf"\s*[:=]\s*|\s+{_IS}:?\s+" + ("" if letter == "I" else r"|\s+")
     return [
         rf"(?<!\w)\({letter}\)",

@@ -1,4 +1,4 @@
-"""Which rollouts are reflected, what the reflector is asked, what its answer points at (host)."""
+"""Which rollouts are reflected, what the reflector is asked, and where its quote is (host)."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done with one rollout."""
+    """What to do with one rollout."""
 
-    kind: Literal["wrong", "right"] | None  # which question the reflector is asked; None: none
+    kind: Literal["wrong", "right"] | None  # which question the reflector is asked; None: not asked
     solution: int | None  # row of the correct sibling
-    note: str = ""  # why the rollout is out of the loss whatever the reflector says
+    note: str = ""  # why the rollout is out of the loss, whatever the reflector says
 
 
 def choose(
@@ -47,13 +47,13 @@ def choose(
     correct: bool = True,
     uniform_groups: bool = False,
 ) -> list[Plan]:
-    """One plan a row (release: solution picking, skip flags and the zero-deviation mask).
+    """One plan per row (released code: choice of the solution, skip flags and zero-deviation mask).
 
     group_B: rows with equal entries are siblings; rows are in sample order. length_B: tokens of the
-    responses. The solution of a row is a correct sibling other than itself: the shortest (paper), the
-    earlier of equally short ones, or the first (released code). Only groups with correct and wrong rows
-    are reflected. uniform_groups: all-correct groups too, as the release does, although a group whose
-    rewards are all equal never enters the loss. correct: whether correct rows are reflected.
+    responses. The solution of a row is a correct sibling other than itself: the shortest, and of equally
+    short ones the earliest (paper), or the first (released code). Only groups with both correct and wrong
+    rows are reflected. uniform_groups: groups that are all correct too, as in the released code, although a
+    group whose rewards are all equal never enters the loss. correct: whether correct rows are reflected.
     """
     rows: dict[int, list[int]] = {}
     for row, group in enumerate(np.asarray(group_B).tolist()):
@@ -85,7 +85,7 @@ def _plan(right: bool, solution: int | None, asked: bool, note: str) -> Plan:
 
 
 def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[Plan]:
-    """`choose` with the groups and the `reflect` fields of a run."""
+    """`choose` for a graded batch, with the `reflect` section of the config."""
     samples = len(graded.texts) // len(graded.prompts.problems)
     return choose(
         graded.rewards_B,
@@ -98,7 +98,10 @@ def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[Plan]:
 
 
 def reflector_messages(graded: Graded, row: int, plan: Plan, wording: Wording = ENGLISH) -> list[Message]:
-    """What the reflector is asked about a row; the task's own system prompt is not part of it."""
+    """What the reflector is asked about a row, without the task's own system prompt.
+
+    Raises ValueError for a row that is not reflected.
+    """
     problem = graded.prompts.problems[row * len(graded.prompts.problems) // len(graded.texts)]
     gold = problem.answer or None
     attempt = graded.texts[row]
@@ -106,12 +109,12 @@ def reflector_messages(graded: Graded, row: int, plan: Plan, wording: Wording = 
         return prompts.right_messages(problem.question, attempt, gold, wording)
     solution = solution_of(graded, plan)
     if plan.kind is None or solution is None:
-        raise ValueError(f"row {row} is not to be reflected")
+        raise ValueError(f"row {row} is not reflected")
     return prompts.wrong_messages(problem.question, solution, attempt, gold, wording)
 
 
 def solution_of(graded: Graded, plan: Plan) -> str | None:
-    """The correct sibling's text without its thinking."""
+    """The correct sibling's text without its thinking; None where there is no such sibling."""
     if plan.solution is None:
         return None
     return outside_thinking(graded.texts[plan.solution], opened=graded.thinking_open).strip()
@@ -126,10 +129,10 @@ def build_prompts(
     thinking: bool,
     wording: Wording = ENGLISH,
 ) -> list[list[int] | None]:
-    """Reflector prompt ids a row; None: not asked, or longer than reflect.max_prompt_tokens.
+    """The reflector's prompt ids per row; None: not asked, or longer than reflect.max_prompt_tokens.
 
-    A prompt that is too long is left out (overlong="skip"), or its user text is cut from the right
-    until it fits (overlong="cut", as released: the instruction at its end goes first).
+    A prompt that is too long is left out (overlong="skip"), or its user text is cut from the right until it
+    fits (overlong="cut", as in the released code: the instruction at its end is lost first).
     """
     limit = cast(int, reflect.max_prompt_tokens)
     cut = reflect.overlong == "cut"
@@ -146,14 +149,14 @@ def build_prompts(
 def fit(
     tokenizer: Tokenizer, messages: list[Message], limit: int, *, thinking: bool, cut: bool
 ) -> list[int] | None:
-    """Chat ids of at most `limit` tokens, or None when they do not fit."""
+    """Chat ids of at most `limit` tokens, or None if they do not fit."""
     ids = tokenizer.chat_ids(messages, thinking=thinking)
     if len(ids) <= limit or not cut:
         return ids if len(ids) <= limit else None
     *head, user = messages
     text_ids = tokenizer.encode(user["content"])
     keep = len(text_ids)
-    # Tokens may join where the text was cut, so one subtraction need not be enough.
+    # The cut text may be split into other tokens, so one subtraction may not be enough.
     while len(ids) > limit and keep > 0:
         keep = max(0, keep - (len(ids) - limit))
         text = tokenizer.decode(text_ids[:keep]).rstrip("\ufffd")
@@ -172,8 +175,8 @@ def read_reflections(
 ) -> Reflected:
     """Parses every answer and locates every quote.
 
-    raws: the reflector's text a row; None where it had no prompt. thinking_open: the reflector's prompt
-    ended inside a thinking block.
+    raws: the reflector's text per row; None for a row without a prompt. thinking_open: the reflector's
+    prompt ended inside a thinking block.
     """
     tokens_BR = np.asarray(graded.rollout.tokens_BR)
     length_B = np.asarray(graded.rollout.length_B)
@@ -199,22 +202,22 @@ def read_reflection(
     *,
     thinking_open: bool = False,
 ) -> Reflection:
-    """What one answer says of one response.
+    """What one answer says about one response.
 
-    text: the response, equal to `tokenizer.decode(ids)`; ids: its sampled tokens. `note` is empty
-    exactly when the rollout enters the loss. Only a wrong rollout has an error quote.
+    text: the response, equal to `tokenizer.decode(ids)`; ids: its sampled tokens. The `note` is empty if and
+    only if the rollout enters the loss. Only a wrong rollout has an error quote.
     """
     if plan.kind is None:
         return Reflection(solution=solution, note=plan.note)
     if raw is None:
-        fits = _note(plan, None, solution, None, lesson) == ""
-        return Reflection(solution=solution, note=plan.note or ("" if fits else "overlong"))
+        # Without a prompt there is no idea; the rollout stays in the loss only if the teacher needs none.
+        left_out = _note(plan, None, solution, None, lesson) != ""
+        return Reflection(solution=solution, note=plan.note or ("overlong" if left_out else ""))
     idea, quote = parse(raw, official=lesson.locate == "reencode", thinking_open=thinking_open)
-    located = token_span = None
-    if plan.kind == "wrong":
-        located = locate(text, quote, official=lesson.locate == "reencode")
-    else:
+    if plan.kind == "right":
         quote = None
+    located = locate(text, quote, official=lesson.locate == "reencode")
+    char_span = token_span = None
     if located:
         char_span = (located.start, located.stop)
         token_span = _token_span(char_span, text, ids, tokenizer, str(lesson.locate))
@@ -222,7 +225,7 @@ def read_reflection(
         raw=raw,
         idea=idea,
         quote=quote,
-        char_span=(located.start, located.stop) if located else None,
+        char_span=char_span,
         token_span=token_span,
         ambiguous=bool(located and located.ambiguous),
         solution=solution,
@@ -231,9 +234,9 @@ def read_reflection(
 
 
 def parse(raw: str, *, official: bool, thinking_open: bool) -> tuple[str | None, str | None]:
-    """The idea and the quote of an answer, drafts inside its thinking left out.
+    """The idea and the quote of an answer. Drafts inside its thinking are not read.
 
-    official: as the released code does, which reads the whole answer.
+    official: as in the released code, which reads the whole answer.
     """
     if official:
         return spans.parse_official(raw)
@@ -241,9 +244,9 @@ def parse(raw: str, *, official: bool, thinking_open: bool) -> tuple[str | None,
 
 
 def locate(text: str, quote: str | None, *, official: bool) -> spans.Located | None:
-    """Finds the quote as it stands, else with our look-alikes turned back to what they replaced.
+    """Finds the quote as written, or else with our look-alike characters replaced by the originals.
 
-    official: letter by letter and the first occurrence, as the released code does.
+    official: the first exact occurrence, as in the released code.
     """
     search: Callable[[str, str | None], spans.Located | None] = spans.locate_quote
     if official:
@@ -267,7 +270,7 @@ def _token_span(char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenize
 def _note(
     plan: Plan, idea: str | None, solution: str | None, span: Span | None, lesson: LessonSettings
 ) -> str:
-    """Why a reflected rollout leaves the loss; "" when it stays."""
+    """Why a reflected rollout leaves the loss; "" if it stays."""
     context = lesson.teacher_context
     if context == "solution" and solution is None:
         return "no_solution"

@@ -1,4 +1,4 @@
-"""What the teacher sees, and on which response tokens it teaches (host)."""
+"""What the teacher sees, and the response tokens on which it teaches (host)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from rosd_jax.types import Message, Problem, Reflected, Reflection
 def teacher_messages(
     problem: Problem, reflection: Reflection, lesson: LessonSettings, wording: Wording = ENGLISH
 ) -> list[Message]:
-    """The problem's own system messages, then problem + idea (or + solution) as one user message.
+    """The problem's system messages, then the problem with the idea (or the solution) as one user message.
 
-    Raises ValueError for a rollout that has neither what lesson.teacher_context asks for.
+    Raises ValueError for a rollout without what lesson.teacher_context asks for.
     """
     idea = taught_idea(problem, reflection, lesson)
     solution = reflection.solution
@@ -37,7 +37,7 @@ def teacher_messages(
 
 
 def taught_idea(problem: Problem, reflection: Reflection, lesson: LessonSettings) -> str | None:
-    """The idea as the teacher sees it; None where it sees none, or nothing is left but the answer."""
+    """The idea as the teacher sees it; None if it sees none, or if only the answer would be left of it."""
     idea = reflection.idea
     if idea is None or lesson.teacher_context == "solution":
         return None
@@ -55,11 +55,11 @@ def teacher_prompts(
     thinking: bool,
     wording: Wording = ENGLISH,
 ) -> tuple[Reflected, list[list[int] | None]]:
-    """Teacher prompt ids a row; None where the rollout is out of the loss.
+    """Teacher prompt ids per row; None where the rollout is out of the loss.
 
-    An idea of which nothing is left without the gold answer leaves the loss, unless a solution stands
-    in; the returned record notes "no_idea". A prompt above lesson.max_teacher_tokens is never cut: the
-    rollout leaves the loss, noted as "teacher_overlong".
+    A rollout whose idea is empty without the gold answer leaves the loss with the note "no_idea", unless the
+    teacher sees a solution instead. A prompt above lesson.max_teacher_tokens is never cut: the rollout leaves
+    the loss with the note "teacher_overlong". The returned record has these notes.
     """
     limit = cast(int, lesson.max_teacher_tokens)
     reflections = []
@@ -81,11 +81,11 @@ def teacher_prompts(
 
 
 def region_weights(reflected: Reflected, lesson: LessonSettings, R: int) -> np.ndarray:
-    """1 where the loss lies, 0 elsewhere: float32 [B, R].
+    """1 on the tokens that enter the loss, 0 elsewhere: float32 [B, R].
 
-    Rollouts with a note weigh 0. Correct rollouts, and wrong ones that stay without a located
-    quote, are taught in full; the others in lesson.region: the error's tokens ("span"), from its
-    first token to the end ("suffix"), or all ("full"). The stop token is part of the response.
+    Rollouts with a note weigh 0. Correct rollouts, and wrong ones that stay in the loss without a located
+    quote, are taught on all tokens. The others are taught on lesson.region: the quoted tokens ("span"), from
+    the first of them to the end ("suffix"), or all ("full"). The stop token is part of the response.
     """
     length_B = np.asarray(reflected.graded.rollout.length_B)
     weight_BR = np.zeros((len(length_B), R), np.float32)
@@ -102,9 +102,9 @@ def region_weights(reflected: Reflected, lesson: LessonSettings, R: int) -> np.n
 
 
 def count(reflected: Reflected, weight_BR: np.ndarray) -> dict[str, int]:
-    """Numbers of the reflection stage over the B rows, to be logged and summed.
+    """Counts of the reflection stage over the B rows.
 
-    Every row is in the loss (`taught`) or out of it for one reason, so `taught` and the `out_*` add up to B.
+    Every row is in the loss (`taught`) or out of it for one reason, so `taught` and the `out_*` sum to B.
     """
     rows = reflected.reflections
     answered = [row for row, reflection in enumerate(rows) if reflection.raw is not None]
@@ -126,7 +126,7 @@ def count(reflected: Reflected, weight_BR: np.ndarray) -> dict[str, int]:
 
 
 def _untaught(problem: Problem, reflection: Reflection, lesson: LessonSettings) -> bool:
-    """Whether an idea was all that this rollout had to teach, and stripping left nothing of it."""
+    """Whether the idea was all that the teacher would have seen, and stripping left nothing."""
     if lesson.teacher_context == "solution" or taught_idea(problem, reflection, lesson) is not None:
         return False
     return lesson.teacher_context == "idea" or reflection.solution is None

@@ -1,7 +1,7 @@
 """avg@k, pass@k and maj@k of one data set, and its raw generations on disk.
 
-Each set is scored by itself; nothing here pools two sets. Sampling, decoding and grading are
-arguments, so this module knows neither the model nor the tokenizer.
+Each set is scored separately; sets are never pooled. Sampling, decoding and grading are arguments, so this
+module depends neither on the model nor on the tokenizer.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from rosd_jax.config import UserError
 from rosd_jax.rewards.grade import SUCCESS, Grade
 from rosd_jax.types import Problem, Rollout
 
-NO_LIMIT = int(np.iinfo(np.int32).max)  # a row that only the sampler's own limit cuts
+NO_LIMIT = int(np.iinfo(np.int32).max)  # a row that is cut by the sampler's own limit alone
 
-# (prompt ids a row, uid_B int32, limit_B int32) -> a Rollout of NumPy arrays, B rows
+# (prompt ids per row, uid_B int32, limit_B int32) -> a Rollout of NumPy arrays, B rows
 Sample = Callable[[list[list[int]], np.ndarray, np.ndarray], Rollout]
 
 
 def scores(rewards_NK: np.ndarray, votes: Sequence[Sequence[str]]) -> dict[str, float]:
-    """What N items with K samples each add up to.
+    """The scores of N items with K samples each.
 
-    votes[n][k] is the answer that a sample votes for, "" where none was read; equal answers must be equal
-    text, as `Grader.votes` makes them.
+    votes[n][k] is the answer that a sample votes for, "" if none was read. Equal answers must be equal text,
+    as `Grader.votes` makes them.
 
     avg:      mean over items of their mean reward (avg@k)
     avg_se:   standard error of avg over items, the independent units; NaN for a single item
     pass:     share of items with at least one correct sample (pass@k)
-    maj:      share of items whose most frequent answer is correct (maj@k), in the spelling first sampled;
-              of equally frequent ones the first sampled; "" wins only where nothing else was answered
-    distinct: mean number of different answers an item, "" not counted
+    maj:      share of items whose most frequent answer is correct (maj@k), judged by its first sample; of
+              equally frequent answers the first sampled counts; "" counts only if there is no other answer
+    distinct: mean number of different answers per item, without ""
 
-    Raises ValueError when there is no item or the shapes differ.
+    Raises ValueError if there is no item or the shapes differ.
     """
     N, K = rewards_NK.shape
     if N == 0 or K == 0 or [len(row) for row in votes] != [K] * N:
@@ -62,7 +62,7 @@ def scores(rewards_NK: np.ndarray, votes: Sequence[Sequence[str]]) -> dict[str, 
 
 
 def majority_letter(problems: Sequence[Problem]) -> float:
-    """Accuracy of always answering the most frequent gold letter of these problems."""
+    """The accuracy of always answering the most frequent gold letter of these problems."""
     letters = Counter(problem.answer.strip().upper() for problem in problems)
     return max(letters.values()) / len(problems)
 
@@ -79,18 +79,17 @@ def evaluate_set(
     samples: int,
     rows: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The numbers of one set and one generation a sample, in the order of the problems.
+    """The numbers of one set, and one generation per sample in the order of the problems.
 
-    `sample` is called once, with a multiple of `rows` rows. Sample k of item n has uid n * samples + k,
-    so its tokens do not depend on `rows`. `votes` gives for each prediction the answer that it votes for,
-    equal answers as equal text. Numbers are those of `scores`, `length` (mean tokens of a
-    response), `truncated` (share cut at the limit) and, where every problem is multiple choice,
-    `majority_letter`. Raises UserError for a set without problems, ValueError where prompts and
-    problems differ in number.
+    `sample` is called once, with a multiple of `rows` rows. Sample k of item n has uid n * samples + k, so
+    its tokens do not depend on `rows`. `votes` gives the answer that each prediction votes for, with equal
+    text for equal answers. The numbers are those of `scores`, `length` (mean tokens of a response),
+    `truncated` (share cut at the limit) and, if every problem is multiple choice, `majority_letter`. Raises
+    UserError for a set without problems, and ValueError if the numbers of prompts and problems differ.
     """
     if not problems:
         raise UserError(
-            f"eval.sets names {name!r}, which has no problem left to ask; drop the set, or raise "
+            f"eval.sets names {name!r}, which has no problem left; drop the set, or raise "
             "data.max_prompt_tokens if all its prompts were too long"
         )
     if len(prompt_ids) != len(problems):
@@ -121,9 +120,9 @@ def evaluate_set(
 def write_generations(
     workdir: str | Path, step: int, set_name: str, rows: Iterable[dict[str, Any]], split: str = "eval"
 ) -> Path:
-    """Writes one ASCII JSON object a line to `generations_path`; the file appears whole or not.
+    """Writes one ASCII JSON object per line to `generations_path`. The file appears complete or not at all.
 
-    Raises UserError when it cannot be written.
+    Raises UserError if it cannot be written.
     """
     path = generations_path(workdir, step, set_name, split)
     aside = path.with_name(path.name + ".tmp")
@@ -142,27 +141,24 @@ def write_generations(
 
 
 def generations_path(workdir: str | Path, step: int, set_name: str, split: str = "eval") -> Path:
-    """evals/step_N/<set>.jsonl (or validations/...).
-
-    Different sets have different files, whatever their names hold.
-    """
+    """evals/step_N/<set>.jsonl (or validations/...), a different file for each name of a set."""
     safe = quote(os.fsencode(set_name), safe="")
-    if len(safe) > 150:  # file names end at 255 bytes
+    if len(safe) > 150:  # file systems allow 255 bytes
         safe = f"{safe[:100]}%{hashlib.sha256(os.fsencode(set_name)).hexdigest()[:24]}"
     return Path(workdir, f"{split}s", f"step_{step}", f"{safe}.jsonl")
 
 
 def _majority(votes: Sequence[str]) -> int:
-    """The first sample that votes for the most frequent answer."""
+    """Index of the first sample that votes for the most frequent answer."""
     counts = Counter(name for name in votes if name) or Counter(votes)
-    return list(votes).index(max(counts, key=lambda name: counts[name]))  # ties: first seen
+    return list(votes).index(max(counts, key=lambda name: counts[name]))  # of equally frequent ones the first
 
 
 def _sample_all(prompts: list[list[int]], sample: Sample, rows: int) -> tuple[list[list[int]], list[bool]]:
-    """Response ids and whether they ended on a stop token, for every prompt."""
+    """For every prompt, the response ids and whether they ended on a stop token."""
     real = len(prompts)
     index_B = np.arange(real + -real % rows)
-    # A limit of 0 leaves the padding rows without a token.
+    # With a limit of 0, padding rows get no token.
     uid_B = np.where(index_B < real, index_B, 0).astype(np.int32)
     limit_B = np.where(index_B < real, NO_LIMIT, 0).astype(np.int32)
     rollout = sample(prompts + [prompts[-1]] * (-real % rows), uid_B, limit_B)

@@ -1,7 +1,7 @@
-"""Signs that a run does not learn, in words: said when they appear, and again in the report.
+"""Warnings that a run does not learn, printed when they first apply and again in the report.
 
-Each finding is a function of the train lines of metrics.jsonl alone, so that a resumed run and a report
-made later say the same.
+Each finding depends only on the train lines of metrics.jsonl, so a resumed run and a later report say the
+same.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from rosd_jax.evals.outcome import Row, mean, number
 
 WINDOW = 5  # steps over which a mean is taken, and after which missing updates are reported
-UNKNOWN = 0.2  # share of unknown tokens in the prompts, far above what a tokenizer made for the text has
-TRUNCATED = 0.5
-DEAD = 0.2  # share of all steps
-COLLAPSE = 0.5  # the mean reward fell below this share of its best
-LEAST_FALL = 0.1  # and by at least this much
+UNKNOWN = 0.2  # share of unknown tokens in the prompts; a suitable tokenizer has far fewer
+TRUNCATED = 0.5  # share of responses
+DEAD = 0.2  # share of steps that change no weight
+COLLAPSE = 0.5  # the mean reward fell below this share of its best ...
+LEAST_FALL = 0.1  # ... and by at least this much
 
-# What to try where most rollouts were out of the loss for one reason.
+# What to try if most rollouts were out of the loss for this reason.
 ADVICE = {
     "all_right": "the model solves nearly every problem: choose harder ones",
     "all_wrong": "the model solves nearly none: choose easier problems, a stronger model or more "
@@ -33,7 +33,7 @@ ADVICE = {
 
 
 def findings(train: Sequence[Row]) -> dict[str, str]:
-    """What is wrong with a run, by kind: a sentence with numbers and what to try. {} where nothing is."""
+    """What is wrong with a run: a sentence with numbers and advice, by kind. {} if nothing is."""
     found = {
         "no_update": _no_update(train),
         "unknown_tokens": _unknown_tokens(train),
@@ -44,7 +44,7 @@ def findings(train: Sequence[Row]) -> dict[str, str]:
 
 
 def new_findings(train: Sequence[Row]) -> list[str]:
-    """The sentences that the last row brought; none before step WINDOW, when all may still be chance."""
+    """The sentences that are new with the last row; none before step WINDOW, when it may all be chance."""
     if len(train) < WINDOW:
         return []
     before = findings(train[:-1]) if len(train) > WINDOW else {}
@@ -52,7 +52,7 @@ def new_findings(train: Sequence[Row]) -> list[str]:
 
 
 def _no_update(train: Sequence[Row]) -> str:
-    """The last WINDOW steps learned nothing, or a fifth of all steps did."""
+    """Whether the last WINDOW steps, or a share of DEAD of all steps, changed no weight."""
     dead = [row for row in train if _dead(row)]
     least = min(WINDOW, len(train))
     lately = bool(train) and all(map(_dead, train[-WINDOW:]))
@@ -76,7 +76,7 @@ def _unknown_tokens(train: Sequence[Row]) -> str:
 
 
 def unknown_sentence(share: float) -> str:
-    """What is said of prompts of which this share of tokens is unknown."""
+    """The warning about prompts with this share of unknown tokens."""
     return (
         f"{share:.0%} of the prompts' tokens are unknown to the tokenizer, so the model cannot read them; "
         "choose a model whose tokenizer covers this text"
@@ -91,7 +91,7 @@ def _truncated(train: Sequence[Row]) -> str:
 
 
 def _collapse(train: Sequence[Row]) -> str:
-    """The mean reward of the last steps far below that of the best ones."""
+    """Whether the mean reward of the last steps is far below that of the best ones."""
     if len(train) < 2 * WINDOW:
         return ""
     means = [mean(train[i : i + WINDOW], "reward") for i in range(len(train) - WINDOW + 1)]

@@ -1,10 +1,10 @@
-"""How exactly a reflector finds errors, measured against known first errors.
+"""How precisely a reflector finds errors, measured on responses whose first error is known.
 
     truth = processbench_truth(row)                        # or gym_truth(problem_text, response)
-    finding = Finding(truth, quoted=True, span=(219, 260))   # where the reflector's quote stands
+    finding = Finding(truth, quoted=True, span=(219, 260))   # where the reflector's quote is
     localization_scores([finding, ...])
 
-The method teaches what its reflector points at, so this is where it can be wrong from the start.
+The method teaches at the place that its reflector points to, so a wrong place spoils everything after it.
 """
 
 from __future__ import annotations
@@ -20,32 +20,31 @@ from rosd_jax.types import Span
 
 @dataclass(frozen=True)
 class Truth:
-    """Where a response really goes wrong first; spans are characters of the response."""
+    """Where a response first goes wrong. Spans are characters of the response."""
 
     error: Span | None  # the first wrong step, one of `steps`; None: every step is right
-    steps: tuple[Span, ...]  # in order, not overlapping
+    steps: tuple[Span, ...]  # in order, without overlap
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a reflector said of one response, beside the truth."""
+    """What a reflector said about one response, and the truth."""
 
     truth: Truth
-    quoted: bool  # it quoted an error at all
-    span: Span | None  # where the quote stands; None: no quote, or not found in the response
+    quoted: bool  # whether it quoted an error
+    span: Span | None  # where the quote is; None: no quote, or not found in the response
 
 
 def localization_scores(findings: Sequence[Finding]) -> dict[str, float]:
-    """Shares in [0, 1] (NaN over nothing) and the counts `n_wrong` and `n_right` of responses.
+    """Shares in [0, 1] (NaN over nothing), and the numbers of responses `n_wrong` and `n_right`.
 
-    A quote points at the first step that it shares a character with.
+    A quote points to the first step with which it shares a character.
 
-    quote_found: of the quotes given, those that stand in the response
-    exact:       of the responses with an error, those whose first wrong step is pointed at
-    within_one:  the same, or a neighbouring step
-    early:       of the responses with an error, those where a step of the correct prefix is
-                 marked as an error
-    right_kept:  of the responses without one, those that were given no quote, found or not
+    quote_found: of the quotes given, those found in the response
+    exact:       of the responses with an error, those where the quote points to the first wrong step
+    within_one:  the same, or to a neighbouring step
+    early:       of the responses with an error, those where the quote points to a step before it
+    right_kept:  of the responses without an error, those without a quote, found or not
     f1:          harmonic mean of exact and right_kept (ProcessBench, arXiv 2412.06559, section 3)
     """
     wrong = [finding for finding in findings if finding.truth.error is not None]
@@ -66,10 +65,10 @@ def localization_scores(findings: Sequence[Finding]) -> dict[str, float]:
 
 
 def gym_truth(problem_text: str, response: str) -> Truth:
-    """The truth of a gym response; its steps are its lines.
+    """The truth about a gym response. Its steps are its lines.
 
-    A response that stops early errs in an empty step at its end. Raises ValueError when the text is
-    no gym problem.
+    The error of a response that stops early is an empty step at its end. Raises ValueError if the text is
+    not a gym problem.
     """
     error = first_error(parse(problem_text), response)
     steps = []
@@ -85,8 +84,8 @@ def gym_truth(problem_text: str, response: str) -> Truth:
 def processbench_truth(row: Mapping[str, Any]) -> Truth:
     """The human label of a ProcessBench row with step spans.
 
-    Fields: `response`, `step_char_spans` ([start, stop] a step), `label` (the index of the first
-    wrong step; -1: none). Raises UserError naming the row and the field that breaks a rule.
+    Fields: `response`, `step_char_spans` ([start, stop] per step), `label` (index of the first wrong step;
+    -1: none). Raises UserError naming the row and the field that breaks a rule.
     """
     spans = row.get("step_char_spans")
     label = row.get("label")
@@ -103,7 +102,7 @@ def processbench_truth(row: Mapping[str, Any]) -> Truth:
 
 
 def _step_offset(finding: Finding) -> int | None:
-    """The step pointed at minus the first wrong one; None when no step is pointed at."""
+    """Index of the step pointed to minus that of the first wrong one; None if the quote points to no step."""
     steps = finding.truth.steps
     error = finding.truth.error
     span = finding.span

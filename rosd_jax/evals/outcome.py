@@ -1,7 +1,7 @@
-"""The numbers of a run read back, and each data set's change between two evaluations.
+"""Reads the numbers of a run back, and computes each data set's change between two evaluations.
 
-The items of a set are the same before and after, and some are harder than others; so the change is
-taken item by item, and its standard error is that of the mean of these differences.
+The items of a set are the same before and after, and some are harder than others. So the change is taken
+item by item, and its standard error is that of the mean of these differences.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from rosd_jax.config import UserError
 from rosd_jax.evals.evaluate import generations_path
 
 Row = dict[str, Any]  # one line of metrics.jsonl
-# Fields of an evaluation without which a change of avg@k would not be the model's. More samples an item
-# (k) leave avg@k as it is.
+# Fields that must agree, or else a change of avg@k is not due to the model. The samples per item (k) are not
+# among them, since the mean of avg@k does not depend on k.
 CONDITIONS = {
     "n": "items",
     "temperature": "temperature",
@@ -32,28 +32,27 @@ PROBLEMS = "problems_crc32"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The first and the last evaluation of one set; `after` is None where there is only one."""
+    """The first and the last evaluation of one set. `after` is None if there is only one."""
 
     name: str
-    in_domain: bool  # the set is the one that training drew from
+    in_domain: bool  # whether training drew from this set
     before: Row
     after: Row | None
-    change_se: float  # standard error of the change of avg; NaN where it cannot be told
-    paired: bool  # taken item by item
-    differences: tuple[str, ...] = ()  # why the two cannot be compared
+    change_se: float  # standard error of the change of avg; NaN if unknown
+    paired: bool  # whether it was taken item by item
+    differences: tuple[str, ...] = ()  # why the two cannot be compared, in words
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """Rows by step, the last written of each (step, split); [] where there is no file.
+    """Rows by step, the latest of each (step, split); [] if there is no file.
 
-    A last line that a killed run left unfinished is passed over. Raises UserError for another line
-    that is no row.
+    A last line that a killed run left unfinished is ignored. Raises UserError for any other malformed line.
     """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows: dict[tuple[int, str], Row] = {}
-    for count, line in enumerate(lines[:-1], 1):  # behind the last line feed: unfinished
+    for count, line in enumerate(lines[:-1], 1):  # what follows the last line feed is unfinished
         if line.strip():
             row = _parse(f"{path} line {count}", line)
             rows[row["step"], row["split"]] = row
@@ -61,7 +60,7 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def validation_scores(rows: Sequence[Row]) -> dict[int, float]:
-    """The mean avg@k over the validation sets, by step; of lines under the conditions of the latest ones."""
+    """The mean avg@k over the validation sets, by step, of lines under the same conditions as the latest."""
     latest = {row["split"]: row for row in rows if row["split"].startswith("validation/")}
     found: dict[int, list[Row]] = {}
     for row in rows:
@@ -71,7 +70,7 @@ def validation_scores(rows: Sequence[Row]) -> dict[int, float]:
 
 
 def best_step(rows: Sequence[Row]) -> int | None:
-    """The step with the highest validation score, the earliest of equals; None without validation."""
+    """The step with the highest validation score, the earliest of equal ones; None without validation."""
     scores = {step: score for step, score in validation_scores(rows).items() if math.isfinite(score)}
     return max(scores, key=lambda step: (scores[step], -step)) if scores else None
 
@@ -79,9 +78,9 @@ def best_step(rows: Sequence[Row]) -> int | None:
 def compare(
     rows: Sequence[Row], workdir: Path, trained_on: Sequence[str], until: int | None = None
 ) -> list[Outcome]:
-    """One outcome a set: in-domain (`trained_on`) first, then in the order of their first appearance.
+    """One outcome per set: in-domain sets (`trained_on`) first, then in the order of first appearance.
 
-    The earliest evaluation of each set is compared with that of step `until`, or else with the latest.
+    The earliest evaluation of each set is compared with that of step `until`, or by default with the latest.
     """
     by_set: dict[str, list[Row]] = {}
     for row in rows:
@@ -103,19 +102,19 @@ def compare(
 
 
 def number(row: Row, field: str) -> float:
-    """The field as a float; NaN where it is absent, null or no number."""
+    """The field as a float; NaN if it is absent, null or not a number."""
     value = row.get(field)
     return float(value) if isinstance(value, int | float) else math.nan
 
 
 def mean(rows: Sequence[Row], field: str) -> float:
-    """The mean over the rows where the field is a finite number; NaN where there is none."""
+    """The mean over the rows in which the field is a finite number; NaN if there is none."""
     found = [value for row in rows if math.isfinite(value := number(row, field))]
     return sum(found) / len(found) if found else math.nan
 
 
 def _differences(before: Row, after: Row) -> tuple[str, ...]:
-    """What two evaluations of a set do not share; a field that one of them lacks is none of it."""
+    """The conditions in which two evaluations differ. A field that one of them lacks does not count."""
     found = []
     for field, name in CONDITIONS.items():
         old = number(before, field)
@@ -125,7 +124,7 @@ def _differences(before: Row, after: Row) -> tuple[str, ...]:
     old = number(before, PROBLEMS)
     new = number(after, PROBLEMS)
     if math.isfinite(old + new) and old != new:
-        found.append("other problems or golds")
+        found.append("other problems or gold answers")
     return tuple(found)
 
 
@@ -136,11 +135,11 @@ def _parse(where: str, line: str) -> Row:
         row = None
     if isinstance(row, dict) and type(row.get("step")) is int and type(row.get("split")) is str:
         return row
-    raise UserError(f"{where} must be a JSON object with step and split; correct or drop the line")
+    raise UserError(f"{where} must be a JSON object with step and split; correct or delete the line")
 
 
 def _paired_se(workdir: Path, name: str, before: Row, after: Row) -> float | None:
-    """Standard error of the mean item-wise change; None unless both files hold the same items."""
+    """Standard error of the mean change per item; None unless both files have the same items."""
     old, new = (_item_means(workdir, row["step"], name) for row in (before, after))
     if not old or old.keys() != new.keys():
         return None
@@ -149,7 +148,7 @@ def _paired_se(workdir: Path, name: str, before: Row, after: Row) -> float | Non
 
 
 def _item_means(workdir: Path, step: int, name: str) -> dict[str, float]:
-    """Mean reward of each item of one evaluation; {} where its file is gone or was spoiled."""
+    """Mean reward of each item of one evaluation; {} if its file is missing or damaged."""
     rewards: dict[str, list[float]] = {}
     try:
         text = generations_path(workdir, step, name).read_text(encoding="ascii")

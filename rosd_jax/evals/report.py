@@ -1,7 +1,7 @@
-"""What a run came to: the lines printed at its end, report.md and report.png.
+"""The results of a run: the lines printed at its end, report.md and report.png.
 
-Reads metrics.jsonl and, for the interval of a change, the raw generations under evals/. A 95%
-interval is 1.96 standard errors to either side.
+Reads metrics.jsonl and, for the interval of a change, the raw generations under evals/. A 95% interval is
+1.96 standard errors to either side.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from rosd_jax.evals.outcome import (
 )
 
 Z = 1.96  # standard errors on either side of a 95% interval
-LETTER = "always the most frequent letter"
+MAJORITY = "always the most frequent letter"
 REWARD = "tab:blue"
 LOSS = "tab:orange"
 BEFORE = "tab:gray"
 BEST = "tab:green"
 AFTER = "tab:blue"
-LABEL = 18  # characters of a set's name that fit the table
+LABEL = 18  # characters of a set's name that fit into the table
 MADE = {
-    "metrics.jsonl": "every number, one object a line",
-    "evals": "each evaluation's raw generations",
-    "validations": "those of the sets that chose the best step",
-    "rollouts": "each step's responses, rewards and reflections",
+    "metrics.jsonl": "all numbers, one object per line",
+    "evals": "the raw generations of each evaluation",
+    "validations": "the same for the sets that chose the best step",
+    "rollouts": "responses, rewards and reflections of each step",
     "checkpoints": "what a resumed run starts from",
     "export": "the trained model as a Hugging Face directory",
-    "export_best": "the model of the step that validation chose, likewise",
-    "config.json": "the run's every setting",
+    "export_best": "the model of the step that validation chose",
+    "config.json": "all settings of the run",
 }
 
 
 def write_report(workdir: str | Path, trained_on: Sequence[str]) -> str:
     """Writes report.md and report.png into workdir; returns the lines to print, in ASCII.
 
-    trained_on holds the names of the set that training drew from, first the one to show. Evaluations of
-    one set at its earliest and its latest step are compared, and where validation chose a step before the
-    latest, at its earliest and that step. Rows that a resumed run wrote again replace the older ones.
-    Raises UserError for a line of metrics.jsonl that is no row, and where the report cannot be written.
+    trained_on: the names of the set that training drew from; the first is shown. Each set's earliest
+    evaluation is compared with its latest one and, if validation chose an earlier step, with the one at that
+    step. Rows that a resumed run wrote again replace the older ones. Raises UserError for a malformed line of
+    metrics.jsonl, and if the report cannot be written.
     """
     workdir = Path(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
@@ -79,7 +79,7 @@ def write_report(workdir: str | Path, trained_on: Sequence[str]) -> str:
 
 def _training_lines(train: Sequence[Row]) -> list[str]:
     if not train:
-        return ["No training step was made."]
+        return ["No training step was taken."]
     ends = min(5, (len(train) + 1) // 2)
     lines = [f"Training: {len(train)} steps, mean of the first and of the last {ends}"]
     for field, show in (("reward", ".3f"), ("loss", ".3g")):
@@ -89,7 +89,7 @@ def _training_lines(train: Sequence[Row]) -> list[str]:
 
 
 def _findings_lines(train: Sequence[Row]) -> list[str]:
-    """What became of the rollouts and of the quotes, and what went wrong."""
+    """What became of the rollouts and the quotes, and warnings."""
     said = [*_rollouts_said(train), *_quotes_said(train)]
     said += [f"Warning: {sentence}" for sentence in findings(train).values()]
     return [line for text in said for line in textwrap.wrap(text, 80, subsequent_indent="    ")]
@@ -116,7 +116,7 @@ def _quotes_said(train: Sequence[Row]) -> list[str]:
 def _at_best(
     rows: Sequence[Row], workdir: Path, trained_on: Sequence[str], outcomes: Sequence[Outcome]
 ) -> list[Outcome]:
-    """The outcomes at the step that validation chose; none where that is the first or the last."""
+    """The outcomes at the step that validation chose; none if that is the first or the last."""
     best = best_step(rows)
     if best is None or any(outcome.after and outcome.after["step"] == best for outcome in outcomes):
         return []
@@ -124,7 +124,7 @@ def _at_best(
 
 
 def _validation_lines(rows: Sequence[Row]) -> list[str]:
-    """Which step validation chose, and its score before, there and at the end."""
+    """The step that validation chose, and the scores before, there and at the end."""
     scores = validation_scores(rows)
     best = best_step(rows)
     if best is None:
@@ -138,7 +138,7 @@ def _validation_lines(rows: Sequence[Row]) -> list[str]:
 
 def _table_lines(outcomes: Sequence[Outcome], train_set: str) -> list[str]:
     if not outcomes:
-        return ["No evaluation was made."]
+        return ["There was no evaluation."]
     span = _steps(outcomes[0])
     lines = [
         f"Evaluation: avg@k in %, {span}, with 95% intervals",
@@ -181,7 +181,7 @@ def _change(outcome: Outcome) -> str:
 
 
 def _notes(outcome: Outcome, span: str) -> list[str]:
-    """What a reader must know of a row besides its numbers."""
+    """What a reader must know about a row in addition to its numbers."""
     notes = []
     if _steps(outcome) != span:
         notes.append(f"here {_steps(outcome)}")
@@ -194,10 +194,10 @@ def _notes(outcome: Outcome, span: str) -> list[str]:
         rows = {"before": outcome.before, "after": outcome.after}
         notes += [f"{when}: interval {_interval(row)}" for when, row in rows.items() if row]
     elif not outcome.paired:
-        notes.append("interval unpaired: generations of the same items are not at hand")
+        notes.append("interval unpaired: the generations of the same items are missing")
     letter = number(outcome.before, "majority_letter")
     if math.isfinite(letter):
-        notes.append(f"{LETTER}: {_percent(letter)}")
+        notes.append(f"{MAJORITY}: {_percent(letter)}")
     return notes
 
 
@@ -224,7 +224,7 @@ def _percent(share: float) -> str:
 
 
 def _label(name: str) -> str:
-    """A set's name for terminals and figures: ASCII, its end kept where it is long."""
+    """A set's name for terminals and figures: in ASCII, and shortened to its end if it is long."""
     name = name.encode("ascii", "replace").decode()
     return name if len(name) <= LABEL else ".." + name[2 - LABEL :]
 
@@ -282,7 +282,7 @@ def _draw_training(axes: Axes, train: Sequence[Row]) -> None:
 
 
 def _draw_sets(axes: Axes, outcomes: Sequence[Outcome], best: Mapping[str, Row | None]) -> None:
-    """One line a set, the first at the top; a cross marks the most frequent letter's accuracy."""
+    """One line per set, the first at the top. A cross marks the accuracy of the most frequent letter."""
     for y, outcome in enumerate(outcomes):
         shown = (
             (outcome.before, BEFORE, -0.2),
@@ -297,7 +297,7 @@ def _draw_sets(axes: Axes, outcomes: Sequence[Outcome], best: Mapping[str, Row |
     letters = [100 * number(outcome.before, "majority_letter") for outcome in outcomes]
     if any(map(math.isfinite, letters)):
         axes.plot(letters, range(len(outcomes)), "x", color="black")
-        scale += f"\nx: {LETTER}"
+        scale += f"\nx: {MAJORITY}"
     names = [f"{_label(o.name)} ({'in' if o.in_domain else 'out'})" for o in outcomes]
     axes.set_yticks(range(len(outcomes)), names, parse_math=False)
     axes.set_ylim(max(len(outcomes), 1) - 0.5, -0.5)

@@ -1,7 +1,7 @@
-"""Grades responses: one checker a kind of problem, each in a `fixed` and a `official` mode.
+"""Grades responses: one checker per kind of problem, in the modes `fixed` and `official`.
 
-`official` gives the released code's verdicts, defects included; `fixed` corrects them (each module says
-which). A user's own function may take their place (custom.py). This package imports no JAX, so that
+`official` gives the verdicts of the released code with its defects; `fixed` corrects them (each module says
+which). A user's own function may replace the checkers (custom.py). This package imports no JAX, so that
 worker processes load quickly.
 """
 
@@ -27,12 +27,12 @@ _MAX_WORKERS = 8
 
 
 class Grader:
-    """Grades batches of responses, and owns the processes that compare mathematics or run an own function.
+    """Grades batches of responses, and owns the processes that compare mathematics or run a user's function.
 
     A context manager: workers start when first needed and end on exit. mode: "fixed", "official" or
-    "MODULE:FUNCTION". `timeout_s` bounds one comparison, or one response in an own function; over it, the
-    worker is ended and replaced and the response scores 0. `timeouts` counts these, and workers that died
-    of an answer. Raises UserError for an unknown mode.
+    "MODULE:FUNCTION". timeout_s: the limit for one comparison, or for one response in a user's function, in
+    seconds of CPU time. Beyond it the worker is ended and replaced, and the response scores 0. `timeouts`
+    counts these responses and those whose worker died. Raises UserError for an unknown mode.
     """
 
     def __init__(self, mode: str = "fixed", timeout_s: float = 5.0):
@@ -52,13 +52,13 @@ class Grader:
             self._own.close()
 
     def start(self) -> None:
-        """Imports an own function now, so that its mistakes show before the first response does."""
+        """Imports a user's function now, so that its mistakes are reported before the first response."""
         if self._own:
             self._own.start()
 
     @property
     def timeouts(self) -> int:
-        """Responses so far that ended with their worker, and so scored 0."""
+        """The number of responses so far that scored 0 because their worker was ended or died."""
         return (self._own or self._pool).timeouts
 
     def grade_all(
@@ -67,10 +67,10 @@ class Grader:
         """Grades response i against problem i.
 
         thinking_open: the prompts ended inside `<think>`, so the responses begin there, and one without
-        `</think>` has no answer. Mode "official" does not look at it.
+        `</think>` has no answer. The mode "official" ignores it.
 
-        Raises UserError naming the problem for an unknown kind or an answer that its checker cannot
-        read, and ValueError when the lengths differ.
+        Raises UserError naming the problem for an unknown kind or a gold answer that its checker cannot
+        read, and ValueError if the lengths differ.
         """
         if self._own:
             return self._own.grade_all(responses, problems)
@@ -99,7 +99,7 @@ class Grader:
         ]
         answers = [problem.answer for _, problem in pairs]
         found = zip(predictions, answers, strict=True)
-        # Samples of one prompt often agree: each different pair is compared once.
+        # Samples of one prompt often agree, so each different pair is compared once.
         asked = list(dict.fromkeys((p, a) for p, a in found if p and p != a))
         agreed = self._pool.answer_all([(p, a, self.mode) for p, a in asked]) if asked else []
         right = {pair for pair, agrees in zip(asked, agreed, strict=True) if agrees}
@@ -109,10 +109,11 @@ class Grader:
         ]
 
     def votes(self, predictions: Sequence[str], problems: Sequence[Problem]) -> list[str]:
-        """The answer that each prediction votes for: the first of its problem's that equals it.
+        """The answer that each prediction votes for: the first prediction of its problem that equals it.
 
-        Only predictions of a mathematics problem can be equal and differ as text, and only `fixed` says
-        so. Each is compared with one of every answer found so far. Raises ValueError when the lengths differ.
+        Predictions that are equal but differ as text exist only in mathematics, and only in the mode "fixed".
+        Each prediction is compared with one of each group of equal ones found so far. Raises ValueError if
+        the lengths differ.
         """
         waiting: dict[str, dict[str, None]] = {}  # the different predictions of each problem, in order
         for prediction, problem in zip(predictions, problems, strict=True):
@@ -137,11 +138,11 @@ class Grader:
 def check(
     response: str, answer: str, kind: str, mode: Mode = "fixed", *, thinking_open: bool = False
 ) -> Grade:
-    """The verdict of one built-in checker, for use in a reward function of one's own.
+    """The verdict of one built-in checker, for use in a user's reward function.
 
-    thinking_open: the prompt ended inside `<think>`, as `Grader.grade_all` is told.
-    Mathematics is compared in this process, whose time limit bounds it. Raises UserError for an unknown
-    kind or an answer that its checker cannot read.
+    thinking_open: the prompt ended inside `<think>`, as in `Grader.grade_all`. Mathematics is compared in
+    this process, under its time limit. Raises UserError for an unknown kind or a gold answer that its
+    checker cannot read.
     """
     if kind not in _KINDS:
         raise UserError(f"kind is {kind!r}; it must be one of {', '.join(_KINDS)}, so correct the row")

@@ -1,9 +1,9 @@
 r"""Reads the one letter that a multiple-choice answer chooses.
 
-An answer is marks and a lead ("The answer is", "Option"), the letter, and then nothing, or a label's mark
-and the option's text, or why or that it is right. The text may name letters of its own (vitamin C, Both A
-and B); such a letter is another choice only where it is written as one chooses: "(A) or (B)", "A: no, B:
-yes", "A) is wrong, so B)". Two different choices are no choice.
+An answer has marks and a lead ("The answer is", "Option"), the letter, and then nothing, or punctuation and
+the option's text, or a remark that or why it is right. The option's text may contain letters (vitamin C, Both
+A and B). Such a letter is another choice only if it is written like one: "(A) or (B)", "A: no, B: yes",
+"A) is wrong, so B)". An answer with two different choices chooses none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# A lead is made of these words alone: "Compound C" and "Vitamin C" are texts, not choices.
+# A lead has only these words: "Compound C" and "Vitamin C" are texts of options, not choices.
 _LEAD = frozenset(
     "an the my our this that we so thus therefore hence then okay ok please "
     "final correct right best true likely probable most appropriate accurate chosen only "
@@ -35,11 +35,11 @@ _COMMAND = re.compile(
     r"\\(?:boxed|fbox|framebox|[lL]arge|LARGE|[hH]uge|text[a-z]*|math[a-z]+|operatorname|underline|boldsymbol|pmb|bm|bf|rm|it|sf|tt"
     r"|left|right|displaystyle|quad|qquad|[,;:! ()\[\]])"
 )
-_CHINESE_LABEL = re.compile(r"(?<![^\W_])([A-JＡ-Ｊ])、(?=[^\WA-JＡ-Ｊ]|[A-J][a-z])")  # not A、B
+_CHINESE_LABEL = re.compile(r"(?<![^\W_])([A-JＡ-Ｊ])、(?=[^\WA-JＡ-Ｊ]|[A-J][a-z])")  # but not A、B
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 _MARKS = str.maketrans({"。": ".", "、": ",", "【": "[", "】": "]", "「": "(", "」": ")", "\\": " "})
 
-_LETTER = re.compile(r"([A-Za-z])(?!['’]?\w(?<![\u2e80-\uffef]))")  # Chinese may follow without a space
+_LETTER = re.compile(r"([A-Za-z])(?!['’]?\w(?<![\u2e80-\uffef]))")  # Chinese text may follow without a space
 _END = re.compile(r"[\s.)\]}*$\"'”’»>!,;:选選项項です번]*$")
 _SHUT = r"[)\]}*$\"'”’»>]*"
 _LABEL = re.compile(
@@ -58,7 +58,7 @@ _NO_TEXT = re.compile(
 )
 _FORMULA = re.compile(r"\s*[=^*/≈]")
 
-# Another choice: a letter up to J, beyond which no set has options. "I" is mostly a pronoun or a numeral.
+# Another choice: a letter up to J, since no set has more options. "I" is mostly a pronoun or a numeral.
 _X = r"(?<![\w°\\^/+'-])([A-HJ])(?![\w^'])"
 _XI = _X.replace("A-HJ", "A-J")
 _ASIDE = r"(?i:option|choice|answer|letter)"
@@ -87,7 +87,7 @@ _OTHERS = re.compile(
             rf"\b(?i:it's|it is|is it|(?:could|may|might)\s+(?:also\s+)?be)\s+{_TO}{_ENDS}",  # it may be B
             rf"\(\s?{_OR}\s+{_TO}{_ENDS}",  # text (or B)
             rf"\b(?i:true|false|yes|no|right|wrong|correct|incorrect)\s+{_X}[.):]",  # A. True B. False
-            rf"^[\s(*.,;-]*{_X}[)*.:]*\s*$",  # a line of its own
+            rf"^[\s(*.,;-]*{_X}[)*.:]*\s*$",  # on a separate line
         )
     ),
     re.MULTILINE,
@@ -97,14 +97,14 @@ _AFTER_MARK = re.compile(rf"(?:^|[,;.:!?/&|\n]|\b(?:{_OR}|{_TURN}|{_ASIDE}))$")
 _CHAIN = re.compile(rf"\s*(?:{_OR}\b|[,/&;+|]|和|或|与|と)\s*(?:{_ASIDE}\s+)?[(\[{{*]*{_XI}")
 _SMALL_CHAIN = re.compile(rf"\s*(?:{_OR}\b|[,;/&+])\s*(?:{_ASIDE}\s+)?[(\[]\s?[a-j]\s?[)\]]")  # (a) or (b)
 _LISTED = r"[A-J](?:\s*(?:,|&|\b(?:and|or|nor)\b)){1,2}\s*[A-J](?![\w^'])"
-# "Both A and B", or a text that is a list: what an option says, not what is chosen.
+# "Both A and B", or a text that is a list, is the text of an option, not a choice.
 _QUOTED = re.compile(
     rf"(?:^\s*|\b(?i:both|either|neither|only|all|none)\s+(?:(?i:of|the|options?|statements?)\s+)*){_LISTED}"
 )
 
 
 def read_choice(answer: str) -> str:
-    """The capital letter that an answer chooses; "" where it chooses none, or several."""
+    """The capital letter that an answer chooses; "" if it chooses none, or several."""
     text = _plain(answer)
     head = _LETTER.match(text, _after_lead(text))
     if head is None:
@@ -128,7 +128,7 @@ def read_choice(answer: str) -> str:
 
 
 def _plain(answer: str) -> str:
-    """Without LaTeX commands, Markdown and HTML; what they set apart begins and ends with a star."""
+    """Removes LaTeX commands, Markdown and HTML; what they highlight begins and ends with a star."""
     text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", _CHINESE_LABEL.sub(r"\1: ", answer))).strip()
     if not re.fullmatch(r"<[A-Za-z]>", text):
         text = _TAG.sub("*", re.sub(r"<br\s?/?>", "\n", text))
@@ -136,7 +136,7 @@ def _plain(answer: str) -> str:
 
 
 def _after_lead(text: str) -> int:
-    """Where the letter should stand: behind "The answer is", or at the start."""
+    """Where the letter should be: after "The answer is", or at the start."""
     at = _OPENING.match(text).end()  # pyright: ignore[reportOptionalMemberAccess]
     while True:
         word = _WORD.match(text, at)
@@ -151,7 +151,7 @@ def _after_lead(text: str) -> int:
 
 
 def _other_choices(said: str, in_brackets: bool) -> set[str]:
-    """The letters that a text behind the chosen letter puts forward as choices."""
+    """The letters that the text after the chosen letter presents as choices."""
     chained = _CHAIN.match(said)
     found = {chained[1]} if chained else set()
     said = _QUOTED.sub(" ", said)
@@ -161,9 +161,9 @@ def _other_choices(said: str, in_brackets: bool) -> set[str]:
 
 
 def _bracketed(said: str, in_brackets: bool) -> set[str]:
-    """Letters in "(B)", where the first letter was written so or no noun stands before, and in "B)".
+    """Letters in "(B)", if the first letter was written so or no noun precedes it, and in "B)".
 
-    "glutamate (E)" names an acid, and "(vitamin C)" ends a remark.
+    "glutamate (E)" is an acid, and "(vitamin C)" ends a remark.
     """
     found = set()
     depth = 0

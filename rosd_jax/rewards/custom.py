@@ -1,10 +1,10 @@
 """A user's own reward function, `rewards="MODULE:FUNCTION"`, called in worker processes.
 
     FUNCTION(prompt, response, row)       -> a score, or a dict with `score`, `prediction`, `well_formed`
-    FUNCTION(prompts, responses, rows)    -> a list of these, where FUNCTION.batched is true
+    FUNCTION(prompts, responses, rows)    -> a list of these, if FUNCTION.batched is true
 
-docs/own_task.md says what the arguments hold. What the function raises, and whatever it returns that is no
-score in [0, 1], ends the run with a UserError; beyond its time limit a response scores 0 and is counted.
+docs/own_task.md describes the arguments. An exception in the function, and a return value that is not a score
+in [0, 1], end the run with a UserError. A response beyond the time limit scores 0 and is counted.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 Item = tuple[str, list[dict[str, str]], str, dict[str, str], str]  # uid, prompt, response, row, its extra
 
 RETURNS = ("score", "prediction", "well_formed")
-ROUNDING = 1e-6  # by which a score may miss [0, 1]
+ROUNDING = 1e-6  # by which a score may be outside [0, 1]
 
 
 class OwnReward:
-    """Grades by the function that `name` states. `timeouts` counts the responses that scored 0 for time."""
+    """Grades by the function that `name` gives. `timeouts` counts the responses beyond the time limit."""
 
     def __init__(self, name: str, timeout_s: float, size: int):
         self.timeouts = 0
@@ -40,7 +40,10 @@ class OwnReward:
         self._pool = Pool(timeout_s, size, __name__, (name,))
 
     def start(self) -> bool:
-        """Imports the function in a worker: is it batched? Raises UserError where it cannot be used."""
+        """Imports the function in a worker, and returns whether it is batched.
+
+        Raises UserError if it cannot be used.
+        """
         try:
             return self._pool.greeting()
         except RuntimeError as error:
@@ -50,9 +53,10 @@ class OwnReward:
             ) from error
 
     def grade_all(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
-        """Grades response i against problem i; a batched function is called once, for all of them.
+        """Grades response i against problem i. A batched function is called once, for all of them.
 
-        Raises UserError naming function and problem for what the function raises or wrongly returns.
+        Raises UserError naming function and problem if the function raises, or returns something else than
+        a grade.
         """
         items = [
             (problem.uid, list(problem.messages), response, _fields(problem), problem.extra)
@@ -89,17 +93,17 @@ def _fields(problem: Problem) -> dict[str, str]:
 
 
 def answerer(name: str) -> Callable[[list[Item]], list[Grade]]:
-    """What a worker answers with (workers.py). Raises UserError where the function cannot be called."""
-    # Standard output belongs to the run; what the function prints goes where its traceback goes.
+    """The function that a worker answers with (workers.py). Raises UserError if it cannot be called."""
+    # Standard output belongs to the run, so what the function prints goes to standard error.
     os.dup2(2, 1)
     sys.stdout = sys.stderr
-    os.environ["JAX_PLATFORMS"] = "cpu"  # so do the accelerators
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerators belong to the run, too
     sys.path.insert(0, os.getcwd())
     return _Caller(name, _load(name))
 
 
 class _Caller:
-    """Calls the function and reads what it returns."""
+    """Calls the function and checks what it returns."""
 
     def __init__(self, name: str, function: Callable[..., Any]):
         self.name = name
@@ -110,12 +114,12 @@ class _Caller:
             inspect.signature(function).bind(None, None, None)
         except TypeError:
             raise UserError(f"rewards is {name!r}; it must take three arguments, {arguments}") from None
-        except ValueError:  # it has no signature that Python can read
+        except ValueError:  # Python cannot read its signature
             pass
 
     def __call__(self, call: list[Item]) -> list[Grade]:
         _, prompts, responses, fields, extras = map(list, zip(*call, strict=True))
-        # A row's own fields keep their values, whatever they are called.
+        # A row's own fields take precedence over ours.
         rows = [{**f, **json.loads(extra or "{}")} for f, extra in zip(fields, extras, strict=True)]
         given = (prompts, responses, rows) if self.greeting else (prompts[0], responses[0], rows[0])
         try:
@@ -139,7 +143,7 @@ class _Caller:
 
 
 def read_grade(value: Any) -> Grade:
-    """What a reward function says of one response. Raises UserError saying what is wrong with it."""
+    """The grade that a reward function returned. Raises UserError saying what is wrong with it."""
     fields = value if isinstance(value, dict) else {"score": value}
     if "score" not in fields or not fields.keys() <= set(RETURNS):
         keys = ", ".join(map(str, fields)) or "none"
@@ -183,16 +187,16 @@ def _refusal(name: str, call: list[Item], what: str) -> UserError:
 
 
 def _describe(error: BaseException) -> str:
-    """The error in one line, with the place in the user's file where it was raised."""
+    """The error on one line, with the place in the user's file where it was raised."""
     text = " ".join(str(error).split())[:300]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
     named = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    inside = len(frames) > 1 and not isinstance(error, SyntaxError)  # the first frame is this file's
+    inside = len(frames) > 1 and not isinstance(error, SyntaxError)  # the first frame is in this file
     return f"{named} ({frames[-1].filename} line {frames[-1].lineno})" if inside else named
 
 
 def _plain(value: Any) -> Any:
-    """A number or truth value of NumPy's or PyTorch's as Python's own."""
+    """A NumPy or PyTorch scalar as a Python number or truth value."""
     scalar = hasattr(value, "item") and getattr(value, "ndim", None) == 0
     return value.item() if scalar else value
 

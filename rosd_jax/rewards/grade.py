@@ -1,4 +1,4 @@
-"""What a checker says of one response."""
+"""A checker's verdict on one response."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SUCCESS = 0.5  # a response with at least this score is correct
 class Grade:
     """The verdict on one response.
 
-    `prediction` is the answer that was read from the text ("" where none was). Equal predictions are
-    equal answers; mathematics has other equal answers, which `Grader.votes` finds. `well_formed` is true
-    when the response kept the format that was asked for, whatever its score.
+    `prediction` is the answer read from the text, "" if none was. Equal predictions are equal answers; in
+    mathematics, answers may also be equal as values, which `Grader.votes` finds. `well_formed` is true if the
+    response has the required format, whatever its score.
     """
 
-    score: float  # 0 or 1; from a function of the user's, in [0, 1]
+    score: float  # 0 or 1; from a user's function, in [0, 1]
     prediction: str
     well_formed: bool

@@ -1,9 +1,9 @@
-r"""Checkers that read an answer out of a tag or a sentence: multiple choice, and the gym.
+r"""Checkers that read an answer from a tag: multiple choice, and the gym.
 
-`fixed` reads the last complete `<answer>...</answer>` outside the thinking, however the tags are spaced
-and capitalised, and the one letter that stands there (choice.py). The tag is required: a bare letter
-without it scores 0. `official` is the released checker: whatever stands after the last
-`<answer>` (or the whole text, where there is no tag) must equal the gold letter exactly.
+`fixed` reads the last complete `<answer>...</answer>` outside the thinking, with any spacing and case of the
+tags, and the one letter chosen there (choice.py). The tag is required: a letter without it scores 0.
+`official` is the released checker: what follows the last `<answer>` (or the whole text, without a tag) must
+equal the gold letter exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TAGGED_LETTER_AT_END = re.compile(r"<answer>\s*[ABCD]\s*</answer>$")
 def grade(response: str, answer: str, *, mode: Mode, thinking_open: bool = False) -> Grade:
     """Grades a multiple-choice response against the gold letter.
 
-    thinking_open: the prompt ended inside `<think>`; mode "official" does not look at it.
+    thinking_open: the prompt ended inside `<think>`; the mode "official" ignores it.
     """
     if mode == "official":
         return _grade_official(response, answer)
@@ -32,7 +32,7 @@ def grade(response: str, answer: str, *, mode: Mode, thinking_open: bool = False
 
 
 def grade_gym(response: str, answer: str, *, thinking_open: bool = False) -> Grade:
-    """Grades a gym response: the last `<answer>` block must equal the gold, white space aside."""
+    """Grades a gym response: the last `<answer>` block must equal the gold answer up to white space."""
     content = last_answer(outside_thinking(response, opened=thinking_open))
     if content is None:
         return Grade(0.0, "", False)
@@ -41,7 +41,7 @@ def grade_gym(response: str, answer: str, *, thinking_open: bool = False) -> Gra
 
 
 def last_answer(text: str) -> str | None:
-    """The content of the last complete `<answer>...</answer>`; None where there is none."""
+    """The content of the last complete `<answer>...</answer>`; None if there is none."""
     content = start = None
     for tag in _TAG.finditer(text):
         if not tag[1]:
@@ -53,7 +53,7 @@ def last_answer(text: str) -> str | None:
 
 
 def _grade_official(response: str, answer: str) -> Grade:
-    # The released `incorrect_format` is 1 for a right format; well_formed has the sign it says.
+    # The released `incorrect_format` is 1 for a correct format; well_formed is true for one.
     tail = response.rpartition("<answer>")[2]
     prediction = tail.partition("</answer>")[0].strip()
     well_formed = _TAGGED_LETTER_AT_END.search(response) is not None

@@ -1,11 +1,13 @@
-"""The tool-use checker: the calls a response makes against the gold calls.
+"""The tool-use checker: compares the calls in a response with the gold calls.
 
-`fixed` reads `Action: name` followed by `Action Input: {json}` in order and compares the calls pair
-by pair; the input may nest, and a call whose input cannot be read equals no gold call. A name is all
-that its line holds; headings, bullets, bold, fences, quotes, `()` and an end mark around labels, names
-and inputs are no part of them. `official` is the released checker: it compares the names as a multiset
-and all inputs merged into one dictionary, reads an input only as far as its first `}`, drops what does
-not parse and cuts a name at the first character that is no letter, digit or `_`.
+`fixed` reads `Action: name` followed by `Action Input: {json}`, in order, and compares the calls pair by
+pair. An input may be nested, and a call whose input cannot be read equals no gold call. A name is the whole
+rest of its line. Headings, bullets, bold, fences, quotation marks, `()` and final punctuation around labels,
+names and inputs are ignored.
+
+`official` is the released checker: it compares the names as a multiset and all inputs merged into one
+dictionary, reads an input only up to its first `}`, ignores what does not parse, and cuts a name at the first
+character that is not a letter, digit or `_`.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ from rosd_jax.config import UserError
 from rosd_jax.rewards.grade import Grade, Mode
 from rosd_jax.text.thinking import outside_thinking
 
-Call = tuple[str, str | None]  # name, and the input as canonical JSON (None: not readable)
+Call = tuple[str, str | None]  # name, and the input as canonical JSON (None: it cannot be read)
 
-# How sets spell the two keys of a gold call, letters alone.
+# The spellings of the two keys of a gold call in data sets, letters only.
 _NAME_KEYS = frozenset({"action", "name", "tool", "toolname", "function", "functionname", "api", "apiname"})
 _INPUT_KEYS = frozenset(
     {"actioninput", "input", "toolinput", "inputs", "arguments", "args", "parameters", "params", "kwargs"}
 )
 
-# A label at the start of a line, marks aside, or inside one; without a colon it may be a heading.
+# A label at the start of a line, after any marks, or inside one. Without a colon it may be a heading.
 _LABEL = re.compile(
     r"(?:(?P<start>^[ \t>#*_`~\u2022\u00b7+.)\d-]*(?:<\w{1,6}>)?))?"
     r"(?<![^\W_])(?P<word>action)(?P<input>[ \t_-]?input)?[*_`]{0,3}(?:</\w{1,6}>)?"
@@ -46,9 +48,9 @@ def grade(
 ) -> Grade:
     """Grades the calls of a response.
 
-    `answer` is what `gold_calls` takes. thinking_open: the prompt ended inside `<think>`. Raises
-    UserError for another `answer`; but mode "official" looks at no thinking, there an `answer` that is not
-    JSON scores 0, and an input that is not JSON counts as `{}`.
+    answer: as for `gold_calls`; raises UserError for a malformed one. thinking_open: the prompt ended inside
+    `<think>`. The mode "official" ignores thinking; there an `answer` that is not JSON scores 0, and an input
+    that is not JSON counts as `{}`.
     """
     if mode == "official":
         return _grade_official(response, answer)
@@ -65,9 +67,9 @@ def grade(
 def gold_calls(answer: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The gold calls as `{"Action": name, "Action_Input": object or its JSON text}`.
 
-    `answer` is a list of such objects, or that list as JSON text; other usual spellings of the keys are
-    read, and a missing input means `{}`. Raises ValueError, with the rule that is broken, where the
-    calls cannot be told, or no response could make them.
+    answer: a list of such objects, or that list as JSON text. Other usual spellings of the keys are accepted,
+    and a missing input means `{}`. Raises ValueError, with the rule that is broken, for a malformed list and
+    for calls that no response could make.
     """
     calls = _loads(answer) if isinstance(answer, str) else answer
     if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
@@ -76,7 +78,7 @@ def gold_calls(answer: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     gold = [_comparable(call) for call in read]
     written = "\n".join(f"Action: {name}\nAction Input: {value}" for name, value in gold)
     if any(value is None for _, value in gold) or list(_calls(written)) != gold:
-        raise ValueError("must hold calls that a response can make: a name on one line, and an input in JSON")
+        raise ValueError("must have calls that a response can make: a name on one line, and an input in JSON")
     return read
 
 
@@ -100,14 +102,14 @@ def _gold_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparable(call: dict[str, Any]) -> Call:
-    """A gold call as `_calls` would read it."""
+    """A gold call in the form in which `_calls` reads one."""
     value = call["Action_Input"]
     text = value if isinstance(value, str) else json.dumps(value)
     return _name(call["Action"]) or "", _whole(text)
 
 
 def _calls(text: str) -> Iterator[Call]:
-    """The calls in order, up to the first that cannot be read: no later one can make up for it."""
+    """The calls in order, up to the first that cannot be read, since no later one could repair it."""
     position = 0
     value = ""
     while value is not None and (label := _LABEL.search(text, position)):
@@ -116,12 +118,12 @@ def _calls(text: str) -> Iterator[Call]:
             name, value, position = call
             yield name, value
         elif label["start"] is not None and label["colon"]:
-            value = None  # half a call must not pass unseen next to a right one
+            value = None  # half a call must not be overlooked next to a correct one
             yield "", value
 
 
 def _call(text: str, action: re.Match[str]) -> tuple[str, str | None, int] | None:
-    """The call that an `Action:` opens: its name, its input and where it ends; None for half of one."""
+    """The call that an `Action:` opens: its name, its input and where it ends; None for half a call."""
     given = _LABEL.search(text, action.end())
     if given is None or given["input"] is None:
         return None
@@ -140,7 +142,7 @@ def _is_call_inside_line(written: str, action: re.Match[str], given: re.Match[st
 
 
 def _name(written: str) -> str | None:
-    """A tool's name without what marks it; None unless there is one, on a line of its own."""
+    """A tool's name without marks around it; None unless there is one, on a separate line."""
     lines = [line.strip() for line in written.splitlines()]
     lines = [line for line in lines if line and not _FENCE.fullmatch(line)]
     if len(lines) != 1:
@@ -164,12 +166,12 @@ def _whole_or_float(text: str) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-# 5 and 5.0 are one number, while true and 1, or "5" and 5, are not: so JSON text is compared.
+# 5 and 5.0 are the same number, but true and 1, or "5" and 5, are not. So JSON text is compared.
 _DECODER = json.JSONDecoder(parse_float=_whole_or_float)
 
 
 def _canonical(text: str, start: int = 0) -> tuple[str | None, int]:
-    """The JSON value at `start` in one spelling, and where it ends; (None, start) if unreadable."""
+    """The JSON value at `start` in canonical form, and where it ends; (None, start) if it cannot be read."""
     try:
         value, end = _DECODER.raw_decode(text, start)
         return json.dumps(value, sort_keys=True), end
@@ -178,7 +180,7 @@ def _canonical(text: str, start: int = 0) -> tuple[str | None, int]:
 
 
 def _whole(text: str) -> str | None:
-    """A text that is one JSON value, in one spelling; None for another text."""
+    """A text that is one JSON value, in canonical form; None for other text."""
     text = text.strip()
     value, end = _canonical(text)
     return value if end == len(text) else None
@@ -192,7 +194,7 @@ def _grade_official(response: str, answer: str | list[dict[str, Any]]) -> Grade:
     inputs = _merge(_braced_inputs(response))
     same_names = Counter(names) == Counter(name for name, _ in gold)
     same_inputs = inputs == _merge(text for _, text in gold)
-    # The released format pattern: an action, and an input at the start of a later line.
+    # The format pattern of the released code: an action, and an input at the start of a later line.
     action = response.find("Action:")
     well_formed = action >= 0 and response.find("\nAction Input:", action + len("Action:")) >= 0
     prediction = f"Actions: {names}, Inputs: {inputs}"
@@ -200,7 +202,7 @@ def _grade_official(response: str, answer: str | list[dict[str, Any]]) -> Grade:
 
 
 def _official_gold(answer: str | list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The gold's names and inputs, the latter as JSON text."""
+    """The names and the inputs of the gold calls, the latter as JSON text."""
     try:
         items = json.loads(answer) if isinstance(answer, str) else answer
         inputs = [item.get("Action_Input", {}) for item in items]
@@ -212,7 +214,7 @@ def _official_gold(answer: str | list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _braced_inputs(text: str) -> Iterator[str]:
-    # As the pattern `Action Input:\s*({.*?})` would find them, in linear time on any text.
+    # Finds what the pattern `Action Input:\s*({.*?})` finds, but in linear time on any text.
     opening = re.compile(r"Action Input:\s*(?=\{)")
     mark = opening.search(text)
     while mark and (end := text.find("}", mark.end()) + 1):

@@ -1,7 +1,7 @@
-"""Worker processes that answer questions, so that an answer that never comes costs only itself.
+"""Worker processes that answer questions, so that a question without an answer affects nothing else.
 
-Workers are fresh interpreters: no fork of a process that runs JAX, no import of the caller's main module.
-A worker imports one module, and `module.answerer(*given)` there makes the function that answers.
+Workers are fresh interpreters: a process that runs JAX is not forked, and the caller's main module is not
+imported. A worker imports one module, and `module.answerer(*given)` makes the function that answers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any
 from rosd_jax.config import UserError
 
 _START_S = 120.0  # for a worker to import its module on a busy machine
-_GRACE_S = 60.0  # beyond the worker's own limit (CPU time), before the parent kills it
+_GRACE_S = 60.0  # beyond the worker's own limit on CPU time, after which the parent kills it
 
 
 @dataclass(frozen=True)
 class Unanswered:
-    """Stands in place of an answer, and is false: the worker was stuck or died."""
+    """Replaces an answer, and is false: the worker was stuck or died."""
 
     status: int | None  # exit status, -N after signal N; None: the parent ended the worker
 
@@ -42,16 +42,17 @@ class Unanswered:
 
 
 def serve(descriptor: int, module: str, given: Sequence[str]) -> None:
-    """A worker's whole life: answers questions from the pipe until the parent closes it.
+    """The main function of a worker: answers questions from the pipe until the parent closes it.
 
-    The limit on a question is CPU time, so that a busy machine does not change a reward, kept by the
-    kernel's timer with its default action, the end of the process:
-    it also stops C code that never returns to the interpreter, and workers that lost their parent.
-    What asks the run to stop is the parent's to obey: a worker that ended at once would score the answer in
-    hand 0.
+    The limit for a question is CPU time, so that a busy machine does not change a reward. The kernel's timer
+    ends the process, which also stops C code that never returns to the interpreter, and workers that lost
+    their parent. Signals that ask the run to stop are left to the parent: a worker that ended at once would
+    give the current answer a score of 0.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # a manager may signal every process of a run
-        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by what a reward function starts
+    for number in (signal.SIGINT, signal.SIGTERM):  # a cluster manager may signal every process of a run
+        signal.signal(
+            number, lambda *_: None
+        )  # processes that a reward function starts would inherit SIG_IGN
     pipe = Connection(descriptor)
     try:
         answer = importlib.import_module(module).answerer(*given)
@@ -89,16 +90,16 @@ class _Worker:
             [sys.executable, "-P", "-c", code],
             pass_fds=[theirs.fileno()],
             env={**os.environ, "PYTHONPATH": path},
-            process_group=0,  # a terminal's Ctrl-C goes to the whole group of the run
+            process_group=0,  # since Ctrl-C signals the whole group of the run
         )
         theirs.close()
 
     def start(self) -> None:
-        """Waits for its greeting. Raises as `answer` does."""
+        """Waits for its greeting. Raises like `answer`."""
         self.greeting = self._receive(_START_S)
 
     def answer(self, question: Any, timeout_s: float) -> Any:
-        """Raises OSError or EOFError when the worker is stuck or dead, UserError when it sends one."""
+        """Raises OSError or EOFError if the worker is stuck or dead, UserError if it sends one."""
         self.pipe.send((timeout_s, question))
         return self._receive(timeout_s + _GRACE_S)
 
@@ -114,7 +115,7 @@ class _Worker:
         return self.process.poll() is None
 
     def status(self) -> int | None:
-        """The exit status of a process that ends by itself, within moments; None: it does not."""
+        """The exit status, if the process ends by itself within a second; otherwise None."""
         try:
             return self.process.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -129,7 +130,7 @@ class _Worker:
 class Pool:
     """Up to `size` workers, each started when first needed. `close` ends them.
 
-    `timeouts` counts the questions so far whose worker got stuck or died.
+    `timeouts` counts the questions so far whose worker was stuck or died.
     """
 
     def __init__(self, timeout_s: float, size: int, module: str, given: Sequence[str] = ()):
@@ -145,7 +146,7 @@ class Pool:
     def greeting(self) -> Any:
         """The attribute `greeting` of the function that answers.
 
-        Raises UserError where its module raises one, RuntimeError where no worker starts.
+        Raises UserError if its module raises one, RuntimeError if no worker starts.
         """
         worker = self._idle.get()
         try:
@@ -155,9 +156,10 @@ class Pool:
             self._idle.put(worker)
 
     def answer_all(self, questions: Iterable[Any], times: int = 1) -> list[Any]:
-        """Answers in order, `Unanswered` where a worker got stuck or died; `times` the limit for each.
+        """The answers in order, `Unanswered` where a worker was stuck or died.
 
-        Raises the first UserError that a worker answers with, and asks nothing more.
+        times: a factor for the time limit of each question. Raises the first UserError that a worker answers
+        with, and asks no further questions.
         """
         with ThreadPoolExecutor(self._size) as threads:
             return list(threads.map(lambda question: self._answer(question, times), questions))
@@ -178,7 +180,7 @@ class Pool:
             self._idle.put(worker)
 
     def _ready(self, worker: _Worker | None) -> _Worker:
-        """The worker if it lives, else a new one. Raises RuntimeError when that cannot start."""
+        """The worker if it is alive, or a new one. Raises RuntimeError if that does not start."""
         if worker and worker.alive():
             return worker
         if worker:
@@ -195,7 +197,7 @@ class Pool:
         return worker
 
     def close(self) -> None:
-        """Ends every worker, once the questions in hand are answered; a later one starts afresh."""
+        """Ends every worker, once the current questions are answered. A later question starts a new one."""
         workers = [self._idle.get() for _ in range(self._size)]
         for worker in workers:
             if worker:

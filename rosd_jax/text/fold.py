@@ -1,9 +1,9 @@
-"""The form in which a quote and a text are compared: what a reader sees, without how it is set.
+"""The form in which a quote and a text are compared: what a reader sees, whatever the typesetting.
 
-Equal are: runs of white space; case; canonically equal and full-width forms; ligatures; kinds of quotation
-marks, of dashes, of minus signs and of signs of multiplication; `<=` and `≤` and their like, as characters,
-in ASCII or as LaTeX commands; `x²`, `x^2` and `x^{2}`. Markup, escapes and characters without width are left
-out as text/markup.py says.
+These differences do not count: white space; case; canonically equal and full-width forms; ligatures; kinds of
+quotation marks, dashes, minus signs and multiplication signs; `<=` and `≤` and similar signs as characters,
+in ASCII or as LaTeX commands; `x²`, `x^2` and `x^{2}`. Markup, escapes and characters without width are
+removed (text/markup.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import unicodedata
 
 from rosd_jax.text.markup import WIDE, Folded, edit, strip_markup, unescape
 
-SEGMENT_LIMIT = 31  # characters; Unicode's stream-safe bound, keeps reordering of marks linear
+SEGMENT_LIMIT = 31  # characters; Unicode's stream-safe limit, which keeps the reordering of marks linear
 _WIDE_ASCII = re.compile("[！-～]")
-_PLAIN = re.compile(r"[!-~]+(?: [!-~]+)*(?=[\x00-\x7f]|\Z)")  # nothing to fold but case, no marks behind it
+_PLAIN = re.compile(
+    r"[!-~]+(?: [!-~]+)*(?=[\x00-\x7f]|\Z)"
+)  # only case to fold, and no combining marks after it
 
 
 def _table(pairs: str) -> dict[str, str]:
@@ -71,12 +73,12 @@ _SIGN = re.compile(
 
 
 def fold(text: str, *, numbers: bool = True) -> Folded:
-    """The text as it is compared. numbers=False leaves out the numbers of lists as well."""
+    """The text in the form in which it is compared. numbers=False also removes the numbers of lists."""
     return finish(strip_markup(unescape(text), numbers=numbers))
 
 
 def finish(folded: Folded) -> Folded:
-    """With one character for signs that mean the same, and one form for equal letters."""
+    """Replaces signs of equal meaning by one character, and equal letters by one form."""
     wide = _WIDE_ASCII.finditer(folded.text)
     folded = edit(folded, ((match.start(), match.end(), chr(ord(match[0]) - WIDE)) for match in wide))
     edits = []
@@ -115,7 +117,7 @@ def _fold_letters(folded: Folded) -> Folded:
 
 
 def _segment_stop(text: str, at: int) -> int:
-    """Where the run of white space, or the character with its combining marks, at `at` ends."""
+    """The end of the run of white space, or the character with its combining marks, that starts at `at`."""
     stop = at + 1
     if text[at].isspace():
         while stop < len(text) and text[stop].isspace():
@@ -138,7 +140,7 @@ def _fold_segment(segment: str) -> str:
 
 
 def _same_character(character: str) -> str:
-    # Compatibility forms only where the reader sees the same text: "x²" must not become "x2".
+    # Compatibility forms only if a reader sees the same text: "x²" must not become "x2".
     wide = unicodedata.decomposition(character).startswith(("<wide>", "<narrow>"))
     if wide or character in "…µﬀﬁﬂﬃﬄﬅﬆ":
         return unicodedata.normalize("NFKC", character)

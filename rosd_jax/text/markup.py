@@ -1,7 +1,7 @@
-"""What a reader does not see of how a text is set: escapes, marks of Markdown, math delimiters.
+"""Removes what a reader does not see: escapes, marks of Markdown, math delimiters.
 
-Marks are left out only where they can be nothing else: a star between operands multiplies, a hyphen at the
-beginning of a line may be a minus unless a word follows in a list, and no digit joins another.
+Marks are removed only where they can be nothing else. A star between operands multiplies; a hyphen at the
+beginning of a line may be a minus sign, unless it is in a list and a word follows; digits are never joined.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from rosd_jax.types import Span
 
-CONTEXT = 31  # characters looked at before a mark
-WIDE = 0xFEE0  # from an ASCII character to its full-width form
+CONTEXT = 31  # characters that are inspected before a mark
+WIDE = 0xFEE0  # difference between an ASCII character and its full-width form
 
 _INVISIBLE = (
     "\x00-\x08\x0e-\x1b\x7f\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
@@ -49,27 +49,27 @@ _MATH = re.compile(r"(?:(?<!\\)\\[()\[\]])+")
 
 @dataclass(frozen=True)
 class Folded:
-    """A text in a form in which it is compared, and where each character came from."""
+    """A text in the form in which it is compared, with the origin of each character."""
 
     text: str
-    start: list[int]  # per folded character: where what it came from starts in the original ...
+    start: list[int]  # per folded character: where its original starts ...
     stop: list[int]  # ... and stops
 
     @classmethod
     def of(cls, text: str) -> Folded:
-        """The text as it is."""
+        """The unchanged text."""
         return cls(text, list(range(len(text))), list(range(1, len(text) + 1)))
 
 
 def unescape(text: str) -> Folded:
-    """Without invisible characters, XML escapes and CDATA marks.
+    """Removes invisible characters and CDATA marks, and decodes XML escapes.
 
-    What an escape stands for is no markup: where it could be, its full-width form takes its place.
+    A decoded character is not markup. One that could be is replaced by its full-width form.
     """
     edits = []
     opened = 0
     for match in _UNSEEN.finditer(text):
-        operates = match[0] in "\u2062\u2063\u2064"  # unseen, yet digits around it are no one number
+        operates = match[0] in "\u2062\u2063\u2064"  # invisible, but the digits around it are two numbers
         new: str | None = " " if operates and _between_digits(text, match) else ""
         if match["open"]:
             opened += 1
@@ -84,9 +84,9 @@ def unescape(text: str) -> Folded:
 
 
 def strip_markup(folded: Folded, *, numbers: bool = True, first: bool = True) -> Folded:
-    """Without marks of Markdown and math.
+    """Removes marks of Markdown and math.
 
-    numbers=False: without the numbers of lists as well; first=False: with the mark at the very beginning.
+    numbers=False: also the numbers of lists. first=False: not the mark at the very beginning.
     """
     folded = strip_rules(folded)
     marks = line_marks(folded.text, numbers=numbers)
@@ -97,15 +97,16 @@ def strip_markup(folded: Folded, *, numbers: bool = True, first: bool = True) ->
 
 
 def strip_rules(folded: Folded) -> Folded:
-    """Without fences of code and rules between paragraphs; their lines stay, empty."""
+    """Removes code fences and rules between paragraphs; their lines stay, empty."""
     return _drop(folded, (match.span() for match in _RULE.finditer(folded.text)))
 
 
 def line_marks(text: str, *, numbers: bool = True) -> Iterator[Span]:
-    """Where headings, block quotes and bullets stand; numbers=False: list numbers too.
+    """The places of headings, block quotes and bullets; with numbers=False also of list numbers.
 
-    A block quote or a bullet that could be a sign stands at the beginning, behind an empty line, a finished
-    sentence or another one of its kind, and before a word; the numbers of a list count up.
+    A block quote, or a bullet that could be a sign, counts only at the beginning, or after an empty line, a
+    finished sentence or another of its kind; such a bullet must be followed by a word. The numbers of a list
+    count up.
     """
     fresh = True
     quoted = False
@@ -142,7 +143,7 @@ def line_marks(text: str, *, numbers: bool = True) -> Iterator[Span]:
 
 
 def has_list_numbers(text: str) -> bool:
-    """Whether `line_marks` gives more where the numbers of lists are asked for."""
+    """Whether the text has numbers of lists."""
     return len(list(line_marks(text))) < len(list(line_marks(text, numbers=False)))
 
 
@@ -162,7 +163,7 @@ def _skip_spaces(text: str, at: int, stop: int) -> int:
 
 
 def _starts_word(text: str, at: int) -> bool:
-    """Whether prose goes on here: a word, no variable and no function."""
+    """Whether a word starts here, rather than a variable or a function."""
     word = _WORD.match(text, at)
     if not word or text[word.end() : word.end() + 1] == "(":
         return False
@@ -172,7 +173,7 @@ def _starts_word(text: str, at: int) -> bool:
 
 
 def _inline_marks(text: str) -> list[Span]:
-    """Where pairs of emphasis, code and math marks stand."""
+    """The places of paired marks of emphasis, code and math."""
     pending: dict[str, Span] = {}
     marks = []
     for match in _INLINE.finditer(text):
@@ -190,7 +191,7 @@ def _inline_marks(text: str) -> list[Span]:
 
 
 def _set_commands(text: str) -> list[Span]:
-    """Where commands that say how their braces are set stand, and where those braces close."""
+    """The places of typesetting commands with their opening braces, and of the closing braces."""
     opened: list[Span | None] = []
     marks = []
     for match in _SET_COMMAND.finditer(text):
@@ -237,7 +238,7 @@ def _between_digits(text: str, match: re.Match[str]) -> bool:
 
 
 def _entity(name: str) -> str | None:
-    """The character behind an XML or HTML escape, "" for an invisible one; None for no escape."""
+    """The character of an XML or HTML escape, "" for an invisible one; None if it is no escape."""
     if name[0] != "#":
         text = html.entities.html5.get(name + ";")
     else:
@@ -249,7 +250,7 @@ def _entity(name: str) -> str | None:
 
 
 def edit(folded: Folded, edits: Iterable[tuple[int, int, str]]) -> Folded:
-    """With text[start:stop] replaced by the new text, for edits in order."""
+    """Replaces text[start:stop] by the new text, for each edit (start, stop, new), in order."""
     pieces = []
     starts = []
     stops = []
@@ -268,7 +269,7 @@ def edit(folded: Folded, edits: Iterable[tuple[int, int, str]]) -> Folded:
 
 
 def _drop(folded: Folded, spans: Iterable[Span]) -> Folded:
-    """Without these spans; a space instead where digits or operators would join."""
+    """Removes these spans, or replaces them by a space where digits or operators would join."""
     joined: list[Span] = []
     for start, stop in spans:
         if start == stop:

@@ -1,7 +1,6 @@
-"""What the reflector and the teacher are told, and how hostile text is kept inside its bounds.
+"""The prompts of the reflector and the teacher, and how hostile text in them is kept harmless.
 
-A wording is a value: a model with a small vocabulary of its own brings its own wording, and so may a user
-(wording.py).
+A `Wording` is a value: a model with a small vocabulary has its own, and a user may write one (wording.py).
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ _FIELD = re.compile(r"\{(problem|solution|attempt|gold|idea)\}")
 class Wording:
     """Templates with the fields {problem} {solution} {attempt} {gold} {idea}.
 
-    An empty system template sends no system message. A line with {gold} is left out when the gold
-    answer is not shown.
+    With an empty system template no system message is sent. A line with {gold} is left out if there is no
+    gold answer.
     """
 
     reflect_wrong_system: str
@@ -121,13 +120,13 @@ that the problem asks for, and do not mention the solution above.""",
 def wrong_messages(
     problem: str, solution: str, attempt: str, gold: str | None, wording: Wording = ENGLISH
 ) -> list[Message]:
-    """What the reflector is asked about a wrong rollout. gold None: the answer is not shown."""
+    """What the reflector is asked about a wrong rollout. gold None: there is no gold answer to show."""
     fields = {"problem": problem, "solution": solution, "attempt": attempt, "gold": gold}
     return _chat(wording.reflect_wrong_system, wording.reflect_wrong_user, fields)
 
 
 def right_messages(problem: str, attempt: str, gold: str | None, wording: Wording = ENGLISH) -> list[Message]:
-    """What the reflector is asked about a correct rollout. gold None: the answer is not shown."""
+    """What the reflector is asked about a correct rollout. gold None: there is no gold answer to show."""
     fields = {"problem": problem, "attempt": attempt, "gold": gold}
     return _chat(wording.reflect_right_system, wording.reflect_right_user, fields)
 
@@ -143,9 +142,9 @@ def solution_text(problem: str, solution: str, wording: Wording = ENGLISH) -> st
 
 
 def fill(template: str, fields: dict[str, str | None]) -> str:
-    """Puts the fields in, in one pass: braces and tags inside a value do nothing.
+    """Fills in the fields in one pass, so braces and tags inside a value have no effect.
 
-    A line of the template that names a field whose value is None is left out.
+    A line of the template with a field whose value is None is left out.
     """
     lines = [
         line
@@ -156,7 +155,7 @@ def fill(template: str, fields: dict[str, str | None]) -> str:
 
 
 def neutralise(text: str) -> str:
-    """Replaces the `<` of our own tags by a look-alike: one character for one, so places stay."""
+    """Replaces the `<` of our own tags by a look-alike. One character replaces one, so positions stay."""
     return _OUR_TAG.sub(LOOK_ALIKE, text)
 
 

@@ -1,4 +1,4 @@
-"""A quote as it may be searched for: as written, then without what was added around it."""
+"""The forms in which a quote is searched for: as written, then without what was added around it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ QUOTATION_MARKS = tuple(
     """"" '' “” ‘’ „“ „” ”“ ‚‘ «» »« 「」 『』 〝〞 ｢｣ ❝❞ ❮❯ ´´ ＇＇ ＂＂ 《》 【】""".split()
 )
 BRACKETS = tuple("() [] {} （） ［］ 〔〕 〈〉 <> ‹› ⟨⟩ ⟦⟧ 〖〗 〘〙 ｛｝ ＜＞".split())
-DOUBLE_MARKS = '"“”„«»'  # any opens and any closes: people mix straight and curly ones
+DOUBLE_MARKS = '"“”„«»'  # each may open or close, since people mix straight and curly ones
 END_MARKS = ".,;:?。、।．，；：？"
 LONE_MARKS = tuple('"“”„«»')
 _DOT_BRACKETS = {pair[0]: pair[1] for pair in BRACKETS}
-MAX_LAYERS = 8  # of marks around a quote that are taken off
+MAX_LAYERS = 8  # of marks around a quote that are removed
 
 
 _TAG = re.compile(r"<([A-Za-z][\w-]{0,20})>")
@@ -26,20 +26,21 @@ _TAG = re.compile(r"<([A-Za-z][\w-]{0,20})>")
 
 @dataclass(frozen=True)
 class Needle:
-    """A folded quote, and where alone it may be found."""
+    """A folded quote, and restrictions on where it may be found."""
 
     text: str
-    begins: bool = False  # it lost a bullet or a heading, so it must begin a line or a sentence
-    apart: bool = False  # it lost a mark that could be an operator: no term may stand before it ...
-    closed: bool = False  # ... nor, since it was a bracket, behind it
-    unnumbered: bool = False  # it lost numbers of a list, so those of the text must stay
+    begins: bool = False  # a bullet or a heading was removed, so it must begin a line or a sentence
+    apart: bool = False  # a mark that could be an operator was removed, so no term may precede it ...
+    closed: bool = False  # ... and, since it was a bracket, none may follow
+    unnumbered: bool = False  # numbers of a list were removed, so those of the text must stay
 
 
 def needles(quote: str) -> Iterator[Needle]:
-    """The quote folded, then with one layer after another taken off; those with a letter or digit.
+    """The folded quote, then the same with one layer after another removed, while a letter or digit is left.
 
-    Layers are quotation marks, a pair or one that was left alone, brackets, tags, an ellipsis before or
-    behind, and marks at the end. Then comes the same without the numbers of a list, and last as JSON text.
+    Layers are quotation marks (a pair or a single one), brackets, tags, an ellipsis at the beginning or end,
+    and punctuation at the end. Next come the same forms without the numbers of a list, and last those of the
+    quote read as JSON text.
     """
     plain = strip_rules(unescape(quote)).text.replace('\\"', '"').strip()
     yield from _layers(plain, numbers=True)
@@ -50,7 +51,7 @@ def needles(quote: str) -> Iterator[Needle]:
 
 
 def _from_json(text: str) -> str:
-    """What the text stands for where it is the inside of a JSON string: `\\\\frac`, `\\n`, `\\u00e9`."""
+    """The text decoded as the inside of a JSON string: `\\\\frac`, `\\n`, `\\u00e9`."""
     try:
         inside = json.loads('"' + text.replace('"', '\\"') + '"', strict=False).strip()
     except ValueError:
@@ -84,7 +85,7 @@ def _needle(plain: str, rule: Needle) -> Iterator[Needle]:
 
 
 def _peel(text: str) -> str:
-    """Without one layer of what was added around a quote."""
+    """Removes one layer of what was added around a quote."""
     inner = _without_leading_dots(text)
     if inner == text:
         inner = _without_trailing_dots(text)
@@ -92,7 +93,7 @@ def _peel(text: str) -> str:
         inner = _without_tags(text) or text[1:-1]
     if inner == text and len(text) > 2 and text[0] in DOUBLE_MARKS and text[-1] in DOUBLE_MARKS:
         inner = text[1:-1]
-    if inner == text and text.startswith("``") and text.endswith("''"):  # as LaTeX sets them
+    if inner == text and text.startswith("``") and text.endswith("''"):  # quotation marks of LaTeX
         inner = text[2:-2]
     if inner == text:
         inner = _without_lone_mark(text)
@@ -100,7 +101,7 @@ def _peel(text: str) -> str:
         inner = text.rstrip(END_MARKS)
     if inner == text and text.endswith("！"):
         inner = text[:-1]
-    if inner == text and text.endswith("!") and text[-3:-1].isalpha():  # no factorial
+    if inner == text and text.endswith("!") and text[-3:-1].isalpha():  # not a factorial
         inner = text[:-1]
     return inner.strip()
 
@@ -113,11 +114,13 @@ def _without_tags(text: str) -> str | None:
 def _without_lone_mark(text: str) -> str:
     if sum(map(text.count, LONE_MARKS)) != 1:
         return text
-    return text[1:] if text[0] in LONE_MARKS else text[:-1] if text[-1] in LONE_MARKS else text
+    if text[0] in LONE_MARKS:
+        return text[1:]
+    return text[:-1] if text[-1] in LONE_MARKS else text
 
 
 def _without_leading_dots(text: str) -> str:
-    """Without "...", "…", "[...]", "(...)" or the like at the beginning."""
+    """Removes "...", "…", "[...]", "(...)" and the like at the beginning."""
     closes = _DOT_BRACKETS.get(text[:1])
     bracket = text.find(closes) if closes else 0
     if bracket > 0 and _is_ellipsis(text[1:bracket]):
@@ -130,7 +133,7 @@ def _without_leading_dots(text: str) -> str:
 
 
 def _without_trailing_dots(text: str) -> str:
-    """The same at the end."""
+    """Removes the same at the end."""
     opens = next((left for left, right in _DOT_BRACKETS.items() if text.endswith(right)), None)
     bracket = text.rfind(opens) if opens else 0
     if bracket > 0 and _is_ellipsis(text[bracket + 1 : -1]):

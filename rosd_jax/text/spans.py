@@ -1,9 +1,8 @@
-"""From a reflector's answer to characters, from characters to tokens.
+"""Finds the reflector's quote in a response: from its answer to characters, and from those to tokens.
 
-text/fold.py says which texts are the same for a reader.
-
-Everything here reads text that a model wrote, so every search is linear in practice: no pattern
-that can backtrack over a long text, no repeated slicing.
+text/fold.py defines which texts are equal for a reader. Everything here reads text that a model wrote, so
+every search takes linear time in practice: no pattern backtracks over a long text, and no text is sliced
+repeatedly.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rosd_jax.text.markup import Folded, has_list_numbers
 from rosd_jax.text.quotes import Needle, needles
 from rosd_jax.types import Span
 
-IDEA_TAGS = ("explaination", "explanation", "reflection")  # the first is a released spelling
+IDEA_TAGS = ("explaination", "explanation", "reflection")  # the first is the spelling of the released code
 QUOTE_TAG = "error_quote"
 NUMBER_GAPS = ("\u00a0", "\u2007", "\u2009", "\u202f", "\\,")  # inside "12 345"
 OPERATORS = "+-*/^·±∓√_\\()[]{}'!%=<>≤≥~→"
@@ -31,23 +30,24 @@ _TAG = re.compile(rf"<(/?)({'|'.join((*IDEA_TAGS, QUOTE_TAG))})>", re.IGNORECASE
 
 @dataclass(frozen=True)
 class Located:
-    """Where a quote stands in a text, in characters [start, stop)."""
+    """The place of a quote in a text, in characters [start, stop)."""
 
     start: int
     stop: int
-    ambiguous: bool  # the quote stands there more than once
+    ambiguous: bool  # the quote occurs more than once
 
 
 def parse_reflection(raw: str) -> tuple[str | None, str | None]:
     """The idea and the error quote of a reflector's answer; None for what is missing.
 
-    Quote: the first `error_quote` block that says something; idea: such a block of `explaination`, else
-    of `explanation`, else of `reflection`. Untagged text is no idea (as released). Tags in any case,
-    outer white space trimmed; white space, dots and a lone "and" between two named tags say nothing.
+    The quote is the first `error_quote` block with content. The idea is the first such block of
+    `explaination`, else of `explanation`, else of `reflection`; untagged text is not an idea (as in the
+    released code). Tags match in any case, and blocks are trimmed. White space, dots and a lone "and" between
+    two mentioned tags are not content.
 
-    A block ends at the first close of its tag and begins at the last opening before that, so tags that
-    are named ahead of the blocks do no harm; a tag in marks (`<error_quote>`) is only named. A quote
-    block inside an idea block is no part of the idea, and the other way round.
+    A block ends at the first closing tag and begins at the last opening tag before it, so tags mentioned
+    ahead of the blocks do no harm. A tag in quotation marks (`<error_quote>`) is a mention. A quote block
+    inside an idea block is not part of the idea, and the reverse.
     """
     blocks: list[_Block] = []
     opened: dict[str, re.Match[str]] = {}
@@ -70,11 +70,11 @@ def parse_reflection(raw: str) -> tuple[str | None, str | None]:
 
 
 def parse_official(raw: str) -> tuple[str | None, str | None]:
-    """The idea and the quote as the release reads them; None for what is missing or blank.
+    """The idea and the quote as the released code reads them; None for what is missing or blank.
 
-    Idea: the first non-blank of the first `explaination`, `explanation` and `reflection` blocks, in
-    this order; quote: the first `error_quote` block. A block goes from the first opening of its tag to
-    the first close after it.
+    The idea is the first of the first `explaination`, `explanation` and `reflection` blocks, in this order,
+    that is not blank. The quote is the first `error_quote` block. A block extends from the first opening tag
+    to the first closing tag after it.
     """
     blocks: dict[str, str] = {}
     opened: dict[str, int] = {}
@@ -89,7 +89,7 @@ def parse_official(raw: str) -> tuple[str | None, str | None]:
 
 
 def find_exact(text: str, quote: str | None) -> Span | None:
-    """The first place where the quote, or the quote trimmed, stands exactly (as released)."""
+    """The first exact occurrence of the quote, or of the trimmed quote (as in the released code)."""
     for candidate in _exact_candidates(quote):
         start = text.find(candidate)
         if start >= 0:
@@ -98,15 +98,15 @@ def find_exact(text: str, quote: str | None) -> Span | None:
 
 
 def locate_quote(text: str, quote: str | None) -> Located | None:
-    """Where the quote stands in the text, or None.
+    """The place of the quote in the text, or None.
 
-    Letter by letter if it does; else as a reader would find it (text/fold.py says what is the same for a
-    reader), if need be without quotation marks or brackets around the quote, an ellipsis before or behind
-    it, or a mark at its end that the text lacks. A tolerant match never begins or ends inside a word, a
-    number, a power or an operator, or behind a sign, so every digit and every sign must agree.
+    An exact occurrence is taken if there is one. Otherwise the quote is found as a reader would find it
+    (text/fold.py), if necessary without quotation marks or brackets around it, an ellipsis before or after
+    it, or punctuation at its end that the text lacks. Such a match never begins or ends inside a word, a
+    number, a power or an operator, or after a sign, so every digit and every sign must agree.
 
-    Ambiguity: of several occurrences the first that fills whole lines wins; without one, the first
-    that cuts no word or number; without one, the first.
+    Of several occurrences the first that fills whole lines is taken, else the first that cuts no word or
+    number, else the first.
     """
     for candidate in _exact_candidates(quote):
         found = _choose(text, _occurrences(text, candidate))
@@ -125,8 +125,8 @@ def locate_quote(text: str, quote: str | None) -> Located | None:
 def chars_to_tokens(span: Span, offsets: np.ndarray) -> Span:
     """The tokens [first, last + 1) that share characters with the span.
 
-    offsets: int [tokens, 2], from `Tokenizer.offsets`; zero-width tokens belong to no span. Raises
-    ValueError when no token shares a character with it.
+    offsets: int [tokens, 2], from `Tokenizer.offsets`; tokens of zero width belong to no span. Raises
+    ValueError if no token shares a character with it.
     """
     start = offsets[:, 0]
     stop = offsets[:, 1]
@@ -137,13 +137,16 @@ def chars_to_tokens(span: Span, offsets: np.ndarray) -> Span:
 
 
 def official_token_start(encode: Callable[[str], Sequence[int]], text: str, start: int) -> int:
-    """The released mapping: tokens of the re-encoded prefix. One token late after a space."""
+    """The mapping of the released code: the number of tokens of the re-encoded prefix.
+
+    After a space it is one token late.
+    """
     return len(encode(text[:start]))
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of a reflector's answer: its tags and what they hold stand at [start, stop)."""
+    """A block of a reflector's answer, with its tags at [start, stop)."""
 
     name: str
     start: int
@@ -158,7 +161,7 @@ def _only_named(raw: str, tag: re.Match[str]) -> bool:
 
 
 def _own_text(raw: str, start: int, stop: int, is_quote: bool, blocks: Sequence[_Block]) -> str:
-    """What stands at [start, stop) outside the blocks of the other kind. blocks: by where they end."""
+    """The text at [start, stop) outside blocks of the other kind. blocks: sorted by their ends."""
     kept: list[str] = []
     for block in reversed(blocks):
         if block.stop <= start:
@@ -174,7 +177,7 @@ def _own_text(raw: str, start: int, stop: int, is_quote: bool, blocks: Sequence[
 def _tag_name(written: str) -> str:
     if written in (*IDEA_TAGS, QUOTE_TAG):
         return written
-    # Case-insensitive matching also takes the dotless i, which lower() would keep.
+    # Case-insensitive matching also accepts the dotless i, which lower() would keep.
     return next(n for n in (*IDEA_TAGS, QUOTE_TAG) if re.fullmatch(n, written, re.IGNORECASE))
 
 
@@ -208,7 +211,7 @@ def _choose(text: str, spans: Iterable[Span]) -> Located | None:
 
 
 def _cuts(text: str, at: int) -> bool:
-    """Whether the place between two characters lies inside a word, a number, a power or an operator."""
+    """Whether the boundary before character `at` is inside a word, a number, a power or an operator."""
     if not 0 < at < len(text):
         return False
     left = text[at - 1]
@@ -225,9 +228,9 @@ def _cuts(text: str, at: int) -> bool:
 
 
 def _cuts_term(before: str, left: str, right: str, after: str) -> bool:
-    """Whether the place parts a sign, a power, an index, an apostrophe or a backslash from its term."""
+    """Whether the boundary separates a sign, power, index, apostrophe or backslash from its term."""
     if left in "-−" and right.isalpha():
-        return not before.isalnum() and before not in tuple(")]}!%'")  # x-y is no sign
+        return not before.isalnum() and before not in tuple(")]}!%'")  # the hyphen of x-y is not a sign
     if right == "'" and _in_word(left):
         return after.isalnum() or after in tuple("('")
     if left == "'" and _in_word(right):
@@ -244,7 +247,7 @@ def _cuts_operator(left: str, right: str) -> bool:
 
 
 def _in_word(character: str) -> bool:
-    # Scripts without letter case (Lo: Chinese, Thai, ...) may run words together.
+    # Scripts without letter case (Lo: Chinese, Thai, ...) may write words without spaces.
     category = unicodedata.category(character)
     return category[0] == "M" or (character.isalnum() and category != "Lo")
 
@@ -260,12 +263,12 @@ def _fills_lines(text: str, span: Span) -> bool:
 
 
 def _readings(text: str) -> list[Folded]:
-    """The text folded; and once more without the numbers of its lists, where it has any."""
+    """The folded text, and also without the numbers of its lists if it has any."""
     return [fold(text), fold(text, numbers=False)] if has_list_numbers(text) else [fold(text)]
 
 
 def _tolerant_occurrences(text: str, folded: Folded, needle: Needle) -> Iterator[Span]:
-    """Occurrences in the folded text that split nothing and stand where the needle must."""
+    """Occurrences in the folded text that split nothing and meet the restrictions of the needle."""
     at = folded.text.find(needle.text)
     while at >= 0:
         stop = at + len(needle.text)
@@ -279,14 +282,14 @@ def _tolerant_occurrences(text: str, folded: Folded, needle: Needle) -> Iterator
 
 
 def _next_start(text: str, folded: Folded, at: int) -> int:
-    """The next place where a match may begin; skipping the others keeps the search linear."""
+    """The next place where a match may begin. Skipping the others keeps the search linear."""
     while at < len(folded.text) and _splits(text, folded, at):
         at += 1
     return at
 
 
 def _splits(text: str, folded: Folded, at: int) -> bool:
-    """Whether a place in the folded text lies inside a character, a word, a number or an operator."""
+    """Whether a boundary in the folded text is inside a character, a word, a number or an operator."""
     if not 0 < at < len(folded.text):
         return False
     if folded.start[at] == folded.start[at - 1] or _cuts(folded.text, at):
@@ -306,7 +309,7 @@ def _stands_right(text: str, folded: Folded, at: int, stop: int, needle: Needle)
 
 
 def _begins(text: str, folded: Folded, at: int, *, line: bool) -> bool:
-    """Whether a line begins here, or (line=False) a sentence."""
+    """Whether a line, or with line=False a sentence, begins here."""
     before = at - 2 if folded.text[at - 1 : at] == " " else at - 1
     if before < 0 or "\n" in text[folded.stop[before] : folded.start[at]]:
         return True
@@ -314,7 +317,7 @@ def _begins(text: str, folded: Folded, at: int, *, line: bool) -> bool:
 
 
 def _operates(text: str, folded: Folded, at: int, step: int) -> bool:
-    """Whether an operand or an operator is next to this place of the line, in this direction."""
+    """Whether an operand or an operator is next to this place on its line, in this direction."""
     letters = folded.text
     near = at + step
     while 0 <= near < len(letters) and (letters[near] == " " or unicodedata.combining(letters[near])):

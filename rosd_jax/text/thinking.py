@@ -1,4 +1,4 @@
-"""What a model says outside its thinking. Imports nothing, so that the checkers' workers load it quickly."""
+"""A response without its thinking. Imports nothing, so that the checkers' workers load it quickly."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ CLOSE = "</think>"
 
 
 def outside_thinking(text: str, *, opened: bool = False) -> str:
-    """The text outside `<think>...</think>`, untrimmed; what stands inside is no answer.
+    """The text outside `<think>...</think>`, not trimmed.
 
-    A `</think>` that nothing opened also takes all text before it, and a `<think>` that never closes
-    takes all text after it. opened: the prompt ended inside a thinking block, so the text begins there;
-    without a `</think>` all of it is thinking, which gives "".
+    A `</think>` without an opening tag removes all text before it, and a `<think>` that is never closed
+    removes all text after it. opened: the prompt ended inside a thinking block, so the text begins there;
+    without a `</think>` all of it is thinking, and the result is "".
     """
     if opened:
         text = OPEN + text

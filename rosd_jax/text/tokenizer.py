@@ -1,8 +1,8 @@
-"""A model's own tokenizer: chat ids in, text and exact character offsets out.
+"""A model's tokenizer: from messages to ids, and from ids to text and exact character offsets.
 
-Two rules hold everywhere. Text inside a message never becomes a control token, whatever strings it
-holds. Offsets come from the sampled ids themselves: text is never tokenised again to find where a
-token stands, because a sampled tokenisation need not be the canonical one.
+Two rules hold everywhere. Text inside a message never becomes a control token, whatever it contains. Offsets
+come from the sampled ids themselves: text is never tokenised again to find the place of a token, because a
+sampled tokenisation may differ from the canonical one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import ByteLevel, Fuse
 
-# Its advice to install PyTorch is of no use here.
+# It would advise to install PyTorch, which is not needed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import AutoConfig, AutoTokenizer  # noqa: E402
 
@@ -28,9 +28,9 @@ from rosd_jax.config import UserError  # noqa: E402
 from rosd_jax.models.files import REMEDY, wrong  # noqa: E402
 from rosd_jax.text.thinking import CLOSE, OPEN  # noqa: E402
 from rosd_jax.text.tokenizer_files import (  # noqa: E402
-    CONFIG,
     GENERATION,
     TEMPLATE,
+    TOKENIZER_CONFIG,
     check_files,
     copy_files,
     eos_ids,
@@ -39,17 +39,17 @@ from rosd_jax.text.tokenizer_files import (  # noqa: E402
 )
 from rosd_jax.types import Message  # noqa: E402
 
-# Words, numbers, marks, white space and other scripts, to see how a tokenizer splits them.
+# Words, numbers, marks, white space and other scripts, to identify how a tokenizer splits text.
 PROBE = "The 3 foxes' 1,024 naps:\n\n\tx_1 = -(a + b)^2 / 7.5e-3  # na\u00efve \u4e2d\u6587 \U0001f600"
-TODAY = "26 Jul 2024"  # to every template: a run that is resumed another day has the same prompts
-LEFT_CONTEXT = 4  # tokens of left context when a decoder is asked for the text of one token
+TODAY = "26 Jul 2024"  # given to every template, so that a run resumed on another day has the same prompts
+LEFT_CONTEXT = 4  # tokens before a token, with which a decoder is asked for its text
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads tokenizer and chat template of a Hugging Face directory; no network, no remote code.
+    """Reads tokenizer and chat template of a Hugging Face directory, without network or remote code.
 
-    Raises UserError when the directory, tokenizer, chat template or an end token is missing, and for
-    a file or field that is not what it must be.
+    Raises UserError if the directory, tokenizer, chat template or end token is missing, and for a malformed
+    file or field.
     """
     path = Path(path)
     if not path.is_dir():
@@ -74,26 +74,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _load(path: Path) -> Any:
     inner = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    inner.encode("")  # some settings are looked at here only
+    inner.encode("")  # some settings are read here only
     return inner
 
 
 def _explain(path: Path, error: Exception) -> UserError:
-    """The error for a tokenizer that does not load: it names the file that is to blame."""
+    """The error for a tokenizer that does not load, naming the file at fault."""
     table = path / "tokenizer.json"
     try:
         if table.is_file():
             Backend.from_file(str(table))
     except Exception as cause:
-        return UserError(f"{table} is not a tokenizer's file ({_one_line(cause)}); {REMEDY}")
+        return UserError(f"{table} is not a tokenizer file ({_one_line(cause)}); {REMEDY}")
     try:
         AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError):
-        pass  # a tokenizer loads without
+        pass  # a tokenizer loads without it
     except Exception as cause:
-        return UserError(f"{path / 'config.json'} is not a model's config ({_one_line(cause)}); {REMEDY}")
+        return UserError(f"{path / 'config.json'} is not a model config ({_one_line(cause)}); {REMEDY}")
     return UserError(
-        f"{path / CONFIG} gives no tokenizer with its {table.name} ({_one_line(error)}); {REMEDY}"
+        f"{path / TOKENIZER_CONFIG} gives no tokenizer with {table.name} ({_one_line(error)}); {REMEDY}"
     )
 
 
@@ -102,7 +102,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_template(template: Any, path: Path) -> None:
-    """Of several templates, by name, transformers renders the default one."""
+    """Raises UserError if there is no template. Of several named ones, transformers renders the default."""
     text = template.get("default") if isinstance(template, dict) else template
     if not text:
         raise UserError(f"{path} holds no chat template; add {TEMPLATE}")
@@ -110,25 +110,25 @@ def _check_template(template: Any, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer; `inner` is the transformers object and stays inside this module."""
+    """A loaded tokenizer. `inner` is the transformers object, which only this module uses."""
 
     inner: Any
-    stop_ids: tuple[int, ...]  # a sampled one ends the response
-    source: Path  # where it was read
+    stop_ids: tuple[int, ...]  # each of them ends a response
+    source: Path  # the directory that it was read from
 
     @property
     def pad_id(self) -> int:
-        """The padding token, or the first stop token where the model names none."""
+        """The padding token, or the first stop token if the model names none."""
         pad = self.inner.pad_token_id
         return self.stop_ids[0] if pad is None else int(pad)
 
     @property
     def num_tokens(self) -> int:
-        """Ids in use; rows of the embedding beyond them are padding and never sampled."""
+        """The number of ids in use. Further rows of the embedding are padding and never sampled."""
         return len(self.inner)
 
     def unknown_share(self, ids: Iterable[Sequence[int]]) -> float:
-        """The share of tokens that stand for text outside the vocabulary; 0 where nothing can be outside."""
+        """The share of unknown tokens, which stand for text outside the vocabulary; 0 if there are none."""
         unknown = self.inner.unk_token_id
         tokens = [token for row in ids for token in row]
         return tokens.count(unknown) / len(tokens) if tokens else 0.0
@@ -136,8 +136,8 @@ class Tokenizer:
     def render(self, messages: Iterable[Message], thinking: bool) -> str:
         """The chat template's text, up to where the assistant begins to write.
 
-        Templates of Llama 3 state a date, the newer ones the day's unless they are given one. They are
-        given TODAY, which is what the older ones state.
+        Templates of Llama 3 state a date; the newer ones state today's unless they are given one. They are
+        given TODAY, which the older ones state. Raises UserError if the template fails.
         """
         try:
             return self.inner.apply_chat_template(
@@ -147,7 +147,7 @@ class Tokenizer:
                 enable_thinking=thinking,
                 date_string=TODAY,
             )
-        except Exception as error:  # a template is a program that came with the model
+        except Exception as error:  # a template is a program that comes with the model
             raise UserError(
                 f"the chat template of {self.source} fails on a prompt ({_one_line(error)}); {REMEDY}"
             ) from error
@@ -162,8 +162,8 @@ class Tokenizer:
     def chat_ids(self, messages: Iterable[Message], *, thinking: bool) -> list[int]:
         """Ids of `render`, with control tokens from the template only.
 
-        Equal to `apply_chat_template(tokenize=True)` unless a message holds the string of a control
-        token; such a string is encoded as plain text.
+        Equal to `apply_chat_template(tokenize=True)` unless a message contains the string of a control
+        token, which is encoded as plain text.
         """
         messages = [{**m, "content": _well_formed(m["content"])} for m in messages]
         control = self._control()
@@ -186,7 +186,7 @@ class Tokenizer:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no string in it becomes a control token, none are added around it."""
+        """Ids of plain text. No string in it becomes a control token, and none are added around it."""
         return self.inner.encode(_well_formed(text), add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -196,9 +196,9 @@ class Tokenizer:
     def offsets(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Characters [start, stop) of each token in `decode(ids)`: int64 [len(ids), 2].
 
-        A character whose bytes are split over tokens belongs to each of them. Control tokens have
-        empty spans. Linear in the text for byte-level tokenizers, and for others whose decoder
-        needs no more than `LEFT_CONTEXT` tokens to the left; quadratic for the rest.
+        A character whose bytes are split over several tokens belongs to each of them. Control tokens have
+        empty spans. Takes time linear in the text for byte-level tokenizers, and for others whose decoder
+        needs at most `LEFT_CONTEXT` tokens to the left; quadratic for the rest.
         """
         ids = [int(i) for i in ids]
         control = set(self._control().values())
@@ -212,18 +212,18 @@ class Tokenizer:
         return np.stack([ends[:-1], ends[1:]], axis=1)
 
     def fingerprint(self) -> str:
-        """Eight hex digits of the vocabulary, the chat template, the stop ids and how a text is split.
+        """Eight hex digits that identify vocabulary, chat template, stop ids and how text is split.
 
-        They are taken from the loaded tokenizer, so a copy of the same one elsewhere has the same.
+        Computed from the loaded tokenizer, so a copy of it elsewhere has the same digits.
         """
         vocabulary = sorted(self.inner.get_vocab().items())
         parts = [vocabulary, self.inner.chat_template, self.stop_ids, self.encode(PROBE)]
         return f"{zlib.crc32(json.dumps(parts, sort_keys=True).encode()):08x}"
 
     def pieces(self, shown: Sequence[str] = ()) -> list[bytes]:
-        """The bytes that each id adds to the text of `decode`: none for control tokens, but those `shown`.
+        """The bytes that each id adds to the text of `decode`: none for control tokens, except those `shown`.
 
-        Raises UserError where they depend on the tokens around, as those of SentencePiece do.
+        Raises UserError if they depend on the tokens around it, as with SentencePiece.
         """
         decoder = self.inner.backend_tokenizer.decoder
         if not isinstance(decoder, ByteLevel | Fuse):
@@ -237,10 +237,10 @@ class Tokenizer:
         return [b"" if i in hidden else to_bytes(name or "") for i, name in enumerate(names)]
 
     def save(self, path: str | Path) -> None:
-        """Copies the tokenizer's files into a directory, readable by transformers 4 and 5.
+        """Copies the tokenizer's files into a directory that transformers 4 and 5 can read.
 
-        With them goes generation_config.json, which names all of `stop_ids`. Raises UserError where a
-        file cannot be read or written.
+        The generation_config.json there names all of `stop_ids`. Raises UserError if a file cannot be read or
+        written.
         """
         folder = Path(path)
         try:
@@ -263,10 +263,12 @@ class Tokenizer:
 
 
 def _stop_ids(inner: Any, path: Path) -> tuple[int, ...]:
-    """What any of the model's files calls an end: the end token, the ids of generation_config.json and
-    of config.json, and the padding token."""
+    """Every id that one of the model's files calls an end.
+
+    These are the end token, the ids in generation_config.json and config.json, and the padding token.
+    """
     if inner.eos_token_id is None:
-        raise wrong(path / CONFIG, "eos_token", None, "the token that ends a message")
+        raise wrong(path / TOKENIZER_CONFIG, "eos_token", None, "the token that ends a message")
     listed = [inner.eos_token_id]
     for name in (GENERATION, "config.json"):
         listed += eos_ids(path / name, len(inner))
@@ -276,7 +278,7 @@ def _stop_ids(inner: Any, path: Path) -> tuple[int, ...]:
 
 
 def _well_formed(text: str) -> str:
-    """Joins surrogate pairs and turns lone ones, which no encoder takes, to U+FFFD."""
+    """Joins surrogate pairs, and replaces unpaired ones, which no encoder accepts, by U+FFFD."""
     if not any("\ud800" <= c <= "\udfff" for c in text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -288,7 +290,7 @@ def _unused_character(text: str) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level vocabularies (GPT-2): printable bytes stay themselves."""
+    """Character -> byte in byte-level vocabularies (GPT-2), where printable bytes stand for themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
@@ -298,7 +300,7 @@ ALPHABET = _byte_alphabet()
 
 
 def _token_bytes(token: str) -> bytes:
-    # An added token may hold characters outside the alphabet: then it stands for itself.
+    # An added token may have characters outside the alphabet; then it stands for itself.
     if all(c in ALPHABET for c in token):
         return bytes(ALPHABET[c] for c in token)
     return token.encode()
@@ -316,7 +318,7 @@ def _byte_spans(pieces: list[bytes]) -> np.ndarray:
 
 
 def _char_widths(data: bytes) -> np.ndarray:
-    """How many bytes each character of `data.decode("utf-8", "replace")` came from."""
+    """The number of bytes behind each character of `data.decode("utf-8", "replace")`."""
     text = data.decode("utf-8", "replace")
     code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (code > 0x7F).astype(np.int64) + (code > 0x7FF) + (code > 0xFFFF)
@@ -331,7 +333,7 @@ def _char_widths(data: bytes) -> np.ndarray:
 
 
 def _replaced_width(head: bytes) -> int:
-    """Bytes behind a U+FFFD that starts at `head`: a real one, or a maximal invalid sequence."""
+    """The number of bytes behind a U+FFFD at `head`: its own three, or a maximal invalid sequence."""
     if head.startswith(b"\xef\xbf\xbd"):
         return 3
     try:
@@ -342,7 +344,7 @@ def _replaced_width(head: bytes) -> int:
 
 
 def _text_ends(decode: Callable[[list[int]], str], ids: list[int]) -> list[int]:
-    """Where each token ends in `decode(ids)`, for a decoder of any kind."""
+    """The end of each token in `decode(ids)`, for a decoder of any kind."""
     text = decode(ids)
     pieces = []
     for k in range(len(ids)):

@@ -1,9 +1,9 @@
 """The files of a tokenizer in a Hugging Face directory: checked when read, copied when exported.
 
-What is copied stays as it was, byte for byte. Two things are repaired, since transformers 4 (and what
-builds on it) cannot read how transformers 5 writes them: the list under `extra_special_tokens` and a
-class of the tokenizer that only the newer one knows. One is completed: generation_config.json names
-every id at which a response ended here, so that other programs stop there too.
+Copies are equal byte for byte, with two exceptions. Two fields are rewritten that transformers 4 (and
+engines built on it) cannot read as transformers 5 writes them: a list under `extra_special_tokens`, and a
+tokenizer class that only version 5 has. And generation_config.json is completed: it names every id that
+ends a response here, so that other programs stop there too.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any, TypeAlias
 
 from rosd_jax.models.files import Fields, read_json, read_text, write_bytes, write_json, wrong
 
-CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
-OBJECTS = (CONFIG, SPECIAL, "added_tokens.json", GENERATION, "chat_template.json", "vocab.json")
-TEXTS = ("tokenizer.json", "merges.txt", TEMPLATE)  # what is in them, others say
+OBJECTS = (TOKENIZER_CONFIG, SPECIAL, "added_tokens.json", GENERATION, "chat_template.json", "vocab.json")
+TEXTS = ("tokenizer.json", "merges.txt", TEMPLATE)  # their content is checked when they are loaded
 MORE_TEMPLATES = "additional_chat_templates"
 Rules: TypeAlias = tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...]
 SHARED = ("PreTrainedTokenizer", "Qwen2Tokenizer", "LlamaTokenizer", "GPT2Tokenizer")  # in 4 and 5
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError for a file that is not UTF-8, and for settings of the wrong kind."""
+    """Raises UserError for a file that is not UTF-8, and for a field of the wrong type."""
     for name in ("config.json", *OBJECTS):
         if (folder / name).exists():
             fields = read_json(folder / name)
@@ -79,8 +79,8 @@ def _is_template(value: object) -> bool:
 
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
-RULES: dict[str, Rules] = {  # file -> fields, what they must be, and whether a value is that
-    CONFIG: (
+RULES: dict[str, Rules] = {  # file -> (fields, what they must be, a check of a value)
+    TOKENIZER_CONFIG: (
         (TOKENS, "the text of a token, an AddedToken or null", _is_token),
         (MORE_TOKENS, "a list of tokens", _are_tokens),
         (("added_tokens_decoder",), "an object of ids and their tokens", _are_numbered_tokens),
@@ -102,7 +102,7 @@ RULES: dict[str, Rules] = {  # file -> fields, what they must be, and whether a 
 
 
 def eos_ids(file: Path, num_tokens: int) -> list[int]:
-    """The ids under eos_token_id: one, a list of them, or none. Raises UserError for anything else."""
+    """The ids under eos_token_id: an id, a list of ids, or nothing. Raises UserError for anything else."""
     named = read_json(file).get("eos_token_id") if file.exists() else None
     if named is None:
         return []
@@ -113,7 +113,7 @@ def eos_ids(file: Path, num_tokens: int) -> list[int]:
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Makes the tokenizer's files in `target` those of `source`; other files stay as they are."""
+    """Makes the tokenizer's files in `target` equal to those of `source`. Other files are not touched."""
     for name in (*OBJECTS, *TEXTS):
         if (source / name).exists():
             write_bytes(target / name, (source / name).read_bytes())
@@ -124,15 +124,15 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def repair(folder: Path, loaded_class: str, special_tokens: dict[str, str]) -> None:
-    """Rewrites what transformers 4 cannot read; a file that it can read is not touched.
+    """Rewrites fields that transformers 4 cannot read. Files that it can read are not touched.
 
-    `loaded_class` and `special_tokens` are those of the tokenizer in use: they are stated where the
-    directory leaves the class, and with it the class's own special tokens, to be guessed.
+    `loaded_class` and `special_tokens` are those of the tokenizer in use. They are written if the directory
+    names no class that both versions have, since the class also determines the special tokens.
     """
-    for name in (SPECIAL, CONFIG):
+    for name in (SPECIAL, TOKENIZER_CONFIG):
         fields = read_json(folder / name) if (folder / name).exists() else {}
         fixed = _without_list(fields)
-        if name == CONFIG and not _is_shared(fixed.get("tokenizer_class")):
+        if name == TOKENIZER_CONFIG and not _is_shared(fixed.get("tokenizer_class")):
             known = loaded_class if _is_shared(loaded_class) else "PreTrainedTokenizerFast"
             fixed = special_tokens | fixed | {"tokenizer_class": known}
         if fixed != fields:
@@ -140,7 +140,7 @@ def repair(folder: Path, loaded_class: str, special_tokens: dict[str, str]) -> N
 
 
 def state_stop_ids(folder: Path, stop_ids: tuple[int, ...]) -> None:
-    """Makes generation_config.json name these ids; one that does already is not touched."""
+    """Makes generation_config.json name these ids. A file that already does is not touched."""
     file = folder / GENERATION
     fields = read_json(file) if file.exists() else {}
     named = fields.get("eos_token_id")
@@ -149,7 +149,7 @@ def state_stop_ids(folder: Path, stop_ids: tuple[int, ...]) -> None:
 
 
 def _without_list(fields: Fields) -> Fields:
-    """Moves a list of extra special tokens to the older name, which both read."""
+    """Moves a list of extra special tokens to the older field, which both versions read."""
     tokens = fields.get("extra_special_tokens", {})
     if isinstance(tokens, dict):
         return fields

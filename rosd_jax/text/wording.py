@@ -1,6 +1,6 @@
-"""A wording of the user's own, out of a TOML file: `wording="PATH.toml"`.
+"""A user's own wording, read from a TOML file: `wording="PATH.toml"`.
 
-The keys are the fields of `prompts.Wording`, all of them, as strings; docs/own_task.md shows a whole file.
+The file gives every field of `prompts.Wording` as a string; docs/own_task.md shows a complete one.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ MUST_HOLD = {
     "teacher_solution_user": ("problem", "solution"),
 }
 PLACEHOLDERS = {*_WRONG, "idea"}
-# A name in braces, however it is spelled; those behind a command, as in \text{cm}, are LaTeX's.
+# A name in braces, in any spelling. Braces after a command, as in \text{cm}, are LaTeX.
 _BRACES = re.compile(r"(\\[A-Za-z]+)?(\{+\s*([^\W\d]\w*)\s*\}+)")
 
 
 def read_wording(path: str) -> Wording:
-    """Raises UserError naming the file and the field that breaks a rule.
+    """Reads and checks the file. Raises UserError naming the file and the field that breaks a rule.
 
-    A field must be there, known and a string; a template must hold the placeholders that it needs and none
-    that it cannot have; and the reflector must be shown the tags that are read from its answer.
+    Every field must be present, known and a string. A template must have the placeholders that it needs, and
+    no others. The reflector must be told the tags that are read from its answer.
     """
     try:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"wording is {path!r}, which cannot be read ({error.strerror}); check it") from error
     except ValueError as error:  # of TOML or of UTF-8
-        raise UserError(f"wording is {path!r}, which is no valid TOML ({error}); repair it") from error
+        raise UserError(f"wording is {path!r}, which is not valid TOML ({error}); correct it") from error
     names = [field.name for field in fields(Wording)]
     for name in [*found, *names]:
         if name not in names:
             raise _wrong(path, name, f"is unknown; the fields are {', '.join(names)}")
         if not isinstance(found.get(name), str):
             raise _wrong(
-                path, name, "must be a string" if name in found else "is missing; all six are needed"
+                path, name, "must be a string" if name in found else "is missing; all six are required"
             )
         _check_template(path, name, found[name])
     _check_tag(path, found, "wrong", QUOTE_TAG, (QUOTE_TAG,))
@@ -74,7 +74,7 @@ def _check_template(path: str, name: str, template: str) -> None:
     for command, written, field in _BRACES.findall(template):
         ours = field.lower() in PLACEHOLDERS
         if ours and (written != f"{{{field}}}" or field not in MAY_HOLD[name]):
-            raise _wrong(path, name, f"holds {written}; its placeholders are {may}, spelled so")
+            raise _wrong(path, name, f"holds {written}; its placeholders are {may}, in this spelling")
         if not ours and not command and " " not in written:
             raise _wrong(
                 path, name, f"holds {written}; its placeholders are {may}, and other braces need a space"
@@ -85,7 +85,9 @@ def _check_template(path: str, name: str, template: str) -> None:
     for line in template.split("\n"):
         if "{gold}" in line and any(f"{{{field}}}" in line for field in PLACEHOLDERS - {"gold"}):
             raise _wrong(
-                path, name, "must have {gold} on a line of its own, which goes where there is no gold"
+                path,
+                name,
+                "must have {gold} on a separate line, which is left out if there is no gold answer",
             )
 
 

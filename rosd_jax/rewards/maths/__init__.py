@@ -5,6 +5,7 @@ latex        text to tokens, in which the many spellings of a sign are one
 cursor       where a reader is in the tokens; the nodes of a tree; numbers
 expression   tokens to a tree of sums, products, powers and functions
 words        units, number words, and words that change a meaning
+quantity     currencies, units and stated bases around an expression
 answer       tokens to the structure around expressions: lists, sets, intervals, matrices, relations
 value        whether two expressions have the same value
 reals        sets of real numbers: intervals, unions, inequalities

@@ -1,29 +1,32 @@
-r"""Answers: tokens to the structure of an answer around its expressions.
+r"""Reads the structure of an answer around its expressions from its tokens.
 
-Kinds of node here, next to those of an expression:
+Kinds of nodes, in addition to those of an expression:
 
-    list       values one after the other (commas, lines, `and`, `or`); text is "or" where all say so
-    set        braces around values
-    tuple      parentheses or brackets around values, text is the pair: a tuple or an interval
+    list       several values (separated by commas, lines, `and`, `or`); text is "or" if all separators are
+    set        values in braces
+    tuple      values in parentheses or brackets, a tuple or an interval; text is the pair of brackets
     matrix     rows of tuples
     piece      a line of cases: a value and its condition
     relation   a chain of sides; text has the signs between them
-    union, intersection, minus    of sets; reals is the real line
-    quantity, percent, base       a value with its unit, in hundredths, digits in a stated base
-    word       words that are the answer; parts may hold the product that the letters could be
+    union, intersection, minus    operations on sets
+    reals      the real line
+    quantity   a value with a unit
+    percent    a value in hundredths
+    base       digits in a stated base
+    word       an answer in words; parts may have the product that the letters could also be
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 
 from rosd_jax.rewards.maths import words
 from rosd_jax.rewards.maths.box import last_box
-from rosd_jax.rewards.maths.cursor import Node, number
-from rosd_jax.rewards.maths.expression import ANGLED, read_expression
+from rosd_jax.rewards.maths.cursor import CLOSERS, OPENERS, Node, closing, number
+from rosd_jax.rewards.maths.expression import read_expression
 from rosd_jax.rewards.maths.latex import Token, Unreadable, tokenize
+from rosd_jax.rewards.maths.quantity import read_based, split_currency, unit_start
 
 _MAX_DEPTH = 20
 _PREFIX = re.compile(
@@ -34,8 +37,6 @@ _PREFIX = re.compile(
 _GAPS = re.compile(r"\n+|\\q?quad(?![A-Za-z])")
 _EQUATION = re.compile(r"[A-Za-z][^=\s]{0,9}\s{0,3}=[^=]{1,99}")
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_OPENERS = frozenset(["(", "[", "{", r"\{", r"\langle", r"\begin", r"\lfloor", r"\lceil"])
-_CLOSERS = frozenset([")", "]", "}", r"\}", r"\rangle", r"\end", r"\rfloor", r"\rceil"])
 _PAIRS = {"(": "(", "[": "[", r"\langle": "(", ")": ")", "]": "]", r"\rangle": ")"}
 _RELATIONS = frozenset(["=", "<", ">", r"\leq", r"\geq", r"\neq", r"\in", r"\approx"])
 _SEPARATORS = frozenset([",", ";", "\\\\", r"\land", r"\lor", r"\&", "and", "or"])
@@ -44,19 +45,15 @@ _MATRICES = frozenset(["pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "
 _LINES = frozenset("aligned align gathered gather split eqnarray alignat alignedat multline equation".split())
 _CASES = frozenset("cases dcases rcases array".split())
 _CONDITIONS = frozenset("if for when where otherwise".split())
-_BASES: dict[str, int] = dict(
-    zip("two three four five six seven eight nine ten".split(), range(2, 11), strict=True)
-)
-_BASES |= {"eleven": 11, "twelve": 12, "sixteen": 16}
 
 
 def read_answer(text: str) -> Node:
-    """The structure of an answer. Raises Unreadable (a ValueError) where there is none."""
+    """The structure of an answer. Raises Unreadable (a ValueError) if there is none."""
     return _answer(_trimmed(read_tokens(text)), 0)
 
 
 def read_tokens(text: str) -> list[Token]:
-    """The tokens of an answer without what only wraps it: emphasis, dollars, `The answer is`, a full stop."""
+    """The tokens of an answer without its wrapping: emphasis, dollars, `The answer is`, a full stop."""
     boxes = text.count(r"\boxed") + text.count(r"\fbox")
     text = (last_box(text) if boxes == 1 else text).strip() or text
     for mark in ("**", "__", "*", "`", "'"):
@@ -78,7 +75,7 @@ def read_tokens(text: str) -> list[Token]:
 
 
 def canonical(text: str) -> str:
-    """The tokens as text, for answers that are not read: equal text is an equal answer."""
+    """The tokens as text. Answers that cannot be read are equal if these texts are."""
     out: list[str] = []
     for token in _trimmed(read_tokens(text)):
         out.append(words.word_key(token.text) if token.kind in ("text", "let") else token.text)
@@ -88,7 +85,7 @@ def canonical(text: str) -> str:
 
 
 def _trimmed(tokens: Sequence[Token]) -> list[Token]:
-    """Without the punctuation and the braces around it."""
+    """The tokens without surrounding punctuation and braces."""
     tokens = list(tokens)
     while tokens and tokens[-1].kind == "sign" and tokens[-1].text in (".", ",", ";", ":", "?"):
         tokens.pop()
@@ -98,29 +95,19 @@ def _trimmed(tokens: Sequence[Token]) -> list[Token]:
     tokens = tokens[start:]
     if tokens and tokens[-1].kind == "num":
         tokens[-1] = tokens[-1]._replace(text=tokens[-1].text.removesuffix("."))
-    if len(tokens) > 1 and tokens[0].text == "{" and _match(tokens, 0) == len(tokens) - 1:
+    if len(tokens) > 1 and tokens[0].text == "{" and closing(tokens, 0) == len(tokens) - 1:
         return _trimmed(tokens[1:-1])
     return tokens
 
 
-def _match(tokens: Sequence[Token], start: int) -> int:
-    """The index of what closes the bracket at `start`, -1 where nothing does."""
-    depth = 0
-    for index in range(start, len(tokens)):
-        depth += (tokens[index].text in _OPENERS) - (tokens[index].text in _CLOSERS)
-        if depth == 0:
-            return index
-    return -1
-
-
 def _split(tokens: Sequence[Token], at: frozenset[str]) -> tuple[list[list[Token]], list[str]]:
-    """The pieces between separators outside all brackets, and the separators."""
+    """The pieces between the separators outside all brackets, and those separators."""
     pieces: list[list[Token]] = [[]]
     found: list[str] = []
     depth = 0
     for token in tokens:
-        depth += (token.text in _OPENERS) - (token.text in _CLOSERS)
-        if depth == 0 and token.text in at and token.text not in _CLOSERS:
+        depth += (token.text in OPENERS) - (token.text in CLOSERS)
+        if depth == 0 and token.text in at and token.text not in CLOSERS:
             pieces.append([])
             found.append(token.text)
         else:
@@ -146,19 +133,19 @@ def _answer(tokens: Sequence[Token], depth: int) -> Node:
 
 
 def _environment(tokens: list[Token], depth: int) -> Node | None:
-    """A matrix, or the lines of cases or of an alignment; None where the tokens are no environment."""
+    """A matrix, or the lines of cases or of an alignment; None if the tokens are not an environment."""
     bracketed = tokens[0].text in ("(", "[") and tokens[-1].text in (")", "]")
-    if tokens[0].text == r"\{" and _match(tokens, 0) == -1:
+    if tokens[0].text == r"\{" and closing(tokens, 0) == -1:
         tokens = tokens[1:]
     elif bracketed and len(tokens) > 4 and tokens[1].text == r"\begin":
         tokens = tokens[1:-1]
-    end = _match(tokens, 0) if tokens[0].text == r"\begin" else -1
-    if end < 0 or _match(tokens, end + 1) != len(tokens) - 1:
+    end = closing(tokens, 0) if tokens[0].text == r"\begin" else -1
+    if end < 0 or closing(tokens, end + 1) != len(tokens) - 1:
         return None
-    name = "".join(token.text for token in tokens[2 : _match(tokens, 1)]).rstrip("*")
-    body = tokens[_match(tokens, 1) + 1 : end]
+    name = "".join(token.text for token in tokens[2 : closing(tokens, 1)]).rstrip("*")
+    body = tokens[closing(tokens, 1) + 1 : end]
     if body and body[0].text == "{" and name in ("array", "alignat", "alignedat"):
-        body = body[_match(body, 0) + 1 :]
+        body = body[closing(body, 0) + 1 :]
     lines = [line for line in _split(body, frozenset(["\\\\"]))[0] if line]
     if name in _LINES or (name == "matrix" and all(_is_equation(line) for line in lines)):
         flat = [[token for token in line if token.text != "&"] for line in lines]
@@ -196,7 +183,7 @@ def _piece(cells: list[list[Token]], depth: int) -> Node:
 
 
 def _item(tokens: list[Token], depth: int) -> list[Node]:
-    r"""One value, or the two of a `\pm`; those of a `\pm` inside braces belong to their set."""
+    r"""One value, or the two values of a `\pm`. A `\pm` inside braces belongs to its set."""
     braces = 0
     outside = False
     for token in tokens:
@@ -227,7 +214,7 @@ def _relation(tokens: list[Token], depth: int) -> Node:
 
 
 def _set(tokens: list[Token], depth: int) -> Node:
-    r"""Unions and differences of sets, from the left."""
+    r"""Unions, intersections and differences of sets, from left to right."""
     pieces, signs = _split(tokens, frozenset(_SETS))
     node = _bracketed(pieces[0], depth)
     for sign, piece in zip(signs, pieces[1:], strict=True):
@@ -247,7 +234,7 @@ def _bracketed(tokens: list[Token], depth: int) -> Node:
         return Node("set")
     if len(tokens) == 4 and first == r"\mathbb" and tokens[2].text == "R":
         return Node("reals")
-    if first not in _OPENERS or _match(tokens, 0) != len(tokens) - 1 or first == r"\begin":
+    if first not in OPENERS or closing(tokens, 0) != len(tokens) - 1 or first == r"\begin":
         return _words(tokens) or _quantity(tokens, depth)
     inside = tokens[1:-1]
     if first == r"\{":
@@ -274,7 +261,7 @@ def _braced(inside: list[Token], depth: int) -> Node:
 
 
 def _words(tokens: list[Token]) -> Node | None:
-    """Words that are the whole answer; None where it has anything else in it."""
+    """An answer in words; None if it contains anything else."""
     if not all(token.kind in ("let", "text") for token in tokens):
         return None
     if all(len(token.text) == 1 for token in tokens):
@@ -288,11 +275,11 @@ def _words(tokens: list[Token]) -> Node | None:
 
 
 def _quantity(tokens: list[Token], depth: int) -> Node:
-    """An expression, with its currency before or its unit behind it."""
-    currency, tokens = _currency(tokens)
-    if not currency and (based := _based(tokens)):
+    """An expression with a currency before it or a unit after it."""
+    currency, tokens = split_currency(tokens)
+    if not currency and (based := read_based(tokens)):
         return based
-    start = _unit_start(tokens)
+    start = unit_start(tokens)
     node = _value(tokens[:start], depth)
     rest = tokens[start:]
     names = [token.text for token in rest]
@@ -310,7 +297,7 @@ def _quantity(tokens: list[Token], depth: int) -> Node:
 
 
 def _value(tokens: list[Token], depth: int) -> Node:
-    """An expression; the factor of a matrix goes into its entries."""
+    """An expression. The factor of a matrix is multiplied into its entries."""
     for index, token in enumerate(tokens):
         if token.text == r"\begin" and index and tokens[index - 1].text not in ("+", "^", "_"):
             matrix = _environment(tokens[index:], depth + 1)
@@ -325,65 +312,3 @@ def _value(tokens: list[Token], depth: int) -> Node:
 
 def _has_number(node: Node) -> bool:
     return node.kind == "num" or any(map(_has_number, node.parts))
-
-
-def _currency(tokens: list[Token]) -> tuple[str, list[Token]]:
-    signed = tokens[0].text == "-" and len(tokens) > 2
-    sign, rest = (tokens[:1], tokens[1:]) if signed else ([], tokens)
-    if rest[0].text in ("US", "A", "C", "HK", "NZ", "S") and rest[1:2] and rest[1].text == "$":
-        rest = rest[1:]  # US$40
-    name = words.currency(rest[0].text)
-    if len(rest) < 2 or not name:
-        return "", tokens
-    rest = rest[2:] if rest[1].text == "." else rest[1:]
-    return name, sign + rest
-
-
-def _unit_start(tokens: list[Token]) -> int:
-    """Where the unit begins that ends the tokens, their number where none does."""
-    depth = 0
-    for index, token in enumerate(tokens):
-        depth += (token.text in _OPENERS) - (token.text in _CLOSERS)
-        before = tokens[index - 1].text if index else "^"
-        if depth == 0 and before not in ("^", "_", "+", "-", "*", "/", "(") and _begins_unit(tokens, index):
-            return index
-    return len(tokens)
-
-
-def _begins_unit(tokens: list[Token], index: int) -> bool:
-    token = tokens[index]
-    before = tokens[index - 1]
-    if token.kind == "text":
-        return len(token.text) > 1 or words.is_known_unit(token.text)
-    if token.kind == "let":
-        rest = "".join(t.text for t in tokens[index:] if t.text not in "{}")
-        speed = bool(token.gap) and rest in ("m/s", "m/s^2")
-        return words.is_typed_unit(token.text) and (before.kind == "num" or before.text == "}") or speed
-    if token.text == "°":
-        return not any(t.text in ANGLED for t in tokens[:index])
-    return token.text in words.CURRENCIES or token.text == "%"
-
-
-def _based(tokens: list[Token]) -> Node | None:
-    """Digits in a stated base: `52_8`, `52_{\\text{eight}}`, `52 (base 8)`; None for anything else."""
-    if tokens[0].text == "(" and (end := _match(tokens, 0)) > 0:
-        tokens = tokens[1:end] + tokens[end + 1 :]
-    texts = [token.text for token in tokens]
-    lower = [text.lower() for text in texts]
-    cut = texts.index("_") if "_" in texts else lower.index("base") if "base" in lower else -1
-    cut -= cut > 1 and texts[cut - 1] == "("
-    if cut < 1:
-        return None
-    stated = [text for text in lower[cut:] if text not in ("_", "base", "{", "}", "(", ")")]
-    written = [text for text in texts[:cut] if text.lower() != "in"]
-    if len(stated) != 1 or not (stated[0] in _BASES or (stated[0].isdigit() and len(stated[0]) <= 2)):
-        return None
-    base = _BASES.get(stated[0]) or int(stated[0])
-    sign = "-" if written[0] == "-" else ""
-    digits = "".join(written[bool(sign) :]).lstrip("0").upper() or "0"
-    numeral = digits.replace(".", "", 1)
-    if not (2 <= base <= 36 and numeral.isascii() and numeral.isalnum()):
-        return None
-    if not any(c.isdigit() for c in numeral) and (base != 16 or len(numeral) < 2):
-        return None  # a variable with an index
-    return Node("base", text=sign + digits, value=Fraction(base))

@@ -1,4 +1,4 @@
-r"""The last box of a response: `\boxed`, `\fbox` or `\framebox`, with braces or before a bare value."""
+r"""The last box of a response: `\boxed`, `\fbox` or `\framebox`, with braces or before a single value."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _SPACING = re.compile(
     r"|(?:hspace|phantom)\*?\{[^{}]{0,20}\})"
 )
 _PLACEHOLDERS = frozenset(" \t\r\n~.?_-${}…\u00a0\u3000")
-_LONGEST = 1000  # characters of a box whose brace is missing
+_LONGEST = 1000  # characters of a box without its closing brace
 
 
 def last_box(text: str) -> str:
-    """The content of the box that opens last and is not empty, "" where there is none.
+    """The content of the last box that is not empty, "" if there is none.
 
-    Escaped braces do not count. A box without its closing brace ends where its formula does; one that
-    runs to the end of the text is unfinished, and none.
+    Escaped braces do not count. A box without its closing brace ends where its formula ends; one that runs to
+    the end of the text is unfinished and does not count.
     """
     opened: list[tuple[bool, int]] = []  # (is a box, where its content starts)
     found: list[tuple[int, int]] = []  # start and end of each box
@@ -49,7 +49,7 @@ def last_box(text: str) -> str:
 
 
 def _content(inside: str) -> str:
-    """What a box holds, "" where that is only space or a placeholder."""
+    """The content of a box, "" if that is only space or a placeholder."""
     if len(inside) <= _LONGEST and set(_SPACING.sub("", inside)) <= _PLACEHOLDERS:
         return ""
     return inside.strip()

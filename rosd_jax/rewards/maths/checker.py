@@ -1,14 +1,13 @@
-r"""The mathematics checker: the boxed answer against the gold one, compared in workers.
+r"""The mathematics checker: reads the boxed answer and compares it with the gold answer.
 
-Reading the box is a pure function of the text. Comparing two answers is not so tame: it computes what
-a model wrote, and math-verify, which `official` needs, may take a lifetime (for 9^{9^{9^{9}}}) and guards
-itself with an alarm that works on a main thread only. So the comparison runs in worker processes
-(workers.py); this module imports neither JAX nor (in the parent) math-verify.
+Reading the box is a pure function of the text. Comparing two answers computes what a model wrote, and
+math-verify, which `official` needs, may never return (for 9^{9^{9^{9}}}); its own time limit is an alarm that
+works in a main thread only. So answers are compared in worker processes (workers.py). This module imports
+neither JAX nor, in the parent, math-verify.
 
-`fixed` takes the last box of the whole response (box.py), outside the thinking, and compares both
-answers as mathematics (equal.py; docs/grading.md has the rules). `official` is the released checker: only
-the last 100 characters are searched, and the answers are compared as bare strings, which leaves most
-LaTeX unread.
+`fixed` takes the last box of the response outside the thinking (box.py) and compares the answers as
+mathematics (equal.py; docs/grading.md has the rules). `official` is the released checker: it searches only
+the last 100 characters, and compares the answers as plain strings, so most LaTeX is not read.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from rosd_jax.text.thinking import outside_thinking
 Question = tuple[str, str, Mode]  # prediction, gold answer, mode
 
 _OFFICIAL_WINDOW = 100  # characters
-_MAX_ANSWER = 1000  # characters; nothing longer is an answer, and parsing it may take minutes
+_MAX_ANSWER = 1000  # characters; a longer text is not an answer, and parsing it may take minutes
 
 
 def predict(response: str, *, mode: Mode, thinking_open: bool = False) -> str:
-    """The content of the last box of a response, "" where there is none.
+    """The content of the last box of a response, "" if there is none.
 
-    thinking_open: the prompt ended inside `<think>`; mode "official" does not look at it.
+    thinking_open: the prompt ended inside `<think>`; the mode "official" ignores it.
     """
     if mode == "official":
         return _last_box_official(response[-_OFFICIAL_WINDOW:])
@@ -47,9 +46,9 @@ def _last_box_official(text: str) -> str:
 
 
 def agree(prediction: str, answer: str, mode: Mode) -> bool:
-    """Whether two answers are equal; an overlong prediction equals nothing.
+    """Whether two answers are equal. An overlong prediction equals nothing.
 
-    May never return: call it in a worker only.
+    May never return, so call it in a worker only.
     """
     if len(prediction) > _MAX_ANSWER:
         return False
@@ -64,9 +63,9 @@ def agree(prediction: str, answer: str, mode: Mode) -> bool:
 
 
 def answerer(mode: Mode) -> Callable[[Question], bool]:
-    """What a worker answers with (workers.py): whether the two answers of a question agree."""
+    """The function that a worker answers with (workers.py): whether the answers of a question agree."""
     if mode == "official":
-        import math_verify  # noqa: F401  (now, so that it takes no time of the first question)
+        import math_verify  # noqa: F401  (now, so that its import does not count for the first question)
 
         logging.disable(logging.CRITICAL)  # it logs what it cannot parse
 
@@ -74,6 +73,6 @@ def answerer(mode: Mode) -> Callable[[Question], bool]:
         try:
             return agree(*question)
         except Exception:
-            return False  # the release, too, scores an answer 0 that breaks the comparison
+            return False  # as in the released code, an answer that breaks the comparison scores 0
 
     return answer

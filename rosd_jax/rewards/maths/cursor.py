@@ -1,18 +1,21 @@
-"""A cursor over tokens, the nodes that are read with it, and numbers in all their spellings."""
+"""A cursor over tokens, the nodes of a tree, and numbers in all their spellings."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from rosd_jax.rewards.maths.latex import Token, Unreadable
 
-_MAX_EXPONENT = 5000  # of ten, in a number's own text
+OPENERS = frozenset(["(", "[", "{", r"\{", r"\langle", r"\begin", r"\lfloor", r"\lceil"])
+CLOSERS = frozenset([")", "]", "}", r"\}", r"\rangle", r"\end", r"\rfloor", r"\rceil"])
+_MAX_EXPONENT = 5000  # of ten, in the text of a number
 
 
 @dataclass(frozen=True)
 class Node:
-    """A part of an answer. `kind` says what it is, `text` its name or spelling, `value` a number's value."""
+    """A part of an answer: its kind, its name or spelling (`text`), and for a number its value."""
 
     kind: str
     parts: tuple[Node, ...] = ()
@@ -21,7 +24,7 @@ class Node:
 
 
 class Cursor:
-    """Where one is in a list of tokens."""
+    """A position in a list of tokens."""
 
     def __init__(self, tokens: list[Token]):
         self.tokens = tokens
@@ -40,7 +43,7 @@ class Cursor:
         return self.tokens[self.at - 1]
 
     def matching(self, start: int) -> int:
-        """The index of what closes the bracket at `start`."""
+        """The index of the token that closes the bracket at `start`. Raises Unreadable if there is none."""
         depth = 0
         for index in range(start, len(self.tokens)):
             text = self.tokens[index].text
@@ -50,7 +53,7 @@ class Cursor:
         raise Unreadable("a bracket has no end")
 
     def script(self) -> str:
-        """The text of a subscript or a prime, as part of a name."""
+        """The text of a subscript or a prime, which is part of a name."""
         self.take()
         if self.peek() != "{":
             return self.one_letter() if self.kind() == "let" else self.take().text
@@ -60,13 +63,23 @@ class Cursor:
         return text
 
     def one_letter(self) -> str:
-        """The first of a run of letters; the rest stays."""
+        """Takes the first of a run of letters and leaves the others."""
         token = self.tokens[self.at]
         if len(token.text) == 1:
             self.at += 1
         else:
             self.tokens[self.at] = token._replace(text=token.text[1:])
         return token.text[0]
+
+
+def closing(tokens: Sequence[Token], start: int) -> int:
+    """The index of the token that closes the bracket at `start`, or -1."""
+    depth = 0
+    for index in range(start, len(tokens)):
+        depth += (tokens[index].text in OPENERS) - (tokens[index].text in CLOSERS)
+        if depth == 0:
+            return index
+    return -1
 
 
 def number(text: str) -> Node:
@@ -78,7 +91,7 @@ def number(text: str) -> Node:
 
 
 def recurring(digits: str, repetend: str) -> Node:
-    """The value of a decimal whose last digits recur for ever."""
+    """The value of a recurring decimal: `digits`, then `repetend` forever."""
     _, _, decimals = digits.partition(".")
     nines = 10 ** len(repetend) - 1
     head = Fraction(digits.rstrip(".") or 0)
@@ -86,7 +99,7 @@ def recurring(digits: str, repetend: str) -> Node:
 
 
 def read_number(cursor: Cursor) -> Node:
-    """A number, with whatever says that its last digits recur."""
+    """A number, with the marks that say that its last digits recur."""
     text = cursor.take().text
     point = "." in text and "e" not in text.lower()
     if point and cursor.peek() in (r"\overline", r"\dot"):
@@ -122,7 +135,7 @@ def _repetend(cursor: Cursor) -> str:
 
 
 def _continued(text: str) -> Node:
-    """`0.1666...`: the shortest block that its digits end in twice recurs; without one, a number cut off."""
+    """`0.1666...`: the shortest block that the digits end in twice recurs; else the number is cut off."""
     decimals = text.partition(".")[2]
     for length in range(1, len(decimals) // 2 + 1):
         block = decimals[-length:]

@@ -1,8 +1,8 @@
 """Whether two answers are equal as mathematics.
 
-The structure decides first: a tuple is compared in order, a list and a set in any order, words as words,
-a relation side by side. Then values are (value.py). A unit, a base or a percent sign that only one of the
-two states is no difference; two that differ are. May never return: call it in a worker only.
+Structures are compared first: tuples in order, lists and sets in any order, words as words, relations side by
+side. Then values are compared (value.py). A unit, base or percent sign that only one of the answers states
+does not count; two different ones do. The comparison may never return, so call it in a worker only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SCALAR = frozenset(
 
 
 def equal(a: str, b: str) -> bool:
-    """Whether two answers are equal; answers that cannot be read are equal as the same tokens only."""
+    """Whether two answers are equal. Answers that cannot be read must have the same tokens."""
     try:
         first = canonical(a)
         if first and first == canonical(b):
@@ -73,7 +73,7 @@ def _equal_marked(a: Node, b: Node) -> bool:
 
 
 def _digits(based: Node) -> Node:
-    """The digits of a stated base as if they stood alone."""
+    """The digits in a stated base, read as a decimal."""
     if not based.text.lstrip("-").replace(".", "").isdigit():
         raise Unreadable("digits that no decimal has")
     return Node("num", value=Fraction(based.text))
@@ -121,7 +121,7 @@ def _as_vector(matrix: Node) -> tuple[Node, ...]:
 
 
 def _coordinates(values: Sequence[Node]) -> Sequence[Node]:
-    """The values of `x=1, y=2`, named in the order of the alphabet; other values as they are."""
+    """The values of `x=1, y=2` with names in alphabetical order; other values unchanged."""
     names = [value.parts[0].text for value in values if value.kind == "relation"]
     assigned = [_assigned(value) for value in values if value.kind == "relation"]
     if len(names) == len(values) and names == sorted(set(names)):
@@ -186,7 +186,7 @@ def _same_relation(a: Node, b: Node) -> bool:
 
 
 def _unknown(relation: Node) -> Node:
-    """The side of an inequality that is bounded."""
+    """The side of an inequality that the others bound."""
     return next((side for side in relation.parts if side.kind == "sym"), relation.parts[0])
 
 
@@ -211,7 +211,7 @@ def _turned(relation: Node) -> Node | None:
 def _assigned(relation: Node) -> Node | None:
     r"""The value that a chain of equals signs gives: `x = 2+3 = 5`, `x \in \{1,2\}`, `2+3 = 5`.
 
-    None where it gives none, or two that differ.
+    None if it gives none, or two that differ.
     """
     signs = relation.text.split()
     if set(signs) == {r"\in"} and len(signs) == 1 and _is_name(relation.parts[0]):
@@ -222,13 +222,13 @@ def _assigned(relation: Node) -> Node | None:
     values = list(relation.parts[1:] if named else relation.parts)
     if not named and not all(_is_constant(value) for value in values):
         return None
-    if r"\approx" in signs:  # what stands before it is exact, unless it is the name
+    if r"\approx" in signs:  # what precedes it is exact, unless it is the name
         return values[0] if signs.index(r"\approx") in (0, len(signs) - 1) and len(values) <= 2 else None
     return values[-1] if all(_equal(value, values[-1]) for value in values[:-1]) else None
 
 
 def _is_name(node: Node) -> bool:
-    """Whether a side only names what is asked for: x, f(2), AB, a+b, |z|, (x, y), Area."""
+    """Whether a side is only the name of what is asked for: x, f(2), AB, a+b, |z|, (x, y), Area."""
     if node.kind in ("sym", "apply", "word"):
         return True
     if node.kind == "call":

@@ -1,8 +1,9 @@
-r"""Expressions: tokens to a tree of sums, products, powers and functions.
+r"""Reads expressions: from tokens to a tree of sums, products, powers and functions.
 
-Products without a sign bind tighter than `/`, so 1/2x is 1/(2x); `\frac12` takes a digit each, `x^12` and
-`\sqrt12` the whole number; an integer before a fraction of integers is a mixed number; i is the imaginary
-unit, e and \pi the constants, every other letter a variable of its own. What is not read raises Unreadable.
+Products without a sign bind tighter than `/`, so 1/2x is 1/(2x). `\frac12` takes one digit each, `x^12` and
+`\sqrt12` take the whole number. An integer before a fraction of integers is a mixed number. i is the
+imaginary unit, e and \pi are constants, and every other letter is a variable. Anything else raises
+Unreadable.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _ACCENTS = frozenset(
     r"""\overline \dot \ddot \vec \hat \tilde \widehat \widetilde \underline \overrightarrow
     \overleftrightarrow \mathcal \mathbb \mathfrak \mathscr \bmod""".split()
 )
-# Commands with a meaning that is not followed here: no variable may take their place.
+# Commands with a meaning that is not computed here, so they must not be read as variables.
 _UNREAD = frozenset(
     r"""\sum \prod \int \iint \iiint \oint \lim \limsup \liminf \sup \inf \det \to \Rightarrow \rightarrow
     \implies \iff \mapsto \neg \forall \exists \pmod \mod \pm \mp \in \notin \cup \cap \setminus \subset
@@ -38,7 +39,7 @@ _CLOSERS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", 
 
 
 def read_expression(tokens: Sequence[Token]) -> Node:
-    """The tree of all the tokens. Raises Unreadable where they are no expression."""
+    """The tree of all the tokens. Raises Unreadable if they are not an expression."""
     reader = _Reader(list(tokens))
     node = reader.sum()
     if reader.at < len(reader.tokens):
@@ -47,7 +48,7 @@ def read_expression(tokens: Sequence[Token]) -> Node:
 
 
 class _Reader(Cursor):
-    """A cursor over tokens; each method reads one level of precedence from it."""
+    """A cursor over tokens. Each method reads one level of precedence."""
 
     def __init__(self, tokens: list[Token]):
         super().__init__(tokens)
@@ -91,7 +92,7 @@ class _Reader(Cursor):
         return Node("neg", (node,)) if negative else node
 
     def juxtaposed(self) -> Node:
-        """Factors side by side."""
+        """Factors without a sign between them."""
         factors = [self.powered()]
         while self.starts_factor():
             if self.kind() == "num":
@@ -143,7 +144,7 @@ class _Reader(Cursor):
         return self.peek(1) == "'" or (self.peek(1) == "{" and self.peek(2) == "'")
 
     def applied(self, node: Node) -> Node:
-        """A variable before parentheses: a function's value where it looks like one, else itself."""
+        """A variable before parentheses: a function's value if it looks like one, else the variable."""
         stop = self.matching(self.at)
         inside = self.tokens[self.at + 1 : stop]
         lone = len(inside) == 1 and (inside[0].kind in ("num", "cmd") or len(inside[0].text) == 1)
@@ -174,7 +175,7 @@ class _Reader(Cursor):
         return Node("neg", (node,)) if negative else node
 
     def argument(self, split: bool) -> Node:
-        """What a command takes: a group, or one sign; of a number one digit if `split`, else all."""
+        """The argument of a command: a group or one token; of a number one digit if `split`, else all."""
         token = self.tokens[self.at] if self.at < len(self.tokens) else Token("", "")
         if token.kind == "num" and split and len(token.text) > 1:
             if not token.text.isdigit():
@@ -231,7 +232,7 @@ class _Reader(Cursor):
         return _variable(self.take().text) if is_typed_word(token.text) else _variable(self.one_letter())
 
     def mixed(self, whole: Node) -> Node:
-        """1 1/2 and 1\frac12, of integers only."""
+        """1 1/2 and 1\frac12, with integers only."""
         if not whole.text.isdigit():
             return whole
         start = self.at
@@ -291,7 +292,7 @@ class _Reader(Cursor):
         return Node("div", (upper, lower))
 
     def derivative(self) -> Node | None:
-        r"""`\frac{dy}{dx}` as one name, since d is no factor."""
+        r"""`\frac{dy}{dx}` as one name, since d is not a factor."""
         if self.peek() != "{":
             return None
         middle = self.matching(self.at)
@@ -360,7 +361,7 @@ class _Reader(Cursor):
         return (Node("neg", (node,)) if negative else node,)
 
     def postfixed_group(self) -> Node:
-        r"""`(30)^\circ` is the angle; a power after the group is the function's."""
+        r"""`(30)^\circ` is an angle. Any other power after the group belongs to the function."""
         node = self.group()
         if self.peek() == "°":
             self.take()

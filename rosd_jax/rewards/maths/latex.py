@@ -1,9 +1,8 @@
-r"""Answers as text, cut into the tokens of a small language of mathematics.
+r"""Splits the text of an answer into tokens of mathematics.
 
-People and models write one answer in many ways: LaTeX with or without braces, typed Unicode, words in
-`\text{...}`, thousands with commas and gaps. Here such spellings become one: each token is a number,
-a command, a run of letters, a piece of text or a sign. What a token means is decided by its readers.
-Every pass is linear in the text.
+People and models write the same answer in many ways: LaTeX with or without braces, typed Unicode, words in
+`\text{...}`, thousands with commas and gaps. Here all spellings become one. A token is a number, a command, a
+run of letters, a piece of text or a sign; its readers decide what it means. Every pass is linear in the text.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from typing import NamedTuple
 
 
 class Unreadable(ValueError):
-    """The text is no answer in the language that is read here."""
+    """The text cannot be read as an answer."""
 
 
 class Token(NamedTuple):
     """`kind` is num, cmd (a backslash command), let (letters), text (from a text group) or sign.
 
-    `gap` is what stands before it: "" nothing, " " white space, "!" a negative space.
+    `gap` is what precedes it: "" nothing, " " white space, "!" a negative space.
     """
 
     kind: str
@@ -39,7 +38,7 @@ _TOKEN = re.compile(
     |(?P<sign>.)""",
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
-# A command whose backslash was escaped once too often, and no row that starts with these letters.
+# A command whose backslash was escaped twice, rather than a new row that starts with these letters.
 _DOUBLED = re.compile(
     r"""\\(?:[dtc]?frac|sqrt|text|mathrm|mathbf|textbf|left|right|pi|theta|alpha|beta|infty|cdot|times|pm|circ
     |begin|end|boxed|fbox|log|ln|sin|cos|tan|cup|cap|leq?|geq?|in|overline|quad|binom|mathbb)(?![A-Za-z])
@@ -71,7 +70,7 @@ def _table(pairs: str) -> dict[str, str]:
     return dict([pair.split(":", 1) for pair in pairs.split()])
 
 
-_BOLD = frozenset(r"\mathbf \boldsymbol \bm \pmb".split())  # a bold i is a vector, no imaginary unit
+_BOLD = frozenset(r"\mathbf \boldsymbol \bm \pmb".split())  # a bold i is a vector, not the imaginary unit
 _ALIASES = _table(
     r"""\dfrac:\frac \tfrac:\frac \cfrac:\frac \sfrac:\frac \le:\leq \ge:\geq \ne:\neq
     \leqslant:\leq \geqslant:\geq \leqq:\leq \geqq:\geq \lt:< \gt:> \cdot:* \times:* \ast:* \bullet:*
@@ -121,7 +120,7 @@ def spelled_in_ascii(text: str) -> str:
 
 
 def _spelled(character: str) -> tuple[str, str]:
-    """ "^", "_" or "" for how it stands to the line, and its spelling."""
+    """The position ("^" raised, "_" lowered, "" on the line) and the spelling of a character."""
     if character.isascii():
         return "", character
     if character in "\u0305\u0304":
@@ -160,11 +159,11 @@ def _folded(character: str) -> str:
 
 
 def _word(spelling: str) -> str:
-    """A command ends before whatever letter follows it."""
+    """The spelling, with a space after a command so that no letter joins it."""
     return spelling + " " if spelling.startswith("\\") and spelling[-1].isalpha() else spelling
 
 
-# Numbers that people write with more than digits: 1.6\text{e}{-19}, 1{\,}234, 1'234, 1_000, .\overline{3}.
+# Numbers with more than digits: 1.6\text{e}{-19}, 1{\,}234, 1'234, 1_000, .\overline{3}.
 _SET_EXPONENT = re.compile(
     r"(?<=\d)(?:\\(?:text|textrm|mathrm)\{\s?[eE](?:\}\s?\{([+-]?\d{1,4})|([+-]?\d{1,4}))|[eE]\{([+-]\d{1,4}))\}"
 )
@@ -174,7 +173,7 @@ _BARE_POINT = re.compile(r"(?<![\d.}])\.(?=\\(?:overline|bar|dot)(?![A-Za-z]))")
 
 
 def tokenize(text: str) -> list[Token]:
-    """The tokens of an answer, thousands joined. Raises Unreadable where a text group has no end."""
+    """The tokens of an answer, with thousands joined. Raises Unreadable if a text group has no end."""
     return _join_numbers(
         _typed_signs(_tokens(_plain_numbers(spelled_in_ascii(text)), depth=0, upright=False))
     )
@@ -213,24 +212,28 @@ def _tokens(text: str, depth: int, upright: bool) -> list[Token]:
             start = text.index("{", position) + 1
             position = _closing(text, start)
             inner = _tokens(text[start : position - 1], depth + 1, upright=True)
-            bold = piece in _BOLD and len(inner) == 1 and inner[0].text in ("i", "e")
-            out += [Token("cmd", f"\\bold-{inner[0].text}", gap)] if bold else _text_group(inner, gap)
+            if piece in _BOLD and len(inner) == 1 and inner[0].text in ("i", "e"):
+                out.append(Token("cmd", f"\\bold-{inner[0].text}", gap))
+            else:
+                out += _text_group(inner, gap)
         elif piece in _NOTHING:
             position = _null_delimiter(text, position) if piece in (r"\left", r"\right") else position
             continue
         elif piece in _BOXES or piece in _DROPPED:
             continue
         elif kind in ("num", "dots", "comma"):
-            out.append(
-                Token(
-                    "num" if kind == "num" else "sign", {"dots": "...", "comma": "{,}"}.get(kind, piece), gap
-                )
-            )
+            spelling = {"dots": "...", "comma": "{,}"}.get(kind, piece)
+            out.append(Token("num" if kind == "num" else "sign", spelling, gap))
         else:
-            piece = _ALIASES.get(piece, piece)
-            out.append(Token("cmd" if piece[0] == "\\" else "let" if piece.isalpha() else "sign", piece, gap))
+            out.append(_sign(_ALIASES.get(piece, piece), gap))
         gap = ""
     return out
+
+
+def _sign(piece: str, gap: str) -> Token:
+    if piece[0] == "\\":
+        return Token("cmd", piece, gap)
+    return Token("let" if piece.isalpha() else "sign", piece, gap)
 
 
 def _letters(run: str, upright: bool, gap: str) -> Token:
@@ -242,7 +245,7 @@ def _letters(run: str, upright: bool, gap: str) -> Token:
 
 
 def _text_group(inner: list[Token], gap: str) -> list[Token]:
-    """Words joined by hyphens or apostrophes are one; a function's or a set's name is a command."""
+    """Joins words with hyphens or apostrophes; the name of a function or a set becomes a command."""
     if len(inner) == 1 and inner[0].text in _PLAIN:
         return [Token("cmd", "\\" + inner[0].text, gap)]
     out: list[Token] = []
@@ -260,7 +263,7 @@ def _text_group(inner: list[Token], gap: str) -> list[Token]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the group that opened just before `start` has ended."""
+    """The end of the group that was opened just before `start`."""
     depth = 1
     for mark in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         depth += (mark[0] == "{") - (mark[0] == "}")
@@ -302,13 +305,13 @@ def _typed_signs(tokens: list[Token]) -> list[Token]:
     return out
 
 
-# Between these a bare comma separates values, whatever the digits around it; braces are not seen.
+# Inside these a comma separates values, whatever digits surround it. Braces do not count.
 _OPEN = frozenset(["(", "[", r"\{", r"\langle"])
 _CLOSE = frozenset([")", "]", r"\}", r"\rangle"])
 
 
 def _join_numbers(tokens: list[Token]) -> list[Token]:
-    """One token for a number written with commas or gaps between its thousands, or a `{,}` as its point."""
+    """Joins numbers with commas or gaps between thousands, or with `{,}` as the decimal point."""
     out: list[Token] = []
     depth = position = 0
     while position < len(tokens):
@@ -323,7 +326,7 @@ def _join_numbers(tokens: list[Token]) -> list[Token]:
 
 
 def _joined(tokens: list[Token], start: int, commas: bool) -> tuple[str, int]:
-    """The number that starts there, and where the next token is."""
+    """The number that starts at `start`, and the index of the next token."""
     text = tokens[start].text
     position = start + 1
     style = ""
@@ -349,7 +352,7 @@ def _joined(tokens: list[Token], start: int, commas: bool) -> tuple[str, int]:
 
 
 def _separator(tokens: list[Token], position: int, commas: bool) -> str:
-    """How the next number is set apart from the one before: "gap", ",", "{,}" or "" for not at all."""
+    """What separates the next number from the one before: "gap", ",", "{,}", or "" for nothing."""
     here, after = ([*tokens[position : position + 2], Token("", ""), Token("", "")])[:2]
     if here.kind == "num":
         return "gap" if here.gap else ""

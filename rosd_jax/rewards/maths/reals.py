@@ -16,7 +16,7 @@ _MAX_PIECES = 100
 
 @dataclass(frozen=True)
 class Piece:
-    """From `low` to `high`; a bound belongs to it where its flag says so."""
+    """The interval from `low` to `high`. The flags say which bounds belong to it."""
 
     low: Any  # numbers of mpmath
     high: Any
@@ -24,13 +24,13 @@ class Piece:
     has_high: bool
 
 
-Reals = tuple[Piece, ...]  # apart from each other, from left to right
+Reals = tuple[Piece, ...]  # disjoint, from left to right
 
 _ALL: Reals = (Piece(-mpmath.inf, mpmath.inf, False, False),)
 
 
 def as_reals(node: Node) -> Reals | None:
-    """The set that a node means, None where it means none or has variables in its bounds."""
+    """The set that a node describes; None if it describes none or its bounds have variables."""
     try:
         return _reals(node)
     except (Unreadable, ValueError, ZeroDivisionError, OverflowError):
@@ -38,7 +38,7 @@ def as_reals(node: Node) -> Reals | None:
 
 
 def same_reals(a: Reals | None, b: Reals | None) -> bool:
-    """Whether two sets are the same; None is no set."""
+    """Whether two sets are the same. None, which is not a set, equals nothing."""
     if a is None or b is None or len(a) != len(b):
         return False
     return all(
@@ -109,7 +109,7 @@ def _inequality(node: Node) -> Reals:
 
 
 def _merged(pieces: list[Piece]) -> Reals:
-    """The union. Raises Unreadable for too many pieces, or one whose bounds are the wrong way round."""
+    """The union. Raises Unreadable for too many pieces, or for one with its bounds reversed."""
     if len(pieces) > _MAX_PIECES or any(piece.low > piece.high for piece in pieces):
         raise Unreadable("no set of intervals")
     out: list[Piece] = []

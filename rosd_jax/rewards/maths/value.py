@@ -1,8 +1,8 @@
-"""Whether two expressions have one value: exactly for rationals, else at a few points to many digits.
+"""Whether two expressions have the same value: exactly for rationals, else numerically to many digits.
 
-An expression of variables is compared at points drawn for their names (real, of both signs, roots and
-logarithms on their principal branches). A difference is zero when it vanishes with the precision; so the
-size of the numbers plays no role, and nothing is too small to differ.
+Expressions with variables are compared at a few points that are drawn by the variables' names (real, of both
+signs; roots and logarithms on their principal branches). A difference is zero if it shrinks as the precision
+grows, so the size of the numbers does not matter, and no difference is too small to count.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _POINTS = 4
 _TRIES = 12
 _MAX_BITS = 200_000  # of an exact number
 _MAX_FACTORIAL = 20_000
-_ENOUGH_DIGITS = 6  # with which a decimal may stand for a number that no decimal writes
+_ENOUGH_DIGITS = 6  # for a decimal to stand for a number that has no finite decimal
 
 
 class _Inexact(Exception):
-    """No rational, or one too large to write down."""
+    """Not a rational, or too large a one."""
 
 
 def same_value(a: Node, b: Node) -> bool:
-    """Whether two expressions are equal. Raises Unreadable where they have no value."""
+    """Whether two expressions are equal. Raises Unreadable if they have no value."""
     exact_a = _exact_or_none(a)
     exact_b = _exact_or_none(b)
     if exact_a is not None and exact_b is not None:
@@ -58,7 +58,7 @@ def real(node: Node) -> Any:
 
 
 def proportional(a: Node, b: Node, positive: bool) -> bool:
-    """Whether one expression is the other times a constant (a positive one, if asked)."""
+    """Whether one expression is a constant multiple of the other (a positive one if `positive`)."""
     ratios = []
     with mpmath.workdps(_HIGH):
         for point in range(_TRIES):
@@ -89,7 +89,7 @@ def _same_at_points(a: Node, b: Node) -> bool:
 
 
 def _difference(a: Node, b: Node, point: int) -> bool | None:
-    """Whether the difference at a point is zero; None where one of the two has no value there."""
+    """Whether the difference at a point is zero; None if one of the two has no value there."""
     high = _subtracted(a, b, point, _HIGH)
     if high is None:
         return None
@@ -112,7 +112,7 @@ def _subtracted(a: Node, b: Node, point: int, digits: int) -> Any:
 
 
 def _numeric_or_none(node: Node, point: int) -> Any:
-    """The value at a point, None where it is undefined or not finite."""
+    """The value at a point; None if it is undefined or not finite."""
     try:
         value = _numeric(node, point)
     except Unreadable:
@@ -132,7 +132,7 @@ def _same_infinity(a: Node, b: Node) -> bool:
 
 
 def _stands_for(decimal: Node, value: Fraction, other: Node) -> bool:
-    """Whether a decimal is the rounded or cut form of a fraction that no decimal writes."""
+    """Whether a decimal is the rounded or truncated form of a fraction that has no finite decimal."""
     if _written(decimal) is None or _written(other) is not None:
         return False
     reduced = value.denominator
@@ -258,7 +258,7 @@ _EXACT: dict[str, Callable[[Sequence[Fraction]], Fraction]] = {
 
 
 def _numeric(node: Node, point: int) -> Any:
-    """The value at a point, at mpmath's precision. Raises Unreadable where nothing says what it is."""
+    """The value at a point, at mpmath's precision. Raises Unreadable for what cannot be computed."""
     if node.kind == "num":
         return mpmath.mpf(node.value.numerator) / node.value.denominator
     if node.kind == "const":
@@ -281,7 +281,7 @@ def _numeric(node: Node, point: int) -> Any:
 def _drawn(name: str, point: int) -> Any:
     draw = random.Random(f"{name}/{point}")
     size = mpmath.mpf(draw.randrange(10**12, 3 * 10**12)) / 10**12
-    # All positive, all negative, and two ways mixed: no identity of one sign passes for one of all.
+    # All positive, all negative, and mixed in two ways, so an identity for one sign only does not pass.
     mixed = random.Random(name).random() < 0.5
     negative = {0: False, 1: True, 2: mixed, 3: not mixed}.get(point, draw.random() < 0.5)
     return -size if negative else size

@@ -1,4 +1,4 @@
-"""Words in answers: units, number words, words whose case says nothing, and words that change a meaning."""
+"""Words in answers: units, number words, words in any case, and words that change the meaning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _UNITS = {
 CURRENCIES = {"$": "usd", "£": "gbp", "€": "eur", "¥": "yen", "₹": "rs", "₩": "won", "₽": "rub", "¢": "cent"}
 _CURRENCY_UNITS = frozenset([*CURRENCIES.values(), "yuan"])
 
-# Letters side by side are a product, except such a run straight after a number: nobody multiplies k and g.
+# Adjacent letters are a product, except these directly after a number: nobody multiplies k and g.
 _TYPED_UNITS = frozenset(
     """cm mm km kg ft yd lb lbs oz hr hrs sec min deg rad gal kW MW kJ Hz kHz MHz kPa USD EUR GBP Rs mph kmph
     kph cup day ton cal men per pct sq ml mL kWh KB MB GB TB""".split()
@@ -48,7 +48,9 @@ _POWERS = _numbers(  # of ten
 _SCALES: dict[str, int | Fraction] = {name: 10**power for name, power in _POWERS.items()}
 _SCALES |= {"dozen": 12}
 _SCALES |= {name: Fraction(1, part) for name, part in _FRACTIONS.items()}
-_SCALE_CHARACTERS = "万萬만亿億억"  # no unit begins with one, as kilometres in Chinese do with a thousand
+_SCALE_CHARACTERS = (
+    "万萬만亿億억"  # no unit begins with these, unlike the Chinese kilometre, which begins with "thousand"
+)
 _PERCENT = frozenset(["%", "percent", "percentage", "pct", "per-cent"])
 _PERCENT_PAIRS = frozenset([("per", "cent"), ("percentage", "point"), ("percentage", "points")])
 _FILLERS = frozenset(
@@ -57,7 +59,7 @@ _FILLERS = frozenset(
 _SPEEDS = {"mph": "mi", "kmph": "km", "kph": "km"}
 _LENDING = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _GENERIC = frozenset("unit units".split())
-# After a number these make it another answer, or say that there is more than one.
+# After a number these give another answer, or say that there is more than one.
 _CHANGING = frozenset(
     """or and if when unless not no but to than more less fewer most least over under above below between
     from through minus plus times divided mod modulo is are maybe perhaps nor either neither except without
@@ -74,12 +76,12 @@ _ANSWER_WORDS = frozenset(
 
 
 def is_typed_word(run: str) -> bool:
-    """Whether letters in a row outside any text group are read as a word, and not as a product."""
+    """Whether adjacent letters outside a text group are read as a word rather than a product."""
     return len(run) > 3 or run.lower() in _ANSWER_WORDS or run in ("and", "or") or not run.isascii()
 
 
 def is_typed_unit(run: str) -> bool:
-    """Whether letters that follow a number outside any text group are a unit."""
+    """Whether adjacent letters after a number, outside a text group, are a unit."""
     return (
         run in _TYPED_UNITS
         or (len(run) > 3 and run.islower())
@@ -90,7 +92,7 @@ def is_typed_unit(run: str) -> bool:
 
 
 def word_key(word: str) -> str:
-    """Equal for spellings of one word: East, east. The case of symbols stays: Aa, AABB, pH, ABC."""
+    """Equal for spellings of the same word: East, east. Symbols keep their case: Aa, AABB, pH, ABC."""
     lower = word.lower()
     if lower in _ANSWER_WORDS:
         return lower
@@ -103,12 +105,12 @@ def word_key(word: str) -> str:
 
 
 def phrase_key(words: Iterable[str]) -> str:
-    """Equal for phrases that say the same but for case and articles."""
+    """Equal for phrases that differ in case and articles only."""
     return " ".join(word_key(word) for word in words if word.lower() not in ("the", "a", "an"))
 
 
 def scale(words: Sequence[str]) -> tuple[Fraction, int]:
-    """The product of the number words that come first, and how many they are."""
+    """The product of the leading number words, and how many there are."""
     factor = Fraction(1)
     count = 0
     while count < len(words) and words[count].lower().removesuffix("s") in _SCALES:
@@ -118,13 +120,13 @@ def scale(words: Sequence[str]) -> tuple[Fraction, int]:
 
 
 def percent(words: Sequence[str]) -> int:
-    """How many of the first words say percent."""
+    """How many of the first words mean percent."""
     first = tuple(word.lower() for word in words[:2])
     return 2 if first in _PERCENT_PAIRS else int(first[:1] != () and first[0] in _PERCENT)
 
 
 def unit(tokens: Sequence[Token]) -> str:
-    """The unit that stands after a number, in one spelling; "" where nothing of weight stands there.
+    """The unit after a number, in one spelling; "" if no word there has weight.
 
     Raises Unreadable for anything but a unit or a noun with its adjectives.
     """
@@ -163,7 +165,7 @@ def unit(tokens: Sequence[Token]) -> str:
 
 
 def _power(tokens: Sequence[Token], position: int) -> tuple[int, int] | None:
-    """The integer that stands as an exponent there, and where the next token is."""
+    """The integer exponent at `position`, and the index of the next token."""
     texts = [token.text for token in tokens[position : position + 4]]
     for shape, at in ((["{", "-", None, "}"], 2), (["{", None, "}"], 1), (["-", None], 1), ([None], 0)):
         here = texts[: len(shape)]
@@ -176,7 +178,7 @@ def _power(tokens: Sequence[Token], position: int) -> tuple[int, int] | None:
 
 
 def _unit_name(word: str) -> str:
-    """One spelling of a unit's or a noun's name, "" for words without weight."""
+    """The name of a unit or a noun in one spelling, "" for words without weight."""
     lower = word.lower()
     if lower in _CHANGING or lower in _SCALES or percent([word]) or word[0] in _SCALE_CHARACTERS:
         raise Unreadable(f"{word} after a number")
@@ -189,13 +191,13 @@ def _unit_name(word: str) -> str:
 
 
 def is_known_unit(name: str) -> bool:
-    """Whether a unit is in the table, or is made of such (cm ^2, km / h)."""
+    """Whether a unit is in the table, or is composed of such units (cm ^2, km / h)."""
     parts = [part.partition("^")[0] for part in name.split()]
     return all(part in _UNITS or part in _CURRENCY_UNITS for part in parts)
 
 
 def currency(text: str) -> str:
-    """The currency that a sign or a name before a number states, or ""."""
+    """The currency that a sign or a name before a number states; "" if none."""
     if text in CURRENCIES:
         return CURRENCIES[text]
     name = _UNITS.get(text, "")
