@@ -88,10 +88,9 @@ def _plan(right: bool, solution: int | None, asked: bool, note: str) -> Plan:
 
 def plan_rollouts(graded: Graded, reflect: Config) -> list[Plan]:
     """`choose` with the groups and the `reflect` fields of a run."""
-    samples = len(graded.texts) // len(graded.prompts.problems)
     return choose(
         graded.rewards_B,
-        np.arange(len(graded.texts)) // samples,
+        np.arange(len(graded.texts)) // graded.group_size,
         np.asarray(graded.rollout.length_B),
         solution=reflect.solution,
         correct=bool(reflect.correct),
@@ -103,7 +102,7 @@ def reflector_messages(
     graded: Graded, row: int, plan: Plan, wording: Wording = ENGLISH, *, show_gold: bool = True
 ) -> list[Message]:
     """What the reflector is asked about a row; the task's own system prompt is not part of it."""
-    problem = graded.prompts.problems[row * len(graded.prompts.problems) // len(graded.texts)]
+    problem = graded.problem(row)
     gold = (problem.answer or None) if show_gold else None
     attempt = graded.texts[row]
     if plan.kind == "right":

@@ -21,13 +21,12 @@ import numpy as np
 
 from rosd_jax.config import UserError
 from rosd_jax.rewards.grade import Grade
-from rosd_jax.types import Problem, Rollout
+from rosd_jax.rollout.batching import Request
+from rosd_jax.types import HostRollout, Problem
 
 SUCCESS = 0.5  # a reward of at least this much is a correct response
-NO_LIMIT = int(np.iinfo(np.int32).max)  # a row that only the sampler's own limit cuts
 
-# (prompt ids a row, uid_B int32, limit_B int32) -> a Rollout of NumPy arrays, B rows
-Sample = Callable[[list[list[int]], np.ndarray, np.ndarray], Rollout]
+Sample = Callable[[Sequence[Request]], HostRollout]  # an engine with its weights and its key
 
 
 def scores(rewards_NK: np.ndarray, votes: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -78,16 +77,14 @@ def evaluate_set(
     *,
     votes: Callable[[Sequence[str], Sequence[Problem]], list[str]],
     samples: int,
-    rows: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The numbers of one set and one generation a sample, in the order of the problems.
 
-    `sample` is called once, with a multiple of `rows` rows. Sample k of item n has uid n * samples + k,
-    so its tokens do not depend on `rows`. `votes` gives for each prediction the answer that it votes for,
-    equal answers as equal text. Numbers are those of `scores`, `length` (mean tokens of a
-    response), `truncated` (share cut at the limit) and, where every problem is multiple choice,
-    `majority_letter`. Raises UserError for a set without problems, ValueError where prompts and
-    problems differ in number.
+    `sample` is called once. Sample k of item n has uid n * samples + k. `votes` gives for each prediction the
+    answer that it votes for, equal answers as equal text. Numbers are those of `scores`, `length` (mean
+    tokens of a response), `truncated` (share cut at the limit) and, where every problem is multiple choice,
+    `majority_letter`. Raises UserError for a set without problems, ValueError where prompts and problems
+    differ in number.
     """
     if not problems:
         raise UserError(
@@ -97,11 +94,14 @@ def evaluate_set(
     if len(prompt_ids) != len(problems):
         raise ValueError(f"{len(prompt_ids)} prompts for {len(problems)} problems of {name!r}")
     prompts = [ids for ids in prompt_ids for _ in range(samples)]
-    responses, finished = _sample_all(prompts, sample, rows)
+    rollout = sample([Request(ids, uid) for uid, ids in enumerate(prompts)])
+    rows = zip(rollout.tokens_BR, rollout.length_B, strict=True)
+    responses = [tokens_R[:length].tolist() for tokens_R, length in rows]
     texts = [decode(ids) for ids in responses]
     repeated = [problem for problem in problems for _ in range(samples)]
     grades = grade_all(texts, repeated)
     voted = votes([grade.prediction for grade in grades], repeated)
+    finished = rollout.finished_B.tolist()
     columns = zip(repeated, texts, responses, grades, voted, finished, strict=True)
     generations = [
         {
@@ -157,19 +157,6 @@ def _majority(votes: Sequence[str]) -> int:
     """The first sample that votes for the most frequent answer."""
     counts = Counter(name for name in votes if name) or Counter(votes)
     return list(votes).index(max(counts, key=lambda name: counts[name]))  # ties: first seen
-
-
-def _sample_all(prompts: list[list[int]], sample: Sample, rows: int) -> tuple[list[list[int]], list[bool]]:
-    """Response ids and whether they ended on a stop token, for every prompt."""
-    real = len(prompts)
-    index_B = np.arange(real + -real % rows)
-    # A limit of 0 leaves the padding rows without a token.
-    uid_B = np.where(index_B < real, index_B, 0).astype(np.int32)
-    limit_B = np.where(index_B < real, NO_LIMIT, 0).astype(np.int32)
-    rollout = sample(prompts + [prompts[-1]] * (-real % rows), uid_B, limit_B)
-    tokens_BR, length_B = np.asarray(rollout.tokens_BR), np.asarray(rollout.length_B)
-    responses = [tokens_BR[b, : length_B[b]].tolist() for b in range(real)]
-    return responses, np.asarray(rollout.finished_B)[:real].tolist()
 
 
 def _numbers(

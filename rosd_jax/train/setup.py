@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -32,16 +32,17 @@ from rosd_jax.models.sharding import (
     validate_mesh_for,
 )
 from rosd_jax.rewards import Grader, Mode
-from rosd_jax.rollout import pages
-from rosd_jax.rollout.floor import measure_floor
-from rosd_jax.rollout.loop import Decoding, make_generate, settings
+from rosd_jax.rollout.bandwidth import measure_roofline
+from rosd_jax.rollout.engine import Engine
+from rosd_jax.rollout.limits import LONGEST_PAGE, Limits, own_pages, page_length
+from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.rollout.stops import Stops, make_stops
 from rosd_jax.text.prompts import ENGLISH, Wording
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rosd_jax.text.wording import read_wording
+from rosd_jax.train import stopping
 from rosd_jax.train.compiling import keep_programs
-from rosd_jax.train.step import Tools
-from rosd_jax.train.stopping import polled
+from rosd_jax.train.step import Engines, Tools
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import make_optimizer, make_update
 from rosd_jax.types import Problem
@@ -205,7 +206,7 @@ def check_lengths(config: Config, model: Qwen3Config) -> None:
         cache_pages(config, section.max_new_tokens)
     for field in ("data.max_prompt_tokens", "reflect.max_prompt_tokens"):
         section, name = field.split(".")
-        if config[section][name] > config.rollout.prompt_tokens // pages.LONGEST_PAGE * pages.LONGEST_PAGE:
+        if config[section][name] > config.rollout.prompt_tokens // LONGEST_PAGE * LONGEST_PAGE:
             raise UserError(
                 f"rollout.prompt_tokens is {config.rollout.prompt_tokens}; a single prompt may have "
                 f"{field} = {config[section][name]}, so raise the one or lower the other"
@@ -226,7 +227,8 @@ def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]
     trees = Trees(config, model, mesh, optimizer)
     for leaf in replicated_dims(trees.base, mesh):
         logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
-    engine = engines(config, model, mesh, inputs.tokenizer.stop_ids)
+    ends = Ends(inputs.tokenizer.stop_ids, inputs.stops)
+    longest = max(len(ids) for _, ids in inputs.train)
     tools = Tools(
         config=config,
         model=model,
@@ -237,48 +239,80 @@ def build(config: Config, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]
         mesh=mesh,
         grader=grader,
         key=jax.random.key(config.seed),
-        floor=measure_floor(model, mesh.shape["tensor"]),
-        sample=polled(make_generate(engine["rollouts"], inputs.stops)),
-        reflect=polled(make_generate(engine["reflections"])),
-        evaluate=polled(make_generate(engine["evaluation"], inputs.stops)),
+        roofline=measure_roofline(model, mesh.shape["tensor"]),
+        engines=make_engines(config, model, mesh, ends, longest),
         update=make_update(config, model, optimizer, mesh, trees.shardings),
     )
     return tools, trees
 
 
-def engines(config: Config, model: Qwen3Config, mesh: Mesh, stop_ids: tuple[int, ...]) -> dict[str, Decoding]:
-    """The decoding engines of a run, by what they decode."""
+@dataclass(frozen=True)
+class Ends:
+    """What ends a response before its limit."""
 
-    def engine(section: Config, top_p: float, slots: int | None) -> Decoding:
-        return settings(
-            model,
-            mesh,
-            max_new=section.max_new_tokens,
-            temperature=section.temperature,
-            top_p=top_p,
-            stop_ids=stop_ids,
-            slots=slots,
-            pool=cache_pages(config, section.max_new_tokens),
-            implementation=config.rollout.attention,
-        )
+    stop_ids: tuple[int, ...]
+    stops: Stops | None  # stop strings; reflections have none
 
-    return {
-        "rollouts": engine(config.rollout, config.rollout.top_p, config.rollout.slots),
-        "reflections": engine(config.reflect, 1.0, config.rollout.slots),
-        "evaluation": engine(config.eval, config.eval.top_p, config.eval.batch),
-    }
+
+def make_engines(
+    config: Config, model: Qwen3Config, mesh: Mesh, ends: Ends, longest_train: int | None = None
+) -> Engines:
+    """The decoding engines of a run.
+
+    longest_train: tokens of the longest training prompt; None: data.max_prompt_tokens.
+    """
+    c, rows = config, config.batch.prompts * config.batch.samples
+    prompt, longest = c.data.max_prompt_tokens, longest_train or c.data.max_prompt_tokens
+
+    def engine(section: Config, limits: Limits, top_p: float, stops: Stops | None) -> Engine:
+        sampling = Sampling(section.temperature, top_p, ends.stop_ids)
+        return Engine(model, mesh, limits, sampling, stops, c.rollout.attention, stopping.check)
+
+    return Engines(
+        rollouts=engine(
+            c.rollout,
+            limits_of(c, c.rollout.max_new_tokens, longest, rows=rows, prompts=c.batch.prompts),
+            c.rollout.top_p,
+            ends.stops,
+        ),
+        reflections=engine(
+            c.reflect,
+            limits_of(c, c.reflect.max_new_tokens, c.reflect.max_prompt_tokens, rows=rows, prompts=rows),
+            1.0,
+            None,
+        ),
+        evaluation=engine(
+            c.eval,
+            replace(limits_of(c, c.eval.max_new_tokens, prompt, rows=c.eval.batch), slots=c.eval.batch),
+            c.eval.top_p,
+            ends.stops,
+        ),
+    )
+
+
+def limits_of(config: Config, max_new: int, max_prompt: int, *, rows: int, prompts: int = 1) -> Limits:
+    """The limits of an engine whose calls have a multiple of so many rows and prompts."""
+    return Limits(
+        max_new=max_new,
+        max_prompt=max_prompt,
+        slots=config.rollout.slots,
+        response_pages=cache_pages(config, max_new),
+        prompt_tokens=config.rollout.prompt_tokens,
+        rows=rows,
+        prompts=prompts,
+    )
 
 
 def cache_pages(config: Config, max_new: int) -> int:
     """Pages for responses on each row device. Raises UserError where a single one might not fit."""
-    page = pages.page_length(max_new)
-    pool, least = config.rollout.cache_tokens // page, pages.most_own(page, max_new)
-    if pool < least:
+    page = page_length(max_new)
+    pages, least = config.rollout.cache_tokens // page, own_pages(page, max_new)
+    if pages < least:
         raise UserError(
             f"rollout.cache_tokens is {config.rollout.cache_tokens}; a response of {max_new} tokens needs "
             f"{least * page}, so raise it or lower the limit of rollout, reflect and eval"
         )
-    return pool
+    return pages
 
 
 def deal_cores(config: Config) -> None:
