@@ -17,7 +17,7 @@ We run one engine on each of DEVICES CPU devices, as run.py does where rows lie 
 more all rows on a single one. The peers share their operations among the cores; tunix lays nothing over
 several CPU devices. They take the batch size that is fastest for them. Times are the whole call's,
 prompts included; contestants take turns, and their first call, which compiles, is reported by itself.
-Processor seconds stand beside them, for runs on a machine that does other things too. DIR gets
+Processor seconds are given too, for runs on a machine that does other things too. DIR gets
 decode.json and decode.md.
 """
 

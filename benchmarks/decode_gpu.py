@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def timed(call: Callable[[], Any], rounds: int, calls: int) -> list[float]:
-    """Seconds a call, of each round of so many calls that are waited for together; two calls warm up."""
+    """Seconds per call, for each round of `calls` calls that are waited for together; two calls warm up."""
     times = []
     for turn in range(rounds + 1):
         start = time.perf_counter()

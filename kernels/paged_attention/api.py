@@ -54,7 +54,7 @@ def write_and_attend(
     Args:
       q_BHE: queries of B rows, H heads of width E; H is a multiple of K.
       k_BKE, v_BKE: the new token's keys and values, in the cache's dtype.
-      cache_XPWE: X pages of P positions. W = 2 K heads, keys and values in turn: k0, v0, k1, v1, ...
+      cache_XPWE: X pages of P positions. W = 2 K heads, keys and values interleaved: k0, v0, k1, v1, ...
         It must be finite, also where nothing was written.
       table_BM: int32, the page of each row's positions m P .. m P + P - 1, counted from page_base.
         Entries behind the page of `position` may be any page of the layer: they are

@@ -213,7 +213,7 @@ def _kernel(
         plgpu.barrier_wait(q_barrier)
         out, lse_smem[...] = _attend(share, q_smem, weight_smem)
         for term in range(2):
-            # The queries are done with, and leave their room to the result.
+            # The queries are no longer needed: the result takes their place.
             q_smem[...] = out.astype(q_smem.dtype)
             out = out - out.astype(q_smem.dtype).astype(jnp.float32)
             plgpu.commit_smem()

@@ -2,9 +2,9 @@
 
 On CPU a few rows at a time, as far as they go; elsewhere all rows at once, as far as the longest.
 
-Dimensions: B rows, T pieces of R rows each, H query heads, K key-value heads, G queries of a key-value head,
-E head width, X pages of all layers, P positions of a page, W = 2 K, F = W E, M pages of a table, m some of
-them, S positions read, j keys and values.
+Dimensions: B rows, T pieces, R rows of a piece, H query heads, K key-value heads, G queries of a key-value
+head, E head width, X pages of all layers, P positions of a page, W = 2 K, F = W E, M pages of a table, m
+some of them, S positions read, j keys and values.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def decoding(job: Job, engine: Engine, shape: CallShape, capacity: Capacity) -> 
     shapes = jax.eval_shape(partial(fuse, config=model), job.trees.base)
     places = jax.tree.map(lambda spec: NamedSharding(job.mesh, spec), decoder_specs(model, job.mesh))
     positions = (capacity.prompt_pages + capacity.response_pages) * engine.limits.page
-    held = {
+    lasting = {
         "decoding weights": shard_bytes(shapes, places),
         "cache": positions * position_bytes(model) // job.tensor,
     }
@@ -130,7 +130,7 @@ def decoding(job: Job, engine: Engine, shape: CallShape, capacity: Capacity) -> 
     logits = 2 * 4 * capacity.slots * job.table // model.hidden_size
     prefill = {"activations": block_bytes(job, at_once * width) + scores_bytes(job, at_once, width)}
     step = {"temporaries": (job.table + job.layer) * job.item + logits + texts}
-    return held | max(prefill, step, key=_total)
+    return lasting | max(prefill, step, key=_total)
 
 
 def teacher(job: Job) -> Bytes:

@@ -22,7 +22,7 @@ from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.rollout.limits import LONGEST_PAGE, Limits
 from rosd_jax.types import A
 
-LEAST_TOKENS = 8192  # prompts get cache for at least so many, so that fewer shapes are compiled
+LEAST_TOKENS = 8192  # the smallest cache for prompts, so that fewer shapes are compiled
 
 
 @dataclass(frozen=True)

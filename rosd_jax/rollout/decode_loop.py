@@ -13,7 +13,9 @@ along the "tensor" axis its devices split heads, inner widths and the vocabulary
     begin, decode, finish                            its three parts
 
 Dimensions: B rows (within a shard: its own), N prompts, T tokens of a prompt (padded), R tokens of a
-response, S slots, D model width, V ids.
+response, S slots, C packed columns of a slot, M pages of a table, F places of the stack of free pages, D
+model width, V ids; of the cache X pages of all layers, P positions of a page, W heads of keys and values, E
+head width.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Program:
         return Decoder(self.model, None if self.mesh is None else "tensor", self.attention)
 
     def slots(self, rows: int) -> int:
-        """Slots of a shard with so many rows."""
+        """Slots of a shard with that many rows."""
         slots = self.limits.slots
         return rows if slots is None else min(rows, -(-slots // self.shards))
 
@@ -86,7 +88,7 @@ class Program:
         return self.slots(rows) * own_pages(self.limits.page, self.limits.max_new)
 
     def capacity(self, prompts: int, longest: int, rows: int) -> Capacity:
-        """What a shard has, with so many prompts of so many tokens and so many rows."""
+        """What a shard has. prompts: distinct ones of the call; longest: their tokens; rows: of the shard."""
         most_prompts = min(prompts, rows) * -(-longest // self.limits.page)
         most_responses = self.most_response_pages(rows)
         given = self.limits.response_pages
@@ -102,7 +104,7 @@ class Program:
         return self.slots(rows) == rows and (given is None or given >= self.most_response_pages(rows))
 
     def slot_counts(self, slots: int) -> list[int]:
-        """The numbers of slots that a shard with so many decodes in, one after the other."""
+        """The numbers of slots that a shard decodes in, one after the other, starting from `slots`."""
         first = self.first_slots or slots
         return [first, *(halvings(first) if self.compact else [])]
 

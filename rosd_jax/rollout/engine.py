@@ -6,6 +6,8 @@
 Build it once and keep it. What happens inside: requests are packed into calls of fixed shapes (batching.py),
 each of which runs one compiled program (decode_loop.py) that prefills the distinct prompts (prefill.py) and
 decodes with slots, a queue and pages (scheduler.py, slots.py), drawing tokens by sampler.py.
+
+Dimensions: B rows of a call, M requests.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ class Engine:
         return self._sized(len(batch.limit_B), pages, int(waiting_B.sum(axis=1).max()))
 
     def largest(self, requests: int, samples: int) -> tuple[CallShape, Program]:
-        """The largest call for so many requests, of which `samples` share a prompt."""
+        """The largest call for that many requests, of which `samples` share a prompt."""
         limits, rows = self.limits, call_rows(requests, self.limits, self.shards)
         distinct = -(-requests // samples)
         prompts = -(-distinct // limits.prompts) * limits.prompts
@@ -139,7 +141,7 @@ class Engine:
         return self.compiled.lower(params, batch, key, self.stops, program=program)
 
     def _sized(self, rows: int, pages: int, waiting: int) -> Program:
-        """The program of a call of so many rows, of which a shard has at most `waiting` to decode."""
+        """The program of a call. waiting: the most rows that any shard has to decode."""
         program = Program(self.model, self.mesh, self.limits, self.sampling, self.attention, pages)
         slots = min(program.slots(rows // self.shards), slots_for(waiting))
         return replace(program, first_slots=slots, compact=self.limits.max_new >= LONG)

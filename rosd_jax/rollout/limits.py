@@ -22,8 +22,9 @@ class Limits:
     page_length: int | None = None  # positions of a page; None: shorter for short responses, to limit waste
     response_pages: int | None = None  # a shard's pages for responses; None: for its slots at full length
     prompt_tokens: int | None = None  # a shard's cache capacity for distinct prompts; None: for all of a call
-    rows: int = 1  # a call has a multiple of so many rows, so that few shapes are compiled; spare ones idle
-    prompts: int = 1  # and a multiple of so many distinct prompts
+    # What a call's numbers of rows and of distinct prompts are multiples of, so that few shapes are compiled.
+    rows: int = 1
+    prompts: int = 1
 
     @property
     def page(self) -> int:

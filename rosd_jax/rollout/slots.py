@@ -49,7 +49,7 @@ class Slots(NamedTuple):
 
     @classmethod
     def empty(cls, slots: int, pages: int, sequences: int) -> Slots:
-        """Slots without a sequence, with tables of so many pages."""
+        """Slots without a sequence, with tables of `pages` pages."""
         return cls(jnp.zeros((slots, TABLE + pages), jnp.int32).at[:, SEQUENCE].set(sequences))
 
     @classmethod

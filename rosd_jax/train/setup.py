@@ -291,7 +291,7 @@ def make_engines(
 
 
 def limits_of(config: Config, max_new: int, max_prompt: int, *, rows: int, prompts: int = 1) -> Limits:
-    """The limits of an engine whose calls have a multiple of so many rows and prompts."""
+    """The limits of an engine. rows, prompts: what a call's numbers of them are multiples of."""
     return Limits(
         max_new=max_new,
         max_prompt=max_prompt,
