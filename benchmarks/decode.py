@@ -17,7 +17,7 @@ We run one engine on each of DEVICES CPU devices, as run.py does where rows lie 
 more all rows on a single one. The peers share their operations among the cores; tunix lays nothing over
 several CPU devices. They take the batch size that is fastest for them. Times are the whole call's,
 prompts included; contestants take turns, and their first call, which compiles, is reported by itself.
-Processor seconds stand beside them, for runs on a machine that does other things too. DIR gets
+Processor seconds are given too, for runs on a machine that does other things too. DIR gets
 decode.json and decode.md.
 """
 
@@ -26,6 +26,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,15 +36,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.decode_peers import Call, Peer, here, lengths, seconds
-from benchmarks.timing import cells, interleaved, summary, table, versions
+from benchmarks.decode_peers import Call, Peer, here
+from benchmarks.decode_shared import lengths
+from benchmarks.timing import cells, interleaved, seconds, summary, table, versions
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.models.weights import save_pretrained
-from rosd_jax.rollout.loop import make_generate, settings
-from rosd_jax.rollout.sampler import invert_cdf, sample
+from rosd_jax.rollout.batching import Request
+from rosd_jax.rollout.engine import Engine
+from rosd_jax.rollout.limits import Limits
+from rosd_jax.rollout.sampler import Sampling, invert_cdf, sample
 from rosd_jax.train.devices import cpu_devices
-from rosd_jax.types import Params, Rollout
+from rosd_jax.types import HostRollout, Params
 
 OURS, ONE, STATIC = "ours", "ours, one device", "ours, static batches"
 PADDED, SORTING = "ours, prompts padded", "sorting"
@@ -136,28 +140,29 @@ def prompts(sizes: Sizes, rows: int, length: int | None = None) -> np.ndarray:
     return np.random.default_rng(0).integers(2, sizes.model.vocab_size, shape, np.int32)
 
 
-def engine(sizes: Sizes, params: Params, most: int, temperature: float = 1.0, **options: Any):
-    """Ours: (prompts, each row's prompt, each row's tokens, prompts' lengths) -> a rollout that is there."""
+def engine(sizes: Sizes, params: Params, limits: Limits, temperature: float = 1.0):
+    """Ours: requests -> a rollout."""
     mesh = make_mesh(-1, 1, 1, jax.devices()[: sizes.devices])
     params = jax.device_put(params, param_shardings(params, mesh))
-    generate = make_generate(
-        settings(sizes.model, mesh, max_new=most, temperature=temperature, top_p=1.0, stop_ids=(), **options)
-    )
+    ours = Engine(sizes.model, mesh, limits, Sampling(temperature))
 
-    def run(ids: np.ndarray, prompt_of_B: np.ndarray, limit_B: np.ndarray, length_N: Any = None) -> Rollout:
-        rows = prompt_of_B.astype(np.int32), np.arange(len(limit_B), dtype=np.int32), limit_B
-        if length_N is None:
-            length_N = np.full(*ids.shape, np.int32)
-        return jax.block_until_ready(generate(params, ids, length_N, *rows, jax.random.key(1)))
+    def run(requests: Sequence[Request]) -> HostRollout:
+        return ours.generate(params, requests, jax.random.key(1))
 
     return run
+
+
+def asked(ids: np.ndarray, prompt_of_B: np.ndarray, limit_B: np.ndarray) -> list[Request]:
+    """A request a row, for a response of `limit_B` tokens to a prompt of `ids`."""
+    rows = zip(prompt_of_B.tolist(), limit_B.tolist(), strict=True)
+    return [Request(ids[n].tolist(), uid, limit) for uid, (n, limit) in enumerate(rows)]
 
 
 def check_greedy(sizes: Sizes, params: Params, peers: dict[str, Peer]) -> dict[str, Any]:
     """Raises ValueError unless the peers' greedy tokens are ours."""
     ids, new = prompts(sizes, 4), min(64, sizes.fixed[1])
-    run = engine(sizes, params, new, temperature=0.0)
-    wanted = np.asarray(run(ids, np.arange(4), np.full(4, new, np.int32)).tokens_BR)
+    run = engine(sizes, params, Limits(new, sizes.prompt), temperature=0.0)
+    wanted = run(asked(ids, np.arange(4), np.full(4, new))).tokens_BR
     for name, peer in peers.items():
         got = np.array(peer.generate(ids, new, sizes.prompt + new, greedy=True)["tokens"])
         if not np.array_equal(got, wanted):
@@ -169,7 +174,8 @@ def fixed(sizes: Sizes, params: Params, peers: dict[str, Peer]) -> Contest:
     """One batch, one length."""
     rows, new = sizes.fixed
     ids, limit_B = prompts(sizes, rows), np.full(rows, new, np.int32)
-    run = lambda sizes: here(engine(sizes, params, new), ids, np.arange(rows), limit_B)
+    limits, requests = Limits(new, sizes.prompt), asked(ids, np.arange(rows), limit_B)
+    run = lambda sizes: here(engine(sizes, params, limits), requests)
     calls = {OURS: run(sizes), ONE: run(replace(sizes, devices=1))}
     peers_calls = {name: partial(peer.generate, ids, new, sizes.prompt + new) for name, peer in peers.items()}
     return Contest(calls | peers_calls, rows * new)
@@ -179,7 +185,9 @@ def ragged(sizes: Sizes, params: Params, peers: dict[str, Peer], batches: list[i
     """One set of rows, in the peer's best batch."""
     rows, most = sizes.ragged_rows, sizes.ragged_most
     ids, limit_B = prompts(sizes, rows), lengths(rows, sizes.ragged_mean, most, seed=1)
-    run = lambda sizes: here(engine(sizes, params, most, slots=sizes.slots), ids, np.arange(rows), limit_B)
+    limits = Limits(most, sizes.prompt, slots=sizes.slots)
+    requests = asked(ids, np.arange(rows), limit_B)
+    run = lambda sizes: here(engine(sizes, params, limits), requests)
     calls = {OURS: run(sizes), ONE: run(replace(sizes, devices=1))}
     notes: dict[str, Any] = {"longest": int(limit_B.max())}
     for name, peer in peers.items():
@@ -193,24 +201,26 @@ def evaluation(sizes: Sizes, params: Params) -> Contest:
     rows, slots = sizes.questions * sizes.samples, sizes.slots
     ids, prompt_of_B = prompts(sizes, sizes.questions), np.arange(rows) // sizes.samples
     limit_B = lengths(rows, sizes.short_mean, sizes.short_most, seed=2)
-    refilled = engine(sizes, params, sizes.short_most, slots=slots)
-    static = engine(sizes, params, sizes.short_most)
+    limits, requests = Limits(sizes.short_most, sizes.prompt), asked(ids, prompt_of_B, limit_B)
+    refilled = engine(sizes, params, replace(limits, slots=slots))
+    static = engine(sizes, params, limits)
 
     def in_batches():
         for at in range(0, rows, slots):
-            some, first = slice(at, at + slots), prompt_of_B[at]
-            static(ids[first : prompt_of_B[some][-1] + 1], prompt_of_B[some] - first, limit_B[some])
+            static(requests[at : at + slots])
 
-    calls = {OURS: here(refilled, ids, prompt_of_B, limit_B), STATIC: here(in_batches)}
+    calls = {OURS: here(refilled, requests), STATIC: here(in_batches)}
     return Contest(calls, int(limit_B.sum()))
 
 
 def ragged_prompts(sizes: Sizes, params: Params) -> Contest:
-    """Ours alone: prompts of their own lengths, or all as long as the room for the longest."""
+    """Ours alone: prompts of their own lengths, or all as long as the longest may be."""
     rows, most = sizes.prompt_rows, sizes.prompt_most
     ids, length_N = prompts(sizes, rows, most), lengths(rows, sizes.prompt_mean, most, seed=3)
-    run, one_each = engine(sizes, params, 1), (np.arange(rows), np.ones(rows, np.int32))
-    calls = {OURS: here(run, ids, *one_each, length_N), PADDED: here(run, ids, *one_each)}
+    run = engine(sizes, params, Limits(1, most))
+    padded = [Request(row.tolist(), uid) for uid, row in enumerate(ids)]
+    ragged = [Request(r.prompt[:n], r.uid) for r, n in zip(padded, length_N.tolist(), strict=True)]
+    calls = {OURS: here(run, ragged), PADDED: here(run, padded)}
     return Contest(calls, int(length_N.sum()), {"longest": int(length_N.max())})
 
 

@@ -1,13 +1,13 @@
-"""One decoding step at the shapes of Qwen3-4B on one device: time, share of the memory floor, peak memory.
+"""One decoding step at the shapes of Qwen3-4B on one device: time, roofline fraction, peak memory.
 
     python -m benchmarks.decode_gpu --implementation=pallas_gpu --out=FILE [--rows=128] [--context=2048] ...
 
 Weights are random bfloat16, every row is `context` tokens long, and a step feeds back its greedy token at
-the same position, so all steps do the same work. The floor is the bytes that a step must read (weights,
+the same position, so all steps do the same work. The roofline is the bytes that a step must read (weights,
 without the embedding of which it takes a few rows, and live keys and values) over the bandwidth of a
 large copy on the same device. One implementation a process, since the allocator's peak is that of the
 process; null where a device does not tell it. Before anything is timed, the attention of a few rows of
-many lengths is compared with the definition. With the defaults, weights and store take 44 GiB;
+many lengths is compared with the definition. With the defaults, weights and KV cache take 44 GiB;
 `pallas_gpu` needs a Hopper GPU. This script was tried on CPU, at small sizes, only.
 """
 
@@ -23,20 +23,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.decode_gpu_ragged import QWEN3_4B
+from benchmarks.decode_shared import QWEN3_4B, random_weights
 from benchmarks.timing import summary, versions
-from rosd_jax.kernels.paged_attention import write_and_attend, xla
-from rosd_jax.models.decoder import decode_step, fuse, local_logits
+from rosd_jax.kernels.paged_attention import Operands, write_and_attend, xla
+from rosd_jax.models.decoder import Decoder, StepInputs, decode_step, fuse, local_logits
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
-from rosd_jax.rollout.floor import copy_bandwidth, read_each_step
-from rosd_jax.rollout.loop import GPU_OPTIONS
+from rosd_jax.rollout.bandwidth import copy_bandwidth, read_each_step
+from rosd_jax.rollout.engine import GPU_OPTIONS
 
 RUN = dict(rows=128, context=2048, page=64, copy_mib=4096, rounds=10, steps=10)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures what the arguments say and writes one JSON object."""
-    parser = argparse.ArgumentParser(description="One decoding step against the memory floor")
+    parser = argparse.ArgumentParser(description="One decoding step against the memory roofline")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--implementation", choices=("xla", "pallas_gpu"), required=True)
     for name, value in (QWEN3_4B | RUN).items():
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def timed(call: Callable[[], Any], rounds: int, calls: int) -> list[float]:
-    """Seconds a call, of each round of so many calls that are waited for together; two calls warm up."""
+    """Seconds per call, for each round of `calls` calls that are waited for together; two calls warm up."""
     times = []
     for turn in range(rounds + 1):
         start = time.perf_counter()
@@ -71,30 +71,17 @@ def attention_error(args: argparse.Namespace) -> float:
     P, K, E = args.page, args.kv_heads, args.width
     lengths = np.array([0, 1, P - 1, P, P + 1, args.context], np.int32)
     B, M = len(lengths), -(-max(args.context, P + 1) // P)
-    q_key, kv_key, store_key = jax.random.split(jax.random.key(0), 3)
+    q_key, kv_key, cache_key = jax.random.split(jax.random.key(0), 3)
     k_BKE, v_BKE = jax.random.normal(kv_key, (2, B, K, E), jnp.bfloat16)
-    operands = (
+    operands = Operands(
         jax.random.normal(q_key, (B, args.heads, E), jnp.bfloat16), k_BKE, v_BKE,
-        jax.random.normal(store_key, (B * M, P, 2 * K, E), jnp.bfloat16),
+        jax.random.normal(cache_key, (B * M, P, 2 * K, E), jnp.bfloat16),
         jnp.arange(B * M, dtype=jnp.int32).reshape(B, M), jnp.asarray(lengths - 1), 0,
     )  # fmt: skip
     ours = jax.jit(partial(write_and_attend, implementation=args.implementation))
-    pairs = zip(ours(*operands), jax.jit(xla.reference)(*operands), strict=True)
+    pairs = zip(ours(*operands), jax.jit(xla.reference)(operands), strict=True)
     wide = lambda x: np.asarray(x, np.float32)
     return max(float(np.max(np.abs(wide(got) - wide(want)))) for got, want in pairs)
-
-
-def random_weights(shapes: Any) -> Any:
-    """A tree of bfloat16 arrays, but for norms, which are 1 in their own dtype."""
-
-    def fill(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        if "norm" in name:
-            return jnp.ones(like.shape, like.dtype)
-        key = jax.random.key(sum(name.encode()))
-        return jax.jit(lambda key: jax.random.normal(key, like.shape, jnp.bfloat16) * 0.02)(key)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> dict[str, Any]:
@@ -106,22 +93,21 @@ def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> d
     shape = model.num_hidden_layers * args.rows * pages, args.page, 2 * model.num_key_value_heads
     shape = *shape, model.head_dim
     page = jax.random.normal(jax.random.key(1), shape[1:], jnp.bfloat16)
-    store = jax.jit(partial(jnp.broadcast_to, shape=shape))(page)
+    cache = jax.jit(partial(jnp.broadcast_to, shape=shape))(page)
     table_BM = jnp.arange(args.rows * pages, dtype=jnp.int32).reshape(args.rows, pages)
     position_B = jnp.full(args.rows, args.context - 1, jnp.int32)
 
+    decoder = Decoder(model, attention=args.implementation)
     options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
 
     @partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
-    def step(weights, token_B, store):
-        hidden_BD, store = decode_step(
-            weights, model, token_B, position_B, store, table_BM, None, args.implementation
-        )
-        logits_BV, _ = local_logits(weights, model, hidden_BD)
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), store
+    def step(weights, token_B, cache):
+        hidden_BD, cache = decode_step(decoder, weights, StepInputs(token_B, position_B, table_BM), cache)
+        logits_BV, _ = local_logits(decoder, weights, hidden_BD)
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
 
-    state = [jnp.zeros(args.rows, jnp.int32), store]
-    del store  # the state's is donated
+    state = [jnp.zeros(args.rows, jnp.int32), cache]
+    del cache  # the state's is donated
 
     def call() -> jax.Array:
         state[:] = step(weights, *state)
@@ -131,10 +117,10 @@ def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> d
     read = sum(x.nbytes for x in jax.tree.leaves(read_each_step(weights)))
     token = 2 * model.num_key_value_heads * model.head_dim * page.dtype.itemsize
     kv = args.rows * args.context * model.num_hidden_layers * token
-    floor = (read + kv) / bandwidth
+    ideal = (read + kv) / bandwidth
     return {
         "step_ms": summary(1e3 * s for s in times), "weight_bytes": read, "kv_bytes": kv,
-        "floor_ms": 1e3 * floor, "share_of_floor": floor / float(np.median(times)),
+        "ideal_ms": 1e3 * ideal, "roofline": ideal / float(np.median(times)),
     }  # fmt: skip
 
 

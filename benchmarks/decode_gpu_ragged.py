@@ -4,11 +4,14 @@
     python -m benchmarks.decode_gpu_ragged --contestant=transformers --out=FILE [--batch=256] ...
 
 The shapes are Qwen3-4B's, the weights random bfloat16; every `samples` rows have a prompt in common, and
-lengths are lognormal, the same for both. Ours stops at each row's own and gets a page store of `share` of
+lengths are lognormal, the same for both. Ours stops at each row's own and gets a KV cache of `share` of
 the bytes of a dense cache, [rows, prompt + most]; transformers runs batches of `batch` rows, each until its
 longest row, and its static cache is dense. Times are of the whole call, prompts included, after a first one
 that compiles. One contestant a process, since each takes the device's memory for itself.
 """
+
+# pyright: reportMissingImports=false
+# Peers are installed in environments of their own.
 
 import argparse
 import json
@@ -18,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.decode_peers import lengths, seconds
-from benchmarks.timing import summary, versions
+from benchmarks.decode_shared import QWEN3_4B, lengths, random_weights
+from benchmarks.timing import seconds, summary, versions
 
-QWEN3_4B = dict(vocab=151936, hidden=2560, inner=9728, layers=36, heads=32, kv_heads=8, width=128)
 RUN = dict(rows=256, samples=8, prompt=256, mean=188, most=1024, batch=256, rounds=2, page=64)
 
 
@@ -52,10 +54,12 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
     """Seconds of the engine, and what of the memory and of its bandwidth it took."""
     import jax
 
-    from benchmarks.decode_gpu import random_weights
     from rosd_jax.models.qwen3 import Qwen3Config, init_params
-    from rosd_jax.rollout.floor import measure_floor, position_bytes
-    from rosd_jax.rollout.loop import make_generate, settings
+    from rosd_jax.rollout.bandwidth import measure_roofline, position_bytes
+    from rosd_jax.rollout.batching import Request
+    from rosd_jax.rollout.engine import Engine
+    from rosd_jax.rollout.limits import Limits
+    from rosd_jax.rollout.sampler import Sampling
 
     sizes = (getattr(args, name) for name in QWEN3_4B)
     model = Qwen3Config(*sizes, tie_word_embeddings=True, dtype="bfloat16")
@@ -63,27 +67,23 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
     params = random_weights(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
     dense = args.rows * (args.prompt + args.most)  # positions
     pages = int(args.share * dense) // args.page
-    pool = pages - len(prompt_NP) * -(-args.prompt // args.page)
-    generate = make_generate(
-        settings(
-            model, None, max_new=args.most, temperature=1.0, top_p=1.0, stop_ids=(), page=args.page, pool=pool
-        )
-    )
-    of_B, uid_B = np.repeat(np.arange(len(prompt_NP)), args.samples), np.arange(args.rows)
-    given = prompt_NP, np.full(len(prompt_NP), args.prompt), of_B, uid_B, length_B
-    given = *(x.astype(np.int32) for x in given), jax.random.key(0)
+    response_pages = pages - len(prompt_NP) * -(-args.prompt // args.page)
+    limits = Limits(args.most, args.prompt, page_length=args.page, response_pages=response_pages)
+    engine = Engine(model, None, limits, Sampling(1.0))
+    ids = [prompt_NP[row // args.samples].tolist() for row in range(args.rows)]
+    requests = [Request(ids[row], row, int(length)) for row, length in enumerate(length_B)]
     rollouts = []
-    call = lambda: rollouts.append(jax.block_until_ready(generate(params, *given)))
+    call = lambda: rollouts.append(engine.generate(params, requests, jax.random.key(0)))
     times, rollout = [seconds(call) for _ in range(args.rounds + 1)], rollouts[-1]
     np.testing.assert_array_equal(rollout.length_B, length_B)
-    assert np.isfinite(np.asarray(rollout.logp_BR)).all()
-    stats = jax.tree.map(lambda x: float(np.sum(np.asarray(x))), rollout.stats)
+    assert np.isfinite(rollout.logp_BR).all()
+    stats = jax.tree.map(lambda x: float(np.sum(x)), rollout.stats)
     return {
         "device": jax.devices()[0].device_kind, "versions": versions("jax", "jaxlib"),
         "first_s": times[0], "seconds": summary(times[1:]),
         "steps": stats.steps, "preempted": stats.preempted, "idle_share": 1 - stats.busy / stats.slots,
-        "share_of_floor": measure_floor(model, 1).seconds(rollout.stats) / float(np.median(times[1:])),
-        "store_bytes": pages * args.page * position_bytes(model),
+        "roofline": measure_roofline(model, 1).seconds(rollout.stats) / float(np.median(times[1:])),
+        "cache_bytes": pages * args.page * position_bytes(model),
         "dense_bytes": dense * position_bytes(model),
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }  # fmt: skip

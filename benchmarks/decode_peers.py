@@ -12,6 +12,9 @@ there is taken for it; every answer holds the processor seconds that it took.
 A worker needs NumPy and its peer; this project may be absent there.
 """
 
+# pyright: reportMissingImports=false
+# Peers are installed in environments of their own.
+
 import importlib.metadata
 import json
 import os
@@ -25,9 +28,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.timing import seconds
+
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "@@"
-SIGMA = 0.8  # of the lengths' logarithms
 Call = Callable[[], dict[str, Any]]  # returns when its work is done, with the processor seconds "cpu_s"
 
 
@@ -84,19 +88,6 @@ class Peer:
         call = lambda size: self.in_batches(ids, new_B, cache, size)
         took = {size: [seconds(lambda size=size: call(size)) for _ in range(2)][1] for size in sizes}
         return min(sizes, key=lambda size: took[size]), took
-
-
-def lengths(rows: int, mean: float, most: int, seed: int) -> np.ndarray:
-    """int32 in 1..most: lognormal of that mean, cut."""
-    draw = np.random.default_rng(seed).lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA, rows)
-    return np.clip(np.rint(draw), 1, most).astype(np.int32)
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of a call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def here(call: Callable[..., object], *args: Any) -> Call:

@@ -16,8 +16,10 @@ import numpy as np
 from rosd_jax.gym import problems, texts
 from rosd_jax.models.families import read_config
 from rosd_jax.models.weights import load_params
-from rosd_jax.rollout.loop import make_generate, settings
-from rosd_jax.rollout.rows import decode_rows
+from rosd_jax.rollout.batching import Request
+from rosd_jax.rollout.engine import Engine
+from rosd_jax.rollout.limits import Limits
+from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.text import prompts, spans
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train.step import decode
@@ -40,13 +42,10 @@ def measure(path: str, count: int) -> dict[str, float]:
 
     def ask(asked: list[str], temperature: float) -> list[str]:
         ids = [tokenizer.chat_ids([{"role": "user", "content": text}], thinking=False) for text in asked]
-        generate = make_generate(
-            settings(model, None, max_new=72, temperature=temperature, top_p=1.0, stop_ids=tokenizer.stop_ids)
-        )
-        uid_B, limit_B = np.arange(len(ids), dtype=np.int32), np.full(len(ids), 72, np.int32)
-        key = jax.random.key(0)
-        rollout = decode_rows(generate, params, ids, uid_B, limit_B, key, rows=len(ids), longest=256)
-        return decode(tokenizer, rollout)
+        sampling = Sampling(temperature, stop_ids=tokenizer.stop_ids)
+        engine = Engine(model, None, Limits(72, 256, prompts=len(ids)), sampling)
+        requests = [Request(prompt, uid) for uid, prompt in enumerate(ids)]
+        return decode(tokenizer, engine.generate(params, requests, jax.random.key(0)))
 
     def draw(family: str) -> list[problems.Chain]:
         return [problems.sample_chain(rng, family, "test") for _ in range(count)]

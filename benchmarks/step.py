@@ -33,10 +33,10 @@ import jax
 import numpy as np
 
 from benchmarks import step_stages
-from benchmarks.decode_peers import Peer, seconds
+from benchmarks.decode_peers import Peer
 from benchmarks.step_flops import ideal
 from benchmarks.step_rows import PRESETS, Lengths, Preset, Sizes, draw, lesson
-from benchmarks.timing import cells, interleaved, summary, table
+from benchmarks.timing import cells, interleaved, seconds, summary, table
 from rosd_jax.config import default_config, validate
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh

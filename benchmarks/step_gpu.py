@@ -8,7 +8,7 @@
     update-*     one update of rows of 8,192 tokens: MFU, compile seconds, peak memory
     loss         benchmarks/topk_jsd.py with 2560 x 16384: against torch and Liger, where installed
     step-*       rollouts, reflections and update of `prompts` x 8 rows at `scale` of the paper's lengths:
-                 seconds and share of each stage, share of the decode floor, MFU
+                 seconds and share of each stage, roofline fraction of decoding, MFU
 
 `*` is 0.6b, 1.7b, 4b or 8b, with `-lora` appended for adapters of rank 64 in place of all parameters. By
 arithmetic 0.6b takes some 15 GB, 1.7b 40 to 50, 4b 100 and with adapters 40.
@@ -33,10 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import step_stages
-from benchmarks.decode_peers import MARK, ROOT, seconds
+from benchmarks.decode_peers import MARK, ROOT
 from benchmarks.step_flops import QWEN3
 from benchmarks.step_rows import Lengths, Sizes, lesson
-from benchmarks.timing import summary, table, versions
+from benchmarks.timing import seconds, summary, table, versions
 from rosd_jax.config import default_config, validate
 from rosd_jax.kernels.flash_attention import causal_attention
 from rosd_jax.models.qwen3 import Qwen3Config

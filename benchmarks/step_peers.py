@@ -18,6 +18,9 @@ and answers {"loss": the mean over active tokens before the update, "cpu_s": pro
 B rows, P tokens of a prompt, R of a response, T of both, D width, V vocabulary.
 """
 
+# pyright: reportMissingImports=false
+# Peers are installed in environments of their own.
+
 import importlib.metadata
 import json
 import resource

@@ -21,23 +21,23 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.decode_peers import lengths as lognormal
-from benchmarks.decode_peers import seconds
+from benchmarks.decode_shared import lengths as lognormal
 from benchmarks.step_flops import ideal
 from benchmarks.step_rows import Lengths, Preset, Sizes, draw, needs
-from benchmarks.timing import table
+from benchmarks.timing import seconds, table
 from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
-from rosd_jax.models.sharding import make_mesh, row_devices
-from rosd_jax.rollout.floor import Floor, measure_floor
-from rosd_jax.rollout.loop import make_generate, settings
-from rosd_jax.rollout.rows import decode_rows
+from rosd_jax.models.sharding import make_mesh
+from rosd_jax.rollout.bandwidth import MemoryRoofline, measure_roofline
+from rosd_jax.rollout.batching import Request
+from rosd_jax.rollout.engine import Engine
+from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.settings import Settings
 from rosd_jax.train.compiling import Compiled
-from rosd_jax.train.engines import cache_pages
+from rosd_jax.train.engines import limits_of
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import init_state, learner, learning_params, make_optimizer, make_update
-from rosd_jax.types import Lesson, Params, Rollout, TrainState
+from rosd_jax.types import HostRollout, Lesson, Params, TrainState
 
 STAGES = ("rollouts", "reflections", "update")
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, by part of the name
@@ -66,19 +66,21 @@ class Step:
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         optimizer = make_optimizer(config)
         self.state, self.frozen, trees = random_trees(config, model, self.mesh, optimizer)
-        generate = lambda most, temperature: make_generate(
-            settings(
-                model,
-                self.mesh,
-                max_new=most,
-                temperature=temperature,
-                top_p=1.0,
-                stop_ids=(),
-                slots=config.rollout.slots,
-                pool=cache_pages(config, most),
-            )
+        sizes, lengths = workload.sizes, self.lengths
+        rows = sizes.rows
+        self.sample = Engine(
+            model,
+            self.mesh,
+            limits_of(config, sizes.most, sizes.prompt_limits[1], rows=rows, prompts=sizes.prompts),
+            Sampling(1.0),
         )
-        self.sample, self.reflect = generate(workload.sizes.most, 1.0), generate(workload.most_answer, 0.0)
+        longest = longest_question(sizes, lengths)
+        self.reflect = Engine(
+            model,
+            self.mesh,
+            limits_of(config, workload.most_answer, longest, rows=rows, prompts=rows),
+            Sampling(0.0),
+        )
         self.update = make_update(config, model, optimizer, self.mesh, trees.shardings)
         rng = np.random.default_rng(0)
         ids = lambda count: rng.integers(2, model.vocab_size, count).tolist()
@@ -86,46 +88,27 @@ class Step:
         self.prompts = [prompt for n in self.lengths.prompt_B[::G] for prompt in [ids(n)] * G]
         self.teacher_prompts = [ids(n) for n in self.lengths.teacher_prompt_B]
 
-    def rollouts(self) -> Rollout:
+    def rollouts(self) -> HostRollout:
         """One response a row."""
-        rows, sizes = len(self.prompts), self.workload.sizes
         student = learner(self.state.params, self.frozen, self.config)
-        return decode_rows(
-            self.sample,
-            student,
-            self.prompts,
-            np.arange(rows),
-            self.lengths.response_B,
-            jax.random.key(0),
-            rows=rows,
-            shards=row_devices(self.mesh),
-            longest=sizes.prompt_limits[1],
-            prompts=sizes.prompts,
-            room=self.config.rollout.prompt_tokens,
-        )
+        limits = self.lengths.response_B.tolist()
+        rows = enumerate(zip(self.prompts, limits, strict=True))
+        requests = [Request(ids, row, limit) for row, (ids, limit) in rows]
+        return self.sample.generate(student, requests, jax.random.key(0))
 
-    def reflections(self, rollout: Rollout) -> Rollout:
+    def reflections(self, rollout: HostRollout) -> HostRollout:
         """The frozen model's answers about the taught rows."""
-        sizes, lengths = self.workload.sizes, self.lengths
-        rows = np.flatnonzero(lengths.active_B)
+        rows = np.flatnonzero(self.lengths.active_B).tolist()
         texts = [tokens[:n].tolist() for tokens, n in zip(rollout.tokens_BR, rollout.length_B, strict=True)]
-        frame = [1] * sizes.frame
-        asked = [self.prompts[row] + frame + texts[row] + texts[row - 1] for row in rows]
-        limits = lognormal(len(rows), self.workload.answer, self.workload.most_answer, seed=1)
-        return decode_rows(
-            self.reflect,
-            self.frozen,
-            asked,
-            rows,
-            limits,
-            jax.random.key(1),
-            rows=len(self.prompts),
-            shards=row_devices(self.mesh),
-            longest=max(map(len, asked)),
-            room=self.config.rollout.prompt_tokens,
-        )
+        frame = [1] * self.workload.sizes.frame
+        limits = lognormal(len(rows), self.workload.answer, self.workload.most_answer, seed=1).tolist()
+        requests = [
+            Request(self.prompts[row] + frame + texts[row] + texts[row - 1], row, limit)
+            for row, limit in zip(rows, limits, strict=True)
+        ]
+        return self.reflect.generate(self.frozen, requests, jax.random.key(1))
 
-    def learn(self, rollout: Rollout) -> float:
+    def learn(self, rollout: HostRollout) -> float:
         """One update; its loss."""
         lengths, R = self.lengths, rollout.tokens_BR.shape[1]
         at_BR = np.arange(R)
@@ -138,15 +121,22 @@ class Step:
             prompt_len_B,
             teacher_BQ,
             teacher_len_B,
-            np.asarray(rollout.tokens_BR),
-            np.asarray(rollout.length_B),
+            rollout.tokens_BR,
+            rollout.length_B,
             taught_BR.astype(np.float32),
-            np.asarray(rollout.logp_BR),
+            rollout.logp_BR,
         )
         with jax.set_mesh(self.mesh):
             self.state, metrics = self.update(self.state, self.frozen, lesson)
         jax.block_until_ready(self.state)
         return float(metrics["loss"])
+
+
+def longest_question(sizes: Sizes, lengths: Lengths) -> int:
+    """Tokens of the longest prompt that the reflector is asked about a taught row."""
+    own_B, other_B = lengths.response_B, np.roll(lengths.response_B, 1)
+    asked_B = lengths.prompt_B + sizes.frame + own_B + other_B
+    return int(asked_B[lengths.active_B > 0].max())
 
 
 def random_trees(
@@ -181,7 +171,7 @@ def measure(workload: Workload, config: Settings, model: Qwen3Config, rounds: in
     if not np.isfinite(loss):
         raise ValueError(f"the loss is {loss}")
     times = {stage: float(np.median(some[1:])) for stage, some in spent.items()}
-    floor = measure_floor(model, step.mesh.shape["tensor"])
+    roofline = measure_roofline(model, step.mesh.shape["tensor"])
     whole = sum(times.values())
     found = {
         stage: {
@@ -195,17 +185,17 @@ def measure(workload: Workload, config: Settings, model: Qwen3Config, rounds: in
         for stage in STAGES
     }
     for stage, decoded in (("rollouts", rollout), ("reflections", answers)):
-        found[stage] |= describe_decoding(decoded, floor, times[stage])
+        found[stage] |= describe_decoding(decoded, roofline, times[stage])
     found["update"] |= describe_update(step, times["update"])
     return {"device": device.device_kind, "rows": workload.sizes.rows, "step_s": whole, "stages": found}
 
 
-def describe_decoding(rollout: Rollout, floor: Floor, took: float) -> dict[str, float]:
-    """Tokens, and the share of what the memory's bandwidth allows."""
+def describe_decoding(rollout: HostRollout, roofline: MemoryRoofline, took: float) -> dict[str, float]:
+    """Tokens, and the roofline fraction: the memory-bound ideal over the measured time."""
     assert rollout.stats is not None
     tokens = int(np.sum(rollout.length_B))
-    share = floor.seconds(rollout.stats) / took
-    return {"tokens": tokens, "tokens_s": tokens / took, "floor_share": share}
+    fraction = roofline.seconds(rollout.stats) / took
+    return {"tokens": tokens, "tokens_s": tokens / took, "roofline": fraction}
 
 
 def describe_update(step: Step, took: float) -> dict[str, float]:
@@ -250,7 +240,7 @@ def render(record: dict[str, Any]) -> str:
         "programs compiled, s",
         "tokens",
         "tokens/s",
-        "share of the decode floor",
+        "roofline fraction",
         "MFU",
         "peak GB",
     ]
@@ -266,7 +256,7 @@ def render(record: dict[str, Any]) -> str:
                 "{} in {:.1f}".format(*found["compiles"]),
                 f"{found['tokens']:,}",
                 f"{found['tokens_s']:,.0f}",
-                f"{found['floor_share']:.0%}" if "floor_share" in found else "",
+                f"{found['roofline']:.0%}" if "roofline" in found else "",
                 f"{used:.0%}" if used else "",
                 f"{found['peak_bytes'] / 1e9:.2f}",
             ]

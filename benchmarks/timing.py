@@ -10,6 +10,13 @@ import numpy as np
 FEWEST = 5  # repetitions of a call that is too slow for more
 
 
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def interleaved(
     calls: dict[str, Callable[[], object]], *, warmups: int, reps: int, seconds: float = float("inf")
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:

@@ -3,6 +3,9 @@
 They have the same signature, inputs, settings and dimensions as the contestants in JAX.
 """
 
+# pyright: reportMissingImports=false
+# Peers are installed in environments of their own.
+
 import math
 import platform
 import time

@@ -3,7 +3,8 @@
     prompts -> rollout -> grade -> reflect -> lesson -> update -> (evaluate | checkpoint | report)
 
 Every stage reads one record and returns the next; nothing later writes to anything earlier.
-Records of text live on the host (tuples, NumPy); records of arrays are pytrees and live on devices.
+Records of text live on the host (tuples, NumPy); records of arrays are pytrees. A rollout may be in either
+place, and its type says where: `HostRollout` or `DeviceRollout`.
 
 Dimension key, used as a suffix of array names:
 B rows (prompts x samples), G samples a prompt, N prompts, P prompt tokens, Q teacher-prompt tokens,
@@ -12,8 +13,10 @@ R response tokens, T = P + R, K top-k, V vocabulary, D model width, H heads, L l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import IntEnum
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +25,20 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 Array = jax.Array | np.ndarray
 Params = Any  # a tree of arrays, as models/qwen3.py lays it out
 Span = tuple[int, int]  # half-open [start, stop)
+A = TypeVar("A", jax.Array, np.ndarray)  # where a record's arrays are: on the devices, or on the host
+
+
+class Stream(IntEnum):
+    """The streams of random numbers of a run, each folded into the key of its seed."""
+
+    ROLLOUT = 0
+    REFLECT = 1
+    EVAL = 2
+    ADAPTERS = 2**32 - 1  # the adapters' first values
+
+    def key(self, seed_key: jax.Array) -> jax.Array:
+        """The stream's key."""
+        return jax.random.fold_in(seed_key, int(self))
 
 
 @dataclass(frozen=True)
@@ -46,20 +63,19 @@ class Prompts:
     """The N problems of one step with their chat-templated prompt ids (host)."""
 
     problems: tuple[Problem, ...]
-    tokens_NP: np.ndarray  # int32, right-padded
-    length_N: np.ndarray  # int32
+    ids: tuple[Sequence[int], ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DecodeStats:
-    """What decoding took, for each shard of the rows (device; int32 where not said, one number a shard)."""
+class DecodeStats(Generic[A]):
+    """What decoding took: one number for each shard of the rows, int32 where not said."""
 
-    steps: Array  # steps of the model
-    busy: Array  # slots that held a sequence, summed over steps
-    slots: Array  # all slots, summed over steps
-    preempted: Array  # sequences that were put back for want of pages
-    read: Array  # float32: positions that live slots attended to, summed over steps
+    steps: A  # steps of the model
+    busy: A  # slots that held a sequence, summed over steps
+    slots: A  # all slots, summed over steps
+    preempted: A  # sequences that were preempted for want of pages
+    read: A  # float32: positions that live slots attended to, summed over steps
 
     @property
     def idle_share(self) -> float:
@@ -70,14 +86,18 @@ class DecodeStats:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rollout:
-    """B sampled responses (device). Rows are prompt-major: row b answers prompt b // G."""
+class Rollout(Generic[A]):
+    """B sampled responses. Rows are prompt-major: row b answers prompt b // G."""
 
-    tokens_BR: jax.Array  # int32; beyond length: 0
-    length_B: jax.Array  # int32, the stop token counted
-    logp_BR: jax.Array  # float32, log-prob of each token at the sampling temperature; 0 beyond length
-    finished_B: jax.Array  # bool: ended on a stop token or string (False: cut at the limit)
-    stats: DecodeStats | None = None
+    tokens_BR: A  # int32; beyond length: 0
+    length_B: A  # int32, the stop token counted
+    logp_BR: A  # float32, log-prob of each token at the sampling temperature; 0 beyond length
+    finished_B: A  # bool: ended on a stop token or string (False: cut at the limit)
+    stats: DecodeStats[A] | None = None
+
+
+HostRollout = Rollout[np.ndarray]
+DeviceRollout = Rollout[jax.Array]
 
 
 @dataclass(frozen=True)
@@ -85,10 +105,19 @@ class Graded:
     """A rollout with its text and reward (host)."""
 
     prompts: Prompts
-    rollout: Rollout  # the same arrays, fetched to the host
+    rollout: HostRollout
     texts: tuple[str, ...]  # B decoded responses, special tokens removed
     rewards_B: np.ndarray  # float32 in [0, 1]
     thinking_open: bool = False  # the prompts ended inside a thinking block, so the texts begin there
+
+    @property
+    def group_size(self) -> int:
+        """G: responses to each prompt."""
+        return len(self.texts) // len(self.prompts.problems)
+
+    def problem(self, row: int) -> Problem:
+        """What row number `row` answers."""
+        return self.prompts.problems[row // self.group_size]
 
 
 @dataclass(frozen=True)
@@ -111,7 +140,7 @@ class Reflected:
 
     graded: Graded
     reflections: tuple[Reflection, ...]  # B
-    answers: Rollout | None = None  # the reflector's, of the rollouts that it was asked about (host)
+    answers: HostRollout | None = None  # the reflector's, about the rollouts that it was asked about
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""Decoding Qwen3-8B over four TPU chips that are not there: it compiles, the page store stays in place."""
+"""Decoding Qwen3-8B over four TPU chips that are not there: it compiles, the KV cache stays in place."""
 
 import math
 import re
@@ -14,8 +14,11 @@ from rosd_jax.kernels.paged_attention import write_and_attend
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import decoder_specs, make_mesh, param_shardings
 from rosd_jax.plan.chips import read_topology
-from rosd_jax.rollout import loop
-from rosd_jax.rollout.pages import page_length
+from rosd_jax.rollout import decode_loop
+from rosd_jax.rollout.batching import Batch
+from rosd_jax.rollout.decode_loop import BY_ROW, Program, state_specs
+from rosd_jax.rollout.limits import Limits
+from rosd_jax.rollout.sampler import Sampling
 from support import NEEDS_LIBTPU
 
 pytestmark = [
@@ -45,35 +48,40 @@ def placed(mesh, x, spec):
 
 @cache
 def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
-    """All of it, and the loop alone, ready to be compiled, and the bytes of the store on one chip."""
+    """All of it, and the loop alone, ready to be compiled, and the bytes of the KV cache on one chip."""
     devices = read_topology(topology).devices
     mesh = make_mesh(*shape, devices)
-    page = page_length(NEW)
-    how = loop.Decoding(
-        MODEL, mesh, NEW, 1.0, 1.0, STOP, ROWS, page, None, PROMPTS * PROMPT // page, implementation,
+    limits = Limits(NEW, PROMPT, slots=ROWS)
+    program = Program(
+        MODEL,
+        mesh,
+        limits,
+        Sampling(1.0, stop_ids=STOP),
+        implementation,
+        prompt_pages=PROMPTS * PROMPT // limits.page,
         compact=True,
-    )  # fmt: skip
+    )
     put = partial(placed, mesh)
     ints = lambda *shape: put(jax.ShapeDtypeStruct(shape, jnp.int32), P())
     params = jax.eval_shape(partial(init_params, MODEL), jax.random.key(0))
     params = jax.tree.map(lambda x, s: put(x, s.spec), params, param_shardings(params, mesh))
     key = put(jax.eval_shape(lambda: jax.random.key(0)), P())
-    args = params, ints(PROMPTS, PROMPT), ints(PROMPTS), *[ints(ROWS)] * 3, key
-    whole = jax.jit(partial(loop.generate, how=how))
-    begin = partial(loop.begin, how=how)
-    decode = jax.jit(partial(loop.decode, how=how), donate_argnums=2)
-    specs = decoder_specs(MODEL, mesh), P(loop.ROWS), loop._state_specs()
+    args = params, Batch(ints(PROMPTS, PROMPT), ints(PROMPTS), *[ints(ROWS)] * 3), key
+    whole = jax.jit(partial(decode_loop.generate, program=program))
+    begin = partial(decode_loop.begin, program=program)
+    decode = jax.jit(partial(decode_loop.decode, program=program), donate_argnums=2)
+    specs = decoder_specs(MODEL, mesh), BY_ROW, state_specs()
     handed_on = jax.tree.map(
         lambda spec, tree: jax.tree.map(lambda x: put(x, spec), tree),
         specs, jax.eval_shape(begin, *args), is_leaf=lambda x: isinstance(x, P),
     )  # fmt: skip
-    store = handed_on[2].store
-    size = math.prod(store.shape) * store.dtype.itemsize // CHIPS
+    cache = handed_on[2].cache_XPWE
+    size = math.prod(cache.shape) * cache.dtype.itemsize // CHIPS
     return whole.lower(*args), decode.lower(*handed_on), size
 
 
 def moved(text, size):
-    """Instructions that copy or transpose an array of at least half of the store's bytes."""
+    """Instructions that copy or transpose an array of at least half of the KV cache's bytes."""
     found = []
     for result, name in re.findall(r"= (.*?) (copy|copy-start|transpose)\(", text):
         arrays = re.findall(r"bf16\[([\d,]+)\]", result)
@@ -85,7 +93,7 @@ def moved(text, size):
 @pytest.mark.parametrize(
     "topology, implementation", [("v5p:2x2x1", None), ("v6e:2x2", None), ("v6e:2x2", "ragged_tpu")]
 )
-def test_the_loop_writes_the_store_in_place(topology, implementation):
+def test_the_loop_writes_the_cache_in_place(topology, implementation):
     _, decode, size = lowered(topology, implementation)
     decode = decode.compile()
     memory, text = decode.memory_analysis(), decode.as_text()
@@ -95,7 +103,7 @@ def test_the_loop_writes_the_store_in_place(topology, implementation):
     assert memory.temp_size_in_bytes < 0.06 * size
 
 
-def test_engines_side_by_side_write_their_stores_in_place():
+def test_engines_side_by_side_write_their_caches_in_place():
     """Two shards of rows, whose loops end when each is done, over two chips each."""
     _, decode, size = lowered("v5p:2x2x1", None, (1, 2, 2))
     decode = decode.compile()
@@ -128,7 +136,7 @@ def test_the_kernels_compile_whatever_precision_the_caller_asks_for(
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_a_whole_rollout_holds_one_store(topology):
+def test_a_whole_rollout_holds_one_cache(topology):
     """Bytes alone: the compiled text cannot be printed."""
     whole, _, size = lowered(topology)
     memory = whole.compile().memory_analysis()

@@ -25,13 +25,13 @@ def problem(i, answer="A", kind="mcq"):
 
 
 def fake_sample(calls):
-    """Row u: the token u, then the first id of its prompt; u % R + 1 tokens in all."""
+    """Request u: the token u, then the first id of its prompt; u % R + 1 tokens in all."""
 
-    def sample(prompts, uid_B, limit_B):
-        assert uid_B.dtype == limit_B.dtype == np.int32
-        calls.append((len(prompts), limit_B.copy()))
-        length_B = np.minimum(uid_B % R + 1, limit_B).astype(np.int32)
-        first_B = np.array([ids[0] for ids in prompts])
+    def sample(requests):
+        calls.append(requests)
+        uid_B = np.array([request.uid for request in requests], np.int32)
+        length_B = uid_B % R + 1
+        first_B = np.array([request.prompt[0] for request in requests])
         tokens_BR = np.where(np.arange(R) == 0, uid_B[:, None], first_B[:, None]).astype(np.int32)
         tokens_BR = np.where(np.arange(R) < length_B[:, None], tokens_BR, 0)
         return Rollout(tokens_BR, length_B, tokens_BR * 0.0, length_B < R)
@@ -50,14 +50,20 @@ def plain_votes(predictions, problems):
     return list(predictions)
 
 
-def evaluate(rows, *, items=5, samples=3, calls=None):
+def evaluate(*, items=5, samples=3, calls=None):
     problems = [problem(i, "AAB"[i % 3]) for i in range(items)]
     prompts = [[100 + i, 7] for i in range(items)]
     decode = lambda ids: " ".join(map(str, ids))
     return evaluate_set(
-        "s", problems, prompts, fake_sample([] if calls is None else calls), fake_grades, decode,
-        votes=plain_votes, samples=samples, rows=rows,
-    )  # fmt: skip
+        "s",
+        problems,
+        prompts,
+        fake_sample([] if calls is None else calls),
+        fake_grades,
+        decode,
+        votes=plain_votes,
+        samples=samples,
+    )
 
 
 def test_scores_by_hand():
@@ -99,26 +105,28 @@ def test_most_frequent_letter():
     assert majority_letter([problem(i, letter) for i, letter in enumerate("ABBC")]) == 0.5
 
 
-def test_results_do_not_depend_on_the_batch():
-    numbers, generations = evaluate(rows=4)
-    for rows in (1, 7, 15, 64):
-        assert evaluate(rows=rows) == (numbers, generations)
+def test_generations_are_in_the_order_of_the_problems():
+    _, generations = evaluate()
     assert [(g["uid"], g["sample"]) for g in generations[2:5]] == [
-        ("s/test/0", 2), ("s/test/1", 0), ("s/test/1", 1),
-    ]  # fmt: skip
+        ("s/test/0", 2),
+        ("s/test/1", 0),
+        ("s/test/1", 1),
+    ]
     assert generations[4]["token_ids"] == [4, 101, 101, 101, 101]
     assert generations[5]["truncated"] and not generations[4]["truncated"]
 
 
-def test_one_call_has_all_rows_and_padding_is_inactive():
+def test_the_engine_is_asked_once_for_every_sample_up_to_its_own_limit():
     calls = []
-    evaluate(rows=4, calls=calls)
-    ((count, limit_B),) = calls
-    assert count == 16 and (limit_B[:15] >= R).all() and limit_B[15] == 0
+    evaluate(calls=calls)
+    (requests,) = calls
+    assert [request.uid for request in requests] == list(range(15))
+    assert [request.prompt[0] for request in requests] == [100 + i // 3 for i in range(15)]
+    assert {request.max_new for request in requests} == {None}
 
 
 def test_numbers_of_a_set():
-    numbers, generations = evaluate(rows=8)
+    numbers, generations = evaluate()
     # Sample k of every item has uid 3n + k and so predicts "ABC"[k]: one of three is right.
     assert numbers["avg"] == pytest.approx(1 / 3) and numbers["avg_se"] == pytest.approx(0)
     assert numbers["pass"] == 1 and numbers["maj"] == pytest.approx(4 / 5)  # ties go to A
@@ -132,7 +140,7 @@ def test_answers_that_are_equal_vote_together():
     for votes, maj, distinct in ((plain_votes, 0, 3), (merged, 1, 2)):
         numbers, generations = evaluate_set(
             "s", [problem(0, "B")], [[1]], fake_sample([]), fake_grades, lambda ids: str(ids[0]),
-            votes=votes, samples=3, rows=2,
+            votes=votes, samples=3,
         )  # fmt: skip
         assert (numbers["maj"], numbers["distinct"]) == (maj, distinct)
         assert [g["prediction"] for g in generations] == ["A", "B", "C"]
@@ -143,16 +151,14 @@ def test_only_multiple_choice_has_a_most_frequent_letter():
     problems = [problem(0), problem(1, kind="math")]
     numbers, _ = evaluate_set(
         "s", problems, [[1], [2]], fake_sample([]), fake_grades, lambda ids: str(ids[0]),
-        votes=plain_votes, samples=1, rows=2,
+        votes=plain_votes, samples=1,
     )  # fmt: skip
     assert "majority_letter" not in numbers
 
 
 def test_a_set_without_problems_is_named():
     with pytest.raises(UserError, match="eval.sets names 'aime24'"):
-        evaluate_set(
-            "aime24", [], [], fake_sample([]), fake_grades, str, votes=plain_votes, samples=1, rows=2
-        )
+        evaluate_set("aime24", [], [], fake_sample([]), fake_grades, str, votes=plain_votes, samples=1)
 
 
 def test_generations_survive_the_disk(tmp_path):

@@ -18,7 +18,10 @@ from rosd_jax.config import UserError
 from rosd_jax.models import families, qwen3, weights
 from rosd_jax.models.qwen3 import Llama3Scaling
 from rosd_jax.models.sharding import make_mesh, param_shardings, validate_mesh_for
-from rosd_jax.rollout.loop import make_generate, settings
+from rosd_jax.rollout.batching import Request
+from rosd_jax.rollout.engine import Engine
+from rosd_jax.rollout.limits import Limits
+from rosd_jax.rollout.sampler import Sampling
 
 EXACT = {"num_tokens": None, "dtype": "float32", "remat": "none"}
 SIZES = dict(
@@ -263,14 +266,9 @@ def test_greedy_decoding_equals_the_full_forward(model, split):
         validate_mesh_for(config, mesh)
         params = jax.device_put(params, param_shardings(params, mesh))
     prompt, length, new = TOKENS[:, :7], np.array([3, 7], np.int32), 8
-    generate = make_generate(
-        settings(config, mesh, max_new=new, temperature=0.0, top_p=1.0, stop_ids=(), page=4)
-    )
-    prompt_of, limit = np.array([0, 1, 1, 0], np.int32), np.full(4, new, np.int32)
-    rollout = generate(
-        params, prompt, length, prompt_of, np.arange(4, dtype=np.int32), limit, jax.random.key(0)
-    )
-    tokens = np.asarray(rollout.tokens_BR)
+    engine = Engine(config, mesh, Limits(new, 7, page_length=4), Sampling(0.0))
+    requests = [Request(prompt[n, : length[n]].tolist(), uid) for uid, n in enumerate((0, 1, 1, 0))]
+    tokens = engine.generate(params, requests, jax.random.key(0)).tokens_BR
     for n, responses in ((0, tokens[[0, 3]]), (1, tokens[[1, 2]])):
         row = np.concatenate([prompt[n, : length[n]], responses[0]])[None]
         best = our_logits(params, config, row)[0, length[n] - 1 : -1].argmax(-1)

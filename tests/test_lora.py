@@ -17,7 +17,10 @@ from rosd_jax.fields import replace
 from rosd_jax.models import lora, qwen3, weights
 from rosd_jax.models.peft_files import save_adapters
 from rosd_jax.models.sharding import make_mesh, param_shardings
-from rosd_jax.rollout.loop import make_generate, settings
+from rosd_jax.rollout.batching import Request
+from rosd_jax.rollout.engine import Engine
+from rosd_jax.rollout.limits import Limits
+from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.settings import LAYERS, LoraSettings
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.trips import plan_trips
@@ -105,15 +108,13 @@ def test_new_adapters_change_nothing_and_are_drawn_as_peft_draws_them():
 def test_decoding_with_adapters_is_decoding_of_the_merged_model(shape):
     mesh = None if shape is None else make_mesh(*shape)
     prompt = np.random.default_rng(0).integers(0, 60, (2, 6)).astype(np.int32)
-    generate = make_generate(settings(MODEL, mesh, max_new=10, temperature=0.0, top_p=1.0, stop_ids=()))
-    rows = np.arange(8, dtype=np.int32)
+    engine = Engine(MODEL, mesh, Limits(10, 6), Sampling(0.0))
+    requests = [Request(prompt[uid % 2, : (4, 6)[uid % 2]].tolist(), uid) for uid in range(8)]
 
     def decode(params):
         if mesh is not None:
             params = jax.device_put(params, param_shardings(params, mesh))
-        limit = np.full(8, 10, np.int32)
-        length = np.array([4, 6], np.int32)
-        return jax.device_get(generate(params, prompt, length, rows % 2, rows, limit, jax.random.key(0)))
+        return engine.generate(params, requests, jax.random.key(0))
 
     got, want = decode(lora.combine(base(), adapters_of())), decode(merged(base(), adapters_of()))
     np.testing.assert_array_equal(got.tokens_BR, want.tokens_BR)

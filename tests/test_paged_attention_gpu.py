@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.interpreters import mlir
 
-from rosd_jax.kernels.paged_attention import pallas_gpu, write_and_attend, xla
+from rosd_jax.kernels.paged_attention import Operands, pallas_gpu, write_and_attend, xla
 from rosd_jax.kernels.paged_attention.pallas_gpu import TILE
 
 PAGE, WIDTH, LAYER = 32, 7, 20  # positions a page, pages of a table, pages of a layer
@@ -41,9 +41,9 @@ def transposed_operands(monkeypatch):
 
 
 def operands(lengths, heads, kv_heads, E=64, page=PAGE, dtype=jnp.bfloat16, seed=0):
-    """Rows whose newest token is number `length` - 1, in layer 1 of a store of three; 0: idle.
+    """Rows whose newest token is number `length` - 1, in layer 1 of a cache of three; 0: idle.
 
-    Every live row owns its last page and shares the others. Entries behind it point past the store.
+    Every live row owns its last page and shares the others. Entries behind it point past the cache.
     """
     rng = np.random.default_rng(seed)
     B, shared = len(lengths), LAYER - len(lengths)
@@ -55,23 +55,23 @@ def operands(lengths, heads, kv_heads, E=64, page=PAGE, dtype=jnp.bfloat16, seed
     normal = lambda dtype, *shape: jnp.asarray(rng.normal(size=shape), dtype)
     q_BHE = normal(dtype, B, heads, E)
     k_BKE, v_BKE = (normal(dtype, B, kv_heads, E) for _ in "kv")
-    store_XPWE = normal(dtype, 3 * LAYER, page, 2 * kv_heads, E)
-    return q_BHE, k_BKE, v_BKE, store_XPWE, jnp.asarray(table_BM, jnp.int32), jnp.asarray(position_B), LAYER
+    cache_XPWE = normal(dtype, 3 * LAYER, page, 2 * kv_heads, E)
+    table_BM, position_B = jnp.asarray(table_BM, jnp.int32), jnp.asarray(position_B)
+    return Operands(q_BHE, k_BKE, v_BKE, cache_XPWE, table_BM, position_B, LAYER)
 
 
 def check(args, split=2 * LONG, **params):
-    """Our kernel against the definition, which gathers every page and so gets a table inside the store."""
-    _, _, _, store_XPWE, table_BM, position_B, _ = args
+    """Our kernel against the definition, which gathers every page and so gets a table inside the cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas_gpu, "SPLIT", split)
         run = partial(pallas_gpu.write_and_attend, interpret=InterpretGPUParams(**params))
-        got_BHE, got_XPWE = jax.jit(run)(*args)
-    inside_BM = jnp.where(table_BM < LAYER, table_BM, 0)
-    want_BHE, want_XPWE = xla.reference(*args[:4], inside_BM, *args[5:])
+        got_BHE, got_XPWE = jax.jit(run)(args)
+    inside_BM = jnp.where(args.table_BM < LAYER, args.table_BM, 0)
+    want_BHE, want_XPWE = xla.reference(args._replace(table_BM=inside_BM))
     to32 = lambda x: np.asarray(x, np.float32)
     np.testing.assert_allclose(to32(got_BHE), to32(want_BHE), atol=1e-2, rtol=1e-2)
     np.testing.assert_array_equal(to32(got_XPWE), to32(want_XPWE))
-    assert not to32(got_BHE)[np.asarray(position_B) < 0].any()
+    assert not to32(got_BHE)[np.asarray(args.position_B) < 0].any()
 
 
 def test_one_call_writes_and_attends_as_the_definition_does():
@@ -130,11 +130,11 @@ def array(dtype, *shape):
 @pytest.mark.parametrize("rows", [32, 256])
 def test_lowers_for_cuda_at_the_shapes_of_qwen3_4b(rows):
     dtype = jnp.bfloat16
-    store = array(dtype, 36 * 1000, 64, 16, 128)
+    cache = array(dtype, 36 * 1000, 64, 16, 128)
     kv = array(dtype, rows, 8, 128)
     where = array(jnp.int32, rows, 36), array(jnp.int32, rows), array(jnp.int32)
     attend = partial(write_and_attend, implementation="pallas_gpu")
-    assert_in_place(lowered(attend, array(dtype, rows, 32, 128), kv, kv, store, *where))
+    assert_in_place(lowered(attend, array(dtype, rows, 32, 128), kv, kv, cache, *where))
 
 
 @pytest.mark.parametrize(
@@ -155,38 +155,43 @@ def test_is_the_default_on_hopper_gpus_for_bfloat16(dtype, capability, ours, mon
 
 
 def test_a_whole_decoding_step_of_qwen3_4b_lowers_for_cuda():
-    from rosd_jax.models.decoder import decode_step, fuse
+    from rosd_jax.models.decoder import Decoder, StepInputs, decode_step, fuse
     from rosd_jax.models.qwen3 import Qwen3Config, init_params
 
     sizes = 151936, 2560, 9728, 36, 32, 8, 128
     model = Qwen3Config(*sizes, tie_word_embeddings=True, dtype=jnp.bfloat16)
     weights = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
-    step = lambda weights, token_B, position_B, store, table_BM: decode_step(
-        weights, model, token_B, position_B, store, table_BM, implementation="pallas_gpu"
+    decoder = Decoder(model, attention="pallas_gpu")
+    step = lambda weights, token_B, position_B, cache, table_BM: decode_step(
+        decoder, weights, StepInputs(token_B, position_B, table_BM), cache
     )
-    store, row = array(jnp.bfloat16, 36 * 1000, 64, 16, 128), array(jnp.int32, 128)
-    assert_in_place(lowered(step, weights, row, row, store, array(jnp.int32, 128, 36)))
+    cache, row = array(jnp.bfloat16, 36 * 1000, 64, 16, 128), array(jnp.int32, 128)
+    assert_in_place(lowered(step, weights, row, row, cache, array(jnp.int32, 128, 36)))
 
 
 def test_the_engines_loop_over_eight_gpus_lowers_for_cuda():
     from rosd_jax.models.qwen3 import Qwen3Config, init_params
     from rosd_jax.models.sharding import make_mesh
-    from rosd_jax.rollout.loop import Decoding, begin, decode
+    from rosd_jax.rollout.batching import Batch
+    from rosd_jax.rollout.decode_loop import Program, begin, decode
+    from rosd_jax.rollout.limits import Limits
+    from rosd_jax.rollout.sampler import Sampling
 
     model = Qwen3Config(512, 256, 512, 2, 8, 4, 64, tie_word_embeddings=True, dtype="bfloat16")
-    how = Decoding(model, make_mesh(2, 2, 2), 64, 1.0, 1.0, (1,), None, 64, implementation="pallas_gpu")
-    start = lambda key, *given: begin(init_params(model, key), *given, key, how=how)
-    ints = (array(jnp.int32, *shape) for shape in ((4, 32), (4,), (8,), (8,), (8,)))
-    given = jax.eval_shape(start, jax.random.key(0), *ints)
-    traced = jax.jit(partial(decode, how=how)).trace(*given)
+    limits, sampling = Limits(64, 32, page_length=64), Sampling(1.0, stop_ids=(1,))
+    program = Program(model, make_mesh(2, 2, 2), limits, sampling, "pallas_gpu")
+    start = lambda key, batch: begin(init_params(model, key), batch, key, program=program)
+    batch = Batch(*(array(jnp.int32, *shape) for shape in ((4, 32), (4,), (8,), (8,), (8,))))
+    given = jax.eval_shape(start, jax.random.key(0), batch)
+    traced = jax.jit(partial(decode, program=program)).trace(*given)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def assert_in_place(text):
-    """The donated store is aliased to the returned one, and the kernel, which reads it, returns none."""
-    store = r"tensor<36000x64x16x128x\w+>"
-    assert re.search(rf"{store} {{[^}}]*tf.aliasing_output = 1", text)
+    """The donated cache is aliased to the returned one, and the kernel, which reads it, returns none."""
+    cache = r"tensor<36000x64x16x128x\w+>"
+    assert re.search(rf"{cache} {{[^}}]*tf.aliasing_output = 1", text)
     calls = [line for line in text.splitlines() if "mosaic_gpu" in line and "custom_call" in line]
     assert len(calls) == 1
     operands, results = calls[0].rsplit("->", 1)
-    assert re.search(store, operands) and not re.search(store, results)
+    assert re.search(cache, operands) and not re.search(cache, results)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from rosd_jax.kernels.paged_attention import pallas_tpu, tpu, write_and_attend, xla
+from rosd_jax.kernels.paged_attention import Operands, pallas_tpu, tpu, write_and_attend, xla
 
 PAGE, E, WIDTH, LAYER = 4, 128, 9, 70  # positions a page, head width, pages of a table, pages of a layer
 LENGTHS = [0, 1, PAGE - 1, PAGE, 0, PAGE + 1, 3 * PAGE, 0, 6 * PAGE + 2, WIDTH * PAGE, 2]
 
 
 def operands(lengths, heads, kv_heads, dtype, seed=0):
-    """Rows whose newest token is number `length` - 1, in layer 1 of a store of three; 0: idle.
+    """Rows whose newest token is number `length` - 1, in layer 1 of a cache of three; 0: idle.
 
     Every live row owns its last page and shares the others; entries behind it name pages of others.
     """
@@ -28,43 +28,44 @@ def operands(lengths, heads, kv_heads, dtype, seed=0):
     table_BM[np.arange(B), np.maximum(position_B, 0) // PAGE] = own_B
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     q_BHE, k_BKE, v_BKE = (normal(B, n, E) for n in (heads, kv_heads, kv_heads))
-    store_XPWE = normal(3 * LAYER, PAGE, 2 * kv_heads, E)
-    return q_BHE, k_BKE, v_BKE, store_XPWE, jnp.asarray(table_BM, jnp.int32), jnp.asarray(position_B), LAYER
+    cache_XPWE = normal(3 * LAYER, PAGE, 2 * kv_heads, E)
+    table_BM, position_B = jnp.asarray(table_BM, jnp.int32), jnp.asarray(position_B)
+    return Operands(q_BHE, k_BKE, v_BKE, cache_XPWE, table_BM, position_B, LAYER)
 
 
 def ours(args, waves=2, pages=2, **params):
     """Our kernel in a simulator of the chip that starts with NaN in its memory."""
-    bytes_a_page = args[3][0].nbytes
+    bytes_a_page = args.cache_XPWE[0].nbytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas_tpu, "WAVES", waves)
         patch.setattr(pallas_tpu, "WAVE_BYTES", pages * bytes_a_page)
-        return jax.jit(partial(pallas_tpu.write_and_attend, interpret=pltpu.InterpretParams(**params)))(*args)
+        return jax.jit(partial(pallas_tpu.write_and_attend, interpret=pltpu.InterpretParams(**params)))(args)
 
 
 def stock(args):
     """Around the stock kernel's own definition, since no interpreter runs the kernel itself."""
     kernel = importlib.import_module(tpu.ragged_paged_attention.__module__)
 
-    def definition(q_BHE, store_XPWE, *where, sm_scale, **sizes):
+    def definition(q_BHE, cache_XPWE, *where, sm_scale, **sizes):
         where = [np.asarray(x) for x in where]
-        kernel.dynamic_validate_inputs(q_BHE, store_XPWE, *where, sm_scale=sm_scale, **sizes)
-        attend = lambda q, store: kernel.ref_ragged_paged_attention(q, store, *where, sm_scale=sm_scale)
-        out_NHE = jax.jit(attend)(q_BHE, store_XPWE)
+        kernel.dynamic_validate_inputs(q_BHE, cache_XPWE, *where, sm_scale=sm_scale, **sizes)
+        attend = lambda q, cache: kernel.ref_ragged_paged_attention(q, cache, *where, sm_scale=sm_scale)
+        out_NHE = jax.jit(attend)(q_BHE, cache_XPWE)
         return jnp.full_like(q_BHE, jnp.nan).at[: len(out_NHE)].set(out_NHE)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tpu, "ragged_paged_attention", definition)
-        return tpu.write_and_attend(*args)
+        return tpu.write_and_attend(args)
 
 
 def check(got, args):
-    out_BHE, store_XPWE = got
-    want_BHE, want_store_XPWE = xla.reference(*args)
+    out_BHE, cache_XPWE = got
+    want_BHE, want_cache_XPWE = xla.reference(args)
     tolerance = 1e-5 if out_BHE.dtype == jnp.float32 else 2e-2
     to32 = lambda x: np.asarray(x, np.float32)
     np.testing.assert_allclose(to32(out_BHE), to32(want_BHE), atol=tolerance, rtol=tolerance)
-    np.testing.assert_array_equal(to32(store_XPWE), to32(want_store_XPWE))
-    assert not to32(out_BHE)[np.asarray(args[5]) < 0].any()
+    np.testing.assert_array_equal(to32(cache_XPWE), to32(want_cache_XPWE))
+    assert not to32(out_BHE)[np.asarray(args.position_B) < 0].any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

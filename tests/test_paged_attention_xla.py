@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rosd_jax.kernels.paged_attention import write_and_attend, xla
+from rosd_jax.kernels.paged_attention import Operands, write_and_attend, xla
 
 PAGE, WIDTH, K, E = 4, 9, 2, 8
 
@@ -19,16 +19,17 @@ def operands(lengths, seed=0, K=K):
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     table_BM = jnp.asarray(rng.permutation(pages).reshape(B, WIDTH), jnp.int32)
     position_B = jnp.asarray(lengths, jnp.int32) - 1
-    store_XPWE = normal(2 * pages, PAGE, 2 * K, E)
-    return normal(B, 3 * K, E), normal(B, K, E), normal(B, K, E), store_XPWE, table_BM, position_B, pages
+    cache_XPWE = normal(2 * pages, PAGE, 2 * K, E)
+    q_BHE, k_BKE, v_BKE = normal(B, 3 * K, E), normal(B, K, E), normal(B, K, E)
+    return Operands(q_BHE, k_BKE, v_BKE, cache_XPWE, table_BM, position_B, pages)
 
 
-def by_hand(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
+def by_hand(q_BHE, k_BKE, v_BKE, cache_XPWE, table_BM, position_B, page_base):
     """The output in float64, row by row and head by head."""
-    q, k, v, store, table, position = map(np.asarray, (q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B))
+    q, k, v, cache, table, position = map(np.asarray, (q_BHE, k_BKE, v_BKE, cache_XPWE, table_BM, position_B))
     out, K = np.zeros(q.shape), k.shape[1]
     for b, at in enumerate(position):
-        kept = store[table[b] + page_base].reshape(-1, K, 2, E)[: max(at, 0)].astype(np.float64)
+        kept = cache[table[b] + page_base].reshape(-1, K, 2, E)[: max(at, 0)].astype(np.float64)
         for h in range(q.shape[1] if at >= 0 else 0):
             keys = np.vstack([kept[:, h // 3, 0], k[b, h // 3]])
             values = np.vstack([kept[:, h // 3, 1], v[b, h // 3]])
@@ -42,23 +43,24 @@ def by_hand(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base):
 def test_pieces_and_blocks_change_nothing(lengths, heads):
     args = operands(lengths, seed=heads, K=heads)
     number = PAGE * 2 * heads * E  # of a page
-    pieces = [partial(xla.in_pieces, cache=n * number) for n in (1, 2, 4, WIDTH, 2 * WIDTH, 9 * WIDTH)]
+    pieces = [partial(xla.in_pieces, piece=n * number) for n in (1, 2, 4, WIDTH, 2 * WIDTH, 9 * WIDTH)]
     blocks = [partial(xla.together, block=n) for n in (1, 8, 12, 64)]
-    for attend in (*pieces, *blocks, xla.reference, write_and_attend):
-        out_BHE, store_XPWE = jax.jit(attend)(*args)
+    chosen = lambda operands: write_and_attend(*operands)
+    for attend in (*pieces, *blocks, xla.reference, chosen):
+        out_BHE, cache_XPWE = jax.jit(attend)(args)
         np.testing.assert_allclose(out_BHE, by_hand(*args), atol=1e-6)
-        np.testing.assert_array_equal(store_XPWE, xla.write(*args[1:]))
+        np.testing.assert_array_equal(cache_XPWE, xla.write(args))
 
 
 def test_writing_reaches_the_newest_position_of_live_rows_alone():
     lengths = [36, 0, 1, 5]
-    _, k_BKE, v_BKE, store_XPWE, table_BM, _, page_base = args = operands(lengths)
-    want = np.array(store_XPWE)
+    _, k_BKE, v_BKE, cache_XPWE, table_BM, _, page_base = args = operands(lengths)
+    want = np.array(cache_XPWE)
     for b, length in enumerate(lengths):
         if length:
             at = np.asarray(table_BM)[b, (length - 1) // PAGE] + page_base, (length - 1) % PAGE
             want[at] = np.stack([k_BKE[b], v_BKE[b]], axis=1).reshape(2 * K, E)
-    np.testing.assert_array_equal(xla.write(*args[1:]), want)
+    np.testing.assert_array_equal(xla.write(args), want)
 
 
 @pytest.mark.parametrize("longest", [1, 12, 13, 24, 25, 36])
@@ -66,20 +68,20 @@ def test_writing_reaches_the_newest_position_of_live_rows_alone():
 def test_a_piece_is_read_as_far_as_its_longest_row(longest, rows_a_piece):
     """Nine pages of four, three to a quarter: what lies behind the one with the longest row is not read."""
     lengths = [longest, 1, 0, 0, 13, 0, 0, 2]
-    q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base = args = operands(lengths)
+    _, _, _, cache_XPWE, table_BM, _, base = args = operands(lengths)
     reach = np.max(np.reshape(lengths, (-1, rows_a_piece)), axis=1).repeat(rows_a_piece)
     unread = np.arange(WIDTH) >= -(-reach[:, None] // 12) * 3
-    store_XPWE = store_XPWE.at[np.asarray(table_BM)[unread] + base].set(jnp.nan)
-    attend = partial(xla.in_pieces, cache=rows_a_piece * WIDTH * PAGE * 2 * K * E)
-    out_BHE = jax.jit(attend)(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base)[0]
+    cache_XPWE = cache_XPWE.at[np.asarray(table_BM)[unread] + base].set(jnp.nan)
+    attend = partial(xla.in_pieces, piece=rows_a_piece * WIDTH * PAGE * 2 * K * E)
+    out_BHE = jax.jit(attend)(args._replace(cache_XPWE=cache_XPWE))[0]
     np.testing.assert_allclose(out_BHE, by_hand(*args), atol=1e-6)
 
 
 def test_a_long_row_is_read_block_by_block_as_far_as_it_goes():
     """Two pages a block: of 20 positions two whole blocks and half of the third, of an idle row nothing."""
-    q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base = args = operands([20, 0, 36])
+    _, _, _, cache_XPWE, table_BM, _, base = args = operands([20, 0, 36])
     unread = np.arange(WIDTH) >= np.array([5, 0, WIDTH])[:, None]
-    store_XPWE = store_XPWE.at[np.asarray(table_BM)[unread] + base].set(jnp.nan)
-    attend = partial(xla.in_pieces, cache=2 * PAGE * 2 * K * E)
-    out_BHE = jax.jit(attend)(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, base)[0]
+    cache_XPWE = cache_XPWE.at[np.asarray(table_BM)[unread] + base].set(jnp.nan)
+    attend = partial(xla.in_pieces, piece=2 * PAGE * 2 * K * E)
+    out_BHE = jax.jit(attend)(args._replace(cache_XPWE=cache_XPWE))[0]
     np.testing.assert_allclose(out_BHE, by_hand(*args), atol=1e-6)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_jax.config import UserError
-from rosd_jax.data.pipeline import batch_at, bucket_length, encode_problems, problems_crc32
+from rosd_jax.data.pipeline import batch_at, bucket_length, encode_problems, pad_rows, problems_crc32
 from rosd_jax.types import Problem
 
 
@@ -88,13 +88,19 @@ def test_no_prompt_that_fits_is_a_user_error():
         encode_problems(problems_of(5, 6), chat_ids, 4)
 
 
-def test_a_batch_is_padded_on_the_right_to_a_bucket():
+def test_a_batch_has_the_ids_of_its_problems():
     encoded = encoded_of(3, 20, 9, 40)
     batch = batch_at(encoded, 0, 0, 4)
-    assert batch.tokens_NP.shape == (4, 40)  # not 64: no prompt is longer
-    assert batch.tokens_NP.dtype == batch.length_N.dtype == np.int32
-    for problem, row_P, length in zip(batch.problems, batch.tokens_NP, batch.length_N, strict=True):
-        assert length == len(problem.question)
+    assert [list(ids) for ids in batch.ids] == [[7] * len(p.question) for p in batch.problems]
+
+
+def test_rows_are_padded_on_the_right_to_a_bucket():
+    ids = [[7] * n for n in (3, 20, 9, 40)]
+    tokens_NP, length_N = pad_rows(ids, 40)
+    assert tokens_NP.shape == (4, 40)  # not 64: no row may be longer
+    assert tokens_NP.dtype == length_N.dtype == np.int32
+    for row_P, length, row in zip(tokens_NP, length_N, ids, strict=True):
+        assert length == len(row)
         assert (row_P[:length] == 7).all() and not row_P[length:].any()
 
 
@@ -105,7 +111,7 @@ def test_a_step_of_a_seed_is_always_the_same_batch(step, seed):
     batch = batch_at(encoded, step, seed, 5)
     again = batch_at(list(encoded), step, seed, 5)
     assert uids(batch) == uids(again)
-    np.testing.assert_array_equal(batch.tokens_NP, again.tokens_NP)
+    assert batch.ids == again.ids
     assert len(set(uids(batch))) == 5
 
 

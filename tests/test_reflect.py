@@ -49,7 +49,7 @@ def graded_rows(
     length_B = np.array([len(row) for row in ids], np.int32)
     rollout = Rollout(tokens_BR, length_B, np.zeros(tokens_BR.shape, np.float32), length_B > 0)
     problems = (PROBLEM,) * (len(texts) // samples)
-    prompts = Prompts(problems, np.zeros((len(problems), 1), np.int32), np.ones(len(problems)))
+    prompts = Prompts(problems, ([0],) * len(problems))
     return Graded(prompts, rollout, tuple(texts), np.array(rewards, np.float32), thinking_open)
 
 

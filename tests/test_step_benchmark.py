@@ -154,7 +154,7 @@ def test_stages_of_a_whole_step_are_measured(tmp_path, quick_compiles):
     assert list(stages) == ["rollouts", "reflections", "update"]
     assert sum(stage["share"] for stage in stages.values()) == pytest.approx(1)
     assert stages["rollouts"]["tokens"] == draw(small.sizes, "span", 0).response_B.sum()
-    assert 0 < stages["rollouts"]["floor_share"] and 0 < stages["update"]["mfu_of_measured"]
+    assert 0 < stages["rollouts"]["roofline"] and 0 < stages["update"]["mfu_of_measured"]
     assert stages["update"]["first_s"] > stages["update"]["s"]
 
 

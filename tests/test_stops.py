@@ -10,7 +10,10 @@ from tokenizers.decoders import Metaspace
 from rosd_jax.config import UserError
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh, param_shardings
-from rosd_jax.rollout import loop, pages
+from rosd_jax.rollout.batching import Request
+from rosd_jax.rollout.engine import Engine
+from rosd_jax.rollout.limits import Limits, own_pages
+from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.rollout.stops import make_stops
 from rosd_jax.text.tokenizer import load_tokenizer
 from support import ROOT, data_dir
@@ -64,17 +67,12 @@ def test_the_table_finds_what_the_text_holds(stops, tokens, data):
     assert walk(stops, pieces, ids) == end(stops, pieces, ids)
 
 
-def generate(mesh=None, stops=STOPS, params=PARAMS, **options):
-    how = loop.settings(
-        MODEL, mesh, max_new=NEW, temperature=1.0, top_p=1.0, stop_ids=(11,), page=PAGE, **options
-    )
-    fn = loop.make_generate(how, make_stops(stops, TOKENS) if stops else None)
-    prompt, length = np.array([[1, 2, 4], [3, 1, 0]], np.int32), np.array([3, 2], np.int32)
-    uid, limit = np.arange(N, dtype=np.int32), np.full(N, NEW, np.int32)
-    rollout = fn(
-        params, prompt, length, np.repeat(np.arange(2, dtype=np.int32), N // 2), uid, limit, jax.random.key(3)
-    )
-    return jax.tree.map(np.asarray, rollout)
+def generate(mesh=None, stops=STOPS, params=PARAMS, **limits):
+    table = make_stops(stops, TOKENS) if stops else None
+    limits = Limits(NEW, 3, page_length=PAGE, **limits)
+    engine = Engine(MODEL, mesh, limits, Sampling(1.0, stop_ids=(11,)), table)
+    requests = [Request([1, 2, 4] if uid < N // 2 else [3, 1], uid) for uid in range(N)]
+    return engine.generate(params, requests, jax.random.key(3))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,7 +89,8 @@ def free():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"slots": 4}, {"slots": 8, "pool": pages.most_own(PAGE, NEW) + 2}, {"mesh": (2, 2, 2)}]
+    "options",
+    [{}, {"slots": 4}, {"slots": 8, "response_pages": own_pages(PAGE, NEW) + 2}, {"mesh": (2, 2, 2)}],
 )
 def test_responses_end_with_the_token_that_completes_a_stop_string(free, options):
     options = dict(options)
@@ -109,7 +108,7 @@ def test_responses_end_with_the_token_that_completes_a_stop_string(free, options
         np.testing.assert_array_equal(got.tokens_BR[row, :want], free.tokens_BR[row, :want])
         assert not got.tokens_BR[row, want:].any()
     assert 3 < sum(at is not None for at in ends) < N
-    if "pool" in options:
+    if "response_pages" in options:
         assert got.stats.preempted > 0
 
 

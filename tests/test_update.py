@@ -16,7 +16,10 @@ from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
 from rosd_jax.models import qwen3
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import AXES, make_mesh, param_shardings, row_sharding
-from rosd_jax.rollout.loop import make_generate, settings
+from rosd_jax.rollout.batching import Request
+from rosd_jax.rollout.engine import Engine
+from rosd_jax.rollout.limits import Limits
+from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.trips import plan_trips
 from rosd_jax.train.update import (
@@ -428,16 +431,11 @@ def test_the_gradient_is_clipped_to_the_norm_before_adam_sees_it():
 def test_on_policy_rollouts_have_ratio_one():
     mesh = prepared()[2]
     lesson = make_lesson()
-    sample = make_generate(
-        settings(MODEL, mesh, max_new=R, temperature=TEMPERATURE, top_p=1.0, stop_ids=(1, 2, 3, 4))
-    )
-    rows = np.arange(B, dtype=np.int32)
+    engine = Engine(MODEL, mesh, Limits(R, P), Sampling(TEMPERATURE, stop_ids=(1, 2, 3, 4)))
+    prompts = zip(lesson.prompt_BP, lesson.prompt_len_B, strict=True)
+    requests = [Request(ids[:length].tolist(), row) for row, (ids, length) in enumerate(prompts)]
     with jax.set_mesh(mesh):
-        rollout = sample(
-            trees()[0], lesson.prompt_BP, lesson.prompt_len_B, rows, rows, np.full(B, R, np.int32),
-            jax.random.key(0),
-        )  # fmt: skip
-    rollout = jax.device_get(rollout)
+        rollout = engine.generate(trees()[0], requests, jax.random.key(0))
     weight_BR = (np.arange(R) < rollout.length_B[:, None]).astype(np.float32)
     assert 0 < weight_BR.mean() < 1
     lesson = make_lesson(

@@ -1,5 +1,6 @@
-"""One decoding step's attention over a paged key-value store. README.md says how it is laid out."""
+"""One decoding step's attention over a paged key-value cache. README.md says how it is laid out."""
 
 from .api import Implementation, write_and_attend
+from .operands import Operands
 
-__all__ = ["Implementation", "write_and_attend"]
+__all__ = ["Implementation", "Operands", "write_and_attend"]

@@ -1,4 +1,8 @@
-"""The public function: checks, and the choice of implementation."""
+"""The public function: checks, and the choice of implementation.
+
+Dimensions: B rows, H query heads, K key-value heads, E head width, X pages of all layers, P positions of a
+page, W = 2 K, M pages of a table.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import pallas_tpu, tpu, xla
+from .operands import Operands
 
 Implementation = Literal["xla", "ragged_tpu", "pallas_tpu", "pallas_gpu", "reference"]
 
 
-def _pallas_gpu(*operands):
+def _pallas_gpu(operands: Operands) -> tuple[jax.Array, jax.Array]:
     from . import pallas_gpu  # Mosaic GPU is a large import that few need
 
-    return pallas_gpu.write_and_attend(*operands)
+    return pallas_gpu.write_and_attend(operands)
 
 
 _IMPLEMENTATIONS = {
@@ -33,7 +38,7 @@ def write_and_attend(
     q_BHE: jax.Array,
     k_BKE: jax.Array,
     v_BKE: jax.Array,
-    store_XPWE: jax.Array,
+    cache_XPWE: jax.Array,
     table_BM: jax.Array,
     position_B: jax.Array,
     page_base: jax.Array | int,
@@ -43,20 +48,20 @@ def write_and_attend(
     """Writes one token a row into its page, then attends to the row's positions 0..position.
 
     Softmax attention with grouped queries: query head h reads key-value head h // (H // K), scores
-    are scaled by 1 / sqrt(E), and scores and sums are float32. Under jit with the store donated, or
+    are scaled by 1 / sqrt(E), and scores and sums are float32. Under jit with the cache donated, or
     carried through a loop, the write happens in place.
 
     Args:
       q_BHE: queries of B rows, H heads of width E; H is a multiple of K.
-      k_BKE, v_BKE: the new token's keys and values, in the store's dtype.
-      store_XPWE: X pages of P positions. W = 2 K heads, keys and values in turn: k0, v0, k1, v1, ...
+      k_BKE, v_BKE: the new token's keys and values, in the cache's dtype.
+      cache_XPWE: X pages of P positions. W = 2 K heads, keys and values interleaved: k0, v0, k1, v1, ...
         It must be finite, also where nothing was written.
       table_BM: int32, the page of each row's positions m P .. m P + P - 1, counted from page_base.
         Entries behind the page of `position` may be any page of the layer: they are
         read and ignored, or not read.
       position_B: int32, where the new token stands; -1 marks an idle row, which writes nothing and
         gets zeros. Live rows own the page they write: no other row's table leads to it.
-      page_base: the store's page to which 0 in the table points: layer x pages of a layer.
+      page_base: the cache's page to which 0 in the table points: layer x pages of a layer.
       implementation: "xla", whose cost follows each row on CPU, elsewhere the longest live one;
         "pallas_tpu", "ragged_tpu" and "pallas_gpu", whose cost follows each row; "reference", which
         gathers every page of the table. None takes "pallas_tpu" where it is compiled for a TPU and E
@@ -64,18 +69,18 @@ def write_and_attend(
         128, 192 or 256 and P is 8, 16, 32 or a multiple of 64, else "xla".
 
     Returns:
-      (out_BHE in q's dtype, the store). Raises ValueError on shapes or dtypes that do not fit.
+      (out_BHE in q's dtype, the cache). Raises ValueError on shapes or dtypes that do not fit.
     """
-    _check(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B)
+    operands = Operands(q_BHE, k_BKE, v_BKE, cache_XPWE, table_BM, position_B, page_base)
+    _check(operands)
     if (implementation or "xla") not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}, not one of {', '.join(_IMPLEMENTATIONS)}")
-    operands = (q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
     if implementation:
-        return _IMPLEMENTATIONS[implementation](*operands)
+        return _IMPLEMENTATIONS[implementation](operands)
     kernels = {"tpu": pallas_tpu.write_and_attend} if q_BHE.shape[-1] % LANES == 0 else {}
-    if _on_hopper() and _fits_gpu(q_BHE, store_XPWE):
+    if _on_hopper() and _fits_gpu(q_BHE, cache_XPWE):
         kernels["cuda"] = _pallas_gpu
-    return lax.platform_dependent(*operands, **kernels, default=xla.write_and_attend)
+    return lax.platform_dependent(operands, **kernels, default=xla.write_and_attend)
 
 
 def _on_hopper() -> bool:
@@ -83,21 +88,22 @@ def _on_hopper() -> bool:
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
-def _fits_gpu(q_BHE: jax.Array, store_XPWE: jax.Array) -> bool:
+def _fits_gpu(q_BHE: jax.Array, cache_XPWE: jax.Array) -> bool:
     from . import pallas_gpu
 
-    return pallas_gpu.fits(q_BHE, store_XPWE)
+    return pallas_gpu.fits(q_BHE, cache_XPWE)
 
 
-def _check(q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B) -> None:
+def _check(operands: Operands) -> None:
+    q_BHE, k_BKE, v_BKE, cache_XPWE, table_BM, position_B, _ = operands
     (B, H, E), K = q_BHE.shape, k_BKE.shape[1]
     if k_BKE.shape != (B, K, E) or v_BKE.shape != k_BKE.shape or H % K:
         raise ValueError(f"q, k, v of shapes {q_BHE.shape}, {k_BKE.shape}, {v_BKE.shape} do not fit")
-    if store_XPWE.ndim != 4 or store_XPWE.shape[2:] != (2 * K, E):
-        raise ValueError(f"a store of shape {store_XPWE.shape} does not end in {(2 * K, E)}")
+    if cache_XPWE.ndim != 4 or cache_XPWE.shape[2:] != (2 * K, E):
+        raise ValueError(f"a cache of shape {cache_XPWE.shape} does not end in {(2 * K, E)}")
     if table_BM.ndim != 2 or table_BM.shape[0] != B or position_B.shape != (B,):
         raise ValueError(f"table {table_BM.shape} and positions {position_B.shape} are not of {B} rows")
     if table_BM.dtype != jnp.int32 or position_B.dtype != jnp.int32:
         raise ValueError("table and positions must be int32")
-    if not k_BKE.dtype == v_BKE.dtype == store_XPWE.dtype:
-        raise ValueError(f"keys {k_BKE.dtype} and values {v_BKE.dtype} are not of {store_XPWE.dtype}")
+    if not k_BKE.dtype == v_BKE.dtype == cache_XPWE.dtype:
+        raise ValueError(f"keys {k_BKE.dtype} and values {v_BKE.dtype} are not of {cache_XPWE.dtype}")

@@ -10,8 +10,12 @@ there, since no row sees another's. They cost little: of 4.8 TB/s a multiprocess
 keys, 16 KiB, in 790 clocks (1.75 GHz), and multiplies them by 64 rows in 256. Two blocks fit on a
 multiprocessor, so that one computes while the other waits.
 
-Weights are rounded to the store's dtype before they meet the values, as in other kernels of this kind;
-scores and sums are float32, and so is what a split returns, as a sum of two numbers of the store's dtype.
+Weights are rounded to the cache's dtype before they meet the values, as in other kernels of this kind;
+scores and sums are float32, and so is what a split returns, as a sum of two numbers of the cache's dtype.
+
+Dimensions: B rows, S splits of a row, H query heads, K key-value heads, G queries of a key-value head
+(padded), E head width, X pages of all layers, P positions of a page, W = 2 K, M pages of a table, j the two
+terms of a sum.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .operands import Operands
 from .xla import MINUS, write
 
 TILE = 64  # positions a product takes, and the fewest rows that it has
@@ -42,28 +47,23 @@ _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 def write_and_attend(
-    q_BHE: jax.Array,
-    k_BKE: jax.Array,
-    v_BKE: jax.Array,
-    store_XPWE: jax.Array,
-    table_BM: jax.Array,
-    position_B: jax.Array,
-    page_base: jax.Array | int,
+    operands: Operands,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`api.write_and_attend`; a row costs its live pages, an idle row nothing.
 
-    Raises ValueError unless queries and store are bfloat16, E is 64, 128, 192 or 256, a key-value head has
+    Raises ValueError unless queries and cache are bfloat16, E is 64, 128, 192 or 256, a key-value head has
     at most TILE queries, and P divides TILE or is a multiple of it, in steps of 8. `interpret` takes
     parameters of the Mosaic GPU interpreter, to run without a GPU.
     """
-    plan = _plan(q_BHE, store_XPWE, table_BM)
-    store_XPWE = write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
+    q_BHE, table_BM, position_B = operands.q_BHE, operands.table_BM, operands.position_B
+    plan = _plan(q_BHE, operands.cache_XPWE, table_BM)
+    cache_XPWE = write(operands)
     B, H, E = q_BHE.shape
-    K, G = store_XPWE.shape[2] // 2, plan.queries
+    K, G = cache_XPWE.shape[2] // 2, plan.queries
     q_BKGE = q_BHE.reshape(B, K, H // K, E)
     q_BKGE = jnp.pad(q_BKGE, ((0, 0), (0, 0), (0, G - H // K), (0, 0)))
-    dtype, tiles = store_XPWE.dtype, partial(plgpu.SMEM, transforms=_TRANSFORMS)
+    dtype, tiles = cache_XPWE.dtype, partial(plgpu.SMEM, transforms=_TRANSFORMS)
     run = plgpu.kernel(
         partial(_kernel, plan),
         out_type=[
@@ -89,9 +89,9 @@ def write_and_attend(
         kernel_name="paged_attend",
         interpret=interpret,
     )
-    out_BSKjGE, lse_BSKG = run(table_BM + page_base, position_B, q_BKGE, store_XPWE)
+    out_BSKjGE, lse_BSKG = run(table_BM + operands.page_base, position_B, q_BKGE, cache_XPWE)
     out_BKGE = _merge(plan, out_BSKjGE, lse_BSKG, position_B)[:, :, : H // K]
-    return out_BKGE.reshape(B, H, E).astype(q_BHE.dtype), store_XPWE
+    return out_BKGE.reshape(B, H, E).astype(q_BHE.dtype), cache_XPWE
 
 
 @dataclass(frozen=True)
@@ -111,21 +111,21 @@ class _Plan:
         return TILE // self.copies
 
 
-def fits(q_BHE: jax.Array, store_XPWE: jax.Array) -> bool:
+def fits(q_BHE: jax.Array, cache_XPWE: jax.Array) -> bool:
     """Whether the kernel takes these; arrays or their shapes and dtypes."""
-    (_, H, E), (_, P, W, _) = q_BHE.shape, store_XPWE.shape
-    bfloat16 = q_BHE.dtype == store_XPWE.dtype == jnp.bfloat16
+    (_, H, E), (_, P, W, _) = q_BHE.shape, cache_XPWE.shape
+    bfloat16 = q_BHE.dtype == cache_XPWE.dtype == jnp.bfloat16
     pages = P % 8 == 0 and (TILE % P == 0 or P % TILE == 0)
     return bfloat16 and pages and E % 64 == 0 and E <= 256 and H // (W // 2) <= TILE
 
 
-def _plan(q_BHE, store_XPWE, table_BM) -> _Plan:
-    (_, H, E), (_, P, W, _) = q_BHE.shape, store_XPWE.shape
-    if not fits(q_BHE, store_XPWE):
+def _plan(q_BHE, cache_XPWE, table_BM) -> _Plan:
+    (_, H, E), (_, P, W, _) = q_BHE.shape, cache_XPWE.shape
+    if not fits(q_BHE, cache_XPWE):
         raise ValueError(
             f"pallas_gpu takes bfloat16, heads 64, 128, 192 or 256 wide, at most {TILE} queries for a"
             f" key-value head and pages of 8, 16, 32 or a multiple of 64 positions, not {q_BHE.dtype}"
-            f" queries, {store_XPWE.dtype} store, width {E}, {H} queries for {W // 2} heads and pages of {P}"
+            f" queries, {cache_XPWE.dtype} cache, width {E}, {H} queries for {W // 2} heads and pages of {P}"
         )
     queries = pl.cdiv(H // (W // 2), 8) * 8
     tiles = pl.cdiv(table_BM.shape[1] * P, TILE)
@@ -158,7 +158,7 @@ class _Share(NamedTuple):
     count: Any  # tiles
     position: Any
     table_ref: Any
-    store_ref: Any
+    cache_ref: Any
     keys: tuple[Any, Any]  # their slots, and the barriers of those
     values: tuple[Any, Any]
 
@@ -178,7 +178,7 @@ class _Share(NamedTuple):
             slot = lax.rem(i, np.int32(STAGES))
             offset = lax.rem((self.first + i) * TILE, np.int32(plan.page)) if plan.copies == 1 else 0
             for c, page in enumerate(pages):
-                source = self.store_ref.at[page, pl.ds(offset, plan.positions), 2 * self.head + which]
+                source = self.cache_ref.at[page, pl.ds(offset, plan.positions), 2 * self.head + which]
                 here = pl.ds(c * plan.positions, plan.positions)
                 plgpu.copy_gmem_to_smem(source, smem.at[slot, here], barrier.at[slot])
 
@@ -192,14 +192,14 @@ class _Softmax(NamedTuple):
 
 
 def _kernel(
-    plan, table_ref, position_ref, q_ref, store_ref, out_ref, lse_ref,
+    plan, table_ref, position_ref, q_ref, cache_ref, out_ref, lse_ref,
     k_smem, v_smem, q_smem, weight_smem, lse_smem, k_barrier, v_barrier, q_barrier,
 ):  # fmt: skip
     row, split, head = (lax.axis_index(name) for name in ("row", "split", "head"))
     first, position = split * plan.tiles_a_split, position_ref[row]
     count = jnp.minimum(lax.div(position + TILE, np.int32(TILE)) - first, plan.tiles_a_split)
     keys, values = (k_smem, k_barrier), (v_smem, v_barrier)
-    share = _Share(plan, row, head, first, count, position, table_ref, store_ref, keys, values)
+    share = _Share(plan, row, head, first, count, position, table_ref, cache_ref, keys, values)
 
     @pl.when(count > 0)
     def _():
@@ -213,7 +213,7 @@ def _kernel(
         plgpu.barrier_wait(q_barrier)
         out, lse_smem[...] = _attend(share, q_smem, weight_smem)
         for term in range(2):
-            # The queries are done with, and leave their room to the result.
+            # The queries are no longer needed: the result takes their place.
             q_smem[...] = out.astype(q_smem.dtype)
             out = out - out.astype(q_smem.dtype).astype(jnp.float32)
             plgpu.commit_smem()

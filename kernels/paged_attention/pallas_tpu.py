@@ -1,13 +1,16 @@
 """Our TPU kernel: writes the new tokens and attends in one call, reading nothing but live pages.
 
 Rows are dealt to GROUPS grid steps, which chips with two cores run side by side. A group sends all its
-new tokens to the store, then walks through its live rows; a row's pages arrive in waves, and the waves
+new tokens to the cache, then walks through its live rows; a row's pages arrive in waves, and the waves
 of this row and the next are under way while one is worked on.
 
-A wave is used as it lies, [positions x W, E], keys and values in turn. Every query meets every line of
+A wave is used as it lies, [positions x W, E], keys and values interleaved. Every query meets every line of
 it, and a mask leaves the scores of its own head's keys; moved by one column, the weights stand at the
 values. The surplus products are cheaper than pulling keys and values apart, since what a decoding step
 waits for is memory.
+
+Dimensions: B rows, R rows as they are dealt to groups, H query heads, K key-value heads, E head width, X
+pages of all layers, P positions of a page, W = 2 K, M pages of a table, C lines of a wave.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .operands import Operands
 from .tpu import ranks
 from .xla import MINUS
 
@@ -32,18 +36,13 @@ VMEM_LIMIT = 32 << 20
 
 
 def write_and_attend(
-    q_BHE: jax.Array,
-    k_BKE: jax.Array,
-    v_BKE: jax.Array,
-    store_XPWE: jax.Array,
-    table_BM: jax.Array,
-    position_B: jax.Array,
-    page_base: jax.Array | int,
+    operands: Operands,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`api.write_and_attend`; a row costs its live pages, an idle row nothing."""
-    (B, H, E), (_, P, W, _) = q_BHE.shape, store_XPWE.shape
-    R, dtype = pl.cdiv(B, GROUPS), store_XPWE.dtype
+    q_BHE, k_BKE, v_BKE, cache_XPWE, table_BM, position_B, page_base = operands
+    (B, H, E), (_, P, W, _) = q_BHE.shape, cache_XPWE.shape
+    R, dtype = pl.cdiv(B, GROUPS), cache_XPWE.dtype
     rank_B, live = ranks(position_B)
     place_B = rank_B % GROUPS * R + rank_B // GROUPS
     row_R = jnp.zeros(GROUPS * R, jnp.int32).at[place_B].set(jnp.arange(B, dtype=jnp.int32))
@@ -55,7 +54,7 @@ def write_and_attend(
     page = (P, W, E) if interpret else (P * W, E)
     block = lambda *shape: pl.BlockSpec((R, *shape), lambda g, *_: (g, 0, 0))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    out_RHE, store_XPWE = pl.pallas_call(
+    out_RHE, cache_XPWE = pl.pallas_call(
         _kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -70,14 +69,14 @@ def write_and_attend(
         ),
         out_shape=[
             jax.ShapeDtypeStruct((GROUPS * R, H, E), q_BHE.dtype),
-            jax.ShapeDtypeStruct(store_XPWE.shape, dtype),
+            jax.ShapeDtypeStruct(cache_XPWE.shape, dtype),
         ],
         input_output_aliases={5: 1},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,
         name="paged_write_and_attend",
-    )(live[None], table_BM[row_R] + page_base, at_R, q_BHE[row_R], new_BWE[row_R], store_XPWE)
-    return out_RHE[place_B], store_XPWE
+    )(live[None], table_BM[row_R] + page_base, at_R, q_BHE[row_R], new_BWE[row_R], cache_XPWE)
+    return out_RHE[place_B], cache_XPWE
 
 
 class Group(NamedTuple):
@@ -87,7 +86,7 @@ class Group(NamedTuple):
     count: jax.Array
     page_ref: Any  # [GROUPS R, M]
     position_ref: Any
-    store_ref: Any
+    cache_ref: Any
     buffer_ref: Any  # [WAVES, pages, P W, E]
     sem_ref: Any  # [WAVES]
 
@@ -95,15 +94,15 @@ class Group(NamedTuple):
         return self.position_ref[self.first + r]
 
     def page(self, r: jax.Array, m: jax.Array) -> Any:
-        return self.store_ref.at[self.page_ref[self.first + r, m]]
+        return self.cache_ref.at[self.page_ref[self.first + r, m]]
 
 
 def _kernel(
-    live_ref, page_ref, position_ref, q_ref, new_ref, _, out_ref, store_ref, buffer_ref, sem_ref, write_sem
+    live_ref, page_ref, position_ref, q_ref, new_ref, _, out_ref, cache_ref, buffer_ref, sem_ref, write_sem
 ):
     g = pl.program_id(0)
     count = lax.div(live_ref[0] + GROUPS - 1 - g, GROUPS)  # `//` asks which TPU the host has
-    group = Group(g * len(q_ref), count, page_ref, position_ref, store_ref, buffer_ref, sem_ref)
+    group = Group(g * len(q_ref), count, page_ref, position_ref, cache_ref, buffer_ref, sem_ref)
     out_ref[...] = jnp.zeros_like(out_ref)
     # What no copy reaches is multiplied by a weight of 0, which must not meet a NaN.
     buffer_ref[...] = jnp.zeros_like(buffer_ref)
@@ -122,8 +121,8 @@ def _kernel(
 
 
 def _write(group: Group, new_ref: Any, sem: Any) -> None:
-    """New tokens into the store; all are there when it returns, before any page is read."""
-    P = group.store_ref.shape[1]
+    """New tokens into the cache; all are there when it returns, before any page is read."""
+    P = group.cache_ref.shape[1]
 
     def copy(r):
         at = group.position(r)
@@ -135,7 +134,7 @@ def _write(group: Group, new_ref: Any, sem: Any) -> None:
 
 def _copies(group: Group, r: jax.Array, wave: jax.Array, slot: jax.Array, act: str) -> None:
     """Starts, or waits for, the copies of the wave's live pages into the slot."""
-    pages, P = group.buffer_ref.shape[1], group.store_ref.shape[1]
+    pages, P = group.buffer_ref.shape[1], group.cache_ref.shape[1]
     for i in range(pages):
         m = wave * pages + i
 
@@ -149,7 +148,7 @@ def _copies(group: Group, r: jax.Array, wave: jax.Array, slot: jax.Array, act: s
 def _send(group: Group, ahead: tuple[jax.Array, jax.Array], slot: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Starts the wave (row, number) into the slot, if there is such a row, and gives the wave after it."""
     r, wave = ahead
-    pages, P = group.buffer_ref.shape[1], group.store_ref.shape[1]
+    pages, P = group.buffer_ref.shape[1], group.cache_ref.shape[1]
 
     @pl.when(r < group.count)
     def _():
@@ -161,7 +160,7 @@ def _send(group: Group, ahead: tuple[jax.Array, jax.Array], slot: jax.Array) -> 
 
 def _attend(group: Group, q_HE: jax.Array, r: jax.Array, slot: jax.Array, ahead: tuple[jax.Array, jax.Array]):
     """Row r's attention [H, E] in float32, and slot and wave to go on with; an online softmax."""
-    (_, P, W, E), pages, H = group.store_ref.shape, group.buffer_ref.shape[1], len(q_HE)
+    (_, P, W, E), pages, H = group.cache_ref.shape, group.buffer_ref.shape[1], len(q_HE)
     lines = pages * P * W
     column_HC = lax.broadcasted_iota(jnp.int32, (H, lines), 1)
     head_HC = lax.div(lax.broadcasted_iota(jnp.int32, (H, lines), 0), 2 * H // W)

@@ -1,4 +1,8 @@
-"""The stock TPU kernel of JAX: one row scatter, then `ragged_paged_attention` over the store as it lies."""
+"""The stock TPU kernel of JAX: one row scatter, then `ragged_paged_attention` over the cache as it lies.
+
+Dimensions: B rows, H query heads, E head width, X pages of all layers, P positions of a page, W = 2 x key-
+value heads, M pages of a table.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from . import xla
+from .operands import Operands
 
 # The kernel would look sizes up by the local device, which is not the one that is compiled for.
 BLOCK = 512  # positions it reads at a time; it reads every row up to a multiple of them
@@ -17,31 +22,26 @@ VMEM_LIMIT = 32 << 20
 
 
 def write_and_attend(
-    q_BHE: jax.Array,
-    k_BKE: jax.Array,
-    v_BKE: jax.Array,
-    store_XPWE: jax.Array,
-    table_BM: jax.Array,
-    position_B: jax.Array,
-    page_base: jax.Array | int,
+    operands: Operands,
 ) -> tuple[jax.Array, jax.Array]:
     """`api.write_and_attend`; reads follow each row's own length, up to a multiple of BLOCK.
 
     The kernel takes no sequence of length 0, so live rows are moved to the front and it is told their
     number. Where no row is live it reads one block of the first.
     """
-    store_XPWE = xla.write(k_BKE, v_BKE, store_XPWE, table_BM, position_B, page_base)
-    (B, _, E), M, P = q_BHE.shape, table_BM.shape[1], store_XPWE.shape[1]
+    q_BHE, table_BM, position_B = operands.q_BHE, operands.table_BM, operands.position_B
+    cache_XPWE = xla.write(operands)
+    (B, _, E), M, P = q_BHE.shape, table_BM.shape[1], cache_XPWE.shape[1]
     rank_B, live = ranks(position_B)
     row_B = jnp.zeros_like(rank_B).at[rank_B].set(jnp.arange(B, dtype=jnp.int32))
     # The kernel names no precision, and Mosaic refuses "highest" for bfloat16.
-    precision = "highest" if store_XPWE.dtype == jnp.float32 else "default"
+    precision = "highest" if cache_XPWE.dtype == jnp.float32 else "default"
     with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision(precision):
         out_BHE = ragged_paged_attention(
             q_BHE[row_B],
-            store_XPWE,
+            cache_XPWE,
             jnp.maximum(position_B[row_B] + 1, 1),
-            table_BM[row_B] + page_base,
+            table_BM[row_B] + operands.page_base,
             jnp.arange(B + 1, dtype=jnp.int32),
             jnp.maximum(live, 1)[None],
             sm_scale=1 / math.sqrt(E),
@@ -49,7 +49,7 @@ def write_and_attend(
             num_queries_per_block=min(B, QUERIES),
             vmem_limit_bytes=VMEM_LIMIT,
         )
-    return jnp.where(position_B[:, None, None] < 0, 0, out_BHE[rank_B]).astype(q_BHE.dtype), store_XPWE
+    return jnp.where(position_B[:, None, None] < 0, 0, out_BHE[rank_B]).astype(q_BHE.dtype), cache_XPWE
 
 
 def ranks(position_B: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,7 @@
-"""From problems to batches of fixed shape, in an order that (seed, step) determines."""
+"""From problems to batches, in an order that (seed, step) determines; padding.
+
+Dimensions: N rows, P tokens of a row (padded).
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def batch_at(encoded: Encoded, step: int, seed: int, batch_prompts: int) -> Prom
     """The N = `batch_prompts` problems of one step: a pure function of (seed, step).
 
     Each epoch has its own order and drops its incomplete last batch, as the released loader does, so no
-    problem is in a batch twice. Prompts are padded to a bucketed length, at most that of the longest prompt.
+    problem is in a batch twice.
     Raises UserError if there are fewer problems than N.
     """
     if batch_prompts > len(encoded):
@@ -71,8 +74,7 @@ def batch_at(encoded: Encoded, step: int, seed: int, batch_prompts: int) -> Prom
     order = grain.MapDataset.source(range(len(encoded))).seed(seed).shuffle()
     batches = order.batch(batch_prompts, drop_remainder=True).repeat(None)
     chosen = [encoded[int(i)] for i in np.asarray(batches[step])]
-    tokens_NP, length_N = pad_rows([ids for _, ids in chosen], max(len(ids) for _, ids in encoded))
-    return Prompts(tuple(problem for problem, _ in chosen), tokens_NP, length_N)
+    return Prompts(tuple(problem for problem, _ in chosen), tuple(ids for _, ids in chosen))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], maximum: int) -> tuple[np.ndarray, np.ndarray]:

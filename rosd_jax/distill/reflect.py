@@ -86,10 +86,9 @@ def _plan(right: bool, solution: int | None, asked: bool, note: str) -> Plan:
 
 def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[Plan]:
     """`choose` for a graded batch, with the `reflect` section of the config."""
-    samples = len(graded.texts) // len(graded.prompts.problems)
     return choose(
         graded.rewards_B,
-        np.arange(len(graded.texts)) // samples,
+        np.arange(len(graded.texts)) // graded.group_size,
         np.asarray(graded.rollout.length_B),
         solution=reflect.solution,
         correct=bool(reflect.correct),
@@ -102,7 +101,7 @@ def reflector_messages(graded: Graded, row: int, plan: Plan, wording: Wording = 
 
     Raises ValueError for a row that is not reflected.
     """
-    problem = graded.prompts.problems[row * len(graded.prompts.problems) // len(graded.texts)]
+    problem = graded.problem(row)
     gold = problem.answer or None
     attempt = graded.texts[row]
     if plan.kind == "right":

@@ -66,7 +66,7 @@ def teacher_prompts(
     prompts = []
     for row, reflection in enumerate(reflected.reflections):
         ids = None
-        problem = _problem(reflected, row)
+        problem = reflected.graded.problem(row)
         if not reflection.note and _untaught(problem, reflection, lesson):
             reflection = replace(reflection, note="no_idea")
         if not reflection.note:
@@ -110,7 +110,7 @@ def count(reflected: Reflected, weight_BR: np.ndarray) -> dict[str, int]:
     answered = [row for row, reflection in enumerate(rows) if reflection.raw is not None]
     wrong = [row for row in answered if reflected.graded.rewards_B[row] < SUCCESS]
     found = [row for row in wrong if rows[row].char_span]
-    ideas = [(rows[row].idea, _problem(reflected, row).answer) for row in answered]
+    ideas = [(rows[row].idea, reflected.graded.problem(row).answer) for row in answered]
     notes = Counter(reflection.note for reflection in rows)
     return {
         "reflected": len(answered),
@@ -130,8 +130,3 @@ def _untaught(problem: Problem, reflection: Reflection, lesson: LessonSettings) 
     if lesson.teacher_context == "solution" or taught_idea(problem, reflection, lesson) is not None:
         return False
     return lesson.teacher_context == "idea" or reflection.solution is None
-
-
-def _problem(reflected: Reflected, row: int) -> Problem:
-    problems = reflected.graded.prompts.problems
-    return problems[row * len(problems) // len(reflected.reflections)]

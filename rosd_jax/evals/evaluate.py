@@ -21,12 +21,10 @@ import numpy as np
 
 from rosd_jax.config import UserError
 from rosd_jax.rewards.grade import SUCCESS, Grade
-from rosd_jax.types import Problem, Rollout
+from rosd_jax.rollout.batching import Request
+from rosd_jax.types import HostRollout, Problem
 
-NO_LIMIT = int(np.iinfo(np.int32).max)  # a row that is cut by the sampler's own limit alone
-
-# (prompt ids per row, uid_B int32, limit_B int32) -> a Rollout of NumPy arrays, B rows
-Sample = Callable[[list[list[int]], np.ndarray, np.ndarray], Rollout]
+Sample = Callable[[Sequence[Request]], HostRollout]  # an engine with its weights and its key
 
 
 def scores(rewards_NK: np.ndarray, votes: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -77,15 +75,14 @@ def evaluate_set(
     *,
     votes: Callable[[Sequence[str], Sequence[Problem]], list[str]],
     samples: int,
-    rows: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The numbers of one set, and one generation per sample in the order of the problems.
 
-    `sample` is called once, with a multiple of `rows` rows. Sample k of item n has uid n * samples + k, so
-    its tokens do not depend on `rows`. `votes` gives the answer that each prediction votes for, with equal
-    text for equal answers. The numbers are those of `scores`, `length` (mean tokens of a response),
-    `truncated` (share cut at the limit) and, if every problem is multiple choice, `majority_letter`. Raises
-    UserError for a set without problems, and ValueError if the numbers of prompts and problems differ.
+    `sample` is called once. Sample k of item n has uid n * samples + k. `votes` gives the answer that each
+    prediction votes for, with equal text for equal answers. The numbers are those of `scores`, `length` (mean
+    tokens of a response), `truncated` (share cut at the limit) and, if every problem is multiple choice,
+    `majority_letter`. Raises UserError for a set without problems, and ValueError if the numbers of prompts
+    and problems differ.
     """
     if not problems:
         raise UserError(
@@ -95,11 +92,14 @@ def evaluate_set(
     if len(prompt_ids) != len(problems):
         raise ValueError(f"{len(prompt_ids)} prompts for {len(problems)} problems of {name!r}")
     prompts = [ids for ids in prompt_ids for _ in range(samples)]
-    responses, finished = _sample_all(prompts, sample, rows)
+    rollout = sample([Request(ids, uid) for uid, ids in enumerate(prompts)])
+    rows = zip(rollout.tokens_BR, rollout.length_B, strict=True)
+    responses = [tokens_R[:length].tolist() for tokens_R, length in rows]
     texts = [decode(ids) for ids in responses]
     repeated = [problem for problem in problems for _ in range(samples)]
     grades = grade_all(texts, repeated)
     voted = votes([grade.prediction for grade in grades], repeated)
+    finished = rollout.finished_B.tolist()
     columns = zip(repeated, texts, responses, grades, voted, finished, strict=True)
     generations = [
         {
@@ -152,20 +152,6 @@ def _majority(votes: Sequence[str]) -> int:
     """Index of the first sample that votes for the most frequent answer."""
     counts = Counter(name for name in votes if name) or Counter(votes)
     return list(votes).index(max(counts, key=lambda name: counts[name]))  # of equally frequent ones the first
-
-
-def _sample_all(prompts: list[list[int]], sample: Sample, rows: int) -> tuple[list[list[int]], list[bool]]:
-    """For every prompt, the response ids and whether they ended on a stop token."""
-    real = len(prompts)
-    index_B = np.arange(real + -real % rows)
-    # With a limit of 0, padding rows get no token.
-    uid_B = np.where(index_B < real, index_B, 0).astype(np.int32)
-    limit_B = np.where(index_B < real, NO_LIMIT, 0).astype(np.int32)
-    rollout = sample(prompts + [prompts[-1]] * (-real % rows), uid_B, limit_B)
-    tokens_BR = np.asarray(rollout.tokens_BR)
-    length_B = np.asarray(rollout.length_B)
-    responses = [tokens_BR[b, : length_B[b]].tolist() for b in range(real)]
-    return responses, np.asarray(rollout.finished_B)[:real].tolist()
 
 
 def _numbers(

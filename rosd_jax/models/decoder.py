@@ -1,21 +1,25 @@
-"""The model one token at a time: the same layers as qwen3.py, as pure functions that share one store.
+"""The model one token at a time: the same layers as qwen3.py, as pure functions that share one KV cache.
 
-The store [L x pages, P, 2 K, E] holds keys and values of every layer and is carried through the scan
-over the layers, so that XLA writes it in place (kernels/paged_attention states its layout). All of it
-may run under `jax.shard_map`: `axis` then names the mesh axis along which heads, inner widths and the
+The cache [L x pages, P, 2 K, E] holds keys and values of every layer and is carried through the scan over
+the layers, so that XLA writes it in place (kernels/paged_attention states its layout). All of it may run
+under `jax.shard_map`: `Decoder.axis` then names the mesh axis along which heads, inner widths and the
 vocabulary are split; a dimension that the axis does not divide is whole on every device.
 
-    fuse(params, config)                                              -> weights, cast and joined once a call
-    prefill(weights, config, tokens_NP, length_N, store, first_N, axis)     -> store
-    decode_step(weights, config, token_B, position_B, store, table_BM, axis) -> hidden_BD, store
-    local_logits(weights, config, hidden_BD, axis)                    -> float32, this device's ids
-    kv_heads(qkv, config)                                             -> how many are on this device
+    fuse(params, config)                             -> weights, cast and joined once a call
+    prefill_step(decoder, weights, prompts, cache)   -> cache
+    decode_step(decoder, weights, inputs, cache)     -> hidden_BD, cache
+    local_logits(decoder, weights, hidden_BD)        -> float32, this device's ids
+    kv_heads(qkv, config)                            -> how many are on this device
+
+Dimensions: B rows, N prompts, T tokens of a prompt (padded), D model width, V ids, L layers, H query heads,
+K key-value heads, E head width, W = 2 K, X pages of all layers, P positions of a page, M pages of a table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +32,33 @@ from rosd_jax.models.qwen3 import Qwen3Config, angles, frequencies, head_VD, tur
 from rosd_jax.types import Params
 
 Weights = dict[str, Any]
-# (queries [..., H, E], keys and values [..., K, E], store, layer) -> (heads' outputs, store)
-Attend = Callable[..., tuple[jax.Array, jax.Array]]
+# (queries [..., H, E], keys [..., K, E], values [..., K, E], cache, layer) -> (heads' outputs, cache)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How a device runs the model; fixed when a program is compiled (hashable)."""
+
+    config: Qwen3Config
+    axis: str | None = None  # the mesh axis that heads and vocabulary are split along, under shard_map
+    attention: Implementation | None = None  # of a decoding step; None: the best for the device
+
+
+class StepInputs(NamedTuple):
+    """What one decoding step reads for each row (all int32)."""
+
+    token_B: jax.Array
+    position_B: jax.Array  # where the token stands; -1: the row is idle
+    table_BM: jax.Array  # the row's page table
+
+
+class PromptInputs(NamedTuple):
+    """The prompts of one prefill pass (all int32)."""
+
+    tokens_NT: jax.Array  # right-padded
+    length_N: jax.Array
+    first_N: jax.Array  # the page that each begins at
 
 
 def fuse(params: Params, config: Qwen3Config) -> Weights:
@@ -64,97 +93,99 @@ def fuse(params: Params, config: Qwen3Config) -> Weights:
 
 
 def decode_step(
-    weights: Weights,
-    config: Qwen3Config,
-    token_B: jax.Array,
-    position_B: jax.Array,
-    store_XPWE: jax.Array,
-    table_BM: jax.Array,
-    axis: str | None = None,
-    implementation: Implementation | None = None,
+    decoder: Decoder, weights: Weights, inputs: StepInputs, cache_XPWE: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Feeds one token a row at its position: hidden states [B, D] and the store with the tokens in it.
+    """Feeds one token a row at its position: hidden states [B, D] and the cache with the tokens in it.
 
-    A row at position -1 is idle: it writes nothing, and its hidden state means nothing.
+    An idle row writes nothing, and its hidden state means nothing.
     """
-    pages = store_XPWE.shape[0] // config.num_hidden_layers
+    config = decoder.config
+    pages = cache_XPWE.shape[0] // config.num_hidden_layers
 
-    def paged(q_BHE, k_BKE, v_BKE, store_XPWE, layer):
+    def paged(q_BHE, k_BKE, v_BKE, cache_XPWE, layer):
         return write_and_attend(
-            q_BHE, k_BKE, v_BKE, store_XPWE, table_BM, position_B, layer * pages,
-            implementation=implementation,
-        )  # fmt: skip
+            q_BHE,
+            k_BKE,
+            v_BKE,
+            cache_XPWE,
+            inputs.table_BM,
+            inputs.position_B,
+            layer * pages,
+            implementation=decoder.attention,
+        )
 
-    x_BD = _embed(weights, config, token_B, axis)
-    x_BD, store_XPWE = _layers(weights, config, x_BD, position_B, store_XPWE, paged, axis)
-    return _norm(x_BD, weights["final_norm"], config), store_XPWE
+    x_BD = _embed(decoder, weights, inputs.token_B)
+    x_BD, cache_XPWE = _layers(decoder, weights, x_BD, inputs.position_B, cache_XPWE, paged)
+    return _norm(x_BD, weights["final_norm"], config), cache_XPWE
 
 
-def prefill(
-    weights: Weights,
-    config: Qwen3Config,
-    tokens_NP: jax.Array,
-    length_N: jax.Array,
-    store_XPWE: jax.Array,
-    first_N: jax.Array,
-    axis: str | None = None,
+def prefill_step(
+    decoder: Decoder, weights: Weights, prompts: PromptInputs, cache_XPWE: jax.Array
 ) -> jax.Array:
-    """The store with the right-padded prompts' keys and values in it.
+    """The cache with the prompts' keys and values in it.
 
-    In every layer prompt n fills pages from first_N[n] on (int32), ceil(length_N[n] / page length) of
-    them; its padding is not written.
+    In every layer prompt n fills pages from first_N[n] on, ceil(length_N[n] / page length) of them; its
+    padding is not written.
     """
-    X, P, W, E = store_XPWE.shape
-    N, T = tokens_NP.shape
-    pages = X // config.num_hidden_layers
+    tokens_NT, length_N, first_N = prompts
+    X, P, W, E = cache_XPWE.shape
+    N, T = tokens_NT.shape
+    pages = X // decoder.config.num_hidden_layers
     t = jnp.arange(T, dtype=jnp.int32)
     at_NT = jnp.where(t < length_N[:, None], first_N[:, None] * P + t, X * P)  # the latter is dropped
 
-    def fill(q_NTHE, k_NTKE, v_NTKE, store_XPWE, layer):
+    def fill(q_NTHE, k_NTKE, v_NTKE, cache_XPWE, layer):
         kv = jnp.stack([k_NTKE, v_NTKE], axis=3).reshape(N, T, W, E)
-        # By rows: updated by pages, XLA for TPU keeps a second store.
-        flat = store_XPWE.reshape(X * P, W, E).at[at_NT + layer * pages * P].set(kv, mode="drop")
+        # By rows: updated by pages, XLA for TPU keeps a second cache.
+        flat = cache_XPWE.reshape(X * P, W, E).at[at_NT + layer * pages * P].set(kv, mode="drop")
         return causal_attention(q_NTHE, k_NTKE, v_NTKE), flat.reshape(X, P, W, E)
 
-    x_NTD = _embed(weights, config, tokens_NP, axis)
+    x_NTD = _embed(decoder, weights, tokens_NT)
     position_NT = jnp.broadcast_to(jnp.arange(T), (N, T))
-    return _layers(weights, config, x_NTD, position_NT, store_XPWE, fill, axis)[1]
+    return _layers(decoder, weights, x_NTD, position_NT, cache_XPWE, fill)[1]
 
 
-def local_logits(
-    weights: Weights, config: Qwen3Config, hidden_BD: jax.Array, axis: str | None = None
-) -> tuple[jax.Array, str | None]:
+def local_logits(decoder: Decoder, weights: Weights, hidden_BD: jax.Array) -> tuple[jax.Array, str | None]:
     """float32 logits of the ids on this device, padding rows at -inf, and the axis they are split along.
 
     The axis is None where every device holds the whole vocabulary.
     """
+    config = decoder.config
     z_BV = jnp.einsum("bd,vd->bv", hidden_BD, head_VD(weights), preferred_element_type=jnp.float32)
     V = z_BV.shape[1]
-    split = axis if config.vocab_size != V else None
+    split = decoder.axis if config.vocab_size != V else None
     if config.num_tokens is None:
         return z_BV, split
     first = 0 if split is None else lax.axis_index(split) * V
     return jnp.where(first + jnp.arange(V) < config.num_tokens, z_BV, -jnp.inf), split
 
 
-def _layers(weights, config: Qwen3Config, x, position, store_XPWE, attend: Attend, axis: str | None):
-    """All blocks over activations [..., D]; `attend` stores the keys and values and reads what it may."""
+def _layers(
+    decoder: Decoder,
+    weights: Weights,
+    x: jax.Array,
+    position: jax.Array,
+    cache_XPWE: jax.Array,
+    attend: Attend,
+) -> tuple[jax.Array, jax.Array]:
+    """All blocks over activations [..., D]; `attend` writes the keys and values and reads what it may."""
+    config, axis = decoder.config, decoder.axis
     cos, sin = angles(position, frequencies(config))
 
     def block(carry, scanned):
-        x, store_XPWE = carry
+        x, cache_XPWE = carry
         w, layer = scanned
         q, k, v = _heads(w, config, _norm(x, w["input_norm"], config), cos, sin)
-        out, store_XPWE = attend(q, k, v, store_XPWE, layer)
+        out, cache_XPWE = attend(q, k, v, cache_XPWE, layer)
         out = out.reshape(*x.shape[:-1], -1)
         out = _summed(out @ w["out"], out.shape[-1], config.num_attention_heads * config.head_dim, axis)
         x = x + (out + w["out_bias"] if config.output_bias else out)
         gate, up = jnp.split(_norm(x, w["post_norm"], config) @ w["gate_up"], 2, axis=-1)
         down = (jax.nn.silu(gate) * up) @ w["down"]
-        return (x + _summed(down, gate.shape[-1], config.intermediate_size, axis), store_XPWE), None
+        return (x + _summed(down, gate.shape[-1], config.intermediate_size, axis), cache_XPWE), None
 
     scanned = weights["blocks"], jnp.arange(config.num_hidden_layers)
-    return lax.scan(block, (x, store_XPWE), scanned)[0]
+    return lax.scan(block, (x, cache_XPWE), scanned)[0]
 
 
 def kv_heads(qkv: jax.Array, config: Qwen3Config) -> int:
@@ -185,10 +216,10 @@ def _norm(x: jax.Array, scale: jax.Array, config: Qwen3Config) -> jax.Array:
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def _embed(weights: Weights, config: Qwen3Config, token: jax.Array, axis: str | None) -> jax.Array:
-    embed_VD = weights["embed"]
+def _embed(decoder: Decoder, weights: Weights, token: jax.Array) -> jax.Array:
+    embed_VD, axis = weights["embed"], decoder.axis
     V = embed_VD.shape[0]
-    if V == config.vocab_size:
+    if V == decoder.config.vocab_size:
         return embed_VD[token]
     assert axis is not None
     local = token - lax.axis_index(axis) * V

@@ -30,6 +30,7 @@ from rosd_jax.config import UserError
 from rosd_jax.models.qwen3 import Qwen3Config
 
 AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")  # that the rows of a batch lie along
 
 # Path suffix -> spec. The leading layer axis of stacked leaves is never split, since every device
 # runs every layer. Column kernels split their output over tensor, row kernels their input.
@@ -115,7 +116,7 @@ def row_devices(mesh: Mesh) -> int:
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays [B, ...]: rows over data and fsdp, the rest whole."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(ROW_AXES))
 
 
 def on_device(tree: Any) -> Any:

@@ -6,7 +6,7 @@ is an estimate until a stage is compiled (docs/performance.md compares the two: 
 compiler").
 
     resident(job)                    -> bytes by kind between the stages of an update
-    decoding(job, how, ...), teacher(job), student(job), optimizer(job)
+    decoding(job, engine, shape, capacity), teacher(job), student(job), optimizer(job)
                                      -> bytes by kind while the stage runs, what is resident left out
 """
 
@@ -26,9 +26,10 @@ from rosd_jax.models.decoder import fuse
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import decoder_specs, row_devices
 from rosd_jax.plan.roofline import layer_weights
-from rosd_jax.rollout import prompts
-from rosd_jax.rollout.floor import position_bytes
-from rosd_jax.rollout.loop import Decoding
+from rosd_jax.rollout.bandwidth import position_bytes
+from rosd_jax.rollout.decode_loop import Capacity
+from rosd_jax.rollout.engine import CallShape, Engine
+from rosd_jax.rollout.prefill import PASS_TOKENS, pass_widths
 from rosd_jax.settings import Settings
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import Update
@@ -108,27 +109,28 @@ def gradients(job: Job) -> Bytes:
     return {"gradients": shard_bytes(params, places, job.config.optimizer.grad_dtype)}
 
 
-def decoding(job: Job, how: Decoding, prompts_N: int, longest: int, rows: int) -> Bytes:
-    """Rollouts, reflections or an evaluation: so many rows, and prompts of up to `longest` tokens.
+def decoding(job: Job, engine: Engine, shape: CallShape, capacity: Capacity) -> Bytes:
+    """Rollouts, reflections or an evaluation, in a call of this shape. capacity: of a shard.
 
     Next to weights and cache there is either a pass over prompts or a step's logits, and a copy of the
     table and of a layer that they are multiplied by.
     """
-    model, mine = job.model, rows // row_devices(job.mesh)
+    model, mine = job.model, shape.rows // row_devices(job.mesh)
     shapes = jax.eval_shape(partial(fuse, config=model), job.trees.base)
     places = jax.tree.map(lambda spec: NamedSharding(job.mesh, spec), decoder_specs(model, job.mesh))
-    pinned, own, slots = how.room(prompts_N, longest, mine)
-    held = {
+    positions = (capacity.prompt_pages + capacity.response_pages) * engine.limits.page
+    lasting = {
         "decoding weights": shard_bytes(shapes, places),
-        "cache": (own + pinned) * how.page * position_bytes(model) // job.tensor,
+        "cache": positions * position_bytes(model) // job.tensor,
     }
-    width = prompts.pass_widths(longest)[0]
-    at_once = max(1, min(prompts_N, prompts.PASS_TOKENS // width))
-    texts = 5 * 4 * mine * how.max_new  # random numbers, tokens and log-probs, and the last two once more
-    logits = 2 * 4 * slots * job.table // model.hidden_size
+    width = pass_widths(shape.longest)[0]
+    at_once = max(1, min(shape.prompts, PASS_TOKENS // width))
+    # Random numbers, tokens and log-probs, and the last two once more.
+    texts = 5 * 4 * mine * engine.limits.max_new
+    logits = 2 * 4 * capacity.slots * job.table // model.hidden_size
     prefill = {"activations": block_bytes(job, at_once * width) + scores_bytes(job, at_once, width)}
     step = {"temporaries": (job.table + job.layer) * job.item + logits + texts}
-    return held | max(prefill, step, key=_total)
+    return lasting | max(prefill, step, key=_total)
 
 
 def teacher(job: Job) -> Bytes:

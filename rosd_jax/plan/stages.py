@@ -13,10 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from rosd_jax.models.lora import combine
 from rosd_jax.models.qwen3 import Qwen3Config
@@ -24,12 +21,12 @@ from rosd_jax.models.sharding import make_mesh, row_devices, validate_mesh_for
 from rosd_jax.plan import budget, roofline
 from rosd_jax.plan.budget import Bytes, Job
 from rosd_jax.plan.roofline import Lengths, Split, Work
-from rosd_jax.rollout import loop, prompts
-from rosd_jax.rollout.loop import Decoding
+from rosd_jax.rollout.decode_loop import Capacity, Program
+from rosd_jax.rollout.engine import CallShape, Engine
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import Settings
 from rosd_jax.train.devices import check_rows
-from rosd_jax.train.engines import engines
+from rosd_jax.train.engines import Ends, make_engines
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.trips import group_rows
 from rosd_jax.train.update import make_optimizer, make_update
@@ -81,75 +78,72 @@ def lower(stage: Stage, job: Job) -> Any:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """The largest call of one engine."""
 
     name: str
-    how: Decoding
-    prompts: int
-    longest: int
-    rows: int
+    engine: Engine
+    samples: int  # responses to a prompt
+    shape: CallShape
+    program: Program
     frozen: bool  # whose weights
-    stops: Stops | None
+
+    @property
+    def capacity(self) -> Capacity:
+        """Of one shard."""
+        shape = self.shape
+        return self.program.capacity(shape.prompts, shape.longest, shape.rows // self.engine.shards)
 
 
 def _decoding(job: Job, stop_ids, stops, evaluated: int) -> list[Stage]:
     return [_decoding_stage(job, call) for call in _calls(job, stop_ids, stops, evaluated)]
 
 
-def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[_Call]:
+def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[Call]:
     """The engines of train/engines.py as train/step.py and train/loop.py call them."""
-    c, shards = job.config, row_devices(job.mesh)
+    c = job.config
     rows = c.batch.prompts * c.batch.samples
-    items = evaluated * c.eval.samples
-    items += -items % c.eval.batch
+    engines = make_engines(c, job.model, job.mesh, Ends(stop_ids, stops))
 
-    engine = engines(c, job.model, job.mesh, stop_ids)
+    def call(name: str, engine: Engine, requests: int, samples: int, frozen: bool) -> Call:
+        return Call(name, engine, samples, *engine.largest(requests, samples), frozen)
 
-    def call(name: str, rows: int, prompts_N: int, group: int, longest: int, frozen: bool, stops) -> _Call:
-        how, mine = engine[name], rows // shards
-        own = min(-(-mine // group) * -(-longest // how.page), c.rollout.prompt_tokens // how.page)
-        how = how.sized(rows, prompts.rounded(own, how.page), mine)
-        return _Call(name, how, prompts_N, longest, rows, frozen, stops)
-
-    longest, frozen = c.data.max_prompt_tokens, c.reflect.weights == "frozen"
+    answers, frozen = evaluated * c.eval.samples, c.reflect.weights == "frozen"
     return [
-        call("rollouts", rows, c.batch.prompts, c.batch.samples, longest, False, stops),
-        call("reflections", rows, rows, 1, c.reflect.max_prompt_tokens, frozen, None),
-        call("evaluation", items, evaluated, c.eval.samples, longest, False, stops),
+        call("rollouts", engines.rollouts, rows, c.batch.samples, False),
+        call("reflections", engines.reflections, rows, 1, frozen),
+        call("evaluation", engines.evaluation, answers, c.eval.samples, False),
     ]
 
 
-def _decoding_stage(job: Job, call: _Call) -> Stage:
+def _decoding_stage(job: Job, call: Call) -> Stage:
     resident = budget.resident(job)
     if call.frozen and job.config.model.frozen == "host":
         resident["frozen"] = budget.frozen_bytes(job)  # brought to the devices for as long
 
     def work(lengths: Lengths) -> Work:
-        c, shards = job.config, row_devices(job.mesh)
-        prompt, length_B, group = {
-            "rollouts": (lengths.prompt, lengths.response_B, c.batch.samples),
-            "reflections": (lengths.reflector, lengths.reflection_B, 1),
-            "evaluation": (lengths.prompt, lengths.evaluated_B, c.eval.samples),
+        prompt, length_B = {
+            "rollouts": (lengths.prompt, lengths.response_B),
+            "reflections": (lengths.reflector, lengths.reflection_B),
+            "evaluation": (lengths.prompt, lengths.evaluated_B),
         }[call.name]
-        mine = len(length_B) // shards
-        _, pool, slots = call.how.room(call.prompts, call.longest, call.rows // shards)
+        mine, capacity = len(length_B) // call.engine.shards, call.capacity
         mean = sum(length_B) / len(length_B)
-        at_once = max(1, min(slots, int(pool * call.how.page / mean)))
-        return roofline.decode_work(job.model, split(job), -(-mine // group), prompt, length_B, at_once)
+        fitting = int(capacity.response_pages * call.engine.limits.page / mean)
+        at_once = max(1, min(capacity.slots, fitting))
+        prompts = -(-mine // call.samples)
+        return roofline.decode_work(job.model, split(job), prompts, prompt, length_B, at_once)
 
     return Stage(
         call.name,
         resident,
-        budget.decoding(job, call.how, call.prompts, call.longest, call.rows),
+        budget.decoding(job, call.engine, call.shape, call.capacity),
         work,
         lambda: _lower_decoding(job, call),
     )
 
 
-def _lower_decoding(job: Job, call: _Call) -> Any:
-    whole = NamedSharding(job.mesh, P())
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
+def _lower_decoding(job: Job, call: Call) -> Any:
     frozen = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("device")),
         job.trees.frozen_like,
@@ -157,10 +151,7 @@ def _lower_decoding(job: Job, call: _Call) -> Any:
     params = frozen if call.frozen else job.trees.like.params
     if job.adapters and not call.frozen:
         params = combine(frozen, params)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    given = ints(call.prompts, call.longest), ints(call.prompts), *[ints(call.rows)] * 3
-    return loop.jit_generate(job.mesh).lower(params, *given, key, call.stops, how=call.how)
+    return call.engine.lower(params, call.shape, call.program)
 
 
 def split(job: Job) -> Split:

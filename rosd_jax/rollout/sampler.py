@@ -5,15 +5,20 @@ falls into, then the id of that block. A row costs one random number, where Gumb
 every id. The number has 23 random bits, so probabilities are met to about 1e-7, absolute.
 
     sample(logits_BV, u_B, temperature=, top_p=)     -> token_B, logp_B
-    row_uniforms(key, uid_N, R)                      -> u_NR
+    row_uniforms(key, uid_B, R)                      -> u_BR
     invert_cdf(weight_BV, u_B)                       -> token_B
     nucleus(weight_BV, top_p)                        -> kept_BV
 
 Where `axis` names a mesh axis, each device holds its share of the ids and the vocabulary is a third
 level above the two: devices exchange a few numbers a row, never logits.
+
+Dimensions: B rows, V ids (of this device), N blocks of ids, L ids of a block, D devices, R tokens of a
+response.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +26,15 @@ from jax import lax
 
 LANES = 128  # ids a block
 ONE_BITS = 0x3F800000  # the bit pattern of 1 in float32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn (`sample` says more), and which ones end a response (hashable)."""
+
+    temperature: float
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
 
 
 def sample(
@@ -48,19 +62,19 @@ def sample(
     return token_B, -_at(gap_BV, token_B, axis) - jnp.log(_total(jnp.sum(weight_BV, axis=-1), axis))
 
 
-def row_uniforms(key: jax.Array, uid_N: jax.Array, R: int) -> jax.Array:
-    """float32 [N, R] in [0, 1): the number of row n's token r comes from key, uid_N[n] and r alone.
+def row_uniforms(key: jax.Array, uid_B: jax.Array, R: int) -> jax.Array:
+    """float32 [B, R] in [0, 1): the number of row b's token r comes from key, uid_B[b] and r alone.
 
     For a key of JAX's default kind it is jax.random's `uniform(fold_in(fold_in(key, uid), r))`, in one fusion
     that compiles four times as fast on CPU, where JAX makes loops of it.
     """
     default = str(jax.random.key_impl(key)) == "threefry2x32"
     words = jax.random.key_data(key) if default else jax.random.bits(key, (2,))
-    words_N1 = _threefry(words[0], words[1], uid_N.astype(jnp.uint32)[:, None])
-    words_NR = _threefry(*words_N1, jnp.arange(R, dtype=jnp.uint32))
-    high_NR, low_NR = _threefry(*words_NR, jnp.uint32(0))
-    bits_NR = (high_NR ^ low_NR) >> 9 | jnp.uint32(ONE_BITS)
-    return lax.bitcast_convert_type(bits_NR, jnp.float32) - 1.0
+    words_B1 = _threefry(words[0], words[1], uid_B.astype(jnp.uint32)[:, None])
+    words_BR = _threefry(*words_B1, jnp.arange(R, dtype=jnp.uint32))
+    high_BR, low_BR = _threefry(*words_BR, jnp.uint32(0))
+    bits_BR = (high_BR ^ low_BR) >> 9 | jnp.uint32(ONE_BITS)
+    return lax.bitcast_convert_type(bits_BR, jnp.float32) - 1.0
 
 
 def _threefry(key0: jax.Array, key1: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -99,10 +113,10 @@ def _invert(lanes_BNL: jax.Array, block_BN: jax.Array, ends_BN: jax.Array, targe
     """The id at which the cumulative weight first exceeds the target."""
     if lanes_BNL.shape[1] == 1:  # a single block needs no search for it
         return _first_over(jnp.cumsum(lanes_BNL[:, 0], axis=-1), lanes_BNL[:, 0], target_B)
-    n_B = _first_over(ends_BN, block_BN, target_B)
-    lane_BL = jnp.take_along_axis(lanes_BNL, n_B[:, None, None], axis=1)[:, 0]
-    rest_B = target_B - (_pick(ends_BN, n_B) - _pick(block_BN, n_B))
-    return n_B * LANES + _first_over(jnp.cumsum(lane_BL, axis=-1), lane_BL, rest_B)
+    block_of_B = _first_over(ends_BN, block_BN, target_B)
+    lane_BL = jnp.take_along_axis(lanes_BNL, block_of_B[:, None, None], axis=1)[:, 0]
+    rest_B = target_B - (_pick(ends_BN, block_of_B) - _pick(block_BN, block_of_B))
+    return block_of_B * LANES + _first_over(jnp.cumsum(lane_BL, axis=-1), lane_BL, rest_B)
 
 
 def _first_over(ends_BN: jax.Array, weight_BN: jax.Array, target_B: jax.Array) -> jax.Array:
@@ -156,8 +170,8 @@ def _at_least(weight_BV: jax.Array, bits_B: jax.Array) -> jax.Array:
     return weight_BV >= lax.bitcast_convert_type(bits_B, jnp.float32)[:, None]
 
 
-def _pick(x_BN: jax.Array, n_B: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(x_BN, n_B[:, None], axis=1)[:, 0]
+def _pick(x_BN: jax.Array, at_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BN, at_B[:, None], axis=1)[:, 0]
 
 
 def _total(x_B: jax.Array, axis: str | None) -> jax.Array:

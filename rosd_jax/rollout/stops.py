@@ -4,6 +4,8 @@ The state of a row is the longest end of its text that begins a stop string (Aho
 over bytes). A token takes every state to another, or to the end; tokens that do the same to all states are
 of one class. So a step costs two gathers of a number a row, and a stop string is found wherever it begins
 and ends, however it is cut into tokens.
+
+Dimensions: B rows, V tokens of the vocabulary, S states, C classes of tokens, M bytes of the longest token.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ class Stops(NamedTuple):
     class_V: Array  # int32
     next_SC: Array  # int32: the state after a token of each class
 
-    def step(self, state_S: jax.Array, token_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(self, state_B: jax.Array, token_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """States after these tokens, and bool: whether a stop string ends in the token."""
         next_SC, class_V = jnp.asarray(self.next_SC), jnp.asarray(self.class_V)
-        state_S = next_SC.at[state_S, class_V[token_S]].get(mode="clip")
-        return state_S, state_S == len(next_SC)
+        state_B = next_SC.at[state_B, class_V[token_B]].get(mode="clip")
+        return state_B, state_B == len(next_SC)
 
 
 def make_stops(texts: Sequence[str], tokens: Sequence[bytes]) -> Stops:

@@ -8,15 +8,13 @@ from absl import logging
 from rosd_jax.gym.metric import quote_exact
 from rosd_jax.models.sharding import make_mesh, replicated_dims, row_devices, validate_mesh_for
 from rosd_jax.rewards import Grader
-from rosd_jax.rollout.floor import measure_floor
-from rosd_jax.rollout.loop import make_generate
+from rosd_jax.rollout.bandwidth import measure_roofline
 from rosd_jax.settings import Settings
 from rosd_jax.train.compiling import keep_programs
 from rosd_jax.train.devices import check_rows, deal_cores
-from rosd_jax.train.engines import engines
+from rosd_jax.train.engines import Ends, make_engines
 from rosd_jax.train.inputs import Inputs
 from rosd_jax.train.step import Tools
-from rosd_jax.train.stopping import polled
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import make_optimizer, make_update
 
@@ -37,9 +35,9 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Tools, Tree
     trees = Trees(config, model, mesh, optimizer)
     for leaf in replicated_dims(trees.base, mesh):
         logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
-    engine = engines(config, model, mesh, inputs.tokenizer.stop_ids)
+    ends = Ends(inputs.tokenizer.stop_ids, inputs.stops)
+    longest = max(len(ids) for _, ids in inputs.train)
     tools = Tools(
-        task_metrics=TASK_METRICS.get(inputs.train[0][0].kind),
         config=config,
         model=model,
         tokenizer=inputs.tokenizer,
@@ -49,10 +47,9 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Tools, Tree
         mesh=mesh,
         grader=grader,
         key=jax.random.key(config.seed),
-        floor=measure_floor(model, mesh.shape["tensor"]),
-        sample=polled(make_generate(engine["rollouts"], inputs.stops)),
-        reflect=polled(make_generate(engine["reflections"])),
-        evaluate=polled(make_generate(engine["evaluation"], inputs.stops)),
+        roofline=measure_roofline(model, mesh.shape["tensor"]),
+        engines=make_engines(config, model, mesh, ends, longest),
+        task_metrics=TASK_METRICS.get(inputs.train[0][0].kind),
         update=make_update(config, model, optimizer, mesh, trees.shardings),
     )
     return tools, trees

@@ -23,7 +23,7 @@ from rosd_jax.gym.texts import WORDING as GYM
 from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.rewards import Grader, Mode
-from rosd_jax.rollout import pages
+from rosd_jax.rollout.limits import LONGEST_PAGE
 from rosd_jax.rollout.stops import Stops, make_stops
 from rosd_jax.settings import Settings
 from rosd_jax.text.prompts import ENGLISH, Wording
@@ -191,7 +191,7 @@ def check_lengths(config: Settings, model: Qwen3Config) -> None:
         cache_pages(config, section.max_new_tokens)
     for field in ("data.max_prompt_tokens", "reflect.max_prompt_tokens"):
         longest_prompt = value(config, field)
-        if longest_prompt > config.rollout.prompt_tokens // pages.LONGEST_PAGE * pages.LONGEST_PAGE:
+        if longest_prompt > config.rollout.prompt_tokens // LONGEST_PAGE * LONGEST_PAGE:
             raise UserError(
                 f"rollout.prompt_tokens is {config.rollout.prompt_tokens}; a single prompt may have "
                 f"{field} = {longest_prompt}, so raise the one or lower the other"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,9 @@ from rosd_jax.evals.report import write_report
 from rosd_jax.fields import replace
 from rosd_jax.models.lora import merge
 from rosd_jax.models.peft_files import save_adapters
-from rosd_jax.models.sharding import row_devices
 from rosd_jax.models.weights import check_weights, save_pretrained
 from rosd_jax.rewards import Grader
-from rosd_jax.rollout.rows import decode_rows
+from rosd_jax.rollout.batching import Request
 from rosd_jax.settings import Settings
 from rosd_jax.train import checkpoint, history, stopping, workdir
 from rosd_jax.train.build import build
@@ -42,7 +41,7 @@ from rosd_jax.train.metrics import Console, MetricsLog
 from rosd_jax.train.step import Tools, train_step
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import learner
-from rosd_jax.types import Params, Reflected, TrainState
+from rosd_jax.types import HostRollout, Params, Reflected, Stream, TrainState
 
 
 @dataclass(frozen=True)
@@ -162,15 +161,14 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
 def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
     """One readable record a rollout: what was said, what it earned, and where the loss lay."""
     graded = reflected.graded
-    G = len(graded.texts) // len(graded.prompts.problems)
     tokens_BR, length_B = graded.rollout.tokens_BR, graded.rollout.length_B
     rows = []
     for row, (text, r) in enumerate(zip(graded.texts, reflected.reflections, strict=True)):
-        problem = graded.prompts.problems[row // G]
+        problem = graded.problem(row)
         rows.append(
             dict(
                 uid=problem.uid,
-                sample=row % G,
+                sample=row % graded.group_size,
                 prompt=list(problem.messages),
                 answer=problem.answer,
                 response=text,
@@ -196,15 +194,11 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
         stopping.check()
         encoded = run.inputs.sets(split)[name]
         run.console.stage(f"{split} {name}")
-        key = jax.random.fold_in(jax.random.fold_in(run.tools.key, 2), step)
+        key = jax.random.fold_in(Stream.EVAL.key(run.tools.key), step)
         key = jax.random.fold_in(key, zlib.crc32(f"{split}/{name}".encode()))
 
-        def sample(ids, uid_B, limit_B, key=key, encoded=encoded):
-            rollout = decode_rows(
-                run.tools.evaluate, params, ids, uid_B, limit_B, key,
-                rows=len(ids), shards=row_devices(run.tools.mesh), prompts=len(encoded),
-                longest=run.config.data.max_prompt_tokens, room=run.config.rollout.prompt_tokens,
-            )  # fmt: skip
+        def sample(requests: Sequence[Request], key: jax.Array = key) -> HostRollout:
+            rollout = run.tools.engines.evaluation.generate(params, requests, key)
             stopping.check()  # before the grading
             return rollout
 
@@ -217,7 +211,6 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
             run.tools.tokenizer.decode,
             votes=run.tools.grader.votes,
             samples=c.samples,
-            rows=c.batch,
         )
         write_generations(run.directory, step, name, generations, split)
         conditions = history.conditions(run.config, run.inputs, split, name)

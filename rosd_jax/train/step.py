@@ -23,16 +23,26 @@ from jax.sharding import Mesh
 from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.distill import reflect, teacher
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.models.sharding import on_device, row_devices
+from rosd_jax.models.sharding import on_device
 from rosd_jax.rewards import Grader
-from rosd_jax.rollout.floor import Floor
-from rosd_jax.rollout.rows import decode_rows
+from rosd_jax.rollout.bandwidth import MemoryRoofline
+from rosd_jax.rollout.batching import Request
 from rosd_jax.settings import Settings
 from rosd_jax.text.prompts import Wording
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.train import stopping
+from rosd_jax.train.engines import Engines
 from rosd_jax.train.update import Update, learner
-from rosd_jax.types import Graded, Lesson, Params, Prompts, Reflected, Rollout, TrainState
+from rosd_jax.types import (
+    Graded,
+    HostRollout,
+    Lesson,
+    Params,
+    Prompts,
+    Reflected,
+    Stream,
+    TrainState,
+)
 
 Numbers = dict[str, float]
 
@@ -48,10 +58,8 @@ class Tools:
     mesh: Mesh
     grader: Grader
     key: jax.Array
-    floor: Floor  # of decoding
-    sample: Callable[..., Rollout]  # training rollouts
-    reflect: Callable[..., Rollout]  # the reflector's answers
-    evaluate: Callable[..., Rollout]  # evaluation's answers
+    roofline: MemoryRoofline  # of decoding
+    engines: Engines
     student_thinking_open: bool  # the student's prompts end inside <think>
     reflector_thinking_open: bool  # the reflector's prompts do
     task_metrics: Callable[[Reflected], Numbers] | None  # numbers that only this task has
@@ -90,42 +98,23 @@ def train_step(
     if tools.task_metrics:
         numbers |= tools.task_metrics(reflected)
     numbers |= metrics
-    numbers["unknown_tokens"] = tools.tokenizer.unknown_share(prompt_ids(prompts))
-    numbers |= describe_decoding(rollout, tools.floor, clock.spent["rollout"], "rollout")
-    numbers |= describe_decoding(reflected.answers, tools.floor, clock.spent["reflect"], "reflect")
+    numbers["unknown_tokens"] = tools.tokenizer.unknown_share(prompts.ids)
+    numbers |= describe_decoding(rollout, tools.roofline, clock.spent["rollout"], "rollout")
+    numbers |= describe_decoding(reflected.answers, tools.roofline, clock.spent["reflect"], "reflect")
     return state, {**numbers, **clock.seconds()}, reflected, lesson.weight_BR
 
 
-def sample_rollouts(tools: Tools, params: Params, prompts: Prompts, step: int) -> Rollout:
-    """G rollouts a prompt, on the host. The uid of a rollout is its number in the whole run."""
-    config, (N, P) = tools.config, prompts.tokens_NP.shape
-    G = config.batch.samples
-    return decode_rows(
-        tools.sample,
-        params,
-        [prompt for prompt in prompt_ids(prompts) for _ in range(G)],
-        np.arange(step * N * G, (step + 1) * N * G),
-        np.full(N * G, config.rollout.max_new_tokens),
-        jax.random.fold_in(tools.key, 0),
-        rows=N * G,
-        shards=row_devices(tools.mesh),
-        longest=P,
-        prompts=N,
-        room=config.rollout.prompt_tokens,
-    )
+def sample_rollouts(tools: Tools, params: Params, prompts: Prompts, step: int) -> HostRollout:
+    """G rollouts a prompt. The uid of a rollout is its number in the whole run."""
+    rows = [ids for ids in prompts.ids for _ in range(tools.config.batch.samples)]
+    requests = [Request(ids, step * len(rows) + row) for row, ids in enumerate(rows)]
+    return tools.engines.rollouts.generate(params, requests, Stream.ROLLOUT.key(tools.key))
 
 
-def prompt_ids(prompts: Prompts) -> list[list[int]]:
-    """The ids of each prompt, without padding."""
-    rows = zip(prompts.tokens_NP, prompts.length_N, strict=True)
-    return [tokens_P[:length].tolist() for tokens_P, length in rows]
-
-
-def grade(tools: Tools, prompts: Prompts, rollout: Rollout) -> Graded:
+def grade(tools: Tools, prompts: Prompts, rollout: HostRollout) -> Graded:
     """Decodes every response and has its problem's checker grade it."""
     texts = decode(tools.tokenizer, rollout)
-    G = len(texts) // len(prompts.problems)
-    problems = [problem for problem in prompts.problems for _ in range(G)]
+    problems = [problem for problem in prompts.problems for _ in range(tools.config.batch.samples)]
     grades = tools.grader.grade_all(texts, problems, thinking_open=tools.student_thinking_open)
     rewards_B = np.array([g.score for g in grades], np.float32)
     return Graded(prompts, rollout, tuple(texts), rewards_B, tools.student_thinking_open)
@@ -143,18 +132,8 @@ def reflect_rollouts(tools: Tools, params: Params, graded: Graded, step: int) ->
     raws: list[str | None] = [None] * len(ids)
     answers = None
     if rows:
-        answers = decode_rows(
-            tools.reflect,
-            params,
-            [ids[row] or [] for row in rows],
-            np.array(rows, np.int32) + step * len(ids),
-            np.full(len(rows), config.reflect.max_new_tokens, np.int32),
-            jax.random.fold_in(tools.key, 1),
-            rows=len(ids),
-            shards=row_devices(tools.mesh),
-            longest=config.reflect.max_prompt_tokens,
-            room=config.rollout.prompt_tokens,
-        )
+        requests = [Request(ids[row] or [], step * len(ids) + row) for row in rows]
+        answers = tools.engines.reflections.generate(params, requests, Stream.REFLECT.key(tools.key))
         for row, text in zip(rows, decode(tools.tokenizer, answers), strict=True):
             raws[row] = text
     reflected = reflect.read_reflections(
@@ -172,23 +151,24 @@ def make_lesson(tools: Tools, reflected: Reflected) -> tuple[Reflected, Lesson]:
         thinking=config.thinking.teacher, wording=tools.wording,
     )  # fmt: skip
     R = graded.rollout.tokens_BR.shape[1]
-    prompts, G = graded.prompts, len(graded.texts) // len(graded.prompts.problems)
+    prompts = [prompt for prompt in graded.prompts.ids for _ in range(graded.group_size)]
+    prompt_BP, prompt_len_B = pad_rows(prompts, config.data.max_prompt_tokens)
     rows = [row or [0] for row in ids]  # rows without a teacher weigh 0
     teacher_prompt_BQ, teacher_prompt_len_B = pad_rows(rows, config.lesson.max_teacher_tokens)
     lesson = Lesson(
-        prompt_BP=np.repeat(prompts.tokens_NP, G, axis=0),
-        prompt_len_B=np.repeat(prompts.length_N, G),
+        prompt_BP=prompt_BP,
+        prompt_len_B=prompt_len_B,
         teacher_prompt_BQ=teacher_prompt_BQ,
         teacher_prompt_len_B=teacher_prompt_len_B,
-        response_BR=np.asarray(graded.rollout.tokens_BR),
-        response_len_B=np.asarray(graded.rollout.length_B),
+        response_BR=graded.rollout.tokens_BR,
+        response_len_B=graded.rollout.length_B,
         weight_BR=teacher.region_weights(reflected, config.lesson, R),
-        sampler_logp_BR=np.asarray(graded.rollout.logp_BR),
+        sampler_logp_BR=graded.rollout.logp_BR,
     )
     return reflected, lesson
 
 
-def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
+def decode(tokenizer: Tokenizer, rollout: HostRollout) -> list[str]:
     """The text of every row, special tokens removed."""
     pairs = zip(rollout.tokens_BR, rollout.length_B, strict=True)
     return [tokenizer.decode(tokens[:length]) for tokens, length in pairs]
@@ -200,13 +180,15 @@ def describe(graded: Graded) -> Numbers:
     return dict(
         reward=float(graded.rewards_B.mean()),
         response_length=float(np.mean(rollout.length_B)),
-        truncated=float(np.mean(~np.asarray(rollout.finished_B))),
+        truncated=float(np.mean(~rollout.finished_B)),
     )
 
 
-def describe_decoding(rollout: Rollout | None, floor: Floor, seconds: float, stage: str) -> Numbers:
-    """Tokens a second, the share of slots that were idle and of the time that memory alone would take, and
-    how often a sequence was put back for want of pages.
+def describe_decoding(
+    rollout: HostRollout | None, roofline: MemoryRoofline, seconds: float, stage: str
+) -> Numbers:
+    """Tokens a second, the share of slots that were idle, the roofline fraction (the memory-bound ideal over
+    the measured time), and how often a sequence was preempted.
 
     The stage's seconds hold everything, so compilation where it happened. NaN where nothing was decoded.
     """
@@ -215,7 +197,7 @@ def describe_decoding(rollout: Rollout | None, floor: Floor, seconds: float, sta
     return {
         f"tokens_per_second_{stage}": tokens / seconds,
         f"idle_share_{stage}": stats.idle_share if stats else float("nan"),
-        f"floor_share_{stage}": floor.seconds(stats) / seconds if stats else float("nan"),
+        f"roofline_{stage}": roofline.seconds(stats) / seconds if stats else float("nan"),
         f"preempted_{stage}": float(np.sum(stats.preempted)) if stats else float("nan"),
     }
 

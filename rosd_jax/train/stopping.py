@@ -3,7 +3,6 @@
     watch()                      once, at the start of the process: a signal ends it at once
     with deferred(directory):    in here the first signal asks, and a second ends the process at once
         check()                  raises Stopped where a signal has asked
-        polled(call)             `call`, with a check before it
     done()                       once, at the end of the process: signals are ignored from now on
     reader_left()                nobody reads stdout any more: asks, as a signal does
     tell(text)                   a line on stderr
@@ -26,8 +25,8 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,16 +102,6 @@ def check() -> None:
         asked, directory = _shared.asked, _shared.directory
     if asked is not None and directory is not None:
         raise Stopped(asked, directory)
-
-
-def polled(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, which now raises Stopped in place of being made where a signal has asked."""
-
-    def checked(*args: Any) -> Any:
-        check()
-        return call(*args)
-
-    return checked
 
 
 def reader_left() -> None:

@@ -26,9 +26,7 @@ from rosd_jax.models.sharding import param_shardings
 from rosd_jax.models.weights import load_params
 from rosd_jax.settings import Settings
 from rosd_jax.train.update import init_state, learning_params
-from rosd_jax.types import Params, TrainState
-
-ADAPTERS = 2**32 - 1  # folded into the seed's key for their first values; rollouts fold in less
+from rosd_jax.types import Params, Stream, TrainState
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Trees:
     def first(self) -> TrainState:
         """The state before the first step."""
         if self.config.model.lora.rank:
-            key = jax.random.fold_in(jax.random.key(self.config.seed), ADAPTERS)
+            key = Stream.ADAPTERS.key(jax.random.key(self.config.seed))
             begin = lambda key: init_state(learning_params(self.config, self.model, key), self.optimizer)
             return jax.jit(begin, out_shardings=self.shardings)(key)
         start = jax.jit(

@@ -1,0 +1,126 @@
+"""Packs requests into calls of one fixed shape each, which compiles once.
+
+Equal prompts are prefilled once on each shard of the rows. Every shard gets an equal share of the requests,
+neighbours together. Where a shard's distinct prompts do not fit, the requests take several turns.
+
+    pack(requests, limits, shards)     -> a Turn each
+    prompt_pages(batch, page, shards)  -> pages that a call's prompts take on a shard
+
+Dimensions: M requests, N distinct prompts, T tokens of a prompt (padded), B rows of a call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple
+
+import numpy as np
+
+from rosd_jax.data.pipeline import pad_rows
+from rosd_jax.rollout.limits import LONGEST_PAGE, Limits
+from rosd_jax.types import A
+
+LEAST_TOKENS = 8192  # the smallest cache for prompts, so that fewer shapes are compiled
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to be sampled."""
+
+    prompt: Sequence[int]  # its ids, at least one
+    uid: int  # names its stream of random numbers
+    max_new: int | None = None  # tokens of the response, 0 for none; None: the engine's limit
+
+
+class Batch(NamedTuple, Generic[A]):
+    """The arrays of one call (all int32). Spare rows have a limit of 0, spare prompts no row."""
+
+    prompt_NT: A  # right-padded
+    prompt_len_N: A  # at least 1
+    prompt_of_B: A
+    uid_B: A
+    limit_B: A  # tokens of a row's response, at most
+
+
+class Turn(NamedTuple):
+    """One call."""
+
+    batch: Batch[np.ndarray]
+    row_M: np.ndarray  # where each of its requests lies
+
+
+def pack(requests: Sequence[Request], limits: Limits, shards: int) -> list[Turn]:
+    """The calls that answer the requests, in their order, all of one shape.
+
+    Raises ValueError where there is no request or a prompt is longer than limits.max_prompt.
+    """
+    if not requests:
+        raise ValueError("there is no request to pack")
+    number: dict[tuple[int, ...], int] = {}
+    prompt_of_M = np.array([number.setdefault(tuple(r.prompt), len(number)) for r in requests])
+    uid_M = np.array([r.uid for r in requests])
+    limit_M = np.array([limits.max_new if r.max_new is None else r.max_new for r in requests])
+    spare = -len(number) % limits.prompts
+    prompt_NT, prompt_len_N = pad_rows([*number, *[[0]] * spare], limits.max_prompt)
+    rows = call_rows(len(requests), limits, shards)
+
+    def turn(part_M: np.ndarray) -> Turn:
+        row_M = deal(len(part_M), rows, shards)
+
+        def by_row(values_M: np.ndarray) -> np.ndarray:
+            values_B = np.zeros(rows, np.int32)
+            values_B[row_M] = values_M[part_M]
+            return values_B
+
+        columns = by_row(prompt_of_M), by_row(uid_M), by_row(limit_M)
+        return Turn(Batch(prompt_NT, prompt_len_N, *columns), row_M)
+
+    parts = split(prompt_len_N, prompt_of_M, shards, limits.prompt_tokens)
+    return [turn(part_M) for part_M in parts]
+
+
+def call_rows(requests: int, limits: Limits, shards: int) -> int:
+    """B: rows of a call, a multiple of limits.rows and of the shards."""
+    multiple = math.lcm(limits.rows, shards)
+    return -(-requests // multiple) * multiple
+
+
+def deal(requests: int, rows: int, shards: int) -> np.ndarray:
+    """The row of each request: an equal share at the start of every shard's rows."""
+    shares = np.array_split(np.arange(requests), shards)
+    starts = range(0, rows, rows // shards)
+    return np.concatenate([s + np.arange(len(x)) for s, x in zip(starts, shares, strict=True)])
+
+
+def split(
+    prompt_len_N: np.ndarray, prompt_of_M: np.ndarray, shards: int, prompt_tokens: int | None
+) -> list[np.ndarray]:
+    """The requests in as few equal parts as it takes for each shard's prompts of a part to fit."""
+    padded_N = -(-prompt_len_N // LONGEST_PAGE) * LONGEST_PAGE  # prompts take whole pages
+    M = len(prompt_of_M)
+
+    def fits(part_M: np.ndarray) -> bool:
+        shares = np.array_split(part_M, shards)
+        tokens = [padded_N[np.unique(prompt_of_M[share])].sum() for share in shares]
+        return prompt_tokens is None or max(tokens) <= prompt_tokens
+
+    for count in range(1, M):
+        parts = np.array_split(np.arange(M), count)
+        if all(fits(part_M) for part_M in parts):
+            return parts
+    return np.array_split(np.arange(M), M)
+
+
+def prompt_pages(batch: Batch[np.ndarray], page: int, shards: int) -> int:
+    """Pages for the prompts of any one shard, rounded."""
+    pages_N = -(-batch.prompt_len_N // page)
+    by_shard = (np.reshape(x, (shards, -1)) for x in (batch.prompt_of_B, batch.limit_B))
+    wanted = (np.unique(of_B[limit_B > 0]) for of_B, limit_B in zip(*by_shard, strict=True))
+    return rounded_pages(max(int(pages_N[some].sum()) for some in wanted), page)
+
+
+def rounded_pages(pages: int, page: int) -> int:
+    """A power of two, of LEAST_TOKENS tokens or more, so that fewer numbers of pages are compiled."""
+    return 1 << (max(1, pages, LEAST_TOKENS // page) - 1).bit_length()

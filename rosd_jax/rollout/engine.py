@@ -1,0 +1,164 @@
+"""The engine: requests in, a rollout on the host out.
+
+    engine = Engine(model, mesh, limits, sampling)
+    rollout = engine.generate(params, requests, key)
+
+Build it once and keep it. What happens inside: requests are packed into calls of fixed shapes (batching.py),
+each of which runs one compiled program (decode_loop.py) that prefills the distinct prompts (prefill.py) and
+decodes with slots, a queue and pages (scheduler.py, slots.py), drawing tokens by sampler.py.
+
+Dimensions: B rows of a call, M requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from rosd_jax.kernels.paged_attention import Implementation
+from rosd_jax.models.qwen3 import Qwen3Config
+from rosd_jax.models.sharding import row_devices, row_sharding
+from rosd_jax.rollout import decode_loop
+from rosd_jax.rollout.batching import Batch, Request, call_rows, pack, prompt_pages, rounded_pages
+from rosd_jax.rollout.decode_loop import WHOLE, Program, slots_for
+from rosd_jax.rollout.limits import Limits, own_pages
+from rosd_jax.rollout.sampler import Sampling
+from rosd_jax.rollout.stops import Stops
+from rosd_jax.types import DeviceRollout, HostRollout, Params, Rollout
+
+LONG = 256  # tokens from which a smaller number of slots repays its compilation
+# XLA for GPU copies a layer's weights out of their stack before it multiplies by them, three bytes moved for
+# one, unless it may start the product at their place, which it can for cuBLAS's products alone.
+GPU_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_triton_gemm": False}
+
+
+class CallShape(NamedTuple):
+    """The sizes of a call's arrays."""
+
+    rows: int
+    prompts: int
+    longest: int
+
+
+def no_check() -> None:
+    """Goes on."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Samples responses to prompts.
+
+    Without a mesh it runs on one device. With one, whose "tensor" axis must divide the key-value heads, rows
+    lie along "data" and "fsdp", and each of these shards has slots, pages and a queue of its own.
+    Raises ValueError where one sequence would not fit the pages for responses.
+    """
+
+    model: Qwen3Config
+    mesh: Mesh | None
+    limits: Limits
+    sampling: Sampling
+    stops: Stops | None = None  # stop strings
+    attention: Implementation | None = None  # of a decoding step; None: the best for the device
+    before_call: Callable[[], None] = no_check  # called before each call of the devices; may raise
+
+    def __post_init__(self) -> None:
+        needed, given = own_pages(self.limits.page, self.limits.max_new), self.limits.response_pages
+        if given is not None and given < needed:
+            raise ValueError(f"response_pages is {given}; one sequence alone may need {needed}")
+
+    @property
+    def shards(self) -> int:
+        """Parts that rows are split into."""
+        return 1 if self.mesh is None else row_devices(self.mesh)
+
+    def generate(self, params: Params, requests: Sequence[Request], key: jax.Array) -> HostRollout:
+        """One response a request, in their order.
+
+        Its tokens depend on params, its prompt, its uid and the key alone, beyond rounding. Params keep the
+        sharding that they come with. Raises ValueError where there is no request or a prompt is too long.
+        """
+        parts = []
+        for batch, row_M in pack(requests, self.limits, self.shards):
+            self.before_call()
+            rollout: HostRollout = jax.device_get(self.call(params, batch, key))
+            parts.append(pick(rollout, row_M))
+        return join(parts)
+
+    def call(self, params: Params, batch: Batch[np.ndarray], key: jax.Array) -> DeviceRollout:
+        """One call of the devices, whose B rows lie along the mesh's "data" and "fsdp" axes.
+
+        It is traced once for each combination of shapes, of pages for its prompts (powers of two) and of the
+        number of slots that suffice for the rows with a limit above 0.
+        """
+        return self.compiled(params, batch, key, self.stops, program=self.program(batch))
+
+    @cached_property
+    def compiled(self) -> Any:
+        """`decode_loop.generate` under jit."""
+        mesh = self.mesh
+        on = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        return jax.jit(
+            decode_loop.generate,
+            static_argnames="program",
+            out_shardings=None if mesh is None else row_sharding(mesh),
+            compiler_options=GPU_OPTIONS if on == "gpu" else None,
+        )
+
+    def program(self, batch: Batch[np.ndarray]) -> Program:
+        """What is fixed in a call of this batch."""
+        waiting_B = np.reshape(batch.limit_B > 0, (self.shards, -1))
+        pages = prompt_pages(batch, self.limits.page, self.shards)
+        return self._sized(len(batch.limit_B), pages, int(waiting_B.sum(axis=1).max()))
+
+    def largest(self, requests: int, samples: int) -> tuple[CallShape, Program]:
+        """The largest call for that many requests, of which `samples` share a prompt."""
+        limits, rows = self.limits, call_rows(requests, self.limits, self.shards)
+        distinct = -(-requests // samples)
+        prompts = -(-distinct // limits.prompts) * limits.prompts
+        mine = rows // self.shards
+        pages = -(-mine // samples) * -(-limits.max_prompt // limits.page)
+        if limits.prompt_tokens is not None:
+            pages = min(pages, limits.prompt_tokens // limits.page)
+        shape = CallShape(rows, prompts, limits.max_prompt)
+        return shape, self._sized(rows, rounded_pages(pages, limits.page), mine)
+
+    def lower(self, params: Params, shape: CallShape, program: Program) -> Any:
+        """jax.stages.Lowered of a call; params are shapes with shardings, and no device need be there."""
+        place = None if self.mesh is None else NamedSharding(self.mesh, WHOLE)
+        ints = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=place)
+        rows = ints(shape.rows)
+        prompts = ints(shape.prompts, shape.longest), ints(shape.prompts)
+        batch = cast(Any, Batch)(*prompts, rows, rows, rows)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=place)
+        return self.compiled.lower(params, batch, key, self.stops, program=program)
+
+    def _sized(self, rows: int, pages: int, waiting: int) -> Program:
+        """The program of a call. waiting: the most rows that any shard has to decode."""
+        program = Program(self.model, self.mesh, self.limits, self.sampling, self.attention, pages)
+        slots = min(program.slots(rows // self.shards), slots_for(waiting))
+        return replace(program, first_slots=slots, compact=self.limits.max_new >= LONG)
+
+
+def pick(rollout: HostRollout, row_M: np.ndarray) -> HostRollout:
+    """Some rows of a rollout."""
+    return Rollout(*(x[row_M] for x in _columns(rollout)), stats=rollout.stats)
+
+
+def join(rollouts: Sequence[HostRollout]) -> HostRollout:
+    """Their rows behind each other, their statistics added up."""
+    columns = [np.concatenate(some) for some in zip(*map(_columns, rollouts), strict=True)]
+    stats = jax.tree.map(lambda *some: sum(some), *(r.stats for r in rollouts))
+    return Rollout(*columns, stats=stats)
+
+
+def _columns(rollout: HostRollout) -> list[np.ndarray]:
+    """The arrays with a row for each response."""
+    return [getattr(rollout, field.name) for field in fields(rollout) if field.name != "stats"]
