@@ -16,7 +16,7 @@ from rosd_jax.models.sharding import decoder_specs, make_mesh, param_shardings
 from rosd_jax.plan.chips import read_topology
 from rosd_jax.rollout import decode_loop
 from rosd_jax.rollout.batching import Batch
-from rosd_jax.rollout.decode_loop import BY_ROW, Program, state_specs
+from rosd_jax.rollout.decode_loop import BY_ROW, DecodeSpec, state_specs
 from rosd_jax.rollout.limits import Limits
 from rosd_jax.rollout.sampler import Sampling
 from support import NEEDS_LIBTPU
@@ -52,7 +52,7 @@ def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     devices = read_topology(topology).devices
     mesh = make_mesh(*shape, devices)
     limits = Limits(NEW, PROMPT, slots=ROWS)
-    program = Program(
+    spec = DecodeSpec(
         MODEL,
         mesh,
         limits,
@@ -67,9 +67,9 @@ def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     params = jax.tree.map(lambda x, s: put(x, s.spec), params, param_shardings(params, mesh))
     key = put(jax.eval_shape(lambda: jax.random.key(0)), P())
     args = params, Batch(ints(PROMPTS, PROMPT), ints(PROMPTS), *[ints(ROWS)] * 3), key
-    whole = jax.jit(partial(decode_loop.generate, program=program))
-    begin = partial(decode_loop.begin, program=program)
-    decode = jax.jit(partial(decode_loop.decode, program=program), donate_argnums=2)
+    whole = jax.jit(partial(decode_loop.generate, spec=spec))
+    begin = partial(decode_loop.begin, spec=spec)
+    decode = jax.jit(partial(decode_loop.decode, spec=spec), donate_argnums=2)
     specs = decoder_specs(MODEL, mesh), BY_ROW, state_specs()
     handed_on = jax.tree.map(
         lambda spec, tree: jax.tree.map(lambda x: put(x, spec), tree),

@@ -14,7 +14,7 @@ from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.rollout import decode_loop, prefill, scheduler
 from rosd_jax.rollout import engine as engines
 from rosd_jax.rollout.batching import LEAST_TOKENS, Batch, Request, pack, prompt_pages
-from rosd_jax.rollout.decode_loop import Program
+from rosd_jax.rollout.decode_loop import DecodeSpec
 from rosd_jax.rollout.engine import Engine
 from rosd_jax.rollout.limits import Limits, own_pages, table_pages
 from rosd_jax.rollout.sampler import Sampling
@@ -323,10 +323,10 @@ def test_where_all_are_admitted_each_has_all_its_pages_and_shares_none():
 
 def compiled_loop(slots, max_new=2000):
     limits = replace(LIMITS, max_new=max_new, slots=slots)
-    program = Program(MODEL, None, limits, SAMPLING, prompt_pages=18, compact=True)
-    begin = partial(decode_loop.begin, program=program)
+    spec = DecodeSpec(MODEL, None, limits, SAMPLING, prompt_pages=18, compact=True)
+    begin = partial(decode_loop.begin, spec=spec)
     given = jax.eval_shape(begin, PARAMS, batch(), KEY)
-    decode = jax.jit(partial(decode_loop.decode, program=program), donate_argnums=2)
+    decode = jax.jit(partial(decode_loop.decode, spec=spec), donate_argnums=2)
     return given[2], decode.lower(*given).compile()
 
 
@@ -350,11 +350,11 @@ def test_the_cache_is_written_in_place(slots, max_new, share):
 
 def test_weights_are_cast_and_joined_once_a_call_not_once_a_step():
     """In bfloat16 the loop's weights are arguments of the compute type, and it makes no others of them."""
-    program = Program(MODEL.replace(dtype="bfloat16"), None, LIMITS, SAMPLING, prompt_pages=18)
+    spec = DecodeSpec(MODEL.replace(dtype="bfloat16"), None, LIMITS, SAMPLING, prompt_pages=18)
     with jax.numpy_dtype_promotion("standard"):
-        begin = partial(decode_loop.begin, program=program)
+        begin = partial(decode_loop.begin, spec=spec)
         weights, sequences, state = jax.eval_shape(begin, PARAMS, batch(), KEY)
-        decode = partial(decode_loop.decode, program=program)
+        decode = partial(decode_loop.decode, spec=spec)
         text = str(jax.make_jaxpr(decode)(weights, sequences, state))
     assert {x.dtype for x in jax.tree.leaves(weights) if x.ndim > 2 and x.shape[1] > 8} == {
         jnp.dtype("bfloat16")
@@ -366,7 +366,7 @@ def test_weights_are_cast_and_joined_once_a_call_not_once_a_step():
 
 
 def test_generate_is_pure_and_runs_inside_another_jit(alone):
-    fixed = partial(decode_loop.generate, program=Program(MODEL, None, LIMITS, SAMPLING))
+    fixed = partial(decode_loop.generate, spec=DecodeSpec(MODEL, None, LIMITS, SAMPLING))
     twice = jax.jit(lambda *args: (fixed(*args), fixed(*args)))
     first, second = twice(PARAMS, batch(), KEY)
     assert_same(jax.device_get(first), alone)

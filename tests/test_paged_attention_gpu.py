@@ -173,17 +173,17 @@ def test_the_engines_loop_over_eight_gpus_lowers_for_cuda():
     from rosd_jax.models.qwen3 import Qwen3Config, init_params
     from rosd_jax.models.sharding import make_mesh
     from rosd_jax.rollout.batching import Batch
-    from rosd_jax.rollout.decode_loop import Program, begin, decode
+    from rosd_jax.rollout.decode_loop import DecodeSpec, begin, decode
     from rosd_jax.rollout.limits import Limits
     from rosd_jax.rollout.sampler import Sampling
 
     model = Qwen3Config(512, 256, 512, 2, 8, 4, 64, tie_word_embeddings=True, dtype="bfloat16")
     limits, sampling = Limits(64, 32, page_length=64), Sampling(1.0, stop_ids=(1,))
-    program = Program(model, make_mesh(2, 2, 2), limits, sampling, "pallas_gpu")
-    start = lambda key, batch: begin(init_params(model, key), batch, key, program=program)
+    spec = DecodeSpec(model, make_mesh(2, 2, 2), limits, sampling, "pallas_gpu")
+    start = lambda key, batch: begin(init_params(model, key), batch, key, spec=spec)
     batch = Batch(*(array(jnp.int32, *shape) for shape in ((4, 32), (4,), (8,), (8,), (8,))))
     given = jax.eval_shape(start, jax.random.key(0), batch)
-    traced = jax.jit(partial(decode, program=program)).trace(*given)
+    traced = jax.jit(partial(decode, spec=spec)).trace(*given)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

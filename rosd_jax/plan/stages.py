@@ -21,7 +21,7 @@ from rosd_jax.models.sharding import make_mesh, row_devices, validate_mesh_for
 from rosd_jax.plan import budget, roofline
 from rosd_jax.plan.budget import Bytes, Job
 from rosd_jax.plan.roofline import Lengths, Split, Work
-from rosd_jax.rollout.decode_loop import Capacity, Program
+from rosd_jax.rollout.decode_loop import Capacity, DecodeSpec
 from rosd_jax.rollout.engine import CallShape, Engine
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import Settings
@@ -78,35 +78,35 @@ def lower(stage: Stage, job: Job) -> Any:
 
 
 @dataclass(frozen=True)
-class Call:
+class LargestCall:
     """The largest call of one engine."""
 
     name: str
     engine: Engine
     samples: int  # responses to a prompt
     shape: CallShape
-    program: Program
+    spec: DecodeSpec
     frozen: bool  # whose weights
 
     @property
     def capacity(self) -> Capacity:
         """Of one shard."""
         shape = self.shape
-        return self.program.capacity(shape.prompts, shape.longest, shape.rows // self.engine.shards)
+        return self.spec.capacity(shape.prompts, shape.longest, shape.rows // self.engine.shards)
 
 
 def _decoding(job: Job, stop_ids, stops, evaluated: int) -> list[Stage]:
     return [_decoding_stage(job, call) for call in _calls(job, stop_ids, stops, evaluated)]
 
 
-def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[Call]:
+def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[LargestCall]:
     """The engines of train/engines.py as train/step.py and train/loop.py call them."""
     c = job.config
     rows = c.batch.prompts * c.batch.samples
     engines = make_engines(c, job.model, job.mesh, Ends(stop_ids, stops))
 
-    def call(name: str, engine: Engine, requests: int, samples: int, frozen: bool) -> Call:
-        return Call(name, engine, samples, *engine.largest(requests, samples), frozen)
+    def call(name: str, engine: Engine, requests: int, samples: int, frozen: bool) -> LargestCall:
+        return LargestCall(name, engine, samples, *engine.largest(requests, samples), frozen)
 
     answers, frozen = evaluated * c.eval.samples, c.reflect.weights == "frozen"
     return [
@@ -116,7 +116,7 @@ def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[Call
     ]
 
 
-def _decoding_stage(job: Job, call: Call) -> Stage:
+def _decoding_stage(job: Job, call: LargestCall) -> Stage:
     resident = budget.resident(job)
     if call.frozen and job.config.model.frozen == "host":
         resident["frozen"] = budget.frozen_bytes(job)  # brought to the devices for as long
@@ -143,7 +143,7 @@ def _decoding_stage(job: Job, call: Call) -> Stage:
     )
 
 
-def _lower_decoding(job: Job, call: Call) -> Any:
+def _lower_decoding(job: Job, call: LargestCall) -> Any:
     frozen = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("device")),
         job.trees.frozen_like,
@@ -151,7 +151,7 @@ def _lower_decoding(job: Job, call: Call) -> Any:
     params = frozen if call.frozen else job.trees.like.params
     if job.adapters and not call.frozen:
         params = combine(frozen, params)
-    return call.engine.lower(params, call.shape, call.program)
+    return call.engine.lower(params, call.shape, call.spec)
 
 
 def split(job: Job) -> Split:

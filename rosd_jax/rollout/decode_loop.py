@@ -9,7 +9,7 @@ round a bfloat16 logit the other way, and change a token with it.
 Each shard of the rows is an engine of its own, with its queue, pages and slots, under `jax.shard_map`;
 along the "tensor" axis its devices split heads, inner widths and the vocabulary.
 
-    generate(params, batch, key, stops, program=)    -> rollout, on the devices; pure
+    generate(params, batch, key, stops, spec=)    -> rollout, on the devices; pure
     begin, decode, finish                            its three parts
 
 Dimensions: B rows (within a shard: its own), N prompts, T tokens of a prompt (padded), R tokens of a
@@ -56,7 +56,7 @@ class Capacity(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Program:
+class DecodeSpec:
     """What is fixed when a call is compiled (hashable)."""
 
     model: Qwen3Config
@@ -110,7 +110,7 @@ class Program:
 
 
 def generate(
-    params: Params, batch: Batch[jax.Array], key: jax.Array, stops: Stops | None = None, *, program: Program
+    params: Params, batch: Batch[jax.Array], key: jax.Array, stops: Stops | None = None, *, spec: DecodeSpec
 ) -> DeviceRollout:
     """Samples one response a row; row b answers prompt `prompt_of_B[b]`, R = limits.max_new >= 1.
 
@@ -121,46 +121,46 @@ def generate(
     With a mesh, whose "tensor" axis must divide the key-value heads, rows lie along "data" and "fsdp", which
     must divide B.
     """
-    weights, sequences, state = begin(params, batch, key, stops, program=program)
-    return finish(decode(weights, sequences, state, program=program))
+    weights, sequences, state = begin(params, batch, key, stops, spec=spec)
+    return finish(decode(weights, sequences, state, spec=spec))
 
 
 def begin(
-    params: Params, batch: Batch[jax.Array], key: jax.Array, stops: Stops | None = None, *, program: Program
+    params: Params, batch: Batch[jax.Array], key: jax.Array, stops: Stops | None = None, *, spec: DecodeSpec
 ) -> tuple[Weights, Sequences, State]:
     """Weights as decoding wants them, and every shard's prompts in its cache: what `decode` takes.
 
     Leaves of sequences and state have a leading axis of shards.
     """
     # Cast before the shards gather their weights, so that half as many bytes travel.
-    dtype = program.model.dtype
+    dtype = spec.model.dtype
     cast_kernel = lambda path, x: x if "scale" in jax.tree_util.keystr(path) else x.astype(dtype)
     params = jax.tree_util.tree_map_with_path(cast_kernel, params)
-    by_shard = lambda x_B: jnp.reshape(x_B, (program.shards, -1))
+    by_shard = lambda x_B: jnp.reshape(x_B, (spec.shards, -1))
     batch = batch._replace(
         prompt_of_B=by_shard(batch.prompt_of_B),
         uid_B=by_shard(batch.uid_B),
         limit_B=by_shard(batch.limit_B),
     )
-    run = partial(_begin_shard, program=program)
-    if program.mesh is not None:
+    run = partial(_begin_shard, spec=spec)
+    if spec.mesh is not None:
         specs = cast(Any, Batch)(WHOLE, WHOLE, BY_ROW, BY_ROW, BY_ROW)
         run = jax.shard_map(
             run,
-            mesh=program.mesh,
-            in_specs=(tensor_specs(params, program.mesh), specs, WHOLE, WHOLE),
-            out_specs=(decoder_specs(program.model, program.mesh), BY_ROW, state_specs()),
+            mesh=spec.mesh,
+            in_specs=(tensor_specs(params, spec.mesh), specs, WHOLE, WHOLE),
+            out_specs=(decoder_specs(spec.model, spec.mesh), BY_ROW, state_specs()),
             check_vma=False,
         )
     return run(params, batch, key, stops)
 
 
-def decode(weights: Weights, sequences: Sequences, state: State, *, program: Program) -> State:
+def decode(weights: Weights, sequences: Sequences, state: State, *, spec: DecodeSpec) -> State:
     """Decodes until nothing is left, each shard by itself; under jit, donate the state."""
-    run = partial(_decode_shard, program=program)
-    if program.mesh is not None:
-        specs = decoder_specs(program.model, program.mesh), BY_ROW, state_specs()
-        run = jax.shard_map(run, mesh=program.mesh, in_specs=specs, out_specs=state_specs(), check_vma=False)
+    run = partial(_decode_shard, spec=spec)
+    if spec.mesh is not None:
+        specs = decoder_specs(spec.model, spec.mesh), BY_ROW, state_specs()
+        run = jax.shard_map(run, mesh=spec.mesh, in_specs=specs, out_specs=state_specs(), check_vma=False)
     return run(weights, sequences, state)
 
 
@@ -179,11 +179,11 @@ def finish(state: State) -> DeviceRollout:
     )
 
 
-def _begin_shard(params, batch: Batch[jax.Array], key, stops, *, program: Program):
+def _begin_shard(params, batch: Batch[jax.Array], key, stops, *, spec: DecodeSpec):
     """`begin` on one shard: leaves of rows have a leading axis of length 1."""
     prompt_NT, prompt_len_N = batch.prompt_NT, batch.prompt_len_N
     prompt_of_B, uid_B, limit_B = batch.prompt_of_B[0], batch.uid_B[0], batch.limit_B[0]
-    limits, model = program.limits, program.model
+    limits, model = spec.limits, spec.model
     limit_B = jnp.minimum(limit_B, limits.max_new)
     (N, T), B, weights = prompt_NT.shape, len(uid_B), fuse(params, model)
     wanted_N = jnp.zeros(N, bool).at[prompt_of_B].max(limit_B > 0)
@@ -192,41 +192,41 @@ def _begin_shard(params, batch: Batch[jax.Array], key, stops, *, program: Progra
     prompt_len_B = prompt_len_N[prompt_of_B]
     last_B = prompt_NT[prompt_of_B, prompt_len_B - 1]
     start = Start(last_B, prompt_len_B, first_N[prompt_of_B], limit_B)
-    if program.sampling.temperature:
+    if spec.sampling.temperature:
         u_BR = row_uniforms(key, uid_B, limits.max_new)
     else:
         u_BR = jnp.zeros((B, limits.max_new), jnp.float32)  # greedy decoding draws nothing
     sequences = Sequences(jnp.stack(start, axis=1), u_BR, stops)
-    capacity = program.capacity(N, T, B)
+    capacity = spec.capacity(N, T, B)
     free_F = capacity.prompt_pages + jnp.arange(capacity.response_pages, dtype=jnp.int32)
-    cache_XPWE = _empty_cache(program, weights, capacity.prompt_pages + capacity.response_pages)
-    cache_XPWE = prefill(program.decoder, weights, prompt_NT, layout, cache_XPWE)
+    cache_XPWE = _empty_cache(spec, weights, capacity.prompt_pages + capacity.response_pages)
+    cache_XPWE = prefill(spec.decoder, weights, prompt_NT, layout, cache_XPWE)
     # Longer prompts come in many lengths (`bucket_length`), and the loop is to be compiled for few.
     longest = T if T <= 1024 else 1 << (T - 1).bit_length()
     slots = Slots.empty(capacity.slots, table_pages(limits.page, longest, limits.max_new), B)
     state = scheduler.initial(cache_XPWE, sequences, slots, free_F)
-    if program.admits_all(B):
+    if spec.admits_all(B):
         state = scheduler.admit_all(state, start, model.num_hidden_layers)
     return weights, *jax.tree.map(lambda x: x[None], (sequences, state))
 
 
-def _empty_cache(program: Program, weights: Weights, pages_a_layer: int) -> jax.Array:
-    model = program.model
+def _empty_cache(spec: DecodeSpec, weights: Weights, pages_a_layer: int) -> jax.Array:
+    model = spec.model
     width = 2 * kv_heads(weights["blocks"]["qkv"], model)
-    shape = model.num_hidden_layers * pages_a_layer, program.limits.page, width, model.head_dim
+    shape = model.num_hidden_layers * pages_a_layer, spec.limits.page, width, model.head_dim
     return jnp.zeros(shape, model.dtype)
 
 
-def _decode_shard(weights: Weights, sequences: Sequences, state: State, *, program: Program) -> State:
+def _decode_shard(weights: Weights, sequences: Sequences, state: State, *, spec: DecodeSpec) -> State:
     """`decode` on one shard, in ever fewer slots."""
     sequences, state = jax.tree.map(lambda x: x[0], (sequences, state))
     slots, B = len(state.slots.packed_SC), len(state.queue_B)
-    counts = program.slot_counts(slots)
+    counts = spec.slot_counts(slots)
     for count, fewer in zip(counts, [*counts[1:], 0], strict=True):
         if count < len(state.slots.packed_SC):
             state = state._replace(slots=state.slots.compact(count, B))
         more = lambda state, fewer=fewer: scheduler.left(state) > fewer
-        state = lax.while_loop(more, partial(_step, weights, sequences, program=program), state)
+        state = lax.while_loop(more, partial(_step, weights, sequences, spec=spec), state)
     return jax.tree.map(lambda x: x[None], state)
 
 
@@ -243,16 +243,16 @@ def halvings(slots: int) -> list[int]:
     return [fewer, *halvings(fewer)]
 
 
-def _step(weights: Weights, sequences: Sequences, state: State, *, program: Program) -> State:
+def _step(weights: Weights, sequences: Sequences, state: State, *, spec: DecodeSpec) -> State:
     """One token for every live slot."""
-    all_admitted = program.admits_all(len(sequences.start_B4))
+    all_admitted = spec.admits_all(len(sequences.start_B4))
     if not all_admitted:
-        state = scheduler.admit(state, sequences, program.model.num_hidden_layers)
+        state = scheduler.admit(state, sequences, spec.model.num_hidden_layers)
         state = scheduler.reserve(state)
-    slot, sampling = state.slots.columns, program.sampling
+    slot, sampling = state.slots.columns, spec.sampling
     inputs = StepInputs(slot.token, scheduler.position(state), state.slots.table_SM)
-    hidden_SD, cache_XPWE = decode_step(program.decoder, weights, inputs, state.cache_XPWE)
-    logits_SV, axis = local_logits(program.decoder, weights, hidden_SD)
+    hidden_SD, cache_XPWE = decode_step(spec.decoder, weights, inputs, state.cache_XPWE)
+    logits_SV, axis = local_logits(spec.decoder, weights, hidden_SD)
     u_S = sequences.u_BR.at[slot.sequence, slot.count].get(mode="clip")
     token_S, logp_S = sample(
         logits_SV, u_S, temperature=sampling.temperature, top_p=sampling.top_p, axis=axis

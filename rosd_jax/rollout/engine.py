@@ -27,7 +27,7 @@ from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import row_devices, row_sharding
 from rosd_jax.rollout import decode_loop
 from rosd_jax.rollout.batching import Batch, Request, call_rows, pack, prompt_pages, rounded_pages
-from rosd_jax.rollout.decode_loop import WHOLE, Program, slots_for
+from rosd_jax.rollout.decode_loop import WHOLE, DecodeSpec, slots_for
 from rosd_jax.rollout.limits import Limits, own_pages
 from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.rollout.stops import Stops
@@ -97,7 +97,7 @@ class Engine:
         It is traced once for each combination of shapes, of pages for its prompts (powers of two) and of the
         number of slots that suffice for the rows with a limit above 0.
         """
-        return self.compiled(params, batch, key, self.stops, program=self.program(batch))
+        return self.compiled(params, batch, key, self.stops, spec=self.spec(batch))
 
     @cached_property
     def compiled(self) -> Any:
@@ -106,18 +106,18 @@ class Engine:
         on = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         return jax.jit(
             decode_loop.generate,
-            static_argnames="program",
+            static_argnames="spec",
             out_shardings=None if mesh is None else row_sharding(mesh),
             compiler_options=GPU_OPTIONS if on == "gpu" else None,
         )
 
-    def program(self, batch: Batch[np.ndarray]) -> Program:
+    def spec(self, batch: Batch[np.ndarray]) -> DecodeSpec:
         """What is fixed in a call of this batch."""
         waiting_B = np.reshape(batch.limit_B > 0, (self.shards, -1))
         pages = prompt_pages(batch, self.limits.page, self.shards)
         return self._sized(len(batch.limit_B), pages, int(waiting_B.sum(axis=1).max()))
 
-    def largest(self, requests: int, samples: int) -> tuple[CallShape, Program]:
+    def largest(self, requests: int, samples: int) -> tuple[CallShape, DecodeSpec]:
         """The largest call for that many requests, of which `samples` share a prompt."""
         limits, rows = self.limits, call_rows(requests, self.limits, self.shards)
         distinct = -(-requests // samples)
@@ -129,7 +129,7 @@ class Engine:
         shape = CallShape(rows, prompts, limits.max_prompt)
         return shape, self._sized(rows, rounded_pages(pages, limits.page), mine)
 
-    def lower(self, params: Params, shape: CallShape, program: Program) -> Any:
+    def lower(self, params: Params, shape: CallShape, spec: DecodeSpec) -> Any:
         """jax.stages.Lowered of a call; params are shapes with shardings, and no device need be there."""
         place = None if self.mesh is None else NamedSharding(self.mesh, WHOLE)
         ints = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=place)
@@ -138,13 +138,13 @@ class Engine:
         batch = cast(Any, Batch)(*prompts, rows, rows, rows)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=place)
-        return self.compiled.lower(params, batch, key, self.stops, program=program)
+        return self.compiled.lower(params, batch, key, self.stops, spec=spec)
 
-    def _sized(self, rows: int, pages: int, waiting: int) -> Program:
-        """The program of a call. waiting: the most rows that any shard has to decode."""
-        program = Program(self.model, self.mesh, self.limits, self.sampling, self.attention, pages)
-        slots = min(program.slots(rows // self.shards), slots_for(waiting))
-        return replace(program, first_slots=slots, compact=self.limits.max_new >= LONG)
+    def _sized(self, rows: int, pages: int, waiting: int) -> DecodeSpec:
+        """The spec of a call. waiting: the most rows that any shard has to decode."""
+        spec = DecodeSpec(self.model, self.mesh, self.limits, self.sampling, self.attention, pages)
+        slots = min(spec.slots(rows // self.shards), slots_for(waiting))
+        return replace(spec, first_slots=slots, compact=self.limits.max_new >= LONG)
 
 
 def pick(rollout: HostRollout, row_M: np.ndarray) -> HostRollout:
