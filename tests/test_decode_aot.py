@@ -19,6 +19,7 @@ from rosd_jax.rollout.pages import page_length
 from support import NEEDS_LIBTPU
 
 pytestmark = [
+    pytest.mark.optimized,
     pytest.mark.slow,
     NEEDS_LIBTPU,
 ]

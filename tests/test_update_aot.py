@@ -14,6 +14,7 @@ from rosd_jax.train.update import make_optimizer, make_update
 from support import NEEDS_LIBTPU
 
 pytestmark = [
+    pytest.mark.optimized,
     pytest.mark.slow,
     NEEDS_LIBTPU,
 ]
