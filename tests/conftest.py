@@ -7,9 +7,8 @@ from collections import Counter
 from support import QUICK_FLAGS, shared_dir
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK_FLAGS]
-)
+FLAGS = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {QUICK_FLAGS}"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,6 +16,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from rosd_jax.train.compiling import processor  # noqa: E402
+
+jax.devices()  # reads the flags, of which the TPU compiler, which reads them later, may not know all
+os.environ["XLA_FLAGS"] = FLAGS
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # As QUICK does for runs.
