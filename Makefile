@@ -1,12 +1,15 @@
 # make demo   trains the shipped tiny model by ROSD and prints before and after, on the CPU, or on an accelerator
 #             whose jax build is in .venv (README, the real run)
-# make test   the whole test suite (make test-fast leaves out what takes more than ten seconds)
+# make test   the test suite (make test-fast leaves out what takes more than ten seconds; make test-nightly
+#             runs what takes minutes, and make test leaves out)
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 BIN := .venv/bin
+# A file's tests run in one process, which shares what they compile; conftest.py puts the slow files first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # A jax that can drive a TPU looks for one for seconds, and complains where there is none.
 ACCELERATORS := $(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*)
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-nightly lint clean
 
 demo: export JAX_PLATFORMS ?= $(if $(ACCELERATORS),,cpu)
 demo: $(BIN)/.installed
@@ -14,10 +17,13 @@ demo: $(BIN)/.installed
 
 test: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not nightly"
 
 test-fast: $(BIN)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow and not nightly"
+
+test-nightly: $(BIN)/.installed-dev
+	$(PYTEST) -m nightly
 
 lint: $(BIN)/.installed-dev
 	$(BIN)/ruff check .

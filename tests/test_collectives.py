@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rosd_jax.models.sharding import make_mesh
 from rosd_jax.plan.collectives import Collective, count
 
+pytestmark = pytest.mark.optimized
 MESH = make_mesh(1, 8, 1)
 
 

@@ -22,6 +22,7 @@ from rosd_jax.rollout.sampler import Sampling
 from support import NEEDS_LIBTPU
 
 pytestmark = [
+    pytest.mark.optimized,
     pytest.mark.slow,
     NEEDS_LIBTPU,
 ]

@@ -5,7 +5,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from benchmarks import decode
 from rosd_jax.models.qwen3 import Qwen3Config
@@ -32,14 +31,7 @@ def test_sorting_finds_the_ids_that_bisection_finds():
     np.testing.assert_array_equal(decode.by_sorting(z_BV, u_B), bisected)
 
 
-@pytest.fixture
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def test_every_case_runs_and_reports_ours(tmp_path, quick_compiles):
+def test_every_case_runs_and_reports_ours(tmp_path):
     decode.main(["--out", str(tmp_path), "--rounds=1"], TINY)
     record = json.loads((tmp_path / "decode.json").read_text())
     assert list(record["cases"]) == ["fixed", "ragged", "evaluation", "prompts", "top_p"]

@@ -62,14 +62,6 @@ def batch():
     return pack(requests(), LIMITS, 1)[0].batch
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is asserted of values holds of any program; the ones about programs ask for the usual passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def alone():
     """Every sequence decoded together with all others, with pages for all."""
@@ -330,15 +322,14 @@ def compiled_loop(slots, max_new=2000):
     return given[2], decode.lower(*given).compile()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "slots, max_new, share",
     [(8, 2000, 0.15), (None, 2000, 0.15), (8, 200, 0.75), (None, 200, 0.75)],  # short: all of a layer is read
 )
 @pytest.mark.filterwarnings("ignore:Some donated buffers")  # the slots, of which fewer come back
 def test_the_cache_is_written_in_place(slots, max_new, share):
-    jax.config.update("jax_disable_most_optimizations", False)
     state, compiled = compiled_loop(slots, max_new=max_new)
-    jax.config.update("jax_disable_most_optimizations", True)
     X, page, W, E = state.cache_XPWE.shape[1:]
     big = [m for m in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())
            if np.prod([int(n) for n in m.split(",")]) >= X * page * W * E]  # fmt: skip

@@ -127,6 +127,7 @@ def test_no_program_holds_an_array_of_the_length_squared(platform, dtype):
     assert square(whole().as_text(), 300), "the check finds what it looks for"
 
 
+@pytest.mark.optimized
 def test_the_compiled_program_for_cpu_needs_no_memory_of_the_length_squared():
     array = jax.ShapeDtypeStruct((1, LONG, 2, 64), jnp.float32)
     gradient = jax.grad(lambda q, k, v: causal_attention(q, k, v).sum(), (0, 1, 2))

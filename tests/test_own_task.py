@@ -17,7 +17,7 @@ from rosd_jax.rewards import Grade, Grader, check, workers
 from rosd_jax.text import prompts
 from rosd_jax.text.wording import read_wording
 from rosd_jax.types import Problem
-from support import ROOT
+from support import ROOT, run_environment
 
 REWARDS = """
 import os, sys, time
@@ -387,13 +387,7 @@ def example(tmp_path_factory, cache):
         (folder / name).write_text(content)
     (commands,) = re.findall(r"```sh\n(.*?)```", DOC.read_text(), re.DOTALL)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {
-        "ROSD": str(ROOT),
-        "PATH": path,
-        "XLA_FLAGS": "",
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        **cache,
-    }
+    env = run_environment(ROSD=str(ROOT), PATH=path, XDG_CACHE_HOME=str(folder / "cache"), **cache)
 
     def run(*numbers, then=""):
         chosen = "\n".join(commands.splitlines()[n] for n in numbers) + then

@@ -106,6 +106,7 @@ def test_two_cores_never_meet():
     assert not simulator.races.races_found
 
 
+@pytest.mark.optimized
 def test_elsewhere_than_on_a_tpu_the_choice_is_xla():
     args = operands(LENGTHS, 4, 2, "float32")
     compiled = lambda **how: (

@@ -197,6 +197,7 @@ def test_what_is_resident_is_what_a_run_holds(small):
     assert planned_bytes == used
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_every_stage_of_the_demo_takes_what_is_planned_within_a_fifth():
     """The shipped model over two CPU devices, each stage against what its compiled program takes."""
@@ -211,6 +212,7 @@ def test_every_stage_of_the_demo_takes_what_is_planned_within_a_fifth():
     assert "unknown" in printed.as_text(found)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @NEEDS_LIBTPU
 def test_the_student_of_8b_takes_what_is_planned_within_a_fifth():
@@ -228,6 +230,7 @@ def test_the_student_of_8b_takes_what_is_planned_within_a_fifth():
 # --- FLOPs and lengths --------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 def test_flops_are_those_of_a_compiled_forward_pass():
     """One layer, since the compiler counts a scan's body once; it makes all T x T products on a CPU."""
     T = 128

@@ -40,7 +40,7 @@ from rosd_jax.text import spans
 from rosd_jax.text.thinking import outside_thinking
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.types import Problem
-from support import ROOT
+from support import ROOT, run_environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 FILE = Path(os.environ.get("ROSD_CASES_DIR", ROOT / "tests" / "cases")) / "reported.jsonl"
@@ -221,7 +221,7 @@ def resume_on_changed(case, grader, tmp_path, cache):
             f"--config.steps={steps}", f"--config.eval.sets=jsonl:{files['eval']}",
             "--config.validation.sets=",
         ]  # fmt: skip
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | cache
+        environment = run_environment(**cache)
         done = subprocess.run(
             [sys.executable, ROOT / "run.py", *arguments], env=environment, capture_output=True, text=True
         )

@@ -24,7 +24,7 @@ from rosd_jax.models.weights import load_params
 from rosd_jax.rewards import mcq
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train import workdir
-from support import ROOT
+from support import QUICK_FLAGS, ROOT, made_once, run_environment, shared_dir
 
 # ml_collections loads a config file by a method that Python will drop some day.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -58,7 +58,7 @@ class Run:
 
     def __init__(self, arguments, cwd, **environment):
         self.out, self.err = cwd / "stdout", cwd / "stderr"
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | environment
+        environment = run_environment(**environment)
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, ROOT / "run.py", *arguments],
@@ -91,11 +91,20 @@ def finish(arguments, cwd, **environment):
     return run.out.read_text()
 
 
+def finished_run(cache, tmp_path_factory):
+    """A run that nothing disturbed, made once a session: its directory, and what it printed."""
+
+    def make(path):
+        path.mkdir()
+        finish(arguments(tiny.model_dir(tmp_path_factory), path / "run"), path, **cache)
+
+    path = made_once(shared_dir(tmp_path_factory) / "finished", make)
+    return path / "run", (path / "stdout").read_text()
+
+
 @pytest.fixture(scope="module")
-def finished(model, cache, tmp_path_factory):
-    """A run that nothing disturbed: its directory, and what it printed."""
-    path = tmp_path_factory.mktemp("finished")
-    return path / "run", finish(arguments(model, path / "run"), path, **cache)
+def finished(cache, tmp_path_factory):
+    return finished_run(cache, tmp_path_factory)
 
 
 def read_lines(path):
@@ -254,7 +263,7 @@ def test_a_finished_run_can_be_evaluated_and_started_again(finished, model, cach
 @pytest.mark.slow
 def test_eight_devices_learn_what_one_learns(finished, model, tmp_path):
     fields = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, steps=2)
-    eight = "--xla_force_host_platform_device_count=8"
+    eight = f"{QUICK_FLAGS} --xla_force_host_platform_device_count=8"
     run = Run(arguments(model, tmp_path / "run", **fields), tmp_path, XLA_FLAGS=eight)
     assert run.end()[0] == 0  # XLA may remark on how it lays things out
     found, wanted = numbers(tmp_path / "run"), numbers(finished[0])[: 2 * len(SETS) + 2]

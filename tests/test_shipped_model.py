@@ -6,6 +6,7 @@ from benchmarks.gym_reflector import measure
 from support import ROOT
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_the_reflector_is_exact_and_the_solver_is_not():
     shares = measure(str(ROOT / "models" / "gym"), count=64)

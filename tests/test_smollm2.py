@@ -30,7 +30,7 @@ ANSWERS = {
         "The Red Planet is actually a planet in the solar system known as Mars."
     ),
 }
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 
 @pytest.fixture(scope="module")

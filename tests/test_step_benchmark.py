@@ -24,13 +24,6 @@ TINY = step.Contest(
 )
 
 
-@pytest.fixture
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("preset", ["span", "paper"])
 @pytest.mark.parametrize(("devices", "goal"), [(8, 1.55), (16, 2.0)])
 def test_the_planned_flops_are_near_the_ideal(preset, devices, goal):
@@ -86,7 +79,7 @@ def test_a_sample_of_the_rows_has_the_longest_and_the_shortest():
         step.taught_rows(step.CONTEST, "span", 10000)
 
 
-def test_the_loss_of_peers_is_ours(quick_compiles):
+def test_the_loss_of_peers_is_ours():
     rng = np.random.default_rng(0)
     student_ND, teacher_ND = rng.normal(0, 1.5, (2, 12, 8)).astype(np.float32)
     head_VD, other_VD = rng.normal(size=(2, 50, 8)).astype(np.float32)
@@ -146,7 +139,7 @@ def test_a_contestant_with_another_loss_is_refused():
 
 
 @pytest.mark.slow
-def test_stages_of_a_whole_step_are_measured(tmp_path, quick_compiles):
+def test_stages_of_a_whole_step_are_measured(tmp_path):
     small = replace(TINY, sizes=Sizes().scaled(1 / 64, prompts=2))
     step.main([f"--out={tmp_path}", "--cases=stages", "--rounds=1"], small)
     found = json.loads((tmp_path / "step.json").read_text())["stages"]
@@ -158,7 +151,7 @@ def test_stages_of_a_whole_step_are_measured(tmp_path, quick_compiles):
     assert stages["update"]["first_s"] > stages["update"]["s"]
 
 
-def test_the_gpu_script_measures_attention_and_an_update(quick_compiles):
+def test_the_gpu_script_measures_attention_and_an_update():
     found = step_gpu.attention(tiny=True)
     for name in ("xla", "reference"):
         assert max(found[name]["error"].values()) < 0.01 and found[name]["forward_backward_ms"]["n"] == 10

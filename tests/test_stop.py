@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_run import Run, arguments, assert_same_run, finish, read_lines
+from test_run import Run, arguments, assert_same_run, finish, finished_run, read_lines
 
 import tiny
 from rosd_jax.rewards import Grader
 from rosd_jax.types import Problem
-from support import ROOT
+from support import ROOT, run_environment
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 ANSWER_S = 2  # for the answer to a signal, on a busy machine
@@ -29,11 +29,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(model, cache, tmp_path_factory):
+def finished(cache, tmp_path_factory):
     """The directory of a run that nothing disturbed."""
-    path = tmp_path_factory.mktemp("finished")
-    finish(arguments(model, path / "run"), path, **cache)
-    return path / "run"
+    return finished_run(cache, tmp_path_factory)[0]
 
 
 def wait_until(holds, seconds):
@@ -95,7 +93,8 @@ def test_a_signal_while_modules_load_ends_the_run_at_once(number, model, tmp_pat
 
 
 def test_the_first_signal_stops_the_run_and_a_second_ends_it_at_once(model, tmp_path):
-    run = Run(arguments(model, tmp_path / "run"), tmp_path)  # nothing is compiled yet
+    slow = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    run = Run(arguments(model, tmp_path / "run"), tmp_path, **slow)  # nothing is compiled yet
     wait_for_lines(run, 1)
     time.sleep(0.5)
     send(run, signal.SIGINT)
@@ -142,7 +141,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 def test_a_run_in_the_terminal_obeys_its_keys_and_keeps_the_lines_whole(model, cache, tmp_path):
     code = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     command = [sys.executable, "-c", code, sys.executable, ROOT / "run.py"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TERM": "xterm"} | cache
+    environment = run_environment(TERM="xterm", **cache)
     run = subprocess.Popen(
         [*command, *arguments(model, tmp_path / "run")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, env=environment,
@@ -174,7 +173,7 @@ def read_until(stream, wanted):
 
 def pipe_closed_after(lines, command, cwd, **environment):
     """Runs the command with a reader of stdout that goes away: exit status and stderr."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | environment
+    environment = run_environment(**environment)
     command = [sys.executable, ROOT / "run.py", *command]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment

@@ -75,14 +75,6 @@ def generate(mesh=None, stops=STOPS, params=PARAMS, **limits):
     return engine.generate(params, requests, jax.random.key(3))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is asserted of values holds of any program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def free():
     return generate(stops=())

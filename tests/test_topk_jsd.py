@@ -384,6 +384,7 @@ def sizes_in_jaxpr(jaxpr):
                 yield from sizes_in_jaxpr(inner)
 
 
+@pytest.mark.optimized
 def test_no_array_is_larger_than_one_chunk_of_logits():
     args = operands(n=96, v=300)
     run = partial(value_and_grads, k=20, chunk=16, implementation="xla")
@@ -399,6 +400,7 @@ def count_matmuls(function, *args):
     return len(re.findall(r" dot\(", jax.jit(function).lower(*args).compile().as_text()))
 
 
+@pytest.mark.optimized
 def test_matmuls_two_for_the_value_three_for_a_frozen_head_four_in_all():
     args = operands()[:5]
     loss = lambda *args: topk_jsd_loss(*args, k=20, chunk=8)[0]

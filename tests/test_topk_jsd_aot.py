@@ -9,7 +9,7 @@ from rosd_jax.kernels.topk_jsd import pallas_tpu, topk_jsd_from_logits, topk_jsd
 from rosd_jax.kernels.topk_jsd.records import Options
 from support import NEEDS_LIBTPU
 
-pytestmark = NEEDS_LIBTPU
+pytestmark = [pytest.mark.optimized, NEEDS_LIBTPU]
 
 # As a share of the matmuls' time at the width of Qwen3-8B. A core of v6e has the vector units of v5p and
 # four times its matrix units.

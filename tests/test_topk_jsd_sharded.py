@@ -279,6 +279,7 @@ def collectives(text):
 
 
 @pytest.mark.parametrize("place", [ROWS_2D, VOCAB_2], ids=str)
+@pytest.mark.optimized
 def test_matmuls_and_what_is_exchanged(place):
     texts = {argnums: compiled(place, argnums) for argnums in ((), (0,), (0, 1))}
     assert [len(re.findall(r" dot\(", text)) for text in texts.values()] == [2, 3, 4]

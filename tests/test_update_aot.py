@@ -14,6 +14,7 @@ from rosd_jax.train.update import make_optimizer, make_update
 from support import NEEDS_LIBTPU
 
 pytestmark = [
+    pytest.mark.optimized,
     pytest.mark.slow,
     NEEDS_LIBTPU,
 ]
@@ -38,6 +39,7 @@ def chips(topology: str):
     return read_topology(topology).devices
 
 
+@cache
 def lowered(shape: tuple[int, int, int], **fields):
     """The update's functions, lowered for eight chips."""
     config = default_config()
@@ -53,34 +55,42 @@ def lowered(shape: tuple[int, int, int], **fields):
         return {name: function.lower() for name, function in traced.items()}
 
 
+@cache
+def compiled(name: str, shape: tuple[int, int, int], **fields):
+    """One of them, compiled once for all tests."""
+    return lowered(shape, **fields)[name].compile()
+
+
+def used(name: str, shape: tuple[int, int, int], **fields):
+    """The memory that one of them takes on a chip."""
+    return compiled(name, shape, **fields).memory_analysis()
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)])
 def test_the_update_compiles_on_every_mesh_of_eight_chips(shape):
     programs = lowered(shape)
     heads = NANO.num_attention_heads // shape[2]
     for name, length in (("teach", T), ("learn", S)):
         assert "splash" in programs[name].as_text()
-        temporaries = programs[name].compile().memory_analysis().temp_size_in_bytes
+        temporaries = used(name, shape).temp_size_in_bytes
         assert temporaries < 4 * heads * length**2  # bytes that float32 scores of one layer would take
     for name in ("align", "apply"):
-        programs[name].compile()
+        compiled(name, shape)
 
 
-@pytest.mark.slow
 def test_what_is_kept_off_the_chips_is_off_them():
-    plain, host = lowered((1, 8, 1)), lowered((1, 8, 1), **{"model.frozen": "host"})
-    used = lambda program: program.compile().memory_analysis()
-    whole = used(plain["teach"]).argument_size_in_bytes
-    assert used(host["teach"]).argument_size_in_bytes < whole / 4
-    assert used(host["teach"]).host_argument_size_in_bytes > whole / 2
+    shape = (1, 8, 1)
+    whole = used("teach", shape).argument_size_in_bytes
+    host = used("teach", shape, **{"model.frozen": "host"})
+    assert host.argument_size_in_bytes < whole / 4
+    assert host.host_argument_size_in_bytes > whole / 2
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_adapters_take_no_memory_for_what_does_not_learn(shape):
     """No gradient, no moment and no float32 copy of a weight of the frozen model."""
-    plain, adapted = lowered(shape), lowered(shape, **{"model.lora.rank": 8})
-    used = lambda program: program.compile().memory_analysis()
     for name in ("learn", "apply"):
-        whole, own = used(plain[name]), used(adapted[name])
+        whole, own = used(name, shape), used(name, shape, **{"model.lora.rank": 8})
         assert own.output_size_in_bytes < whole.output_size_in_bytes / 5
         assert own.argument_size_in_bytes < whole.argument_size_in_bytes * {"learn": 0.5, "apply": 0.2}[name]
         assert own.temp_size_in_bytes < 1.25 * whole.temp_size_in_bytes + 2**20

@@ -13,6 +13,7 @@ import numpy as np
 from rosd_jax.gym import pretrain
 from rosd_jax.gym import problems as gym
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from support import made_once, shared_dir
 
 NUMBERS = {str(n): 1 / gym.MODULUS for n in range(gym.MODULUS)}
 FOLLOWS = {
@@ -65,9 +66,10 @@ def make_params(config: Qwen3Config, tokenizer):
 
 def model_dir(tmp_path_factory) -> Path:
     """The directory, written once a session."""
-    path = tmp_path_factory.getbasetemp() / "tiny-model"
-    if not path.exists():
-        tokenizer = pretrain.build_tokenizer()
-        config = model_config(tokenizer)
-        pretrain.write(path, make_params(config, tokenizer), config, tokenizer)
-    return path
+    return made_once(shared_dir(tmp_path_factory) / "tiny-model", write)
+
+
+def write(path: Path) -> None:
+    tokenizer = pretrain.build_tokenizer()
+    config = model_config(tokenizer)
+    pretrain.write(path, make_params(config, tokenizer), config, tokenizer)
