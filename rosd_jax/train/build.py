@@ -14,15 +14,15 @@ from rosd_jax.train.compiling import keep_programs
 from rosd_jax.train.devices import check_rows, deal_cores
 from rosd_jax.train.engines import Ends, make_engines
 from rosd_jax.train.inputs import Inputs
-from rosd_jax.train.step import Tools
+from rosd_jax.train.step import Runtime
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import make_optimizer, make_update
 
 TASK_METRICS = {"gym": quote_exact}  # by the kind of the training problems
 
 
-def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Tools, Trees]:
-    """The tools of a run, and what makes its trees. Loads no weights yet."""
+def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Runtime, Trees]:
+    """The runtime of a run, and what makes its trees. Loads no weights yet."""
     if config.model.dtype == "float32":  # else an accelerator rounds float32 operands to 10 bits or fewer
         jax.config.update("jax_default_matmul_precision", "highest")
     keep_programs(config.compile_cache)
@@ -37,7 +37,7 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Tools, Tree
         logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
     ends = Ends(inputs.tokenizer.stop_ids, inputs.stops)
     longest = max(len(ids) for _, ids in inputs.train)
-    tools = Tools(
+    runtime = Runtime(
         config=config,
         model=model,
         tokenizer=inputs.tokenizer,
@@ -52,4 +52,4 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Tools, Tree
         task_metrics=TASK_METRICS.get(inputs.train[0][0].kind),
         update=make_update(config, model, optimizer, mesh, trees.shardings),
     )
-    return tools, trees
+    return runtime, trees

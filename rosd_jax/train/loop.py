@@ -38,7 +38,7 @@ from rosd_jax.train.build import build
 from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.inputs import Inputs, Split, headline, read_inputs, trained_on
 from rosd_jax.train.metrics import Console, MetricsLog
-from rosd_jax.train.step import Tools, train_step
+from rosd_jax.train.step import Runtime, train_step
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import learner
 from rosd_jax.types import HostRollout, Params, Reflected, Stream, TrainState
@@ -48,7 +48,7 @@ from rosd_jax.types import HostRollout, Params, Reflected, Stream, TrainState
 class Run:
     """What all parts of a run need and none changes."""
 
-    tools: Tools
+    runtime: Runtime
     inputs: Inputs
     directory: Path
     log: MetricsLog
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def config(self) -> Settings:
-        return self.tools.config
+        return self.runtime.config
 
 
 def train(config: Settings, directory: Path) -> None:
@@ -70,7 +70,7 @@ def train(config: Settings, directory: Path) -> None:
     compiled = Compiled()
     with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         history.require_checkpoint(directory, config)
-        tools, trees = build(config, inputs, grader)
+        runtime, trees = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory)
         check_disk(directory, manager, trees, config)
         state, start = begin(config, manager, trees, origins)
@@ -78,8 +78,8 @@ def train(config: Settings, directory: Path) -> None:
         console = Console(config.steps, start)
         log = resume(directory, config, inputs, start, console)
         meta = checkpoint.run_meta(config, origins)
-        run = Run(tools, inputs, directory, log, console, manager, compiled, meta)
-        with jax.set_mesh(tools.mesh), stopping.deferred(directory):  # the model lays activations along it
+        run = Run(runtime, inputs, directory, log, console, manager, compiled, meta)
+        with jax.set_mesh(runtime.mesh), stopping.deferred(directory):  # the model lays activations along it
             state = take_steps(run, state, frozen_params, start)
             stopping.check()
             export(run, learner(state.params, frozen_params, config), directory / "export", config.steps)
@@ -141,13 +141,13 @@ def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> 
 
 def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> TrainState:
     """Step number `step` (from 0), with its lines written under number step + 1."""
-    began, timeouts = time.perf_counter(), run.tools.grader.timeouts
+    began, timeouts = time.perf_counter(), run.runtime.grader.timeouts
     prompts = batch_at(run.inputs.train, step, run.config.seed, run.config.batch.prompts)
     state, numbers, reflected, weight_BR = train_step(
-        run.tools, state, frozen_params, prompts, step, run.console.stage
+        run.runtime, state, frozen_params, prompts, step, run.console.stage
     )
     workdir.write_rollouts(run.directory, step + 1, rollout_rows(reflected, weight_BR))
-    numbers["grader_timeouts"] = run.tools.grader.timeouts - timeouts
+    numbers["grader_timeouts"] = run.runtime.grader.timeouts - timeouts
     numbers["seconds"] = time.perf_counter() - began
     numbers["programs_compiled"], numbers["seconds_compiling"] = run.compiled.since()
     run.log.write(step + 1, "train", numbers)
@@ -194,11 +194,11 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
         stopping.check()
         encoded = run.inputs.sets(split)[name]
         run.console.stage(f"{split} {name}")
-        key = jax.random.fold_in(Stream.EVAL.key(run.tools.key), step)
+        key = jax.random.fold_in(Stream.EVAL.key(run.runtime.key), step)
         key = jax.random.fold_in(key, zlib.crc32(f"{split}/{name}".encode()))
 
         def sample(requests: Sequence[Request], key: jax.Array = key) -> HostRollout:
-            rollout = run.tools.engines.evaluation.generate(params, requests, key)
+            rollout = run.runtime.engines.evaluation.generate(params, requests, key)
             stopping.check()  # before the grading
             return rollout
 
@@ -207,9 +207,9 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
             [problem for problem, _ in encoded],
             [ids for _, ids in encoded],
             sample,
-            partial(run.tools.grader.grade_all, thinking_open=run.tools.student_thinking_open),
-            run.tools.tokenizer.decode,
-            votes=run.tools.grader.votes,
+            partial(run.runtime.grader.grade_all, thinking_open=run.runtime.student_thinking_open),
+            run.runtime.tokenizer.decode,
+            votes=run.runtime.grader.votes,
             samples=c.samples,
         )
         write_generations(run.directory, step, name, generations, split)
@@ -272,7 +272,7 @@ def evaluate_only(config: Settings, directory: Path) -> None:
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
     with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
-        tools, trees = build(config, inputs, grader)
+        runtime, trees = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory)
         if exported:
             state, at = trees.first(), history.exported_step(directory) or 0
@@ -289,8 +289,8 @@ def evaluate_only(config: Settings, directory: Path) -> None:
             what = f"{config.model.path}, the model of step {at}, since the checkpoints are gone"
         console.say(f"{config.name}: evaluates {what}, in {directory}")
         log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: True)
-        run = Run(tools, inputs, directory, log, console, manager, Compiled(), {})
-        with jax.set_mesh(tools.mesh), stopping.deferred(directory):
+        run = Run(runtime, inputs, directory, log, console, manager, Compiled(), {})
+        with jax.set_mesh(runtime.mesh), stopping.deferred(directory):
             score(run, "eval", inputs.evals, params, at)
             console.close()
             print(write_report(directory, trained_on(config)))
