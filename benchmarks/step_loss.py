@@ -2,7 +2,7 @@
 
 It imports JAX only, since a peer's interpreter may lack this project.
 
-V vocabulary, K buckets (the top k and the tail); other dimensions are free.
+Dimensions: V vocabulary, K buckets (the top k and the tail). All others are free.
 """
 
 import math

@@ -15,7 +15,8 @@ and answers {"loss": the mean over active tokens before the update, "cpu_s": pro
     trl     SDPOTrainer's own loss (JSD of the student's top k with a tail, capped ratio), training_step
             and optimizer, on given rollouts
 
-B rows, P tokens of a prompt, R of a response, T of both, D width, V vocabulary.
+Dimensions: B rows, P tokens of a prompt, Q of a teacher's prompt, R of a response, T of prompt and response,
+D width, V vocabulary.
 """
 
 # pyright: reportMissingImports=false

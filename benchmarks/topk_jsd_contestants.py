@@ -5,7 +5,7 @@ weight [N]) that returns the loss and its gradients in the student's hidden stat
 matmuls and ours skip rows of weight 0; the others compute every row, as the released code of the method
 does. All run at alpha 0.5 and temperature 1, with the tail bucket.
 
-N rows, C rows of a chunk, D width, V vocabulary, K buckets (the top k and the tail).
+Dimensions: N rows, C rows of a chunk, D width, V vocabulary, K buckets (the top k and the tail).
 """
 
 import math

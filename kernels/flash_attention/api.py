@@ -1,6 +1,6 @@
 """The public function: checks, and the choice of implementation.
 
-B rows, T positions, H query heads, K key-value heads, E width of a head.
+Dimensions: B rows, T positions, H query heads, K key-value heads, E width of a head.
 """
 
 from __future__ import annotations

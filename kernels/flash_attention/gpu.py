@@ -1,6 +1,6 @@
 """cuDNN's flash attention, as JAX offers it.
 
-B rows, T positions, H query heads, K key-value heads, E width of a head.
+Dimensions: B rows, T positions, H query heads, K key-value heads, E width of a head.
 """
 
 from __future__ import annotations

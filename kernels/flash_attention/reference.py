@@ -1,7 +1,7 @@
 """The definition, with all T x T scores at once: the oracle of the tests.
 
-B rows, T positions of queries, S positions of keys, H query heads, K key-value heads, G query heads of a
-group (those that share a key-value head), E width of a head.
+Dimensions: B rows, T positions of queries, S positions of keys, H query heads, K key-value heads, G query
+heads that share a key-value head, E width of a head.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Splash attention, the TPU kernel that JAX ships: lengths padded to its blocks, queries scaled.
 
-B rows, T positions, H query heads, K key-value heads, E width of a head.
+Dimensions: B rows, T positions, H query heads, K key-value heads, E width of a head.
 """
 
 from __future__ import annotations

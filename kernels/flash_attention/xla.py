@@ -4,8 +4,8 @@ The scores of one block exist at a time, [B, H, QUERIES, keys]; the backward pas
 Queries are cut into SPANS, each of which reads keys only as far as its own end. Of the T x T products, half
 of which a causal mask needs, (1 + 1 / SPANS) / 2 are computed.
 
-B rows, T positions of the sequence, Q queries of a span or block, S keys that it reads, H query heads,
-K key-value heads, G query heads of a group, E width of a head, N blocks of a span.
+Dimensions: B rows, T positions of the sequence, Q queries of a span or block, S keys that it reads, H query
+heads, K key-value heads, G query heads that share a key-value head, E width of a head, N blocks of a span.
 """
 
 from __future__ import annotations

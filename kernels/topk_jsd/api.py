@@ -8,7 +8,7 @@ Only first derivatives in reverse mode: forward mode raises TypeError and a seco
 NotImplementedError, except with implementation="reference", which has both. Under `jax.vmap` a trip takes
 `chunk` rows of every set.
 
-N rows, D model width (that of the teacher may differ), V vocabulary.
+Dimensions: N rows, D model width (the teacher's may differ), V vocabulary.
 """
 
 from __future__ import annotations

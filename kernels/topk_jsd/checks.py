@@ -1,6 +1,6 @@
 """Reads the arguments of the public functions: arrays, plain numbers, and one sentence for each mistake.
 
-N rows, D model width, V vocabulary.
+Dimensions: N rows, D model width, V vocabulary.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ its trip.
 The row kernel turns logits into divergence and gradient: an implementation of `row_terms` for the
 hardware. It knows nothing of models, and this file knows nothing of divergences.
 
-N rows of the call, M the same padded to whole chunks, C rows of one chunk, D model width, V vocabulary,
-S sets of rows under vmap.
+Dimensions: N rows of the call, M these padded to whole chunks, C rows of one chunk, D model width,
+V vocabulary, S sets of rows under vmap.
 """
 
 from __future__ import annotations

@@ -21,8 +21,10 @@ sort, scan, gather or scatter. Division is Mosaic GPU's, good to 2 units in the 
 temperature other than 1, ties that rounding makes or breaks may be decided differently than in XLA.
 Checked in the interpreter and on an H200.
 
-C rows, V vocabulary, F fields of a row (its scalar inputs or results). Inside the kernel, arrays are
-[LANES] unless called otherwise.
+Inside the kernel, arrays are [LANES] unless called otherwise.
+
+Dimensions: C rows, V vocabulary, F fields of a row (its scalar inputs or results), N rows in the fields of
+a record.
 """
 
 from __future__ import annotations

@@ -16,8 +16,10 @@ This is the short way. Where a bin held more than three of the k largest, where 
 or where a block mixes rows with and without a weight, the same passes run over the whole row instead:
 the long way, slower and as exact. Nothing is sorted, gathered or scattered.
 
-C rows of the call, R rows of one block, V vocabulary, F fields of a row (its scalar inputs or results,
-which fill one vector of LANES). Inside the kernel, numbers of a row are [R, 1].
+Inside the kernel, numbers of a row are [R, 1], with R rows of one block.
+
+Dimensions: C rows of the call, V vocabulary, F fields of a row (its scalar inputs or results in one vector
+of LANES), N rows in the fields of a record.
 """
 
 from __future__ import annotations

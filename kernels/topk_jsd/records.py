@@ -1,6 +1,6 @@
 """The records that the modules of this folder pass to each other.
 
-N: the rows of whoever holds the record, all rows of a call or those of one chunk.
+Dimensions: N rows of whoever holds the record (all of a call or those of one chunk).
 """
 
 from __future__ import annotations

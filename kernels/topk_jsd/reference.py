@@ -15,7 +15,7 @@ in gradient.
 Works in float32, or in float64 under x64. It shares no arithmetic with the fast versions, down to the
 constants: a mistake that both made would pass every test that compares them.
 
-N rows, D model width, V vocabulary, K buckets.
+Dimensions: N rows, D model width, V vocabulary, K buckets.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 a batch of row sets becomes one longer set, since rows are independent. So no kernel needs a batching rule,
 and what is decided once for all rows of a call (a tie, a dead block) stays a branch.
 
-C rows, V vocabulary.
+Dimensions: C rows, V vocabulary.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ then small, and stays in cache. `selection.py` chooses S.
 With `axis` the vocabulary is split along that mesh axis (under shard_map), lower ids on lower shards.
 Each shard holds its columns; maxima and sums of rows are exchanged, in as few messages as possible.
 
-C rows, V vocabulary (with `axis`, this shard's part of it).
+Dimensions: C rows, V vocabulary (with `axis` this shard's part of it), N rows in the fields of a record.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ The ids of a row are dealt into bins, each of which keeps its three largest scor
 they kept is found by bisection on the bits. Where a bin dropped a score that counts, the search is repeated
 over the whole row.
 
-C rows, V vocabulary, B bins, M candidates of a row, K scores that a shard offers, S shards of the vocabulary.
+Dimensions: C rows, V vocabulary, B bins, M candidates of a row, K scores that a shard offers, S shards of
+the vocabulary.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ shard (`selection.py`) and the hidden states' gradient.
 Gradients are computed in the forward pass inside one shard_map. Nothing differentiates through it, so
 replication need not be tracked (check_vma=False).
 
-N rows, D model width, V vocabulary, in all or on one device.
+Dimensions: N rows, D model width, V vocabulary.
 """
 
 from __future__ import annotations

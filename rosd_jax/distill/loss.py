@@ -1,6 +1,6 @@
 """The loss of one set of rows: `kernels/topk_jsd` with the method's defaults.
 
-N rows, D model width, V vocabulary.
+Dimensions: N rows, D model width, V vocabulary.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The update needs only one of these, the mean over active tokens, which it takes in NumPy. The others make
 the released losses comparable: tests/golden records them in every mode.
 
-B sequences, T tokens.
+Dimensions: B sequences, T tokens.
 """
 
 from __future__ import annotations
