@@ -151,7 +151,8 @@ def write_inputs(folder: Path, contest: Contest, lengths: Lengths) -> None:
     # Matrices so large that a teacher who sees more says something else.
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, params)
     save_pretrained(folder / "model", params, contest.model)
-    np.savez(folder / "rows.npz", **vars(lesson(lengths, contest.model.vocab_size)))
+    rows = vars(lesson(lengths, contest.model.vocab_size))
+    np.savez(folder / "rows.npz", **rows, response_len_B=lengths.response_B)
     (folder / "settings.json").write_text(json.dumps(contest.settings()))
 
 

@@ -45,7 +45,7 @@ def ours(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     import jax
 
     jax.config.update("jax_num_cpu_devices", settings["devices"])
-    from rosd_jax.config import default_config
+    from rosd_jax.config import default_config, validate
     from rosd_jax.models.families import read_config
     from rosd_jax.models.sharding import make_mesh
     from rosd_jax.train.trees import Trees
@@ -57,6 +57,7 @@ def ours(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     config.loss.update(topk=settings["k"], ratio_cap=settings["cap"], chunk=settings["chunk"])
     config.optimizer.update(lr=settings["lr"], warmup_steps=0)
     config.update_from_flattened_dict(settings["limits"])
+    config = validate(config)
     model = read_config(folder / "model", num_tokens=None, dtype="float32", remat="none")
     mesh = make_mesh(-1, 1, 1)
     optimizer = make_optimizer(config)
@@ -64,7 +65,7 @@ def ours(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     state = trees.first()
     frozen = trees.frozen(state)
     update = make_update(config, model, optimizer, mesh, trees.shardings)
-    lesson = Lesson(**rows)
+    lesson = Lesson(**{name: x for name, x in rows.items() if name != "response_len_B"})
 
     def step() -> float:
         nonlocal state

@@ -162,7 +162,6 @@ def lesson(lengths: Lengths, vocab: int, seed: int = 0) -> Lesson:
         teacher_prompt_BQ=padded(Q, lengths.teacher_prompt_B),
         teacher_prompt_len_B=lengths.teacher_prompt_B.astype(np.int32),
         response_BR=padded(R, lengths.response_B),
-        response_len_B=lengths.response_B.astype(np.int32),
         weight_BR=inside(lengths.first_B, lengths.last_B).astype(np.float32),
         sampler_logp_BR=logp_BR.astype(np.float32),
     )

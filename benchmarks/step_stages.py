@@ -83,7 +83,10 @@ class Step:
         )
         self.update = make_update(config, model, optimizer, self.mesh, trees.shardings)
         rng = np.random.default_rng(0)
-        ids = lambda count: rng.integers(2, model.vocab_size, count).tolist()
+
+        def ids(count: int) -> list[int]:
+            return rng.integers(2, model.vocab_size, count).tolist()
+
         G = workload.sizes.samples
         self.prompts = [prompt for n in self.lengths.prompt_B[::G] for prompt in [ids(n)] * G]
         self.teacher_prompts = [ids(n) for n in self.lengths.teacher_prompt_B]
@@ -122,7 +125,6 @@ class Step:
             teacher_BQ,
             teacher_len_B,
             rollout.tokens_BR,
-            rollout.length_B,
             taught_BR.astype(np.float32),
             rollout.logp_BR,
         )
@@ -144,17 +146,26 @@ def random_trees(
 ) -> tuple[TrainState, Params, Trees]:
     """A first state and a frozen tree of random weights, made where they lie."""
     trees = Trees(config, model, mesh, optimizer)
-    start = lambda key: init_state(learning_params(config, model, key), optimizer)
-    base = lambda key: jax.tree.map(lambda x: x.astype(model.dtype), init_params(model, key))
+
+    def start(key: jax.Array) -> TrainState:
+        return init_state(learning_params(config, model, key), optimizer)
+
+    def base(key: jax.Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(model.dtype), init_params(model, key))
+
     state = jax.jit(start, out_shardings=trees.shardings)(jax.random.key(0))
-    return state, jax.jit(base, out_shardings=trees.frozen_shardings)(jax.random.key(0)), trees
+    frozen = jax.jit(base, out_shardings=trees.frozen_shardings)(jax.random.key(0))
+    return state, frozen, trees
 
 
 def measure(workload: Workload, config: Settings, model: Qwen3Config, rounds: int = 1) -> dict[str, Any]:
     """Seconds of each stage, in a first step that compiles and in `rounds` more, and what they amount to."""
-    step, device = Step(workload, config, model), jax.devices()[0]
+    step = Step(workload, config, model)
+    device = jax.devices()[0]
     spent: dict[str, list[float]] = {stage: [] for stage in STAGES}
-    compiled, compiles, peaks = Compiled(), {}, {}
+    compiled = Compiled()
+    compiles = {}
+    peaks = {}
 
     def timed(stage: str, call: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -164,10 +175,12 @@ def measure(workload: Workload, config: Settings, model: Qwen3Config, rounds: in
         compiles.setdefault(stage, compiled.since())
         return result
 
-    for _ in range(rounds + 1):
+    def whole_step() -> tuple[HostRollout, HostRollout, float]:
         rollout = timed("rollouts", step.rollouts)
         answers = timed("reflections", partial(step.reflections, rollout))
-        loss = timed("update", partial(step.learn, rollout))
+        return rollout, answers, timed("update", partial(step.learn, rollout))
+
+    *_, (rollout, answers, loss) = [whole_step() for _ in range(rounds + 1)]
     if not np.isfinite(loss):
         raise ValueError(f"the loss is {loss}")
     times = {stage: float(np.median(some[1:])) for stage, some in spent.items()}

@@ -153,7 +153,6 @@ class Lesson:
     teacher_prompt_BQ: np.ndarray  # int32, right-padded: what the teacher sees
     teacher_prompt_len_B: np.ndarray  # int32
     response_BR: np.ndarray  # int32
-    response_len_B: np.ndarray  # int32
     weight_BR: np.ndarray  # float32: 1 where the loss lies, 0 elsewhere
     sampler_logp_BR: np.ndarray  # float32: log-probs that the sampler reported
 

@@ -1,4 +1,4 @@
-"""Array names end in letters of dimensions; each module of the engine says at its head what they mean."""
+"""Array names end in letters of dimensions; modules of engine and kernels explain them at the head."""
 
 import ast
 import re
@@ -9,7 +9,12 @@ from support import ROOT
 
 MODULES = sorted(
     path
-    for folder in ("rosd_jax/rollout", "kernels/paged_attention")
+    for folder in (
+        "rosd_jax/rollout",
+        "kernels/paged_attention",
+        "kernels/topk_jsd",
+        "kernels/flash_attention",
+    )
     for path in (ROOT / folder).glob("*.py")
     if path.name != "__init__.py"
 )

@@ -303,7 +303,6 @@ def test_trips_are_those_of_the_update(small):
         teacher_prompt_BQ=np.ones((B, lengths.teacher), np.int32),
         teacher_prompt_len_B=np.full(B, lengths.teacher),
         response_BR=np.ones((B, R), np.int32),
-        response_len_B=np.array(lengths.response_B),
         weight_BR=held.astype(np.float32),
         sampler_logp_BR=np.zeros((B, R), np.float32),
     )

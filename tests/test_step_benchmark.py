@@ -101,7 +101,8 @@ def test_the_loss_of_peers_is_ours():
 
 
 def test_padded_sequences_hold_each_row_once():
-    rows = vars(lesson(draw(Sizes().scaled(1 / 64, prompts=2), "span", seed=0), 100))
+    lengths = draw(Sizes().scaled(1 / 64, prompts=2), "span", seed=0)
+    rows = vars(lesson(lengths, 100)) | {"response_len_B": lengths.response_B}
     for who, prompt in (("", "prompt_BP"), ("teacher_", "teacher_prompt_BQ")):
         right, length_B = step_peers.sequences(rows, who, left=False)
         left, mask_BT = step_peers.sequences(rows, who, left=True)

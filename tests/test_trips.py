@@ -21,7 +21,6 @@ def make_lesson(seed, rows=13, P=40, Q=90, R=300):
         teacher_prompt_BQ=rng.integers(1, 99, (rows, Q)).astype(np.int32),
         teacher_prompt_len_B=rng.integers(1, Q + 1, rows).astype(np.int32),
         response_BR=rng.integers(1, 99, (rows, R)).astype(np.int32),
-        response_len_B=np.full(rows, R, np.int32),
         weight_BR=weight_BR,
         sampler_logp_BR=rng.normal(-3, 1, (rows, R)).astype(np.float32),
     )

@@ -92,7 +92,6 @@ def make_lesson(seed=0, **fields):
         teacher_prompt_BQ=ids(B, Q),
         teacher_prompt_len_B=rng.integers(1, Q + 1, B).astype(np.int32),
         response_BR=ids(B, R),
-        response_len_B=length_B,
         weight_BR=weight_BR,
         sampler_logp_BR=rng.normal(-4, 1, (B, R)).astype(np.float32),
     )
@@ -439,7 +438,7 @@ def test_on_policy_rollouts_have_ratio_one():
     weight_BR = (np.arange(R) < rollout.length_B[:, None]).astype(np.float32)
     assert 0 < weight_BR.mean() < 1
     lesson = make_lesson(
-        response_BR=rollout.tokens_BR, response_len_B=rollout.length_B,
+        response_BR=rollout.tokens_BR,
         sampler_logp_BR=rollout.logp_BR, weight_BR=weight_BR,
     )  # fmt: skip
     metrics = step(lesson)[1]

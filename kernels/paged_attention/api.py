@@ -6,6 +6,7 @@ page, W = 2 K, M pages of a table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -77,6 +78,7 @@ def write_and_attend(
         raise ValueError(f"implementation is {implementation!r}, not one of {', '.join(_IMPLEMENTATIONS)}")
     if implementation:
         return _IMPLEMENTATIONS[implementation](operands)
+    kernels: dict[str, Callable[[Operands], tuple[jax.Array, jax.Array]]]
     kernels = {"tpu": pallas_tpu.write_and_attend} if q_BHE.shape[-1] % LANES == 0 else {}
     if _on_hopper() and _fits_gpu(q_BHE, cache_XPWE):
         kernels["cuda"] = _pallas_gpu

@@ -256,7 +256,7 @@ def _product(shape: tuple[int, int], a_smem: Any, b_smem: Any) -> jax.Array:
         plgpu.wgmma(sum_ref, a_smem, b_smem)
         return sum_ref[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _weigh(softmax: _Softmax, score: jax.Array, last: Any, width: int) -> tuple[_Softmax, jax.Array]:

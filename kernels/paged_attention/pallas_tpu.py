@@ -83,7 +83,7 @@ class Group(NamedTuple):
     """The live rows of one grid step: number r stands at first + r of table and positions."""
 
     first: jax.Array
-    count: jax.Array
+    rows: jax.Array
     page_ref: Any  # [GROUPS R, M]
     position_ref: Any
     cache_ref: Any
@@ -128,8 +128,8 @@ def _write(group: Group, new_ref: Any, sem: Any) -> None:
         at = group.position(r)
         return pltpu.make_async_copy(new_ref.at[r], group.page(r, lax.div(at, P)).at[lax.rem(at, P)], sem)
 
-    lax.fori_loop(0, group.count, lambda r, _: copy(r).start(), None)
-    lax.fori_loop(0, group.count, lambda r, _: copy(r).wait(), None)
+    lax.fori_loop(0, group.rows, lambda r, _: copy(r).start(), None)
+    lax.fori_loop(0, group.rows, lambda r, _: copy(r).wait(), None)
 
 
 def _copies(group: Group, r: jax.Array, wave: jax.Array, slot: jax.Array, act: str) -> None:
@@ -150,12 +150,12 @@ def _send(group: Group, ahead: tuple[jax.Array, jax.Array], slot: jax.Array) -> 
     r, wave = ahead
     pages, P = group.buffer_ref.shape[1], group.cache_ref.shape[1]
 
-    @pl.when(r < group.count)
+    @pl.when(r < group.rows)
     def _():
         _copies(group, r, wave, slot, "start")
 
     last = (wave + 1) * pages * P > group.position(r)
-    return jnp.where(last, jnp.minimum(r + 1, group.count), r), jnp.where(last, 0, wave + 1)
+    return jnp.where(last, jnp.minimum(r + 1, group.rows), r), jnp.where(last, 0, wave + 1)
 
 
 def _attend(group: Group, q_HE: jax.Array, r: jax.Array, slot: jax.Array, ahead: tuple[jax.Array, jax.Array]):

@@ -253,7 +253,7 @@ def _step(weights: Weights, sequences: Sequences, state: State, *, spec: DecodeS
     inputs = StepInputs(slot.token, scheduler.position(state), state.slots.table_SM)
     hidden_SD, cache_XPWE = decode_step(spec.decoder, weights, inputs, state.cache_XPWE)
     logits_SV, axis = local_logits(spec.decoder, weights, hidden_SD)
-    u_S = sequences.u_BR.at[slot.sequence, slot.count].get(mode="clip")
+    u_S = sequences.u_BR.at[slot.sequence, slot.generated].get(mode="clip")
     token_S, logp_S = sample(
         logits_SV, u_S, temperature=sampling.temperature, top_p=sampling.top_p, axis=axis
     )

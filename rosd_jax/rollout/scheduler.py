@@ -133,7 +133,7 @@ def admit_all(state: State, start: Start, layers: int) -> State:
     slot = Slot(
         sequence=jnp.where(start.limit > 0, sequence_S, S),
         token=start.token,
-        count=zero_S,
+        generated=zero_S,
         match=zero_S,
         prompt_len=start.prompt_len,
         limit=start.limit,
@@ -177,7 +177,7 @@ def _admit_next(state: State, sequences: Sequences, layers: int) -> State:
     slot = Slot(
         sequence=sequence,
         token=start.token,
-        count=zero,
+        generated=zero,
         match=zero,
         prompt_len=start.prompt_len,
         limit=start.limit,
@@ -275,7 +275,7 @@ def record(
 ) -> tuple[State, jax.Array]:
     """Keeps the live slots' tokens; bool [S]: which sequences end, by a stop or at their limit."""
     live_S, slot, out = live(state), state.slots.columns, state.out
-    count_S = slot.count + 1
+    count_S = slot.generated + 1
     stop_S = jnp.any(token_S[:, None] == jnp.array(stop_ids, jnp.int32), axis=1)
     match_S = None
     if stops:
@@ -284,8 +284,8 @@ def record(
     ended_S = stop_S | (count_S >= slot.limit)
     out = replace(
         out,
-        tokens_BR=out.tokens_BR.at[slot.sequence, slot.count].set(token_S, mode="drop"),
-        logp_BR=out.logp_BR.at[slot.sequence, slot.count].set(logp_S, mode="drop"),
+        tokens_BR=out.tokens_BR.at[slot.sequence, slot.generated].set(token_S, mode="drop"),
+        logp_BR=out.logp_BR.at[slot.sequence, slot.generated].set(logp_S, mode="drop"),
         length_B=out.length_B.at[slot.sequence].set(count_S, mode="drop"),
         finished_B=out.finished_B.at[slot.sequence].set(stop_S, mode="drop"),
     )

@@ -19,7 +19,7 @@ class Slot(NamedTuple):
 
     sequence: jax.Array  # its number; in an empty slot the number of sequences
     token: jax.Array  # its newest token, which is fed next
-    count: jax.Array  # its tokens so far
+    generated: jax.Array  # its tokens so far
     match: jax.Array  # how far a stop string is read
     prompt_len: jax.Array
     limit: jax.Array  # the most tokens that it may have
@@ -35,7 +35,7 @@ class Slot(NamedTuple):
     @property
     def position(self) -> jax.Array:
         """Where its newest token stands."""
-        return self.prompt_len - 1 + self.count
+        return self.prompt_len - 1 + self.generated
 
 
 SEQUENCE, TOKEN, OWN = (Slot._fields.index(name) for name in ("sequence", "token", "own"))

@@ -172,7 +172,6 @@ def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Less
         teacher_prompt_BQ=teacher_prompt_BQ,
         teacher_prompt_len_B=teacher_prompt_len_B,
         response_BR=graded.rollout.tokens_BR,
-        response_len_B=graded.rollout.length_B,
         weight_BR=teacher.region_weights(reflected, config.lesson, R),
         sampler_logp_BR=graded.rollout.logp_BR,
     )
