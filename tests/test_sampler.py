@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from rosd_jax.models.sharding import make_mesh
 from rosd_jax.rollout.sampler import invert_cdf, nucleus, row_uniforms, sample
+from rosd_jax.types import Stream
 
 uniforms = jax.vmap(jax.random.uniform)
 jit_sample = jax.jit(
@@ -185,3 +186,16 @@ def test_sampling_is_traced_once_for_new_values():
     for seed in range(3):
         draw(_logits(seed, 8, 150), jax.random.split(jax.random.key(seed), 8))
     assert len(traces) == 1
+
+
+def test_the_streams_of_a_run_are_pinned():
+    """A resumed run relies on them."""
+    assert {stream.name: stream.value for stream in Stream} == {
+        "ROLLOUT": 0,
+        "REFLECT": 1,
+        "EVAL": 2,
+        "ADAPTERS": 2**32 - 1,
+    }
+    for stream in Stream:
+        want = jax.random.fold_in(jax.random.key(3), stream.value)
+        assert (jax.random.key_data(stream.key(jax.random.key(3))) == jax.random.key_data(want)).all()
