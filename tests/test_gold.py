@@ -105,7 +105,7 @@ def test_a_gold_answer_of_several_characters_stands_as_written(gold, idea, repea
     "piece", ["answer ", "B ", "\n", " ", "choose ", "B is ", "**", "so ", "(", "the best right ", "<answer>"]
 )
 def test_huge_ideas_take_linear_time(piece):
-    start = time.perf_counter()
+    start = time.process_time()
     repeats_gold(piece * 100_000, "B")
     strip_gold(piece * 100_000, "4")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
