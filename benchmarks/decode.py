@@ -52,8 +52,13 @@ from rosd_jax.types import HostRollout, Params
 OURS, ONE, STATIC = "ours", "ours, one device", "ours, static batches"
 PADDED, SORTING = "ours, prompts padded", "sorting"
 DEVICES = cpu_devices(32, 16)  # the fewest rows of a batch below, and what divides all
-GOALS = {("fixed", "tunix"): 1.5, ("ragged", "tunix"): 4.0, ("ragged", "transformers"): 5.0,
-         ("evaluation", STATIC): 1.9, ("top_p", SORTING): 20.0}  # fmt: skip
+GOALS = {
+    ("fixed", "tunix"): 1.5,
+    ("ragged", "tunix"): 4.0,
+    ("ragged", "transformers"): 5.0,
+    ("evaluation", STATIC): 1.9,
+    ("top_p", SORTING): 20.0,
+}
 TOP_P = 0.95
 
 
@@ -113,11 +118,15 @@ def main(argv: list[str] | None = None, sizes: Sizes = SIZES) -> None:
             "top_p": lambda: top_p(sizes, peers, folder),
         }
         record = {
-            "date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "rounds": args.rounds,
-            "sizes": asdict(sizes), "load": [os.getloadavg()], "cases": {},
+            "date": time.strftime("%Y-%m-%d"),
+            "cpus": os.cpu_count(),
+            "rounds": args.rounds,
+            "sizes": asdict(sizes),
+            "load": [os.getloadavg()],
+            "cases": {},
             "versions": {name: peer.versions for name, peer in peers.items()} | {OURS: versions("jax")},
             "greedy": check_greedy(sizes, params, peers),
-        }  # fmt: skip
+        }
         args.out.mkdir(parents=True, exist_ok=True)
         for case in args.cases.split(","):
             record["cases"][case] = measure(cases[case](), args.rounds)
@@ -262,8 +271,19 @@ def measure(contest: Contest, rounds: int) -> dict[str, Any]:
 
 def render(record: dict[str, Any]) -> str:
     """One row a case and contestant."""
-    head = ["case", "contestant", "s", "p20 - p80", "n", "wanted tokens/s", "CPU s", "first call s",
-            "x ours", "x ours in CPU s", "goal"]  # fmt: skip
+    head = [
+        "case",
+        "contestant",
+        "s",
+        "p20 - p80",
+        "n",
+        "wanted tokens/s",
+        "CPU s",
+        "first call s",
+        "x ours",
+        "x ours in CPU s",
+        "goal",
+    ]
     rows = []
     for case, found in record["cases"].items():
         ours_s, ours_cpu_s = (np.median(found["results"][OURS][key]) for key in ("s", "cpu_s"))

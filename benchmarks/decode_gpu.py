@@ -45,10 +45,14 @@ def main(argv: list[str] | None = None) -> None:
     chosen, device = {name: getattr(args, name) for name in QWEN3_4B | RUN}, jax.devices()[0]
     model = Qwen3Config(*(chosen[name] for name in QWEN3_4B), tie_word_embeddings=True, dtype="bfloat16")
     record = {
-        "date": time.strftime("%Y-%m-%d"), "device": device.device_kind,
-        "versions": versions("jax", "jaxlib"), "implementation": args.implementation, "sizes": chosen,
-        "error": attention_error(args), "copy_bytes_a_s": copy_bandwidth(args.copy_mib << 20, args.rounds),
-    }  # fmt: skip
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device.device_kind,
+        "versions": versions("jax", "jaxlib"),
+        "implementation": args.implementation,
+        "sizes": chosen,
+        "error": attention_error(args),
+        "copy_bytes_a_s": copy_bandwidth(args.copy_mib << 20, args.rounds),
+    }
     record |= measure(args, model, record["copy_bytes_a_s"])
     record["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
     args.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -73,10 +77,14 @@ def attention_error(args: argparse.Namespace) -> float:
     q_key, kv_key, cache_key = jax.random.split(jax.random.key(0), 3)
     k_BKE, v_BKE = jax.random.normal(kv_key, (2, B, K, E), jnp.bfloat16)
     operands = Operands(
-        jax.random.normal(q_key, (B, args.heads, E), jnp.bfloat16), k_BKE, v_BKE,
+        jax.random.normal(q_key, (B, args.heads, E), jnp.bfloat16),
+        k_BKE,
+        v_BKE,
         jax.random.normal(cache_key, (B * M, P, 2 * K, E), jnp.bfloat16),
-        jnp.arange(B * M, dtype=jnp.int32).reshape(B, M), jnp.asarray(lengths - 1), 0,
-    )  # fmt: skip
+        jnp.arange(B * M, dtype=jnp.int32).reshape(B, M),
+        jnp.asarray(lengths - 1),
+        0,
+    )
     ours = jax.jit(partial(write_and_attend, implementation=args.implementation))
     pairs = zip(ours(*operands), jax.jit(xla.reference)(operands), strict=True)
     wide = lambda x: np.asarray(x, np.float32)
@@ -118,9 +126,12 @@ def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> d
     kv = args.rows * args.context * model.num_hidden_layers * token
     ideal = (read + kv) / bandwidth
     return {
-        "step_ms": summary(1e3 * s for s in times), "weight_bytes": read, "kv_bytes": kv,
-        "ideal_ms": 1e3 * ideal, "roofline": ideal / float(np.median(times)),
-    }  # fmt: skip
+        "step_ms": summary(1e3 * s for s in times),
+        "weight_bytes": read,
+        "kv_bytes": kv,
+        "ideal_ms": 1e3 * ideal,
+        "roofline": ideal / float(np.median(times)),
+    }
 
 
 if __name__ == "__main__":

@@ -79,14 +79,18 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
     assert np.isfinite(rollout.logp_BR).all()
     stats = jax.tree.map(lambda x: float(np.sum(x)), rollout.stats)
     return {
-        "device": jax.devices()[0].device_kind, "versions": versions("jax", "jaxlib"),
-        "first_s": times[0], "seconds": summary(times[1:]),
-        "steps": stats.steps, "preempted": stats.preempted, "idle_share": 1 - stats.busy / stats.slots,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions("jax", "jaxlib"),
+        "first_s": times[0],
+        "seconds": summary(times[1:]),
+        "steps": stats.steps,
+        "preempted": stats.preempted,
+        "idle_share": 1 - stats.busy / stats.slots,
         "roofline": measure_roofline(model, 1).seconds(rollout.stats) / float(np.median(times[1:])),
         "cache_bytes": pages * args.page * position_bytes(model),
         "dense_bytes": dense * position_bytes(model),
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-    }  # fmt: skip
+    }
 
 
 def transformers(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) -> dict[str, Any]:
@@ -95,10 +99,17 @@ def transformers(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.n
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     config = Qwen3Config(
-        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.inner,
-        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
-        head_dim=args.width, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.inner,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=args.width,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     gpu = torch.cuda.is_available()
     with torch.device("cuda" if gpu else "cpu"):
         net = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -112,10 +123,18 @@ def transformers(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.n
                 (len(text),), text.shape[1] >= args.prompt + new, dtype=torch.bool
             )
             out = net.generate(
-                some, attention_mask=torch.ones_like(some), pad_token_id=0,
-                do_sample=True, temperature=1.0, top_p=1.0, top_k=0, cache_implementation="static",
-                max_new_tokens=args.most, min_new_tokens=new, stopping_criteria=[full],
-            )  # fmt: skip
+                some,
+                attention_mask=torch.ones_like(some),
+                pad_token_id=0,
+                do_sample=True,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=0,
+                cache_implementation="static",
+                max_new_tokens=args.most,
+                min_new_tokens=new,
+                stopping_criteria=[full],
+            )
             assert out.shape[1] == args.prompt + new, out.shape
         if gpu:
             torch.cuda.synchronize()
@@ -125,9 +144,11 @@ def transformers(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.n
     times = [seconds(call) for _ in range(args.rounds)]
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "versions": versions("torch", "transformers"), "first_s": first, "seconds": summary(times),
+        "versions": versions("torch", "transformers"),
+        "first_s": first,
+        "seconds": summary(times),
         "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

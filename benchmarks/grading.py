@@ -93,10 +93,22 @@ def as_gold(spell: Callable[[str], str]) -> Way:
 
 
 TYPED = {
-    r"\pi": "π", r"\infty": "∞", r"\cup": "∪", r"\cdot": "·", r"\pm": "±", r"\omega": "ω", r"\theta": "θ",
-    r"^\circ": "°", "^2": "²", "^3": "³", r"\sqrt{2}": "√2", r"\sqrt{3}": "√3", "-": "−",
-    r"\frac{1}{2}": "½", r"\frac{1}{4}": "¼",
-}  # fmt: skip
+    r"\pi": "π",
+    r"\infty": "∞",
+    r"\cup": "∪",
+    r"\cdot": "·",
+    r"\pm": "±",
+    r"\omega": "ω",
+    r"\theta": "θ",
+    r"^\circ": "°",
+    "^2": "²",
+    "^3": "³",
+    r"\sqrt{2}": "√2",
+    r"\sqrt{3}": "√3",
+    "-": "−",
+    r"\frac{1}{2}": "½",
+    r"\frac{1}{4}": "¼",
+}
 
 
 def typed(gold: str) -> str | None:
@@ -152,8 +164,11 @@ RIGHT: dict[str, Way] = {
     r"\dfrac": changed(r"\\frac", r"\\dfrac"),
     "unbraced": changed(r"\\frac\{(\d)\}\{(\d)\}", r"\\frac\1\2"),
     "typed Unicode": typed,
-    "full width": lambda gold: gold.translate({ord(c): ord(c) + 0xFEE0 for c in "0123456789(),"})
-    if re.fullmatch(r"[\d(), -]+", gold) else None,
+    "full width": lambda gold: (
+        gold.translate({ord(c): ord(c) + 0xFEE0 for c in "0123456789(),"})
+        if re.fullmatch(r"[\d(), -]+", gold)
+        else None
+    ),
     r"thousands \,": spaced(r"\,"),
     "thousands gap": spaced(" "),
     "thousands ,": spaced(","),
@@ -186,7 +201,7 @@ RIGHT: dict[str, Way] = {
     "gold in a sentence": as_gold(lambda gold: f"The answer is ${gold}$."),
     "gold with a full stop": as_gold(lambda gold: gold + "."),
     "gold boxed": as_gold(lambda gold: rf"\boxed{{{gold}}}"),
-}  # fmt: skip
+}
 
 
 # ---- wrong
@@ -321,7 +336,7 @@ WRONG: dict[str, Way] = {
     r"without \pi": changed(r"^(\d+) *\\pi$", r"\1"),
     r"without \sqrt": changed(r"\\sqrt *(\{?)", r"\1"),
     "other word": of_word(lambda word: word[::-1]),
-}  # fmt: skip
+}
 
 
 def main() -> None:

@@ -73,9 +73,16 @@ def test_several_choices_or_none_are_none(written):
 
 
 @pytest.mark.parametrize(
-    "tags", ["<Answer>{}</Answer>", "<ANSWER>{}</ANSWER>", "< answer >{}</ answer >", "<answer>{}</ANSWER >",
-     "<answer>{}<\\/answer>", "＜answer＞{}＜/answer＞"],
-)  # fmt: skip
+    "tags",
+    [
+        "<Answer>{}</Answer>",
+        "<ANSWER>{}</ANSWER>",
+        "< answer >{}</ answer >",
+        "<answer>{}</ANSWER >",
+        "<answer>{}<\\/answer>",
+        "＜answer＞{}＜/answer＞",
+    ],
+)
 def test_the_tag_may_be_spelled_in_any_way_but_must_close(tags):
     assert mcq.grade(tags.format("B"), "B", mode="fixed").score == 1
     assert mcq.grade(tags.format("B").rpartition("<")[0], "B", mode="fixed").score == 0

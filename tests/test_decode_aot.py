@@ -74,8 +74,10 @@ def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     specs = decoder_specs(MODEL, mesh), BY_ROW, state_specs()
     handed_on = jax.tree.map(
         lambda spec, tree: jax.tree.map(lambda x: put(x, spec), tree),
-        specs, jax.eval_shape(begin, *args), is_leaf=lambda x: isinstance(x, P),
-    )  # fmt: skip
+        specs,
+        jax.eval_shape(begin, *args),
+        is_leaf=lambda x: isinstance(x, P),
+    )
     cache = handed_on[2].cache_XPWE
     size = math.prod(cache.shape) * cache.dtype.itemsize // CHIPS
     return whole.lower(*args), decode.lower(*handed_on), size
@@ -117,9 +119,14 @@ def test_engines_side_by_side_write_their_caches_in_place():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
     "topology, implementation, rows, kv_heads",
-    [("v5e:2x2", None, 8, 1), ("v5p:2x2x1", None, 512, 2), ("v6e:1x1", None, 256, 8),
-     ("v5p:2x2x1", "ragged_tpu", 8, 2), ("v6e:1x1", "ragged_tpu", 8, 2)],
-)  # fmt: skip
+    [
+        ("v5e:2x2", None, 8, 1),
+        ("v5p:2x2x1", None, 512, 2),
+        ("v6e:1x1", None, 256, 8),
+        ("v5p:2x2x1", "ragged_tpu", 8, 2),
+        ("v6e:1x1", "ragged_tpu", 8, 2),
+    ],
+)
 def test_the_kernels_compile_whatever_precision_the_caller_asks_for(
     topology, implementation, rows, kv_heads, dtype
 ):

@@ -12,10 +12,22 @@ from rosd_jax.rollout.sampler import sample
 
 TINY = decode.Sizes(
     Qwen3Config(256, 32, 48, 2, 2, 1, 16, tie_word_embeddings=True),
-    prompt=8, fixed=(4, 6), ragged_rows=6, ragged_mean=4, ragged_most=12,
-    questions=3, samples=4, slots=4, short_mean=3, short_most=8,
-    prompt_rows=4, prompt_mean=9, prompt_most=24, top_p=(2, 1000), devices=2,
-)  # fmt: skip
+    prompt=8,
+    fixed=(4, 6),
+    ragged_rows=6,
+    ragged_mean=4,
+    ragged_most=12,
+    questions=3,
+    samples=4,
+    slots=4,
+    short_mean=3,
+    short_most=8,
+    prompt_rows=4,
+    prompt_mean=9,
+    prompt_most=24,
+    top_p=(2, 1000),
+    devices=2,
+)
 
 
 def test_lengths_are_lognormal_cut_and_always_the_same():

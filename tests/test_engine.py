@@ -331,8 +331,11 @@ def compiled_loop(slots, max_new=2000):
 def test_the_cache_is_written_in_place(slots, max_new, share):
     state, compiled = compiled_loop(slots, max_new=max_new)
     X, page, W, E = state.cache_XPWE.shape[1:]
-    big = [m for m in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())
-           if np.prod([int(n) for n in m.split(",")]) >= X * page * W * E]  # fmt: skip
+    big = [
+        m
+        for m in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())
+        if np.prod([int(n) for n in m.split(",")]) >= X * page * W * E
+    ]
     assert big == []
     memory, size = compiled.memory_analysis(), X * page * W * E * 4
     assert memory.alias_size_in_bytes >= size

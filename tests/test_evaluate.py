@@ -139,9 +139,15 @@ def test_answers_that_are_equal_vote_together():
     merged = lambda predictions, _: ["B" if p == "C" else p for p in predictions]
     for votes, maj, distinct in ((plain_votes, 0, 3), (merged, 1, 2)):
         numbers, generations = evaluate_set(
-            "s", [problem(0, "B")], [[1]], fake_sample([]), fake_grades, lambda ids: str(ids[0]),
-            votes=votes, samples=3,
-        )  # fmt: skip
+            "s",
+            [problem(0, "B")],
+            [[1]],
+            fake_sample([]),
+            fake_grades,
+            lambda ids: str(ids[0]),
+            votes=votes,
+            samples=3,
+        )
         assert (numbers["maj"], numbers["distinct"]) == (maj, distinct)
         assert [g["prediction"] for g in generations] == ["A", "B", "C"]
     assert [g["vote"] for g in generations] == ["A", "B", "B"]
@@ -150,9 +156,15 @@ def test_answers_that_are_equal_vote_together():
 def test_only_multiple_choice_has_a_most_frequent_letter():
     problems = [problem(0), problem(1, kind="math")]
     numbers, _ = evaluate_set(
-        "s", problems, [[1], [2]], fake_sample([]), fake_grades, lambda ids: str(ids[0]),
-        votes=plain_votes, samples=1,
-    )  # fmt: skip
+        "s",
+        problems,
+        [[1], [2]],
+        fake_sample([]),
+        fake_grades,
+        lambda ids: str(ids[0]),
+        votes=plain_votes,
+        samples=1,
+    )
     assert "majority_letter" not in numbers
 
 
@@ -174,9 +186,16 @@ def test_generations_survive_the_disk(tmp_path):
 
 def test_set_names_never_share_a_file(tmp_path):
     names = [
-        "jsonl:/a/b.jsonl", "jsonl:/a_b.jsonl", "jsonl:/a%2Fb.jsonl", "..", "../../x", "a b",
-        "\u00e9", "jsonl:/" + "long/" * 90 + "a.jsonl", "jsonl:/" + "long/" * 90 + "b.jsonl",
-    ]  # fmt: skip
+        "jsonl:/a/b.jsonl",
+        "jsonl:/a_b.jsonl",
+        "jsonl:/a%2Fb.jsonl",
+        "..",
+        "../../x",
+        "a b",
+        "\u00e9",
+        "jsonl:/" + "long/" * 90 + "a.jsonl",
+        "jsonl:/" + "long/" * 90 + "b.jsonl",
+    ]
     paths = {write_generations(tmp_path, 0, name, []) for name in names}
     assert len(paths) == len(names)
     assert {path.parent for path in paths} == {tmp_path / "evals" / "step_0"}

@@ -218,8 +218,17 @@ def vocabulary_only(path):
 
 # What transformers 4 cannot read, and what the real model's directories come as.
 NEW = [written_by_5, gym_written_by_5]
-SOURCES = [as_shipped, thinking_2507, instruct_2507, qwen25, without_a_class_or_config, without_settings,
-           vocabulary_only, gym, *NEW]  # fmt: skip
+SOURCES = [
+    as_shipped,
+    thinking_2507,
+    instruct_2507,
+    qwen25,
+    without_a_class_or_config,
+    without_settings,
+    vocabulary_only,
+    gym,
+    *NEW,
+]
 
 
 def export(source, path):

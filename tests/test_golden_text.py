@@ -51,10 +51,17 @@ def test_tolerant_search_finds_what_the_exact_one_finds():
 
 @pytest.mark.parametrize(
     "kind, findable",
-    [("inner_double_space", True), ("inner_newline", True), ("case_differs", True),
-     ("wrapped_in_quotes", True), ("ellipsis_added", True), ("nbsp_in_response", True),
-     ("absent_superset", False), ("empty_or_blank", False)],
-)  # fmt: skip
+    [
+        ("inner_double_space", True),
+        ("inner_newline", True),
+        ("case_differs", True),
+        ("wrapped_in_quotes", True),
+        ("ellipsis_added", True),
+        ("nbsp_in_response", True),
+        ("absent_superset", False),
+        ("empty_or_blank", False),
+    ],
+)
 def test_tolerant_search_finds_what_the_release_misses(kind, findable):
     rows = [case for case in cases("quote_locate") if case["kind"] == kind and not case["found"]]
     for case in rows:
@@ -73,9 +80,13 @@ def test_group_logic():
         names = sorted(set(case["uids"]))
         correct = config["reflection_include_for_correct"] and config["distill_correct_rollouts"]
         plans = choose(
-            rewards, np.array([names.index(uid) for uid in case["uids"]]), np.ones(len(rewards)),
-            solution="first", correct=correct, uniform_groups=True,
-        )  # fmt: skip
+            rewards,
+            np.array([names.index(uid) for uid in case["uids"]]),
+            np.ones(len(rewards)),
+            solution="first",
+            correct=correct,
+            uniform_groups=True,
+        )
         assert [plan.solution for plan in plans] == case["solution_index"], case
         if any(config[name] != value for name, value in EXPRESSED.items()):
             continue

@@ -11,9 +11,13 @@ from rosd_jax.config import UserError
 from rosd_jax.train.metrics import Console, MetricsLog, format_bar, format_step
 
 NUMBERS = {
-    "reward": 0.4531, "reflected": 0.62, "quote_found": 0.914, "active_tokens_share": 0.0321,
-    "loss": 0.012345, "tokens_per_second_rollout": 1234.4,
-}  # fmt: skip
+    "reward": 0.4531,
+    "reflected": 0.62,
+    "quote_found": 0.914,
+    "active_tokens_share": 0.0321,
+    "loss": 0.012345,
+    "tokens_per_second_rollout": 1234.4,
+}
 
 
 class Terminal(io.StringIO):
@@ -75,9 +79,13 @@ def test_nan_and_infinity_become_null(tmp_path):
 
 @pytest.mark.parametrize(
     "numbers, error",
-    [({"step": 1}, ValueError), ({"a": "x"}, TypeError), ({"a": None}, TypeError),
-     ({"a": np.ones(2)}, ValueError)],
-)  # fmt: skip
+    [
+        ({"step": 1}, ValueError),
+        ({"a": "x"}, TypeError),
+        ({"a": None}, TypeError),
+        ({"a": np.ones(2)}, ValueError),
+    ],
+)
 def test_what_is_no_number_writes_nothing(tmp_path, numbers, error):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     with pytest.raises(error):

@@ -255,8 +255,11 @@ def test_rows_keep_all_their_fields_and_need_no_answer(tmp_path, monkeypatch):
     problems = read(tmp_path, *rows)
     assert [p.answer for p in problems] == ["", " so ", '{"é": [1]}', "7"]
     assert [json.loads(p.extra or "null") for p in problems] == [
-        None, None, {"answer": {"é": [1]}, "uid": "my 7", "tests": "\ud800"}, {"level": 3},
-    ]  # fmt: skip
+        None,
+        None,
+        {"answer": {"é": [1]}, "uid": "my 7", "tests": "\ud800"},
+        {"level": 3},
+    ]
     (tmp_path / "seen.py").write_text(
         "def f(prompt, response, row):\n    return {'score': 1, 'prediction': repr(row)}"
     )

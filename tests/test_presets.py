@@ -73,8 +73,13 @@ def test_configs_offer_the_presets(preset):
 TEXTS = ["is 5 ok", "5", "it is 4", "is 4", "so 5"]
 REWARDS = [0, 0, 1, 1, 0]
 IDEA = "<explanation>add</explanation>"
-RAWS = [f"<error_quote>5</error_quote>{IDEA}", f"<error_quote>absent</error_quote>{IDEA}", IDEA, IDEA,
-        "<error_quote>5</error_quote>"]  # fmt: skip
+RAWS = [
+    f"<error_quote>5</error_quote>{IDEA}",
+    f"<error_quote>absent</error_quote>{IDEA}",
+    IDEA,
+    IDEA,
+    "<error_quote>5</error_quote>",
+]
 
 # Student and teacher over two words. On the erroneous "5": (3/4, 1/4) against (1/4, 3/4); elsewhere
 # (1/2, 1/2) against (1/4, 3/4). The mixtures are (1/2, 1/2) and (3/8, 5/8), so by hand:

@@ -27,8 +27,7 @@ class Letters:
         return np.stack([ends[:-1], ends[1:]], axis=1)
 
     def chat_ids(self, messages, *, thinking):
-        return self.encode("".join(f"[{m['role']}]{m['content']}" for m in messages) + "[thinks]"
-                           * thinking)  # fmt: skip
+        return self.encode("".join(f"[{m['role']}]{m['content']}" for m in messages) + "[thinks]" * thinking)
 
 
 PROBLEM = Problem(
@@ -87,8 +86,7 @@ def test_only_mixed_groups_are_reflected():
 def test_uniform_groups_are_reflected_on_request_but_stay_out_of_the_loss():
     config = default_config()
     config.reflect.uniform_groups = True
-    reflected, weight_BR = read(["a", "b"], [1, 1], ["<explanation>x</explanation>"] * 2,
-                                config=config)  # fmt: skip
+    reflected, weight_BR = read(["a", "b"], [1, 1], ["<explanation>x</explanation>"] * 2, config=config)
     assert [r.idea for r in reflected.reflections] == ["x", "x"]
     assert weight_BR.sum() == 0
 
@@ -144,8 +142,9 @@ def test_regions_of_a_wrong_rollout(region, taught):
 def test_missing_quote_leaves_the_loss_or_takes_the_whole_response(quote):
     reflected, weight_BR = read(["it is 5", "4"], [0, 1], [answer(quote), None])
     assert reflected.reflections[0].note == "quote_missing" and weight_BR[0].sum() == 0
-    reflected, weight_BR = read(["it is 5", "4"], [0, 1], [answer(quote), None],
-                                changed(quote_missing="full"))  # fmt: skip
+    reflected, weight_BR = read(
+        ["it is 5", "4"], [0, 1], [answer(quote), None], changed(quote_missing="full")
+    )
     assert weight_BR[0].sum() == 8
 
 

@@ -27,7 +27,7 @@ from worded import (
     qwen3_directory,
     token_of,
     written_out,
-)  # fmt: skip
+)
 
 from rosd_jax.config import UserError
 from rosd_jax.data import rows
@@ -216,11 +216,14 @@ def resume_on_changed(case, grader, tmp_path, cache):
 
     def train_to(steps: int) -> tuple[int, str]:
         arguments = [
-            f"--config={ROOT / 'configs' / 'quickstart.py'}:debug", f"--workdir={tmp_path / 'run'}",
-            f"--config.model.path={model}", f"--config.data.train=jsonl:{files['train']}",
-            f"--config.steps={steps}", f"--config.eval.sets=jsonl:{files['eval']}",
+            f"--config={ROOT / 'configs' / 'quickstart.py'}:debug",
+            f"--workdir={tmp_path / 'run'}",
+            f"--config.model.path={model}",
+            f"--config.data.train=jsonl:{files['train']}",
+            f"--config.steps={steps}",
+            f"--config.eval.sets=jsonl:{files['eval']}",
             "--config.validation.sets=",
-        ]  # fmt: skip
+        ]
         environment = run_environment(**cache)
         done = subprocess.run(
             [sys.executable, ROOT / "run.py", *arguments], env=environment, capture_output=True, text=True

@@ -38,9 +38,23 @@ def grader():
 
 @pytest.mark.parametrize(
     "written",
-    ["B", "b", " B\n", "B.", "(B)", "B)", "B: text", "B. text", "(B) text", "\\boxed{B}", "$B$",
-     "**B**", "**B.** text", "\\boxed{\\text{B}}"],
-)  # fmt: skip
+    [
+        "B",
+        "b",
+        " B\n",
+        "B.",
+        "(B)",
+        "B)",
+        "B: text",
+        "B. text",
+        "(B) text",
+        "\\boxed{B}",
+        "$B$",
+        "**B**",
+        "**B.** text",
+        "\\boxed{\\text{B}}",
+    ],
+)
 def test_mcq_accepts_the_usual_spellings(written):
     response = f"<reasoning>A?</reasoning>\n<answer>{written}</answer>"
     assert mcq.grade(response, "B", mode="fixed") == Grade(1.0, "B", True)
@@ -314,9 +328,27 @@ def test_mistakes_are_named(grader):
 
 
 PIECES = st.sampled_from(
-    ["<answer>", "</answer>", "<think>", "</think>", "\\boxed{", "{", "}", "\\", "B", "\ud800",
-     "Action: f\n", "Action Input: ", '{"a": ', "[" * 2000, "1e999", "9" * 5000, " ", "\n"]
-)  # fmt: skip
+    [
+        "<answer>",
+        "</answer>",
+        "<think>",
+        "</think>",
+        "\\boxed{",
+        "{",
+        "}",
+        "\\",
+        "B",
+        "\ud800",
+        "Action: f\n",
+        "Action Input: ",
+        '{"a": ',
+        "[" * 2000,
+        "1e999",
+        "9" * 5000,
+        " ",
+        "\n",
+    ]
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -330,10 +362,27 @@ def test_no_text_breaks_a_checker(response):
 
 
 @pytest.mark.parametrize(
-    "piece", ["\\boxed{", "{", "<think>", "</think>", "<answer>", "<answer>A</answer>", "(",
-              "Action: ", "Action Input: {", "Action: f\nAction Input: ", " ", "answer is ", "\n", "- ",
-              "Action: f\n", "Action", "`"]
-)  # fmt: skip
+    "piece",
+    [
+        "\\boxed{",
+        "{",
+        "<think>",
+        "</think>",
+        "<answer>",
+        "<answer>A</answer>",
+        "(",
+        "Action: ",
+        "Action Input: {",
+        "Action: f\nAction Input: ",
+        " ",
+        "answer is ",
+        "\n",
+        "- ",
+        "Action: f\n",
+        "Action",
+        "`",
+    ],
+)
 def test_a_megabyte_is_read_in_linear_time(piece):
     response = piece * (1_000_000 // len(piece))
     for mode in ("fixed", "official"):

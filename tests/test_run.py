@@ -31,12 +31,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}:debug"
 STEPS, SETS = 6, ("gym:chain", "gym:words")
 FIELDS = dict(
-    seed=2, steps=STEPS,
-    batch__samples=32, batch__prompts=2, batch__device_rows=16,
-    rollout__max_new_tokens=16, reflect__max_new_tokens=16, eval__max_new_tokens=16,
-    eval__sets=",".join(SETS), eval__limit=8, eval__batch=16, eval__every=2, checkpoint__every=2,
-    validation__sets="", compile_cache="",
-)  # fmt: skip
+    seed=2,
+    steps=STEPS,
+    batch__samples=32,
+    batch__prompts=2,
+    batch__device_rows=16,
+    rollout__max_new_tokens=16,
+    reflect__max_new_tokens=16,
+    eval__max_new_tokens=16,
+    eval__sets=",".join(SETS),
+    eval__limit=8,
+    eval__batch=16,
+    eval__every=2,
+    checkpoint__every=2,
+    validation__sets="",
+    compile_cache="",
+)
 OWN_FLAGS = ("config", "workdir", "mode", "topology", "compile", "json")
 TIMES = ("seconds", "tokens_per_second", "roofline", "programs_compiled")
 
@@ -62,8 +72,12 @@ class Run:
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, ROOT / "run.py", *arguments],
-                stdout=out, stderr=err, cwd=cwd, env=environment, start_new_session=True,
-            )  # fmt: skip
+                stdout=out,
+                stderr=err,
+                cwd=cwd,
+                env=environment,
+                start_new_session=True,
+            )
 
     def wait_for(self, directory, step):
         """Returns as soon as the line of training step `step` is written."""
@@ -133,9 +147,16 @@ def test_a_run_leaves_all_that_the_readme_names(finished):
     directory, printed = finished
     names = {path.name for path in directory.iterdir()}
     assert names == {
-        ".lock", "config.json", "metrics.jsonl", "rollouts", "evals", "checkpoints", "export",
-        "report.md", "report.png",
-    }  # fmt: skip
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "rollouts",
+        "evals",
+        "checkpoints",
+        "export",
+        "report.md",
+        "report.png",
+    }
     config = json.loads((directory / "config.json").read_text())
     assert (config["seed"], config["steps"], config["batch"]["samples"]) == (2, STEPS, 32)
     assert {p.name for p in (directory / "checkpoints").iterdir()} == {"4", "6"}  # keep is 2
@@ -154,13 +175,34 @@ def test_the_metrics_come_in_order_with_the_named_numbers(finished):
     assert [(row["step"], row["split"]) for row in rows] == wanted
     train = [row for row in rows if row["split"] == "train"]
     for row in train:
-        named = {"loss", "reward", "reflected", "quote_found", "active_tokens", "active_tokens_share",
-                 "grad_norm", "ratio", "skipped_empty", "skipped_nonfinite", "quote_exact", "out_overlong",
-                 "tokens_per_second_rollout", "idle_share_rollout", "roofline_rollout",
-                 "tokens_per_second_reflect", "idle_share_reflect", "roofline_reflect",
-                 "preempted_rollout", "preempted_reflect",
-                 "seconds", "seconds_rollout", "seconds_grade",
-                 "seconds_reflect", "seconds_lesson", "seconds_update"}  # fmt: skip
+        named = {
+            "loss",
+            "reward",
+            "reflected",
+            "quote_found",
+            "active_tokens",
+            "active_tokens_share",
+            "grad_norm",
+            "ratio",
+            "skipped_empty",
+            "skipped_nonfinite",
+            "quote_exact",
+            "out_overlong",
+            "tokens_per_second_rollout",
+            "idle_share_rollout",
+            "roofline_rollout",
+            "tokens_per_second_reflect",
+            "idle_share_reflect",
+            "roofline_reflect",
+            "preempted_rollout",
+            "preempted_reflect",
+            "seconds",
+            "seconds_rollout",
+            "seconds_grade",
+            "seconds_reflect",
+            "seconds_lesson",
+            "seconds_update",
+        }
         assert named <= row.keys() and row.keys() == train[0].keys()
         if row["active_tokens"]:
             assert row["loss"] > 0 and row["grad_norm"] > 0 and abs(row["ratio"] - 1) < 1e-4
@@ -556,8 +598,10 @@ def test_a_set_with_a_name_is_called_by_it_and_judged_by_its_files(model, cache,
     assert "\nin domain\n  sums " in inside and outside.startswith("\n  other ")
     assert sorted(p.name for p in (tmp_path / "run/evals/step_1").iterdir()) == ["other.jsonl", "sums.jsonl"]
     assert {row["split"] for row in read_lines(tmp_path / "run/metrics.jsonl")} == {
-        "train", "eval/sums", "eval/other",
-    }  # fmt: skip
+        "train",
+        "eval/sums",
+        "eval/other",
+    }
 
 
 # --- the step that validation chooses ----------------------------------------------------------------
@@ -567,9 +611,14 @@ def test_a_set_with_a_name_is_called_by_it_and_judged_by_its_files(model, cache,
 def test_the_best_step_is_kept_scored_and_exported_also_by_a_run_that_was_cut_off(model, cache, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = dict(
-        steps=4, validation__sets="gym:chain", validation__every=1, eval__sets="gym:words", eval__every=0,
-        checkpoint__every=2, checkpoint__keep=1,
-    )  # fmt: skip
+        steps=4,
+        validation__sets="gym:chain",
+        validation__every=1,
+        eval__sets="gym:words",
+        eval__every=0,
+        checkpoint__every=2,
+        checkpoint__keep=1,
+    )
     finish(arguments(model, whole, **options), tmp_path, **cache)
     rows = read_lines(whole / "metrics.jsonl")
     scores = {row["step"]: row["avg"] for row in rows if row["split"] == "validation/gym:chain"}

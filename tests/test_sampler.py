@@ -164,12 +164,18 @@ def test_a_vocabulary_split_over_devices_gives_the_tokens_of_a_whole_one(vocab):
     logits_BV = _logits(8, 500, vocab, scale=3.0).at[:, 3 * step : 4 * step].set(-jnp.inf)
     logits_BV = logits_BV.at[:100, step].set(30.0).at[:100, 2 * step].set(30.0)
     u_B = jnp.linspace(0, BELOW_ONE, 500)
-    for how in (dict(temperature=1.0, top_p=1.0), dict(temperature=0.7, top_p=0.9),
-                dict(temperature=0.0, top_p=1.0)):  # fmt: skip
+    for how in (
+        dict(temperature=1.0, top_p=1.0),
+        dict(temperature=0.7, top_p=0.9),
+        dict(temperature=0.0, top_p=1.0),
+    ):
         split = jax.shard_map(
-            partial(sample, axis="tensor", **how), mesh=mesh, in_specs=(P(None, "tensor"), P()),
-            out_specs=P(), check_vma=False,
-        )  # fmt: skip
+            partial(sample, axis="tensor", **how),
+            mesh=mesh,
+            in_specs=(P(None, "tensor"), P()),
+            out_specs=P(),
+            check_vma=False,
+        )
         got, want = jax.jit(split)(logits_BV, u_B), jax.jit(partial(sample, **how))(logits_BV, u_B)
         np.testing.assert_array_equal(got[0], want[0])
         np.testing.assert_allclose(got[1], want[1], atol=2e-6)

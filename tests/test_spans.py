@@ -132,9 +132,16 @@ def test_huge_texts_take_linear_time(text, quote):
 @pytest.mark.parametrize("parse", [parse_reflection, parse_official])
 @pytest.mark.parametrize(
     "piece",
-    ["<explanation>", "</explanation>", "<error_quote> ", "<think>", "<reflection></reflection>",
-     "<error_quote></error_quote>", "<error_quote><reflection>.</reflection></error_quote>"],
-)  # fmt: skip
+    [
+        "<explanation>",
+        "</explanation>",
+        "<error_quote> ",
+        "<think>",
+        "<reflection></reflection>",
+        "<error_quote></error_quote>",
+        "<error_quote><reflection>.</reflection></error_quote>",
+    ],
+)
 def test_huge_answers_are_parsed_in_linear_time(parse, piece):
     raw = "<explanation>" + piece * 80_000 + "</explanation>"
     start = time.perf_counter()
@@ -155,28 +162,42 @@ def test_parse_takes_the_first_blocks_in_any_case():
     "raw, idea, quote",
     [
         # named in a sentence before they are written
-        ("Here are <error_quote> and <explanation>:\n<error_quote>q</error_quote>"
-         "<explanation>i</explanation>", "i", "q"),
+        (
+            "Here are <error_quote> and <explanation>:\n<error_quote>q</error_quote>"
+            "<explanation>i</explanation>",
+            "i",
+            "q",
+        ),
         ("The <ERROR_QUOTE> comes first.\n<error_quote>q</error_quote>", None, "q"),
         ("<explanation><explanation>\n<explanation>i</explanation>", "i", None),
-        ("I fill <error_quote>...</error_quote> and <reflection> … </reflection>.\n"
-         "<error_quote>q</error_quote><reflection>i</reflection>", "i", "q"),
+        (
+            "I fill <error_quote>...</error_quote> and <reflection> … </reflection>.\n"
+            "<error_quote>q</error_quote><reflection>i</reflection>",
+            "i",
+            "q",
+        ),
         ("The <error_quote></error_quote> tags:\n<error_quote>q</error_quote>", None, "q"),
         ("Between `<error_quote>` and `</error_quote>`:\n<error_quote>q</error_quote>", None, "q"),
         ('The "<explanation>" block. <explanation>i</explanation>', "i", None),
-        ("Between <error_quote> and </error_quote>, and <explanation>, then </explanation>:\n"
-         "<error_quote>q</error_quote><explanation>i</explanation>", "i", "q"),
+        (
+            "Between <error_quote> and </error_quote>, and <explanation>, then </explanation>:\n"
+            "<error_quote>q</error_quote><explanation>i</explanation>",
+            "i",
+            "q",
+        ),
         # named behind the block, or inside another one
         ("<error_quote>q</error_quote> That was the <error_quote>.", None, "q"),
         ("<error_quote>q</error_quote></error_quote><error_quote>r</error_quote>", None, "q"),
-        ("<explanation>In <error_quote> the sign is off</explanation><error_quote>q</error_quote>",
-         "In <error_quote> the sign is off", "q"),
+        (
+            "<explanation>In <error_quote> the sign is off</explanation><error_quote>q</error_quote>",
+            "In <error_quote> the sign is off",
+            "q",
+        ),
         # blocks inside blocks
         ("<explanation><error_quote>q</error_quote>i</explanation>", "i", "q"),
         ("<error_quote>q<explanation>i</explanation></error_quote>", "i", "q"),
         ("<reflection><explanation>i</explanation></reflection>", "i", None),
-        ("<reflection>a<error_quote>q</error_quote>b<error_quote>r</error_quote>c</reflection>",
-         "abc", "q"),
+        ("<reflection>a<error_quote>q</error_quote>b<error_quote>r</error_quote>c</reflection>", "abc", "q"),
         # blank, then real; unclosed; never opened
         ("<error_quote> \n </error_quote><error_quote>q</error_quote>", None, "q"),
         ("<explanation>i</explanation><error_quote>cut of", "i", None),
@@ -185,7 +206,7 @@ def test_parse_takes_the_first_blocks_in_any_case():
         ("<explanation>i</reflection>", None, None),
         ("<explanation>...</explanation>", None, None),
     ],
-)  # fmt: skip
+)
 def test_parse_finds_the_block_that_was_meant(raw, idea, quote):
     assert parse_reflection(raw) == (idea, quote)
 

@@ -144,8 +144,11 @@ def test_a_run_in_the_terminal_obeys_its_keys_and_keeps_the_lines_whole(model, c
     environment = run_environment(TERM="xterm", **cache)
     run = subprocess.Popen(
         [*command, *arguments(model, tmp_path / "run")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, env=environment,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+        env=environment,
+    )
     assert run.stdin is not None and run.stdout is not None
     printed = read_until(run.stdout, b"eval gym:chain")  # on the bar
     run.stdin.write(b"\x03")

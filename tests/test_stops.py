@@ -28,9 +28,15 @@ TOKENS = [
 ]
 STOPS = ("abba", "\u00e9c")  # the second's first letter is one token, or two
 MODEL = Qwen3Config(
-    vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-    num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_tokens=V,
-)  # fmt: skip
+    vocab_size=16,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_tokens=V,
+)
 PARAMS = init_params(MODEL, jax.random.key(0))
 
 

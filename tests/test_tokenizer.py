@@ -70,9 +70,8 @@ def byte_fallback() -> Tokenizer:
     vocab = {"?": 0, "▁": 1, "a": 2, "▁a": 3} | {f"<0x{b:02X}>": 4 + b for b in range(256)}
     backend = Backend(models.BPE(vocab, [("▁", "a")], byte_fallback=True, unk_token="?"))
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-         decoders.Strip(" ", 1, 0)]
-    )  # fmt: skip
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return wrap(backend)
 
 
@@ -91,9 +90,12 @@ def user(text: str) -> list[dict[str, str]]:
 
 def official(tokenizer: Tokenizer, messages, thinking: bool) -> list[int]:
     return tokenizer.inner.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, enable_thinking=thinking,
+        messages,
+        tokenize=True,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
         return_dict=False,
-    )  # fmt: skip
+    )
 
 
 def characters_of_bytes(data: bytes) -> list[int]:
@@ -395,10 +397,20 @@ def test_an_end_that_is_no_id_is_named_with_its_file(name, value, gym):
 
 ANYTHING = [None, "x", "512", 5, -1, 0, 1.5, True, [], [[1]], ["a"], [5], {}, {"a": 1}, {"content": "x"}]
 SETTINGS = [
-    "bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "tokenizer_class",
-    "additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "model_max_length",
-    "padding_side", "truncation_side", "split_special_tokens",
-]  # fmt: skip
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "chat_template",
+    "tokenizer_class",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "added_tokens_decoder",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "split_special_tokens",
+]
 
 
 @pytest.mark.parametrize("field", SETTINGS)
@@ -434,8 +446,13 @@ def test_a_config_that_is_wrong_is_not_blamed_on_the_tokenizer(fields, gym):
     assert "tokenizer_config" not in str(error.value) and "\n" not in str(error.value)
 
 
-BROKEN = ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
-          "tokenizer.json"]  # fmt: skip
+BROKEN = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+]
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[1]", b"{", b"[" * 100_000, b"null"])

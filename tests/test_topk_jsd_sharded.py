@@ -226,8 +226,9 @@ def test_in_a_scan_the_cotangent_scales_and_nothing_needs_jit():
 
     def thrice(head):
         part = lambda total, x: (
-            total + 3 * topk_jsd_loss(x[0], head, x[1], args[3], x[2], k=20, sharding=sharding)[0], None,
-        )  # fmt: skip
+            total + 3 * topk_jsd_loss(x[0], head, x[1], args[3], x[2], k=20, sharding=sharding)[0],
+            None,
+        )
         return jax.lax.scan(jax.checkpoint(part), jnp.float32(0), tuple(parts))[0]
 
     tripled, tripled_grad = jax.jit(jax.value_and_grad(thrice), compiler_options=QUICK)(args[1])

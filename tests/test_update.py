@@ -439,8 +439,9 @@ def test_on_policy_rollouts_have_ratio_one():
     assert 0 < weight_BR.mean() < 1
     lesson = make_lesson(
         response_BR=rollout.tokens_BR,
-        sampler_logp_BR=rollout.logp_BR, weight_BR=weight_BR,
-    )  # fmt: skip
+        sampler_logp_BR=rollout.logp_BR,
+        weight_BR=weight_BR,
+    )
     metrics = step(lesson)[1]
     assert abs(metrics["ratio"] - 1) < 1e-5 and metrics["logp_gap"] < 1e-5
     assert metrics["active_tokens"] == rollout.length_B.sum()

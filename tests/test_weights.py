@@ -387,9 +387,30 @@ READ = (
     "use_sliding_window",
     "layer_types",
 )
-ANYTHING = [None, "", "x", "32", 0, -1, 1, 1.5, 10**400, float("inf"), float("nan"), True, False,
-            [], [1], [[1]], {}, {"a": 1}, {"rope_type": 5}, {"rope_theta": "x"}, {"rope_theta": None},
-            {"type": None}]  # fmt: skip
+ANYTHING = [
+    None,
+    "",
+    "x",
+    "32",
+    0,
+    -1,
+    1,
+    1.5,
+    10**400,
+    float("inf"),
+    float("nan"),
+    True,
+    False,
+    [],
+    [1],
+    [[1]],
+    {},
+    {"a": 1},
+    {"rope_type": 5},
+    {"rope_theta": "x"},
+    {"rope_theta": None},
+    {"type": None},
+]
 
 
 @pytest.mark.parametrize("field", READ)
@@ -466,8 +487,17 @@ def test_checking_weights_passes_what_loads_and_reads_no_tensor(saved, monkeypat
     weights.check_weights(saved.path, CONFIG)
 
 
-NOT_NEXT_TO_IT = ["model-00009-of-00009.safetensors", "../model.safetensors", "..", "", "a\0b", "n" * 300,
-                  5, None, ["model.safetensors"]]  # fmt: skip
+NOT_NEXT_TO_IT = [
+    "model-00009-of-00009.safetensors",
+    "../model.safetensors",
+    "..",
+    "",
+    "a\0b",
+    "n" * 300,
+    5,
+    None,
+    ["model.safetensors"],
+]
 
 
 @pytest.mark.parametrize("name", NOT_NEXT_TO_IT)

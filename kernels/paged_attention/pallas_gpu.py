@@ -192,9 +192,22 @@ class _Softmax(NamedTuple):
 
 
 def _kernel(
-    plan, table_ref, position_ref, q_ref, cache_ref, out_ref, lse_ref,
-    k_smem, v_smem, q_smem, weight_smem, lse_smem, k_barrier, v_barrier, q_barrier,
-):  # fmt: skip
+    plan,
+    table_ref,
+    position_ref,
+    q_ref,
+    cache_ref,
+    out_ref,
+    lse_ref,
+    k_smem,
+    v_smem,
+    q_smem,
+    weight_smem,
+    lse_smem,
+    k_barrier,
+    v_barrier,
+    q_barrier,
+):
     row, split, head = (lax.axis_index(name) for name in ("row", "split", "head"))
     first, position = split * plan.tiles_a_split, position_ref[row]
     count = jnp.minimum(lax.div(position + TILE, np.int32(TILE)) - first, plan.tiles_a_split)
