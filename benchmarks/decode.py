@@ -184,7 +184,10 @@ def fixed(sizes: Sizes, params: Params, peers: dict[str, Peer]) -> Contest:
     rows, new = sizes.fixed
     ids, limit_B = prompts(sizes, rows), np.full(rows, new, np.int32)
     limits, requests = Limits(new, sizes.prompt), asked(ids, np.arange(rows), limit_B)
-    run = lambda sizes: here(engine(sizes, params, limits), requests)
+
+    def run(sizes):
+        return here(engine(sizes, params, limits), requests)
+
     calls = {OURS: run(sizes), ONE: run(replace(sizes, devices=1))}
     peers_calls = {name: partial(peer.generate, ids, new, sizes.prompt + new) for name, peer in peers.items()}
     return Contest(calls | peers_calls, rows * new)
@@ -196,7 +199,10 @@ def ragged(sizes: Sizes, params: Params, peers: dict[str, Peer], batches: list[i
     ids, limit_B = prompts(sizes, rows), lengths(rows, sizes.ragged_mean, most, seed=1)
     limits = Limits(most, sizes.prompt, slots=sizes.slots)
     requests = asked(ids, np.arange(rows), limit_B)
-    run = lambda sizes: here(engine(sizes, params, limits), requests)
+
+    def run(sizes):
+        return here(engine(sizes, params, limits), requests)
+
     calls = {OURS: run(sizes), ONE: run(replace(sizes, devices=1))}
     notes: dict[str, Any] = {"longest": int(limit_B.max())}
     for name, peer in peers.items():
@@ -239,7 +245,10 @@ def top_p(sizes: Sizes, peers: dict[str, Peer], folder: str) -> Contest:
     np.save(file, (3 * np.random.default_rng(0).normal(size=sizes.top_p)).astype(np.float32))
     args = jnp.asarray(np.load(file)), jnp.linspace(0.01, 0.99, sizes.top_p[0])
     bisected = jax.jit(lambda z_BV, u_B: sample(z_BV, u_B, temperature=1.0, top_p=TOP_P)[0])
-    wait = lambda call: here(lambda: call(*args).block_until_ready())
+
+    def wait(call):
+        return here(lambda: call(*args).block_until_ready())
+
     calls = {OURS: wait(bisected), SORTING: wait(jax.jit(by_sorting))}
     calls |= {name: partial(peer.ask, "top_p", logits=file, top_p=TOP_P) for name, peer in peers.items()}
     return Contest(calls, sizes.top_p[0])
@@ -258,7 +267,10 @@ def measure(contest: Contest, rounds: int) -> dict[str, Any]:
     """Every contestant's first call, then the rounds; raises what a contestant raises."""
     first = {name: seconds(call) for name, call in contest.calls.items()}
     cpu_s: dict[str, list[float]] = {name: [] for name in first}
-    turn = lambda name: cpu_s[name].append(contest.calls[name]()["cpu_s"])
+
+    def turn(name):
+        return cpu_s[name].append(contest.calls[name]()["cpu_s"])
+
     ms, errors = interleaved({name: partial(turn, name) for name in first}, warmups=0, reps=rounds)
     for error in errors.values():
         raise error

@@ -87,7 +87,10 @@ def attention_error(args: argparse.Namespace) -> float:
     )
     ours = jax.jit(partial(write_and_attend, implementation=args.implementation))
     pairs = zip(ours(*operands), jax.jit(xla.reference)(operands), strict=True)
-    wide = lambda x: np.asarray(x, np.float32)
+
+    def wide(x):
+        return np.asarray(x, np.float32)
+
     return max(float(np.max(np.abs(wide(got) - wide(want)))) for got, want in pairs)
 
 

@@ -73,7 +73,10 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
     ids = [prompt_NP[row // args.samples].tolist() for row in range(args.rows)]
     requests = [Request(ids[row], row, int(length)) for row, length in enumerate(length_B)]
     rollouts = []
-    call = lambda: rollouts.append(engine.generate(params, requests, jax.random.key(0)))
+
+    def call():
+        return rollouts.append(engine.generate(params, requests, jax.random.key(0)))
+
     times, rollout = [seconds(call) for _ in range(args.rounds + 1)], rollouts[-1]
     np.testing.assert_array_equal(rollout.length_B, length_B)
     assert np.isfinite(rollout.logp_BR).all()
@@ -119,9 +122,10 @@ def transformers(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.n
     def call(most: int = args.most) -> None:
         for at in range(0, args.rows, args.batch):
             some, new = ids[at : at + args.batch], min(most, int(length_B[at : at + args.batch].max()))
-            full = lambda text, _, new=new: text.new_full(
-                (len(text),), text.shape[1] >= args.prompt + new, dtype=torch.bool
-            )
+
+            def full(text, _, new=new):
+                return text.new_full((len(text),), text.shape[1] >= args.prompt + new, dtype=torch.bool)
+
             out = net.generate(
                 some,
                 attention_mask=torch.ones_like(some),

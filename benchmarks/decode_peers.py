@@ -85,7 +85,10 @@ class Peer:
         """The fastest of these batch sizes, and the wall time in seconds of each after its first call."""
         if len(sizes) == 1:
             return sizes[0], {}
-        call = lambda size: self.in_batches(ids, new_B, cache, size)
+
+        def call(size):
+            return self.in_batches(ids, new_B, cache, size)
+
         took = {size: [seconds(lambda size=size: call(size)) for _ in range(2)][1] for size in sizes}
         return min(sizes, key=lambda size: took[size]), took
 
@@ -168,7 +171,9 @@ def tunix(path: str):
         )
         return np.asarray(out.tokens)
 
-    draw = lambda z, key, p: sampler.sample_top_p(z[:, None], key, 1.0, p, None)[0]
+    def draw(z, key, p):
+        return sampler.sample_top_p(z[:, None], key, 1.0, p, None)[0]
+
     nucleus = jax.jit(draw, static_argnums=2)
     load = cache(lambda file: jnp.asarray(np.load(file)))
 
@@ -208,7 +213,10 @@ def transformers(path: str):
 def main() -> None:
     """The worker."""
     generate, top_p, packages = {"tunix": tunix, "transformers": transformers}[sys.argv[1]](sys.argv[2])
-    emit = lambda answer: print(MARK + json.dumps(answer), flush=True)
+
+    def emit(answer):
+        return print(MARK + json.dumps(answer), flush=True)
+
     emit({name: importlib.metadata.version(name) for name in packages})
     for line in sys.stdin:
         request = json.loads(line)

@@ -170,7 +170,10 @@ def describe(lengths: Lengths) -> dict[str, float]:
 def measure(peers: dict[str, Peer], rounds: int) -> dict[str, Any]:
     """First updates, which must agree, and then the rounds."""
     answers: dict[str, list[dict[str, float]]] = {name: [] for name in peers}
-    turn = lambda name: answers[name].append(peers[name].ask("step"))
+
+    def turn(name):
+        return answers[name].append(peers[name].ask("step"))
+
     first = {name: seconds(partial(turn, name)) for name in peers}
     for name in peers:
         ours, theirs = (answers[who][0]["loss"] for who in (next(iter(peers)), name))
@@ -220,7 +223,10 @@ def render_update(found: dict[str, Any]) -> str:
         "peak GB",
         "losses",
     ]
-    medians = lambda result: [float(np.median(result[key])) for key in ("s", "cpu_s")]
+
+    def medians(result):
+        return [float(np.median(result[key])) for key in ("s", "cpu_s")]
+
     base = medians(next(iter(found["results"].values())))
     rows = []
     for name, result in found["results"].items():

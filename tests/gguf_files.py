@@ -84,7 +84,10 @@ def unpacked(blocks: np.ndarray, kind: int) -> np.ndarray:
     """Blocks of bytes as float32 [blocks, BLOCK]."""
     if kind == F32:
         return np.ascontiguousarray(blocks).view(np.float32)
-    half = lambda columns: np.ascontiguousarray(columns).view(np.float16).astype(np.float32)
+
+    def half(columns):
+        return np.ascontiguousarray(columns).view(np.float16).astype(np.float32)
+
     if kind == Q8_0:
         return half(blocks[:, :2]) * np.ascontiguousarray(blocks[:, 2:]).view(np.int8)
     scale, least, packed = half(blocks[:, :2]), half(blocks[:, 2:4]), blocks[:, 4:]

@@ -23,7 +23,9 @@ def test_a_step_reads_all_weights_once_and_rows_of_an_embedding_that_is_no_head(
 
 
 def test_the_slowest_shard_is_waited_for():
-    numbers = lambda *values: np.array(values)
+    def numbers(*values):
+        return np.array(values)
+
     stats = DecodeStats(numbers(10, 4), numbers(0, 0), numbers(0, 0), numbers(0, 0), numbers(100.0, 2000.0))
     roofline = MemoryRoofline(weight_bytes=50, position_bytes=2, bandwidth=100)
     assert roofline.seconds(stats) == (4 * 50 + 2000 * 2) / 100

@@ -89,7 +89,10 @@ def test_every_call_of_the_devices_is_preceded_by_the_check():
 
 def test_prompts_that_do_not_fit_take_turns_and_shared_ones_count_once():
     length_N, of_M = np.array([1, 64, 65, 10]), np.array([0, 0, 1, 1, 2, 2, 3, 3])
-    sizes = lambda shards, pages: [len(part) for part in split(length_N, of_M, shards, pages * PAGE)]
+
+    def sizes(shards, pages):
+        return [len(part) for part in split(length_N, of_M, shards, pages * PAGE)]
+
     assert sizes(1, 5) == [8] and sizes(1, 4) == [4, 4] and sizes(1, 3) == [4, 4]
     assert sizes(1, 2) == [2] * 4  # the longest takes two pages
     assert sizes(2, 3) == [8] and sizes(8, 2) == [8] and sizes(1, 1) == [1] * 8

@@ -115,7 +115,10 @@ def test_a_second_run_that_prepares_the_same_copy_does_no_harm(tmp_path):
 
 def test_a_copy_that_lost_rows_is_never_put_in_place(tmp_path, monkeypatch):
     physics(tmp_path, ROW, ROW)
-    lossy = lambda self, examples: enumerate(examples[:1])
+
+    def lossy(self, examples):
+        return enumerate(examples[:1])
+
     monkeypatch.setattr(builders._TextBuilder, "_generate_examples", lossy)
     with pytest.raises(RuntimeError, match="did not keep the train rows of physics"):
         load(tmp_path, "physics")
@@ -352,7 +355,10 @@ def test_sets_are_one_by_their_files_not_by_spelling(tmp_path):
         write(tmp_path / file, ROW)
     physics(tmp_path, ROW)
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "own" / "other.jsonl")
-    same = lambda a, b: rows.same_data(a.format(tmp_path), b.format(tmp_path), str(tmp_path / "data"))
+
+    def same(a, b):
+        return rows.same_data(a.format(tmp_path), b.format(tmp_path), str(tmp_path / "data"))
+
     assert same("jsonl:{}/own/other.jsonl", "mine=jsonl:{}/own/../own/other.jsonl")
     assert same("jsonl:{}/own/other.jsonl", "jsonl:{}/link.jsonl")
     assert same("jsonl:{}/own", "a=jsonl:{}/own/") and same("jsonl:{}/own", "jsonl:{}/own/test.jsonl")

@@ -28,12 +28,18 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 def make_state(step, mesh=None, width=64):
     """A state whose every array depends on the step."""
     random = np.random.default_rng(step)
-    numbers = lambda *shape: jnp.asarray(random.standard_normal(shape, np.float32))
+
+    def numbers(*shape):
+        return jnp.asarray(random.standard_normal(shape, np.float32))
+
     params = {
         "layers": {"q_proj": {"kernel": numbers(2, width, 128)}},
         "embed": numbers(16, 8).astype(jnp.bfloat16),
     }
-    moved = lambda x: numbers(*x.shape).astype(x.dtype) if x.ndim else jnp.int32(step)
+
+    def moved(x):
+        return numbers(*x.shape).astype(x.dtype) if x.ndim else jnp.int32(step)
+
     state = TrainState(jnp.int32(step), params, jax.tree.map(moved, OPTIMIZER.init(params)))
     return state if mesh is None else jax.device_put(state, param_shardings(state, mesh))
 

@@ -33,7 +33,9 @@ def test_an_exchange_in_a_loop_counts_once_a_turn():
 
 def test_loops_within_loops_multiply():
     def turns(x):
-        inner = lambda x: jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(jax.lax.psum(x, "fsdp")) + i, x)
+        def inner(x):
+            return jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(jax.lax.psum(x, "fsdp")) + i, x)
+
         return jax.lax.fori_loop(0, 7, lambda i, x: inner(x) * 2 + i, x)
 
     (found,) = count(compiled(turns, (8, 256)))
@@ -42,7 +44,9 @@ def test_loops_within_loops_multiply():
 
 def test_a_loop_that_data_ends_counts_one_turn_and_says_so():
     def turns(x):
-        smaller = lambda x: jax.lax.psum(x, "fsdp") / 16
+        def smaller(x):
+            return jax.lax.psum(x, "fsdp") / 16
+
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 1.0, smaller, x)
 
     found = count(compiled(turns, (8, 256)))

@@ -63,7 +63,10 @@ def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
         compact=True,
     )
     put = partial(placed, mesh)
-    ints = lambda *shape: put(jax.ShapeDtypeStruct(shape, jnp.int32), P())
+
+    def ints(*shape):
+        return put(jax.ShapeDtypeStruct(shape, jnp.int32), P())
+
     params = jax.eval_shape(partial(init_params, MODEL), jax.random.key(0))
     params = jax.tree.map(lambda x, s: put(x, s.spec), params, param_shardings(params, mesh))
     key = put(jax.eval_shape(lambda: jax.random.key(0)), P())
@@ -133,7 +136,10 @@ def test_the_kernels_compile_whatever_precision_the_caller_asks_for(
     """Up to 512 rows with tables of 256 pages: both are held in on-chip memory."""
     devices = read_topology(topology).devices
     mesh = make_mesh(1, 1, 1, devices[:1])
-    put = lambda dtype, *shape: placed(mesh, jax.ShapeDtypeStruct(shape, dtype), P())
+
+    def put(dtype, *shape):
+        return placed(mesh, jax.ShapeDtypeStruct(shape, dtype), P())
+
     q, k = put(dtype, rows, 4 * kv_heads, 128), put(dtype, rows, kv_heads, 128)
     where = put("int32", rows, 256), put("int32", rows)
     attend = partial(write_and_attend, page_base=0, implementation=implementation)

@@ -114,7 +114,10 @@ def test_passes_of_several_widths_change_nothing(alone, monkeypatch):
     monkeypatch.setattr(prefill, "NARROWEST", 2)
     monkeypatch.setattr(prefill, "PASS_TOKENS", 9)
     widths, step = set(), prefill.prefill_step
-    spy = lambda *args: widths.add(args[2].tokens_NT.shape) or step(*args)
+
+    def spy(*args):
+        return widths.add(args[2].tokens_NT.shape) or step(*args)
+
     monkeypatch.setattr(prefill, "prefill_step", spy)
     assert_same(generate(slots=9), alone)  # a number that no other test has traced
     assert widths == {(1, 10), (1, 6), (2, 4), (4, 2)}
@@ -134,7 +137,10 @@ def test_wanted_prompts_fill_whole_pages_of_their_own_and_no_more(seed):
     assert not layout.length_N[some.stop :].any()
     ends_N = layout.first_N + -(-layout.length_N // PAGE)
     np.testing.assert_array_equal(layout.first_N, [0, *ends_N[:-1]])
-    call = lambda length_N, prompt_of_B, limit_B: Batch(PROMPT, length_N, prompt_of_B, limit_B, limit_B)
+
+    def call(length_N, prompt_of_B, limit_B):
+        return Batch(PROMPT, length_N, prompt_of_B, limit_B, limit_B)
+
     least = LEAST_TOKENS // PAGE
     assert prompt_pages(call(length_N, prompt_of_B, limit_B), PAGE, shards=1) == least >= ends_N[-1]
     many = call(np.full(12, PAGE * least - 1), np.arange(12), np.ones(12))
@@ -184,7 +190,10 @@ def test_numbers_of_slots_halve():
 def test_a_short_run_takes_slots_for_those_that_wait(alone, monkeypatch):
     """Of 24 rows the first 10, 5 and 3 are asked for."""
     counts, compact = [], Slots.compact
-    spy = lambda slots, count, sequences: counts.append(count) or compact(slots, count, sequences)
+
+    def spy(slots, count, sequences):
+        return counts.append(count) or compact(slots, count, sequences)
+
     monkeypatch.setattr(Slots, "compact", spy)
     engine = Engine(MODEL, None, LIMITS, SAMPLING)
     for asked in (10, 5, 3):
@@ -244,7 +253,10 @@ def machine(limit, slots, pages):
     free = prompt_pages + jnp.arange(pages, dtype=jnp.int32)
     state = scheduler.initial(cache, sequences, empty, free)
     begin = jax.jit(lambda s: scheduler.reserve(scheduler.admit(s, sequences, 1)))
-    row = lambda s: s.slots.columns.sequence
+
+    def row(s):
+        return s.slots.columns.sequence
+
     end = jax.jit(lambda s: scheduler.release(*scheduler.record(s, row(s), row(s).astype(jnp.float32), ())))
     while state.head < state.tail or scheduler.live(state).any():
         state = begin(state)

@@ -53,7 +53,10 @@ def plain_votes(predictions, problems):
 def evaluate(*, items=5, samples=3, calls=None):
     problems = [problem(i, "AAB"[i % 3]) for i in range(items)]
     prompts = [[100 + i, 7] for i in range(items)]
-    decode = lambda ids: " ".join(map(str, ids))
+
+    def decode(ids):
+        return " ".join(map(str, ids))
+
     return evaluate_set(
         "s",
         problems,
@@ -136,7 +139,9 @@ def test_numbers_of_a_set():
 
 
 def test_answers_that_are_equal_vote_together():
-    merged = lambda predictions, _: ["B" if p == "C" else p for p in predictions]
+    def merged(predictions, _):
+        return ["B" if p == "C" else p for p in predictions]
+
     for votes, maj, distinct in ((plain_votes, 0, 3), (merged, 1, 2)):
         numbers, generations = evaluate_set(
             "s",

@@ -101,7 +101,9 @@ def test_padding_behind_a_row_changes_nothing_before_it(attend):
 
 def lowered(platform, T, dtype):
     """The program of output and gradients at the real length, for one row of Qwen3's heads."""
-    array = lambda heads: jax.ShapeDtypeStruct((1, T, heads, 128), dtype)
+
+    def array(heads):
+        return jax.ShapeDtypeStruct((1, T, heads, 128), dtype)
 
     def run(q, k, v):
         out, back = jax.vjp(causal_attention, q, k, v)

@@ -267,7 +267,10 @@ def test_rows_keep_all_their_fields_and_need_no_answer(tmp_path, monkeypatch):
     with Grader("seen:f") as grader:
         seen = [eval(g.prediction) for g in grader.grade_all([""] * 4, problems)]
     name = problems[0].dataset
-    own = lambda n, **fields: dict(uid=f"{name}/train/{n}", dataset=name, kind="own") | fields
+
+    def own(n, **fields):
+        return dict(uid=f"{name}/train/{n}", dataset=name, kind="own") | fields
+
     assert seen[:2] == [own(0, answer=""), own(1, answer=" so ")]
     assert seen[2] == own(2, answer={"é": [1]}, uid="my 7", tests="\ud800")
     assert seen[3] == own(3, kind="math", answer="7", level=3)

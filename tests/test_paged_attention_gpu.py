@@ -32,7 +32,10 @@ def transposed_operands(monkeypatch):
 
     def wgmma(*, b_transforms, **given):
         plain = tuple(t for t in b_transforms if type(t).__name__ != "TransposeTransform")
-        late = lambda a, b, **how: matmul(a, b if len(plain) == len(b_transforms) else b.T, **how)
+
+        def late(a, b, **how):
+            return matmul(a, b if len(plain) == len(b_transforms) else b.T, **how)
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(np, "matmul", late)
             return product(b_transforms=plain, **given)
@@ -52,7 +55,10 @@ def operands(lengths, heads, kv_heads, E=64, page=PAGE, dtype=jnp.bfloat16, seed
     table_BM = rng.integers(0, shared, (B, WIDTH))
     table_BM[np.arange(B), np.maximum(own_B, 0)] = shared + rng.permutation(B)
     table_BM[np.arange(WIDTH) > own_B[:, None]] = 9 * LAYER
-    normal = lambda dtype, *shape: jnp.asarray(rng.normal(size=shape), dtype)
+
+    def normal(dtype, *shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     q_BHE = normal(dtype, B, heads, E)
     k_BKE, v_BKE = (normal(dtype, B, kv_heads, E) for _ in "kv")
     cache_XPWE = normal(dtype, 3 * LAYER, page, 2 * kv_heads, E)
@@ -68,7 +74,10 @@ def check(args, split=2 * LONG, **params):
         got_BHE, got_XPWE = jax.jit(run)(args)
     inside_BM = jnp.where(args.table_BM < LAYER, args.table_BM, 0)
     want_BHE, want_XPWE = xla.reference(args._replace(table_BM=inside_BM))
-    to32 = lambda x: np.asarray(x, np.float32)
+
+    def to32(x):
+        return np.asarray(x, np.float32)
+
     np.testing.assert_allclose(to32(got_BHE), to32(want_BHE), atol=1e-2, rtol=1e-2)
     np.testing.assert_array_equal(to32(got_XPWE), to32(want_XPWE))
     assert not to32(got_BHE)[np.asarray(args.position_B) < 0].any()
@@ -150,7 +159,10 @@ def test_is_the_default_on_hopper_gpus_for_bfloat16(dtype, capability, ours, mon
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
     given = (array(dtype, 2, 4, 128), *[array(dtype, 2, 2, 128)] * 2, array(dtype, 8, 64, 4, 128))
     where = array(jnp.int32, 2, 4), array(jnp.int32, 2), array(jnp.int32)
-    attend = lambda *operands: write_and_attend(*operands)  # a function of its own, which is traced anew
+
+    def attend(*operands):
+        return write_and_attend(*operands)  # a function of its own, which is traced anew
+
     assert ("mosaic_gpu" in lowered(attend, *given, *where)) == ours
 
 
@@ -162,9 +174,10 @@ def test_a_whole_decoding_step_of_qwen3_4b_lowers_for_cuda():
     model = Qwen3Config(*sizes, tie_word_embeddings=True, dtype=jnp.bfloat16)
     weights = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
     decoder = Decoder(model, attention="pallas_gpu")
-    step = lambda weights, token_B, position_B, cache, table_BM: decode_step(
-        decoder, weights, StepInputs(token_B, position_B, table_BM), cache
-    )
+
+    def step(weights, token_B, position_B, cache, table_BM):
+        return decode_step(decoder, weights, StepInputs(token_B, position_B, table_BM), cache)
+
     cache, row = array(jnp.bfloat16, 36 * 1000, 64, 16, 128), array(jnp.int32, 128)
     assert_in_place(lowered(step, weights, row, row, cache, array(jnp.int32, 128, 36)))
 
@@ -180,7 +193,10 @@ def test_the_engines_loop_over_eight_gpus_lowers_for_cuda():
     model = Qwen3Config(512, 256, 512, 2, 8, 4, 64, tie_word_embeddings=True, dtype="bfloat16")
     limits, sampling = Limits(64, 32, page_length=64), Sampling(1.0, stop_ids=(1,))
     spec = DecodeSpec(model, make_mesh(2, 2, 2), limits, sampling, "pallas_gpu")
-    start = lambda key, batch: begin(init_params(model, key), batch, key, spec=spec)
+
+    def start(key, batch):
+        return begin(init_params(model, key), batch, key, spec=spec)
+
     batch = Batch(*(array(jnp.int32, *shape) for shape in ((4, 32), (4,), (8,), (8,), (8,))))
     given = jax.eval_shape(start, jax.random.key(0), batch)
     traced = jax.jit(partial(decode, spec=spec)).trace(*given)

@@ -26,7 +26,10 @@ def operands(lengths, heads, kv_heads, dtype, seed=0):
     table_BM = rng.integers(0, shared, (B, WIDTH))
     own_B = shared + rng.permutation(B)
     table_BM[np.arange(B), np.maximum(position_B, 0) // PAGE] = own_B
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     q_BHE, k_BKE, v_BKE = (normal(B, n, E) for n in (heads, kv_heads, kv_heads))
     cache_XPWE = normal(3 * LAYER, PAGE, 2 * kv_heads, E)
     table_BM, position_B = jnp.asarray(table_BM, jnp.int32), jnp.asarray(position_B)
@@ -49,7 +52,10 @@ def stock(args):
     def definition(q_BHE, cache_XPWE, *where, sm_scale, **sizes):
         where = [np.asarray(x) for x in where]
         kernel.dynamic_validate_inputs(q_BHE, cache_XPWE, *where, sm_scale=sm_scale, **sizes)
-        attend = lambda q, cache: kernel.ref_ragged_paged_attention(q, cache, *where, sm_scale=sm_scale)
+
+        def attend(q, cache):
+            return kernel.ref_ragged_paged_attention(q, cache, *where, sm_scale=sm_scale)
+
         out_NHE = jax.jit(attend)(q_BHE, cache_XPWE)
         return jnp.full_like(q_BHE, jnp.nan).at[: len(out_NHE)].set(out_NHE)
 
@@ -62,7 +68,10 @@ def check(got, args):
     out_BHE, cache_XPWE = got
     want_BHE, want_cache_XPWE = xla.reference(args)
     tolerance = 1e-5 if out_BHE.dtype == jnp.float32 else 2e-2
-    to32 = lambda x: np.asarray(x, np.float32)
+
+    def to32(x):
+        return np.asarray(x, np.float32)
+
     np.testing.assert_allclose(to32(out_BHE), to32(want_BHE), atol=tolerance, rtol=tolerance)
     np.testing.assert_array_equal(to32(cache_XPWE), to32(want_cache_XPWE))
     assert not to32(out_BHE)[np.asarray(args.position_B) < 0].any()
@@ -109,9 +118,10 @@ def test_two_cores_never_meet():
 @pytest.mark.optimized
 def test_elsewhere_than_on_a_tpu_the_choice_is_xla():
     args = operands(LENGTHS, 4, 2, "float32")
-    compiled = lambda **how: (
-        jax.jit(partial(write_and_attend, **how), donate_argnums=3).lower(*args).compile()
-    )
+
+    def compiled(**how):
+        return jax.jit(partial(write_and_attend, **how), donate_argnums=3).lower(*args).compile()
+
     chosen, xla = (compiled(**how).as_text() for how in ({}, {"implementation": "xla"}))
     # Nothing is left to be chosen while it runs.
     assert "callback" not in chosen and chosen.count("conditional(") == xla.count("conditional(")

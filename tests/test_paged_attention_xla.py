@@ -16,7 +16,10 @@ def operands(lengths, seed=0, K=K):
     """Rows whose newest token is number `length` - 1, in the second layer of two; 0: idle."""
     rng, B = np.random.default_rng(seed), len(lengths)
     pages = B * WIDTH
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     table_BM = jnp.asarray(rng.permutation(pages).reshape(B, WIDTH), jnp.int32)
     position_B = jnp.asarray(lengths, jnp.int32) - 1
     cache_XPWE = normal(2 * pages, PAGE, 2 * K, E)
@@ -45,7 +48,10 @@ def test_pieces_and_blocks_change_nothing(lengths, heads):
     number = PAGE * 2 * heads * E  # of a page
     pieces = [partial(xla.in_pieces, piece=n * number) for n in (1, 2, 4, WIDTH, 2 * WIDTH, 9 * WIDTH)]
     blocks = [partial(xla.together, block=n) for n in (1, 8, 12, 64)]
-    chosen = lambda operands: write_and_attend(*operands)
+
+    def chosen(operands):
+        return write_and_attend(*operands)
+
     for attend in (*pieces, *blocks, xla.reference, chosen):
         out_BHE, cache_XPWE = jax.jit(attend)(args)
         np.testing.assert_allclose(out_BHE, by_hand(*args), atol=1e-6)

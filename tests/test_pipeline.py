@@ -59,7 +59,10 @@ def test_a_bucket_holds_its_tokens_and_keeps_the_maximum(n, maximum):
 
 def test_the_checksum_of_problems_sees_text_gold_checker_order_and_number():
     problems = problems_of(5, 6, 7)
-    change = lambda **fields: [dataclasses.replace(problems[0], **fields), *problems[1:]]
+
+    def change(**fields):
+        return [dataclasses.replace(problems[0], **fields), *problems[1:]]
+
     others = [
         change(answer="2"),
         change(kind="mcq"),

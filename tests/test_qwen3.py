@@ -26,7 +26,10 @@ def params_of(config: Qwen3Config):
     """Random parameters far from initialisation: scales off 1, biases off 0."""
     shapes = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(1)
-    draw = lambda path, x: rng.normal(path[-1].key == "scale", 0.2, x.shape).astype(np.float32)
+
+    def draw(path, x):
+        return rng.normal(path[-1].key == "scale", 0.2, x.shape).astype(np.float32)
+
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
@@ -76,7 +79,9 @@ def count_equations(jaxpr) -> int:
 
 
 def inner_jaxprs(params):
-    held = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+    def held(x):
+        return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
     for leaf in filter(held, jax.tree.leaves(params, is_leaf=held)):
         yield leaf if hasattr(leaf, "eqns") else leaf.jaxpr
 
@@ -84,14 +89,21 @@ def inner_jaxprs(params):
 def programs(config: Qwen3Config):
     """The jaxprs of a training pass, a prefill and a decoding step."""
     params = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
-    loss = lambda p: qwen3.hidden_states(p, config, TOKENS).sum()
+
+    def loss(p):
+        return qwen3.hidden_states(p, config, TOKENS).sum()
+
     yield jax.make_jaxpr(jax.grad(loss))(params)
     _, store, table = jax.eval_shape(lambda p: decoding(p, config), params)
-    prefill = lambda p, s: decoder.prefill(decoder.fuse(p, config), config, TOKENS, FIRST, s, FIRST)
+
+    def prefill(p, s):
+        return decoder.prefill(decoder.fuse(p, config), config, TOKENS, FIRST, s, FIRST)
+
     yield jax.make_jaxpr(prefill)(params, store)
-    step = lambda p, s, t: decoder.decode_step(
-        decoder.fuse(p, config), config, TOKENS[:, 0], TOKENS[:, 0], s, t
-    )
+
+    def step(p, s, t):
+        return decoder.decode_step(decoder.fuse(p, config), config, TOKENS[:, 0], TOKENS[:, 0], s, t)
+
     yield jax.make_jaxpr(step)(params, store, table)
 
 
@@ -161,7 +173,10 @@ def test_bfloat16_activations_stay_near_float32_and_parameters_stay_float32():
 
 def test_rotation_depends_on_distance_only_and_keeps_norms():
     q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
-    turn = lambda x, n: np.asarray(qwen3.rotate(jnp.asarray(x), jnp.full((1, 1), n), 1e4))
+
+    def turn(x, n):
+        return np.asarray(qwen3.rotate(jnp.asarray(x), jnp.full((1, 1), n), 1e4))
+
     dots = [float((turn(q, n + 3) * turn(k, n)).sum()) for n in (0, 1, 50, 1000)]
     np.testing.assert_allclose(dots, dots[0], atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(turn(q, 77)), np.linalg.norm(q), rtol=1e-6)

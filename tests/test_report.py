@@ -70,7 +70,10 @@ def test_the_change_is_paired_by_item(tmp_path):
     rng = np.random.default_rng(0)
     hard_N1 = rng.random((40, 1))
     old, new = (rng.random((40, 8)) < hard_N1 + d for d in (0.0, 0.2))
-    se_of = lambda rewards: rewards.mean(1).std(ddof=1) / np.sqrt(40)
+
+    def se_of(rewards):
+        return rewards.mean(1).std(ddof=1) / np.sqrt(40)
+
     rows = [scored(0, "a", old.mean(), se_of(old)), scored(9, "a", new.mean(), se_of(new))]
     generations(tmp_path, 0, "a", old)
     generations(tmp_path, 9, "a", new)

@@ -261,7 +261,10 @@ def test_a_worker_that_died_between_batches_costs_nothing(grader):
 def test_grading_works_off_the_main_thread_beside_jax(grader):
     jax.numpy.zeros(2).block_until_ready()
     scores = []
-    work = lambda: scores.append(_score(grader, "math", "\\boxed{\\frac{10}{2}}", "5"))
+
+    def work():
+        return scores.append(_score(grader, "math", "\\boxed{\\frac{10}{2}}", "5"))
+
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()

@@ -218,7 +218,10 @@ def test_top_p_keeps_to_the_likeliest_ids():
 def test_new_values_do_not_compile_again(traces):
     engine = Engine(MODEL, None, Limits(1, 9), Sampling(TEMPERATURE, stop_ids=(140,)))
     want = _generate().tokens_BR[:, :1]
-    call = lambda uid, key: engine.generate(PARAMS, _requests(uid=uid, limit=LIMIT // NEW), key)
+
+    def call(uid, key):
+        return engine.generate(PARAMS, _requests(uid=uid, limit=LIMIT // NEW), key)
+
     call(UID + 9, KEY)
     first = len(traces)
     for seed in range(2):

@@ -168,7 +168,10 @@ def test_a_run_leaves_all_that_the_readme_names(finished):
 
 def test_the_metrics_come_in_order_with_the_named_numbers(finished):
     rows = read_lines(finished[0] / "metrics.jsonl")
-    evals = lambda step: [(step, f"eval/{name}") for name in SETS]
+
+    def evals(step):
+        return [(step, f"eval/{name}") for name in SETS]
+
     wanted = evals(0)
     for step in range(1, STEPS + 1):
         wanted += [(step, "train"), *(evals(step) if step % 2 == 0 else [])]
@@ -239,7 +242,10 @@ def test_rollouts_are_records_that_agree_with_themselves_and_the_metrics(finishe
 def test_the_export_is_the_trained_model(finished, model):
     path = finished[0] / "export"
     tokenizer = load_tokenizer(path)
-    read = lambda path: read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat="none")
+
+    def read(path):
+        return read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat="none")
+
     config = read(path)
     assert config == read(model)
     assert tokenizer.stop_ids == load_tokenizer(model).stop_ids

@@ -77,7 +77,10 @@ def test_every_mesh_gives_the_hidden_states_and_gradients_of_one_device(shape, p
 def test_matrices_are_really_split(params):
     mesh = sharding.make_mesh(1, 4, 2)
     placed = jax.device_put(params, sharding.param_shardings(params, mesh))
-    local = lambda x: x.addressable_shards[0].data.shape
+
+    def local(x):
+        return x.addressable_shards[0].data.shape
+
     block = placed["blocks"]
     assert local(placed["embed"]) == local(placed["head"]) == (32, 4)
     assert local(block["attention"]["q_proj"]["kernel"]) == (2, 4, 32)
@@ -141,7 +144,9 @@ def test_training_splits_activations_by_rows():
     config = CONFIG.replace(hidden_size=48, num_hidden_layers=4)
     shapes = jax.eval_shape(lambda: qwen3.init_params(config, jax.random.key(0)))
     tokens = jax.ShapeDtypeStruct((8, 48), np.int32)
-    loss = lambda p, t: qwen3.hidden_states(p, config, t).sum()
+
+    def loss(p, t):
+        return qwen3.hidden_states(p, config, t).sum()
 
     def memory(count):
         mesh = sharding.make_mesh(1, -1, 1, devices=jax.devices()[:count])

@@ -107,7 +107,10 @@ def test_every_substring_is_found_as_it_stands(text, data):
 @settings(max_examples=300, deadline=None)
 def test_digits_of_a_match_are_those_of_the_quote(text, quote):
     part = found(text, quote)
-    digits = lambda s: [unicodedata.digit(c) for c in s if c.isdecimal()]
+
+    def digits(s):
+        return [unicodedata.digit(c) for c in s if c.isdecimal()]
+
     assert part is None or digits(part) == digits(quote)
 
 

@@ -47,7 +47,10 @@ def wait_for_watch(run):
     status = Path(f"/proc/{run.process.pid}/status")
     if not status.exists():
         pytest.skip("handlers of other processes are looked up in /proc")
-    caught = lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16)
+
+    def caught():
+        return int(status.read_text().split("SigCgt:")[1].split()[0], 16)
+
     wait_until(lambda: caught() >> signal.SIGTERM - 1 & 1, 60)
 
 

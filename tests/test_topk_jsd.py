@@ -31,7 +31,10 @@ def operands(seed=0, n=N, d=D, v=V, dtype=np.float32, step=None, sharpness=1.0):
     With `step` the hidden states and heads are its multiples, so that many logits tie exactly.
     """
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.normal(size=shape) * sharpness
+
+    def draw(*shape):
+        return rng.normal(size=shape) * sharpness
+
     hidden, head = draw(n, d), draw(v, d)
     arrays = [hidden, head, hidden + 0.5 * draw(n, d), head + 0.1 * draw(v, d)]
     if step:
@@ -257,9 +260,10 @@ def test_minus_infinite_logits(alpha, who, finite, k, implementation):
 def test_an_empty_tail_is_clamped_and_passes_no_gradient(implementation):
     student = jnp.array([[80.0, 79.0, 0.0, 0.0]])
     teacher = jnp.array([[1.0, 2.0, 3.0, 4.0]])
-    loss = lambda z: topk_jsd_from_logits(
-        z, teacher, jnp.ones(1), k=2, alpha=0.0, implementation=implementation
-    )
+
+    def loss(z):
+        return topk_jsd_from_logits(z, teacher, jnp.ones(1), k=2, alpha=0.0, implementation=implementation)
+
     (value, _), grad = jax.value_and_grad(loss, has_aux=True)(student)
     q = np.array([1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 1e-7])
     r = np.exp(np.array([1.0, 2.0])) / np.exp(np.arange(1.0, 5.0)).sum()
@@ -298,7 +302,9 @@ def test_without_a_tail_bucket_lost_mass_goes_unseen():
     leaking = teacher.at[:, 10:].add(5.5)
 
     def descend(tail, steps=300):
-        loss = lambda z: topk_jsd_from_logits(z, teacher, jnp.ones(1), k=10, alpha=1.0, tail=tail)
+        def loss(z):
+            return topk_jsd_from_logits(z, teacher, jnp.ones(1), k=10, alpha=1.0, tail=tail)
+
         step = jax.jit(lambda z: z - 2.0 * jax.grad(loss, has_aux=True)(z)[0])
         first, aux = loss(leaking)
         end = leaking
@@ -344,7 +350,10 @@ def test_sampled_token_gradient_averages_to_that_of_the_reverse_kl():
     student, teacher = (jnp.asarray(rng.normal(size=(1, 5)), jnp.float32) for _ in range(2))
     every = jnp.arange(5, dtype=jnp.int32)
     probs = jax.nn.softmax(student)[0]
-    spread = lambda z: jnp.broadcast_to(z, (5, 5))
+
+    def spread(z):
+        return jnp.broadcast_to(z, (5, 5))
+
     sampled = jax.grad(lambda z: sampled_token_loss_from_logits(spread(z), spread(teacher), every, probs)[0])(
         student
     )
@@ -403,7 +412,10 @@ def count_matmuls(function, *args):
 @pytest.mark.optimized
 def test_matmuls_two_for_the_value_three_for_a_frozen_head_four_in_all():
     args = operands()[:5]
-    loss = lambda *args: topk_jsd_loss(*args, k=20, chunk=8)[0]
+
+    def loss(*args):
+        return topk_jsd_loss(*args, k=20, chunk=8)[0]
+
     assert count_matmuls(loss, *args) == 2
     assert count_matmuls(jax.grad(loss), *args) == 3
     assert count_matmuls(jax.grad(loss, argnums=(0, 1)), *args) == 4
@@ -430,7 +442,10 @@ def test_in_a_scan_the_parts_sum_to_the_whole():
 def test_eight_devices_equal_one(head_axes):
     args = operands(n=32)[:5]
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    def put(x, *axes):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
     row, head = ("data", None), head_axes
     sharded = [put(x, *axes) for x, axes in zip(args, (row, head, row, head, ("data",)), strict=True)]
     ours, wanted = chunked(*sharded), chunked(*args)

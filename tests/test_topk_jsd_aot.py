@@ -50,7 +50,10 @@ def test_every_form_of_the_row_kernel_compiles(options):
     put = topk_jsd_tpu.on_device("v5e:2x2")
     vocab = options.get("vocab", 6200)
     options = {name: value for name, value in options.items() if name != "vocab"}
-    run = lambda s, t, w: topk_jsd_from_logits(s, t, w, **options)
+
+    def run(s, t, w):
+        return topk_jsd_from_logits(s, t, w, **options)
+
     logits, weight = put(20, vocab, dtype=jnp.float32), put(20, dtype=jnp.float32)
     for function in (run, jax.grad(run, has_aux=True)):
         compiled = jax.jit(function).lower(logits, logits, weight).compile()
@@ -60,7 +63,10 @@ def test_every_form_of_the_row_kernel_compiles(options):
 def test_a_frozen_head_costs_three_matmuls_and_a_value_two():
     put = topk_jsd_tpu.on_device("v5e:2x2")
     operands = (put(64, 128), put(6400, 128), put(64, 128), put(6400, 128), put(64, dtype=jnp.float32))
-    loss = lambda *args: topk_jsd_loss(*args, k=20, chunk=64)[0]
+
+    def loss(*args):
+        return topk_jsd_loss(*args, k=20, chunk=64)[0]
+
     for function, matmuls in ((loss, 2), (jax.grad(loss), 3), (jax.grad(loss, argnums=(0, 1)), 4)):
         compiled = jax.jit(function).lower(*operands).compile()
         assert round(compiled.cost_analysis()["flops"] / (2 * 64 * 6400 * 128), 1) == matmuls

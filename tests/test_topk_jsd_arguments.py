@@ -47,7 +47,10 @@ def logits(dtype=np.float32):
 
 def value_and_grads(given, scale=1.0):
     """Scale times the loss, and its gradients in the student's hidden states and head by name."""
-    loss = lambda student: scale * topk_jsd_loss(**given | student)[0]
+
+    def loss(student):
+        return scale * topk_jsd_loss(**given | student)[0]
+
     student = {name: x for name, x in given.items() if name.startswith("student")}
     return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(student)
 
@@ -216,7 +219,9 @@ def test_float64_operands_are_computed_in_float64(implementation):
 
 
 def relative_error(found, wanted):
-    to = lambda tree: np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+    def to(tree):
+        return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+
     return np.linalg.norm(to(found) - to(wanted)) / np.linalg.norm(to(wanted))
 
 
@@ -293,7 +298,10 @@ def losses(**options):
     """Name of the function, loss of one array, array."""
     given, rows = operands(), logits()
     yield "topk_jsd_loss", lambda x: topk_jsd_loss(**given | {HIDDEN: x}, **options)[0], given[HIDDEN]
-    from_logits = lambda x: topk_jsd_from_logits(**rows | {LOGITS: x}, k=3, **options)[0]
+
+    def from_logits(x):
+        return topk_jsd_from_logits(**rows | {LOGITS: x}, k=3, **options)[0]
+
     yield "topk_jsd_from_logits", from_logits, rows[LOGITS]
 
 
@@ -309,7 +317,10 @@ def test_a_second_derivative_is_refused_in_a_sentence(implementation, order):
 def test_a_second_derivative_over_a_mesh_is_refused_in_a_sentence():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     given = operands() | {"sharding": Sharding(mesh, ("x",))}
-    loss = lambda x: topk_jsd_loss(**given | {HIDDEN: x})[0]
+
+    def loss(x):
+        return topk_jsd_loss(**given | {HIDDEN: x})[0]
+
     with pytest.raises(NotImplementedError, match="topk_jsd_loss with sharding has first derivatives only"):
         jax.eval_shape(jax.hessian(loss), given[HIDDEN])
 
@@ -325,7 +336,10 @@ def test_forward_mode_is_refused_in_a_sentence(implementation, mode):
 def test_an_outer_derivative_that_leaves_the_gradient_out_is_a_first_one():
     """A step down the loss whose own derivative is not wanted, as in first-order meta-learning."""
     for _, loss, x in losses():
-        inner = lambda x, loss=loss: jax.grad(loss)(lax.stop_gradient(x))
+
+        def inner(x, loss=loss):
+            return jax.grad(loss)(lax.stop_gradient(x))
+
         found = jax.jit(jax.grad(lambda x, loss=loss, inner=inner: loss(x - inner(x))))(x)
         grad = jax.jit(jax.grad(loss))
         close(found, grad(x - grad(x)))

@@ -50,11 +50,17 @@ def rows_of(n_rows, vocab=V, seed=0):
 def oracle(options, student, teacher, rows, live):
     """Aux and the gradient of the plain loss, in float64."""
     with jax.enable_x64(True):
-        wide = lambda x: None if x is None else jnp.asarray(np.asarray(x), jnp.float64)
+
+        def wide(x):
+            return None if x is None else jnp.asarray(np.asarray(x), jnp.float64)
+
         weight = jnp.where(np.asarray(live), wide(rows.weight_N), 0)
         tokens = None if rows.tokens_N is None else jnp.asarray(np.asarray(rows.tokens_N))
         wide_rows = Rows(weight, tokens, wide(rows.sampler_logp_N))
-        loss = lambda student: reference.loss_from_logits(options, student, wide(teacher), wide_rows)
+
+        def loss(student):
+            return reference.loss_from_logits(options, student, wide(teacher), wide_rows)
+
         (_, aux), grad = jax.value_and_grad(loss, has_aux=True)(wide(student))
         return jax.tree.map(np.asarray, (aux, grad))
 
@@ -102,7 +108,10 @@ def test_scores_of_minus_infinity_are_chosen_by_id_when_too_few_are_finite():
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_a_nan_reaches_its_own_row_only(who, tail):
     student, teacher = logits()
-    spoil = lambda x: x.at[0, 700].set(jnp.nan).at[1].set(jnp.nan)
+
+    def spoil(x):
+        return x.at[0, 700].set(jnp.nan).at[1].set(jnp.nan)
+
     student, teacher = (spoil(student), teacher) if who == "student" else (student, spoil(teacher))
     rows, live = rows_of(8)
     aux, grad = interpreted(Options(k=20, tail=tail), student, teacher, rows, live, jnp.float32)
@@ -149,8 +158,13 @@ def test_lowers_where_rows_are_not_aligned_to_16_bytes(vocab):
 
 def test_the_whole_loss_lowers_for_cuda_from_hidden_states_and_from_narrow_logits():
     on_gpu = {"k": 100, "implementation": "pallas_gpu"}
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    loss = lambda *args: topk_jsd_loss(*args, chunk=32, **on_gpu)
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def loss(*args):
+        return topk_jsd_loss(*args, chunk=32, **on_gpu)
+
     whole = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     models, weight = (array(64, 128), array(9000, 128)) * 2, jax.ShapeDtypeStruct((64,), jnp.float32)
     by_logits = jax.jit(jax.grad(partial(topk_jsd_from_logits, **on_gpu), has_aux=True))
@@ -161,7 +175,10 @@ def test_the_whole_loss_lowers_for_cuda_from_hidden_states_and_from_narrow_logit
 @pytest.mark.parametrize("capability, ours", [("9.0", True), ("8.0", False), (None, False)])
 def test_is_the_default_on_hopper_gpus(capability, ours, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def bf16(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
     models, weight = (bf16(64, 128), bf16(9000, 128)) * 2, jax.ShapeDtypeStruct((64,), jnp.float32)
     traced = jax.jit(lambda *args: topk_jsd_loss(*args, chunk=32)[0]).trace(*models, weight)
     assert ("mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()) == ours

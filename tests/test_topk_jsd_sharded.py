@@ -58,7 +58,10 @@ def operands(n=N, v=V, dtype=np.float32, step=None, equal=False, infinite=False,
 def value_and_grads(*args, argnums=(0, 1), **options):
     student, (*teacher, weight, tokens, sampler_logp) = args[:2], args[2:]
     rows = {"tokens_N": tokens, "sampler_logp_N": sampler_logp}
-    loss = lambda *student: topk_jsd_loss(*student, *teacher, weight, **rows, **options)
+
+    def loss(*student):
+        return topk_jsd_loss(*student, *teacher, weight, **rows, **options)
+
     return jax.value_and_grad(loss, argnums, has_aux=True)(*student)
 
 
@@ -183,7 +186,9 @@ def test_the_selection_over_shards_is_that_of_the_whole_row(shards):
 
     @partial(jax.jit, static_argnums=1)
     def select(scores, k):
-        local = lambda scores: select_top_k(scores, live, k, "y")
+        def local(scores):
+            return select_top_k(scores, live, k, "y")
+
         return jax.shard_map(local, mesh=mesh, in_specs=row, out_specs=row, check_vma=False)(scores)
 
     @settings(max_examples=30, deadline=None)
@@ -209,7 +214,10 @@ def test_the_selection_over_shards_is_that_of_the_whole_row(shards):
 def test_explicit_axes_keep_each_gradient_where_its_operand_lies(place):
     args = operands(n=20)
     sharding = make(*place, types=EXPLICIT)
-    put = lambda x, *axes: jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec(*axes)))
+
+    def put(x, *axes):
+        return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec(*axes)))
+
     laid = [put(x, *axes) for x, axes in zip(args, [("x",), (None, "y")] * 2 + [("x",)] * 3, strict=True)]
     function = jax.jit(partial(value_and_grads, k=20, chunk=2, sharding=sharding), compiler_options=QUICK)
     with jax.set_mesh(sharding.mesh):
@@ -225,10 +233,12 @@ def test_in_a_scan_the_cotangent_scales_and_nothing_needs_jit():
     parts = [x.reshape(2, 12, *x.shape[1:]) for x in (args[0], args[2], args[4])]
 
     def thrice(head):
-        part = lambda total, x: (
-            total + 3 * topk_jsd_loss(x[0], head, x[1], args[3], x[2], k=20, sharding=sharding)[0],
-            None,
-        )
+        def part(total, x):
+            return (
+                total + 3 * topk_jsd_loss(x[0], head, x[1], args[3], x[2], k=20, sharding=sharding)[0],
+                None,
+            )
+
         return jax.lax.scan(jax.checkpoint(part), jnp.float32(0), tuple(parts))[0]
 
     tripled, tripled_grad = jax.jit(jax.value_and_grad(thrice), compiler_options=QUICK)(args[1])
@@ -251,7 +261,10 @@ def compiled(place, argnums):
         function = partial(value_and_grads, argnums=argnums, **options)
     else:
         rows = {"tokens_N": args[5], "sampler_logp_N": args[6]}
-        function = lambda *args: topk_jsd_loss(*args[:5], **rows, **options)
+
+        def function(*args):
+            return topk_jsd_loss(*args[:5], **rows, **options)
+
     return jax.jit(function).lower(*args).compile().as_text()
 
 
@@ -284,7 +297,10 @@ def collectives(text):
 def test_matmuls_and_what_is_exchanged(place):
     texts = {argnums: compiled(place, argnums) for argnums in ((), (0,), (0, 1))}
     assert [len(re.findall(r" dot\(", text)) for text in texts.values()] == [2, 3, 4]
-    head = lambda text: [dims for kind, dims in collectives(text) if kind == "reduce-scatter"]
+
+    def head(text):
+        return [dims for kind, dims in collectives(text) if kind == "reduce-scatter"]
+
     local = 512 // 2 // 4 if place is VOCAB_2 else 512 // 8
     assert [head(text) for text in texts.values()] == [[], [], [(local, D)]]
     for argnums, text in texts.items():
@@ -313,7 +329,10 @@ def test_where_the_devices_do_not_divide_the_head_its_gradient_is_whole(place):
 
 def test_a_kernel_is_lowered_for_each_device_with_its_own_rows():
     args = [x.astype(jnp.bfloat16) for x in operands(n=128, v=1024)[:5]]
-    loss = lambda *args: topk_jsd_loss(*args, k=5, sharding=make(*ROWS_2D), implementation="pallas_tpu")[0]
+
+    def loss(*args):
+        return topk_jsd_loss(*args, k=5, sharding=make(*ROWS_2D), implementation="pallas_tpu")[0]
+
     text = jax.jit(jax.grad(loss)).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
     kernels = [line for line in text.splitlines() if "tpu_custom_call" in line]
     assert kernels and all("tensor<16x1024xf32>" in line for line in kernels)

@@ -45,9 +45,9 @@ def compiled(grad_dtype, **options):
         )
 
     def reference(student, teacher, weight, **given):
-        loss = lambda z: topk_jsd_from_logits(
-            z, teacher, weight, implementation="reference", **given, **options
-        )
+        def loss(z):
+            return topk_jsd_from_logits(z, teacher, weight, implementation="reference", **given, **options)
+
         return jax.value_and_grad(loss, has_aux=True)(student)
 
     return jax.jit(kernel), jax.jit(reference)
@@ -137,7 +137,10 @@ def test_the_bisection_takes_the_trips_that_the_benchmark_counts():
     zipf = -1.3 * np.log(ranks) + 0.5 * rng.normal(size=(C, V))
     student = jnp.asarray(np.concatenate([3 * rng.normal(size=(C, V)), zipf]), jnp.float32)
     plan, row, live = pallas_tpu.make_plan(options, V), Rows(jnp.ones(2 * C)), jnp.ones(2 * C, bool)
-    terms = lambda s: pallas_tpu.call(options, plan, s, s, row, live, None, interpret=True)[0]
+
+    def terms(s):
+        return pallas_tpu.call(options, plan, s, s, row, live, None, interpret=True)[0]
+
     stats = np.asarray(jax.jit(terms)(student))
     assert not stats[:, LONG].any()
     assert stats[:, pallas_tpu.STATS.index("trips")].mean() <= TRIPS
@@ -193,11 +196,16 @@ def test_chooses_what_the_reference_chooses(seed, step, scale):
 
 def test_the_whole_loss_through_the_kernel():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     args = (draw(22, 16), draw(300, 16), draw(22, 16), draw(300, 16), jnp.arange(22.0) % 3)
 
     def run(implementation):
-        loss = lambda h, w: topk_jsd_loss(h, w, *args[2:], k=20, chunk=8, implementation=implementation)
+        def loss(h, w):
+            return topk_jsd_loss(h, w, *args[2:], k=20, chunk=8, implementation=implementation)
+
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*args[:2])
 
     (loss, aux), grads = run("pallas_tpu")

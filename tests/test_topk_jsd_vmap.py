@@ -63,7 +63,10 @@ def from_hidden(*args, **options):
 
 def from_logits(student, teacher, weight, tokens, sampler_logp, **options):
     rows = {"tokens_N": tokens, "sampler_logp_N": sampler_logp}
-    loss = lambda student: topk_jsd_from_logits(student, teacher, weight, **rows, **OPTIONS, **options)
+
+    def loss(student):
+        return topk_jsd_from_logits(student, teacher, weight, **rows, **OPTIONS, **options)
+
     return jax.value_and_grad(loss, has_aux=True)(student)
 
 
@@ -92,7 +95,10 @@ def assert_is_a_loop(function, args, in_axes):
     if aux.chunks_run is not None:
         assert (aux.chunks_run == wanted_aux.chunks_run.max()).all()
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    strip = lambda aux: aux._replace(chunks_run=None)
+
+    def strip(aux):
+        return aux._replace(chunks_run=None)
+
     jax.tree.map(close, (loss, strip(aux), grads), (wanted_loss, strip(wanted_aux), wanted_grads))
     assert np.abs(loss).max() > 0.01 and np.abs(jax.tree.leaves(grads)[0]).max() > 1e-3
 
@@ -203,10 +209,16 @@ def test_lowers_with_the_rows_of_all_sets_in_one_kernel_call(
     if platform == "cuda":
         monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0")])
     sets = (2, SETS) if transform == "vmap of vmap" else (SETS,)
-    bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def bf16(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
     args = bf16(*sets, 64, 128), bf16(9088, 128), bf16(*sets, 64, 128), bf16(9088, 128)
     weight = jax.ShapeDtypeStruct((*sets, 64), jnp.float32)
-    loss = lambda *args: topk_jsd_loss(*args, k=100, chunk=32, implementation=implementation)[0]
+
+    def loss(*args):
+        return topk_jsd_loss(*args, k=100, chunk=32, implementation=implementation)[0]
+
     function = jax.jit(TRANSFORMS[transform](loss, (0, None, 0, None, 0)))
     text = function.trace(*args, weight).lower(lowering_platforms=(platform,)).as_text()
     call = "mosaic_gpu" if platform == "cuda" else "tpu_custom_call"

@@ -48,7 +48,10 @@ TOPK, TEMPERATURE, CAP = 5, 0.7, 1.25
 LR, WARMUP = 0.01, 4
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8] + [(1, 4, 1), (2, 1, 2)]
-slow = lambda value, often: pytest.param(value, marks=[] if value in often else pytest.mark.slow)
+
+
+def slow(value, often):
+    return pytest.param(value, marks=[] if value in often else pytest.mark.slow)
 
 
 def make_config(device_rows=8, **optimizer):
@@ -80,7 +83,10 @@ def trees():
 def make_lesson(seed=0, **fields):
     """Spans of all kinds; a third of the rows has no weight, as rollouts that left the loss."""
     rng = np.random.default_rng(seed)
-    ids = lambda *shape: rng.integers(1, 60, shape).astype(np.int32)
+
+    def ids(*shape):
+        return rng.integers(1, 60, shape).astype(np.int32)
+
     length_B = rng.integers(1, R + 1, B).astype(np.int32)
     weight_BR = np.zeros((B, R), np.float32)
     for row in range(B):
@@ -104,7 +110,10 @@ def prepared(shape=(1, 1, 1), device_rows=8, model=MODEL, **optimizer):
     mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     config = make_config(device_rows, **optimizer)
     tx = with_gradient(config)
-    start = lambda params: init_state(params, tx)
+
+    def start(params):
+        return init_state(params, tx)
+
     places = param_shardings(jax.eval_shape(start, trees()[0]), mesh)
 
     def lay(lesson, frozen=None):
@@ -162,7 +171,10 @@ def assert_same(found, wanted):
 def assert_same_update(found, wanted, rtol=1e-5):
     """Gradient, parameters, moments and metrics of two (state, metrics) pairs."""
     assert_near(gradient(found[0]), gradient(wanted[0]), rtol)
-    change = lambda pair: jax.tree.map(np.subtract, pair[0].params, trees()[0])
+
+    def change(pair):
+        return jax.tree.map(np.subtract, pair[0].params, trees()[0])
+
     assert_near(change(found), change(wanted), 10 * rtol)
     assert_near(found[0].opt_state, wanted[0].opt_state, 10 * rtol)
     assert_near(found[1], wanted[1], rtol)
@@ -298,13 +310,18 @@ def test_under_its_mesh_every_device_holds_its_own_rows_only():
     model = MODEL.replace(hidden_size=48, intermediate_size=96)
     lesson = make_lesson()
     trip = plan_trips(lesson, B, (64, 64))[0]
-    wide = lambda x: jax.ShapeDtypeStruct((B, 128) if x.ndim > 1 else (B,), x.dtype)
+
+    def wide(x):
+        return jax.ShapeDtypeStruct((B, 128) if x.ndim > 1 else (B,), x.dtype)
 
     def memory(count):
         mesh = make_mesh(1, -1, 1, devices=jax.devices()[:count])
         trees = Trees(make_config(B // count), model, mesh, make_optimizer(make_config()))
         update = make_update(trees.config, model, trees.optimizer, mesh, trees.shardings)
-        rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding(mesh))
+
+        def rows(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding(mesh))
+
         params, sums = trees.like.params, jax.eval_shape(update.zeros)[1]
         hidden = jax.ShapeDtypeStruct((B, 128, 48), np.float32)
         with jax.set_mesh(mesh):
@@ -338,8 +355,13 @@ def test_what_follows_the_span_does_not_matter():
 def test_what_is_behind_the_prompts_and_in_idle_rows_does_not_matter():
     lesson, garbage = make_lesson(), make_lesson(seed=9)
     idle_B = ~lesson.weight_BR.any(1)
-    behind = lambda length_B, width: (np.arange(width) >= length_B[:, None]) | idle_B[:, None]
-    pick = lambda mask, name: np.where(mask, getattr(garbage, name), getattr(lesson, name))
+
+    def behind(length_B, width):
+        return (np.arange(width) >= length_B[:, None]) | idle_B[:, None]
+
+    def pick(mask, name):
+        return np.where(mask, getattr(garbage, name), getattr(lesson, name))
+
     changed = make_lesson(
         prompt_BP=pick(behind(lesson.prompt_len_B, P), "prompt_BP"),
         teacher_prompt_BQ=pick(behind(lesson.teacher_prompt_len_B, Q), "teacher_prompt_BQ"),
@@ -449,7 +471,10 @@ def test_on_policy_rollouts_have_ratio_one():
 
 def widened(lesson, by):
     """The lesson as a batch with longer prompts among its others would have padded it."""
-    pad = lambda x: np.pad(x, ((0, 0), (0, by)))
+
+    def pad(x):
+        return np.pad(x, ((0, 0), (0, by)))
+
     prompts = pad(lesson.prompt_BP), pad(lesson.teacher_prompt_BQ)
     return replace(lesson, prompt_BP=prompts[0], teacher_prompt_BQ=prompts[1])
 

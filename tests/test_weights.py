@@ -33,7 +33,10 @@ def shapes_of(config):
 
 def params_of(config):
     rng = np.random.default_rng(1)
-    draw = lambda path, x: rng.normal(path[-1].key == "scale", 0.2, x.shape).astype(np.float32)
+
+    def draw(path, x):
+        return rng.normal(path[-1].key == "scale", 0.2, x.shape).astype(np.float32)
+
     return jax.tree_util.tree_map_with_path(draw, shapes_of(config))
 
 
@@ -163,7 +166,10 @@ def test_saving_over_an_older_save_leaves_only_the_new_one(first, second, tmp_pa
     weights.save_pretrained(tmp_path, new, CONFIG, max_shard_bytes=second)
     weights.save_pretrained(tmp_path / "fresh", new, CONFIG, max_shard_bytes=second)
     assert_equal_trees(weights.load_params(tmp_path, CONFIG), new)
-    files = lambda folder: {f.name for f in folder.iterdir() if f.is_file()}
+
+    def files(folder):
+        return {f.name for f in folder.iterdir() if f.is_file()}
+
     assert files(tmp_path) == files(tmp_path / "fresh")
 
 

@@ -165,8 +165,13 @@ class _Share(NamedTuple):
     def pages(self, i: Any) -> list[Any]:
         """Those of tile number i; behind the newest token, its page again, which is finite."""
         plan, live = self.plan, lax.div(self.position, np.int32(self.plan.page))
-        start = lambda c: (self.first + i) * TILE + c * plan.positions
-        page = lambda c: jnp.minimum(lax.div(start(c), np.int32(plan.page)), live)
+
+        def start(c):
+            return (self.first + i) * TILE + c * plan.positions
+
+        def page(c):
+            return jnp.minimum(lax.div(start(c), np.int32(plan.page)), live)
+
         return [self.table_ref[self.row, page(c)] for c in range(plan.copies)]
 
     def fetch(self, i: Any, pages: list[Any], which: int) -> None:
@@ -257,7 +262,9 @@ def _attend(share: _Share, q_smem: Any, weight_smem: Any) -> tuple[jax.Array, ja
         # The pages are read a trip before they are needed.
         return softmax._replace(out=softmax.out + part), share.pages(i + STAGES + 1)
 
-    row = lambda value: plgpu.layout_cast(jnp.full(TILE, value, jnp.float32), _BY_ROW)
+    def row(value):
+        return plgpu.layout_cast(jnp.full(TILE, value, jnp.float32), _BY_ROW)
+
     out = plgpu.layout_cast(jnp.zeros((TILE, plan.width), jnp.float32), _LAYOUT)
     start = _Softmax(row(MINUS), row(0.0), out), share.pages(jnp.int32(STAGES))
     (top, total, out), _ = lax.fori_loop(jnp.int32(0), share.count, tile, start)

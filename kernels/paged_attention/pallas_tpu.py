@@ -52,7 +52,10 @@ def write_and_attend(
 
     # Lying as lines, a page fills whole vectors; the interpreter cannot see a reference in another shape.
     page = (P, W, E) if interpret else (P * W, E)
-    block = lambda *shape: pl.BlockSpec((R, *shape), lambda g, *_: (g, 0, 0))
+
+    def block(*shape):
+        return pl.BlockSpec((R, *shape), lambda g, *_: (g, 0, 0))
+
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     out_RHE, cache_XPWE = pl.pallas_call(
         _kernel,

@@ -56,5 +56,8 @@ def ranks(position_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each row's place if live rows came first (int32 [B], a permutation), and the number of live rows."""
     live_B = position_B >= 0
     live = jnp.sum(live_B, dtype=jnp.int32)
-    count = lambda x_B: jnp.cumsum(x_B, dtype=jnp.int32) - 1
+
+    def count(x_B):
+        return jnp.cumsum(x_B, dtype=jnp.int32) - 1
+
     return jnp.where(live_B, count(live_B), live + count(~live_B)), live

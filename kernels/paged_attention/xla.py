@@ -66,7 +66,10 @@ def in_pieces(operands: Operands, *, piece: int = PIECE) -> tuple[jax.Array, jax
     last_T = lax.div(longest_T - before_T * pages * P + quarter * P, quarter * P)  # quarters of the last one
     ids_BM = jnp.pad(table_BM + operands.page_base, ((0, 0), (0, -M % pages)))
     q_BKGE = _grouped(q_BHE, W // 2) if W > FEW else _spread(q_BHE, W)
-    attend = lambda rows: _attend(cache_XPWE, widths, *rows)
+
+    def attend(rows):
+        return _attend(cache_XPWE, widths, *rows)
+
     out_TRKGE = lax.map(attend, (pieces(q_BKGE), pieces(ids_BM), position_TR, before_T, last_T))
     out_BKGE = out_TRKGE.reshape(-1, *q_BKGE.shape[1:])[:B]
     out_BHE = out_BKGE.reshape(q_BHE.shape) if W > FEW else _own_values(out_BKGE, W)

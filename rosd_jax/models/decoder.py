@@ -66,13 +66,23 @@ def fuse(params: Params, config: Qwen3Config) -> Weights:
 
     A decoding step is many small operations, and each join saves one or two of them a layer.
     """
-    cast = lambda x: x.astype(config.dtype)
-    join = lambda leaves: jnp.concatenate([cast(x) for x in leaves], axis=-1)
-    kernel = lambda layer: merged_kernel(layer, config.lora_scale, config.dtype)
+
+    def cast(x):
+        return x.astype(config.dtype)
+
+    def join(leaves):
+        return jnp.concatenate([cast(x) for x in leaves], axis=-1)
+
+    def kernel(layer):
+        return merged_kernel(layer, config.lora_scale, config.dtype)
+
     blocks = params["blocks"]
     attention = blocks["attention"]
     qkv = [attention[name] for name in ("q_proj", "k_proj", "v_proj")]
-    heads = lambda name, n: jnp.repeat(attention[name]["scale"][:, None], n, axis=1)
+
+    def heads(name, n):
+        return jnp.repeat(attention[name]["scale"][:, None], n, axis=1)
+
     H, K = (x["kernel"].shape[-1] // config.head_dim for x in qkv[:2])
     joined = dict(
         qkv=join([kernel(x) for x in qkv]),

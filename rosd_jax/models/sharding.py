@@ -95,7 +95,10 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
     Scalars are replicated. Raises KeyError for a leaf that no rule names.
     """
-    place = lambda path, leaf: NamedSharding(mesh, _fit(_spec(path, leaf), leaf.shape, mesh)[0])
+
+    def place(path, leaf):
+        return NamedSharding(mesh, _fit(_spec(path, leaf), leaf.shape, mesh)[0])
+
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
@@ -136,7 +139,10 @@ def tensor_specs(params: Any, mesh: Mesh) -> Any:
 
 def decoder_specs(config: Qwen3Config, mesh: Mesh) -> dict[str, Any]:
     """Specs of the weights that `decoder.fuse` makes on each device of what `tensor_specs` leaves there."""
-    along = lambda n: "tensor" if n % mesh.shape["tensor"] == 0 else None
+
+    def along(n):
+        return "tensor" if n % mesh.shape["tensor"] == 0 else None
+
     vocabulary, inner = P(along(config.vocab_size), None), along(config.intermediate_size)
     blocks = dict(
         qkv=P(None, None, "tensor"),

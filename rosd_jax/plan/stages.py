@@ -166,9 +166,10 @@ def _updating(job: Job) -> list[Stage]:
     resident = budget.resident(job) | budget.gradients(job)
     trees, (S, T) = job.trees, job.update.longest
     programs = cache(lambda: job.update.trace(trees.like, trees.frozen_like, S, T))
-    stage = lambda name, held, work, function: Stage(
-        name, resident, held, partial(work, job), lambda: programs()[function].lower()
-    )
+
+    def stage(name, held, work, function):
+        return Stage(name, resident, held, partial(work, job), lambda: programs()[function].lower())
+
     return [
         stage("teacher", budget.teacher(job), _teaching, "teach"),
         stage("student", budget.student(job), _learning, "learn"),

@@ -134,9 +134,15 @@ def begin(
     """
     # Cast before the shards gather their weights, so that half as many bytes travel.
     dtype = spec.model.dtype
-    cast_kernel = lambda path, x: x if "scale" in jax.tree_util.keystr(path) else x.astype(dtype)
+
+    def cast_kernel(path, x):
+        return x if "scale" in jax.tree_util.keystr(path) else x.astype(dtype)
+
     params = jax.tree_util.tree_map_with_path(cast_kernel, params)
-    by_shard = lambda x_B: jnp.reshape(x_B, (spec.shards, -1))
+
+    def by_shard(x_B):
+        return jnp.reshape(x_B, (spec.shards, -1))
+
     batch = batch._replace(
         prompt_of_B=by_shard(batch.prompt_of_B),
         uid_B=by_shard(batch.uid_B),
@@ -166,7 +172,10 @@ def decode(weights: Weights, sequences: Sequences, state: State, *, spec: Decode
 
 def finish(state: State) -> DeviceRollout:
     """The rows of all shards in their order; a sequence that was preempted leaves nothing of its past."""
-    by_row = lambda x: x.reshape(-1, *x.shape[2:])
+
+    def by_row(x):
+        return x.reshape(-1, *x.shape[2:])
+
     length_B, tokens_BR = by_row(state.out.length_B), by_row(state.out.tokens_BR)
     inside_BR = jnp.arange(tokens_BR.shape[1]) < length_B[:, None]
     return replace(
@@ -225,7 +234,10 @@ def _decode_shard(weights: Weights, sequences: Sequences, state: State, *, spec:
     for count, fewer in zip(counts, [*counts[1:], 0], strict=True):
         if count < len(state.slots.packed_SC):
             state = state._replace(slots=state.slots.compact(count, B))
-        more = lambda state, fewer=fewer: scheduler.left(state) > fewer
+
+        def more(state, fewer=fewer):
+            return scheduler.left(state) > fewer
+
         state = lax.while_loop(more, partial(_step, weights, sequences, spec=spec), state)
     return jax.tree.map(lambda x: x[None], state)
 

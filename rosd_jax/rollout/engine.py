@@ -132,7 +132,10 @@ class Engine:
     def lower(self, params: Params, shape: CallShape, spec: DecodeSpec) -> Any:
         """jax.stages.Lowered of a call; params are shapes with shardings, and no device need be there."""
         place = None if self.mesh is None else NamedSharding(self.mesh, WHOLE)
-        ints = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=place)
+
+        def ints(*sizes):
+            return jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=place)
+
         rows = ints(shape.rows)
         prompts = ints(shape.prompts, shape.longest), ints(shape.prompts)
         batch = cast(Any, Batch)(*prompts, rows, rows, rows)

@@ -53,7 +53,10 @@ def prefill(
 
     def one_pass(width: int, at_once: int, state: tuple[jax.Array, jax.Array]):
         done, cache_XPWE = state
-        some = lambda x_N: lax.dynamic_slice_in_dim(x_N, done, at_once)
+
+        def some(x_N):
+            return lax.dynamic_slice_in_dim(x_N, done, at_once)
+
         inputs = PromptInputs(prompt_NT[some(order_N), :width], some(length_N), some(first_N))
         return done + at_once, prefill_step(decoder, weights, inputs, cache_XPWE)
 
@@ -61,7 +64,10 @@ def prefill(
     for width, shorter in zip(widths, [*widths[1:], 0], strict=True):
         # A loop for each width: a branch within one loop would make XLA copy the cache.
         at_once = max(1, min(N, PASS_TOKENS // width))  # prompts of a pass
-        longer = lambda state, shorter=shorter: length_N[state[0]] > shorter
+
+        def longer(state, shorter=shorter):
+            return length_N[state[0]] > shorter
+
         state = lax.while_loop(longer, partial(one_pass, width, at_once), state)
     return state[1]
 

@@ -146,7 +146,10 @@ def nucleus(weight_BV: jax.Array, top_p: float, axis: str | None = None) -> jax.
         middle_B = low_B + (high_B - low_B) // 2
         mass_B = _total(_sum(jnp.where(_at_least(weight_BV, middle_B), weight_BV, 0.0)), axis)
         short_B = mass_B < top_p * total_B
-        pick = lambda yes_B, no_B: jnp.where(short_B, yes_B, no_B)
+
+        def pick(yes_B, no_B):
+            return jnp.where(short_B, yes_B, no_B)
+
         return pick(low_B, middle_B), pick(middle_B, high_B), pick(over_B, mass_B), pick(mass_B, under_B)
 
     def several_between(bounds):
@@ -162,7 +165,10 @@ def nucleus(weight_BV: jax.Array, top_p: float, axis: str | None = None) -> jax.
 
 def _sum(x_BV: jax.Array) -> jax.Array:
     """Over the vocabulary. XLA for CPU adds the terms of a matrix product several at a time, of a sum not."""
-    as_product = lambda x_BV: jnp.matmul(x_BV, jnp.ones(x_BV.shape[1]), precision=lax.Precision.HIGHEST)
+
+    def as_product(x_BV):
+        return jnp.matmul(x_BV, jnp.ones(x_BV.shape[1]), precision=lax.Precision.HIGHEST)
+
     return lax.platform_dependent(x_BV, cpu=as_product, default=lambda x_BV: jnp.sum(x_BV, axis=-1))
 
 

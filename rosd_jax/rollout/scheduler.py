@@ -73,7 +73,10 @@ class State(NamedTuple):
 def initial(cache_XPWE: jax.Array, sequences: Sequences, slots: Slots, free_F: jax.Array) -> State:
     """The state before the first step: no slot is filled. free_F: the free pages."""
     B, R = sequences.u_BR.shape
-    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+
+    def zeros(*shape):
+        return jnp.zeros(shape, jnp.int32)
+
     waiting_B = Start(*sequences.start_B4.T).limit > 0
     out = Rollout(
         tokens_BR=zeros(B, R),
@@ -222,7 +225,10 @@ def reserve(state: State) -> State:
     (S, M), R = state.slots.table_SM.shape, state.out.tokens_BR.shape[1]
     pages = len(state.free_F) - M
     if pages < S * own_pages(state.cache_XPWE.shape[1], R):  # else they always suffice
-        short = lambda state: jnp.sum(_lacking(state)) > state.free
+
+        def short(state):
+            return jnp.sum(_lacking(state)) > state.free
+
         state = lax.while_loop(short, _preempt, state)
     needs_S = _lacking(state)
     page_S = state.free_F[jnp.maximum(state.free - jnp.cumsum(needs_S), 0)]
@@ -296,8 +302,13 @@ def record(
 
 def release(state: State, ended_S: jax.Array) -> State:
     """Empties the slots of ended sequences for others, who may be admitted again."""
-    still_S = lambda state: live(state) & ended_S
-    one = lambda state: _release_one(state, jnp.argmax(still_S(state)))
+
+    def still_S(state):
+        return live(state) & ended_S
+
+    def one(state):
+        return _release_one(state, jnp.argmax(still_S(state)))
+
     state = state._replace(paused=state.paused & ~jnp.any(ended_S))
     return lax.while_loop(lambda state: jnp.any(still_S(state)), one, state)
 

@@ -57,7 +57,10 @@ class Trees:
     @cached_property
     def like(self) -> TrainState:
         """The state's shapes with their shardings."""
-        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        def place(x, sharding):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
         return jax.tree.map(place, self.state, self.shardings)
 
     @property
@@ -70,14 +73,20 @@ class Trees:
     @property
     def frozen_like(self) -> Params:
         """The frozen tree's shapes with their shardings."""
-        place = lambda x, at: jax.ShapeDtypeStruct(x.shape, self.model.dtype, sharding=at)
+
+        def place(x, at):
+            return jax.ShapeDtypeStruct(x.shape, self.model.dtype, sharding=at)
+
         return jax.tree.map(place, self.base, self.frozen_shardings)
 
     def first(self) -> TrainState:
         """The state before the first step."""
         if self.config.model.lora.rank:
             key = Stream.ADAPTERS.key(jax.random.key(self.config.seed))
-            begin = lambda key: init_state(learning_params(self.config, self.model, key), self.optimizer)
+
+            def begin(key):
+                return init_state(learning_params(self.config, self.model, key), self.optimizer)
+
             return jax.jit(begin, out_shardings=self.shardings)(key)
         start = jax.jit(
             lambda p: init_state(p, self.optimizer), out_shardings=self.shardings, donate_argnums=0
