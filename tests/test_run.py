@@ -721,7 +721,7 @@ FIELD_MISTAKES = {
         "name two sets 'a', 'a=jsonl:models/x.jsonl' and 'a=jsonl:models/y.jsonl'",
     ),
     "no data dir": (dict(data__train="biology"), "data.dir is ''"),
-    "long prompts": (dict(data__max_prompt_tokens=4), "none of 2048 prompts fits"),
+    "long prompts": (dict(data__max_prompt_tokens=4), "all of the 2048 prompts are longer"),
     "too few problems": (dict(batch__prompts=4096), "batch.prompts is 4096; it must be at most 2048"),
     "too long answers": (dict(rollout__max_new_tokens=512), "the model has 256 positions"),
     "small prompt room": (dict(rollout__prompt_tokens=100), "may have reflect.max_prompt_tokens = 128, so"),
