@@ -227,6 +227,20 @@ def test_the_student_of_8b_takes_what_is_planned_within_a_fifth():
     assert {"all-gather", "all-reduce"} & kinds
 
 
+@pytest.mark.nightly
+@pytest.mark.optimized
+@pytest.mark.parametrize("chips_name", ON_TPU)
+@pytest.mark.parametrize("size", MODELS)
+@NEEDS_LIBTPU
+def test_the_student_of_every_preset_fits_by_the_compiler(size, chips_name):
+    """One to three minutes each on two idle cores; docs/performance.md has what they gave."""
+    topology, _ = qwen3_science.SLICES[chips_name]
+    job = job_of(size, topology, size, chips_name)
+    found = make_plan(job, chips(topology), STOP, None, ITEMS, compiled=["student"])
+    student = next(stage for stage in found.stages if stage.name == "student")
+    assert student.compiled is not None and student.fits and found.fits
+
+
 # --- FLOPs and lengths --------------------------------------------------------------------------------
 
 
