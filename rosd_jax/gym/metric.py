@@ -16,14 +16,12 @@ def quote_exact(reflected: Reflected) -> dict[str, float]:
     ValueError where a problem is not of the gym.
     """
     graded = reflected.graded
-    problems = graded.prompts.problems
-    G = len(graded.texts) // len(problems)
     asked = located = exact = 0
     for row, reflection in enumerate(reflected.reflections):
         asked += reflection.raw is not None and bool(graded.rewards_B[row] < SUCCESS)
         if reflection.char_span is not None:
             located += 1
-            chain = parse(problems[row // G].question)
+            chain = parse(graded.problem(row).question)
             exact += reflection.char_span == first_error(chain, graded.texts[row])
     if not asked:
         return {"quote_exact": math.nan}
