@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rosd_jax.config import UserError
-from rosd_jax.data import builders, rows
+from rosd_jax.data import builders, sources
 from rosd_jax.data.builders import load_problems
 from rosd_jax.gym import problems as gym
 from support import data_dir
@@ -106,7 +106,7 @@ def test_changed_data_are_never_served_stale(tmp_path):
 def test_a_second_run_that_prepares_the_same_copy_does_no_harm(tmp_path):
     path = physics(tmp_path, ROW)
     final = tmp_path / "cache" / "copy"
-    expected = {"train": rows.read_examples("physics", "train", path)}
+    expected = {"train": sources.read_examples("physics", "train", path)}
     for _ in range(2):
         with builders._quiet():
             builders._prepare("physics", str(tmp_path / "data"), final, expected)
@@ -270,7 +270,7 @@ def test_number_answers_become_text(tmp_path, written, read):
 )
 def test_a_number_is_the_one_that_the_file_says(tmp_path, written, read):
     path = write(tmp_path / "own.jsonl", f'{{"prompt": "?", "answer": {written}}}')
-    (example,) = rows.read_examples(f"jsonl:{path}", "train", path)
+    (example,) = sources.read_examples(f"jsonl:{path}", "train", path)
     assert example["answer"] == read
 
 
@@ -357,7 +357,7 @@ def test_sets_are_one_by_their_files_not_by_spelling(tmp_path):
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "own" / "other.jsonl")
 
     def same(a, b):
-        return rows.same_data(a.format(tmp_path), b.format(tmp_path), str(tmp_path / "data"))
+        return sources.same_data(a.format(tmp_path), b.format(tmp_path), str(tmp_path / "data"))
 
     assert same("jsonl:{}/own/other.jsonl", "mine=jsonl:{}/own/../own/other.jsonl")
     assert same("jsonl:{}/own/other.jsonl", "jsonl:{}/link.jsonl")
@@ -391,11 +391,11 @@ def test_any_line_is_read_or_refused(tmp_path, line):
     path = tmp_path / "own.jsonl"
     path.write_bytes(line)
     try:
-        examples = rows.read_examples(f"jsonl:{path}", "train", path)
+        examples = sources.read_examples(f"jsonl:{path}", "train", path)
     except UserError:
         return
     for example in examples:
-        assert set(example) == set(rows.FIELDS)
+        assert set(example) == set(sources.FIELDS)
         assert example["user"].strip() and example["answer"]
         assert all(value.encode("utf-8") is not None for value in example.values())
 
@@ -412,7 +412,7 @@ def test_real_sets_are_whole(real_cache, monkeypatch, name, split):
     assert len(problems) == COUNTS[name, split]
     assert len({p.uid for p in problems}) == len(problems)
     assert {p.dataset for p in problems} == {name}
-    kind = "mcq" if name in rows.SCIENCE else "tooluse" if name == "tooluse" else "math"
+    kind = "mcq" if name in sources.SCIENCE else "tooluse" if name == "tooluse" else "math"
     assert {p.kind for p in problems} == {kind}
     assert ("system" in {m["role"] for p in problems for m in p.messages}) == (kind == "mcq")
 

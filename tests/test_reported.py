@@ -30,7 +30,7 @@ from worded import (
 )
 
 from rosd_jax.config import UserError
-from rosd_jax.data import rows
+from rosd_jax.data import sources
 from rosd_jax.evals.evaluate import scores
 from rosd_jax.gym.problems import load as gym_problems
 from rosd_jax.models.families import read_config
@@ -62,7 +62,7 @@ def own_row(tmp_path: Path, line: str) -> Problem:
     """The problem that a line of a user's own file becomes."""
     path = tmp_path / "own.jsonl"
     path.write_text(line + "\n", encoding="utf-8")
-    example = rows.read_examples(f"jsonl:{path}", "train", path)[0]
+    example = sources.read_examples(f"jsonl:{path}", "train", path)[0]
     return problem(example["kind"], example["answer"])
 
 

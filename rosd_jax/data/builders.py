@@ -1,6 +1,6 @@
 """The data sets as TFDS builders (array_record only, no TensorFlow), and `load_problems`.
 
-The user's files are under `data.dir` (rows.py says what a row must have):
+The user's files are under `data.dir` (sources.py says what a row must have):
 
     sciknoweval-{biology,chemistry,material,physics}/{train,test}.json
     tooluse/{train,test}.json
@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from rosd_jax.config import UserError
-from rosd_jax.data import rows
+from rosd_jax.data import sources
 from rosd_jax.gym import problems as gym
 from rosd_jax.rewards import tooluse
 from rosd_jax.types import Problem
@@ -35,22 +35,22 @@ from rosd_jax.types import Problem
 def load_problems(name: str, split: str, data_dir: str) -> list[Problem]:
     """The problems of one split, in file order.
 
-    `name` is one of rows.SOURCES, "jsonl:PATH", "NAME=jsonl:PATH" or "gym:FAMILY"; `split` is "train",
+    `name` is one of sources.SOURCES, "jsonl:PATH", "NAME=jsonl:PATH" or "gym:FAMILY"; `split` is "train",
     "validation" or "test". Raises UserError for an unknown set or split, a missing file, a malformed row
     (before anything is written), and a cache that cannot be written.
     """
     if name.startswith("gym:"):
         return gym.load(name.removeprefix("gym:"), split)
-    folder, split = rows.locate(name, split, data_dir)
+    folder, split = sources.locate(name, split, data_dir)
     if importlib.util.find_spec("array_record") is None:
         logging.log_first_n(logging.WARNING, "array_record is absent: files are read directly", 1)
-        examples = rows.read_examples(name, split, rows.present(name, folder)[split])
+        examples = sources.read_examples(name, split, sources.present(name, folder)[split])
     else:
         examples = _read_prepared(name, split, folder)
     return [_problem(example) for example in examples]
 
 
-def _problem(example: rows.Example) -> Problem:
+def _problem(example: sources.Example) -> Problem:
     messages = tuple({"role": role, "content": example[role]} for role in ("system", "user") if example[role])
     return Problem(
         uid=example["uid"],
@@ -78,7 +78,7 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {field: tfds.features.Text() for field in rows.FIELDS}
+        features = {field: tfds.features.Text() for field in sources.FIELDS}
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -86,19 +86,19 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         assert isinstance(self.builder_config, SetConfig)
         name = self.builder_config.set_name
-        files = rows.present(name, os.fspath(dl_manager.manual_dir))
+        files = sources.present(name, os.fspath(dl_manager.manual_dir))
         # Everything is read before TFDS writes, so a malformed row leaves no file behind.
-        read = {split: rows.read_examples(name, split, path) for split, path in files.items()}
+        read = {split: sources.read_examples(name, split, path) for split, path in files.items()}
         return {split: self._generate_examples(examples) for split, examples in read.items()}
 
-    def _generate_examples(self, examples: list[rows.Example]) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, examples: list[sources.Example]) -> Iterator[tuple[int, dict]]:
         yield from enumerate(examples)
 
 
 class SciKnowEval(_TextBuilder):
     """SciKnowEval, level 3, multiple choice in four domains (arXiv 2406.09098)."""
 
-    BUILDER_CONFIGS = [SetConfig(name=name, set_name=name) for name in rows.SCIENCE]
+    BUILDER_CONFIGS = [SetConfig(name=name, set_name=name) for name in sources.SCIENCE]
 
 
 class ToolUse(_TextBuilder):
@@ -108,9 +108,9 @@ class ToolUse(_TextBuilder):
 
 
 class MathEval(_TextBuilder):
-    """AIME 2024 and 2025, AMC 2023, MATH-500 and GSM8K, each problem followed by rows.MATH_REQUEST."""
+    """AIME 2024 and 2025, AMC 2023, MATH-500 and GSM8K, each problem followed by sources.MATH_REQUEST."""
 
-    BUILDER_CONFIGS = [SetConfig(name=name, set_name=name) for name in (*rows.CONTESTS, "gsm8k")]
+    BUILDER_CONFIGS = [SetConfig(name=name, set_name=name) for name in (*sources.CONTESTS, "gsm8k")]
 
 
 class Jsonl(_TextBuilder):
@@ -119,14 +119,14 @@ class Jsonl(_TextBuilder):
 
 def _builder(name: str, directory: Path) -> tfds.core.GeneratorBasedBuilder:
     where = {"data_dir": os.fspath(directory), "file_format": "array_record"}
-    if rows.own_path(name):
+    if sources.own_path(name):
         return Jsonl(config=SetConfig(name="file", set_name=name), **where)
     classes = (SciKnowEval, ToolUse, MathEval)
     owner = next(c for c in classes if name in {config.name for config in c.BUILDER_CONFIGS})
     return owner(config=name, **where)
 
 
-def _read_prepared(name: str, split: str, folder: str) -> list[rows.Example]:
+def _read_prepared(name: str, split: str, folder: str) -> list[sources.Example]:
     final = _cache() / _content_key(name, folder)
     with _quiet():
         if not final.is_dir():
@@ -140,15 +140,15 @@ def _read_prepared(name: str, split: str, folder: str) -> list[rows.Example]:
             ) from error
 
 
-def _read(builder: tfds.core.GeneratorBasedBuilder, split: str) -> list[rows.Example]:
+def _read(builder: tfds.core.GeneratorBasedBuilder, split: str) -> list[sources.Example]:
     source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
-    return [{field: row[field].decode("utf-8") for field in rows.FIELDS} for row in source]
+    return [{field: row[field].decode("utf-8") for field in sources.FIELDS} for row in source]
 
 
 def _fill_cache(name: str, folder: str, final: Path) -> None:
     # All rows are read first, so a malformed one is found before the cache is touched.
-    files = rows.present(name, folder).items()
-    expected = {split: rows.read_examples(name, split, path) for split, path in files}
+    files = sources.present(name, folder).items()
+    expected = {split: sources.read_examples(name, split, path) for split, path in files}
     try:
         _prepare(name, folder, final, expected)
     except OSError as error:
@@ -166,14 +166,14 @@ def _cache() -> Path:
 def _content_key(name: str, folder: str) -> str:
     """A hash of the data files and of the code that reads them, so a change of either changes the key."""
     digest = hashlib.sha256(name.encode("utf-8"))
-    sources = {"reader": Path(rows.__file__), "calls": Path(tooluse.__file__), "builder": Path(__file__)}
-    for label, path in (sources | rows.present(name, folder)).items():
-        content = rows.file_bytes(path)
+    code = {"reader": Path(sources.__file__), "calls": Path(tooluse.__file__), "builder": Path(__file__)}
+    for label, path in (code | sources.present(name, folder)).items():
+        content = sources.file_bytes(path)
         digest.update(f"\0{label}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:24]
 
 
-def _prepare(name: str, folder: str, final: Path, expected: dict[str, list[rows.Example]]) -> None:
+def _prepare(name: str, folder: str, final: Path, expected: dict[str, list[sources.Example]]) -> None:
     """Prepares a copy in a temporary folder, compares it with `expected`, and renames it into place.
 
     So a killed or concurrent run never leaves half a copy.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rosd_jax.config import UserError
-from rosd_jax.data.rows import set_name
+from rosd_jax.data.sources import set_name
 from rosd_jax.evals.outcome import PROBLEMS, Row, read_metrics
 from rosd_jax.models.weights import weights_fingerprint
 from rosd_jax.settings import Settings
