@@ -35,7 +35,7 @@ import numpy as np
 from benchmarks import step_stages
 from benchmarks.decode_peers import Peer
 from benchmarks.step_flops import ideal
-from benchmarks.step_rows import PRESETS, Lengths, Preset, Sizes, draw, lesson
+from benchmarks.step_rows import PRESETS, Lengths, Preset, Sizes, draw, padded
 from benchmarks.timing import cells, interleaved, seconds, summary, table
 from rosd_jax.config import default_config, validate
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
@@ -151,8 +151,7 @@ def write_inputs(folder: Path, contest: Contest, lengths: Lengths) -> None:
     # Matrices so large that a teacher who sees more says something else.
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, params)
     save_pretrained(folder / "model", params, contest.model)
-    rows = vars(lesson(lengths, contest.model.vocab_size))
-    np.savez(folder / "rows.npz", **rows, response_len_B=lengths.response_B)
+    np.savez(folder / "rows.npz", allow_pickle=False, **padded(lengths, contest.model.vocab_size))
     (folder / "settings.json").write_text(json.dumps(contest.settings()))
 
 

@@ -65,7 +65,13 @@ def ours(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     state = trees.first()
     frozen = trees.frozen(state)
     update = make_update(config, model, optimizer, mesh, trees.shardings)
-    lesson = Lesson(**{name: x for name, x in rows.items() if name != "response_len_B"})
+    lesson = Lesson(
+        prompts=texts(rows["prompt_BP"], rows["prompt_len_B"]),
+        teacher_prompts=texts(rows["teacher_prompt_BQ"], rows["teacher_prompt_len_B"]),
+        response_BR=rows["response_BR"],
+        weight_BR=rows["weight_BR"],
+        sampler_logp_BR=rows["sampler_logp_BR"],
+    )
 
     def step() -> float:
         nonlocal state
@@ -315,6 +321,11 @@ def trl_batches(rows: Rows, size: int) -> list[dict[str, Any]]:
     tensors = {name: tensor(x) for name, x in fields.items()}
     starts = range(0, len(inside_BR), size)
     return [{name: x[at : at + size] for name, x in tensors.items()} for at in starts]
+
+
+def texts(tokens_BP: np.ndarray, length_B: np.ndarray) -> list[list[int]]:
+    """The rows without their padding."""
+    return [tokens_P[:length].tolist() for tokens_P, length in zip(tokens_BP, length_B, strict=True)]
 
 
 def sequences(rows: Rows, who: str, left: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.types import Lesson
 
 Preset = Literal["span", "paper", "errors"]
@@ -140,28 +141,44 @@ def needs(lengths: Lengths) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lesson(lengths: Lengths, vocab: int, seed: int = 0) -> Lesson:
-    """Random ids of these lengths, padded to the longest of their kind."""
+    """Random ids of these lengths."""
     rng = np.random.default_rng(seed)
     B = len(lengths.prompt_B)
-    P = lengths.prompt_B.max()
-    Q = lengths.teacher_prompt_B.max()
-    R = lengths.response_B.max()
-    at_R = np.arange(R)
+    at_R = np.arange(lengths.response_B.max())
 
-    def padded(width, length_B):
+    def padded(length_B: np.ndarray) -> np.ndarray:
+        width = length_B.max()
         ids = rng.integers(2, vocab, (B, width))
         return np.where(np.arange(width) < length_B[:, None], ids, 0).astype(np.int32)
+
+    def texts(length_B: np.ndarray) -> list[list[int]]:
+        return [ids[:length].tolist() for ids, length in zip(padded(length_B), length_B, strict=True)]
 
     def inside(low_B, high_B):
         return (low_B[:, None] <= at_R) & (at_R < high_B[:, None])
 
     logp_BR = np.where(inside(0 * lengths.response_B, lengths.response_B), -np.log(vocab), 0.0)
     return Lesson(
-        prompt_BP=padded(P, lengths.prompt_B),
-        prompt_len_B=lengths.prompt_B.astype(np.int32),
-        teacher_prompt_BQ=padded(Q, lengths.teacher_prompt_B),
-        teacher_prompt_len_B=lengths.teacher_prompt_B.astype(np.int32),
-        response_BR=padded(R, lengths.response_B),
+        prompts=texts(lengths.prompt_B),
+        teacher_prompts=texts(lengths.teacher_prompt_B),
+        response_BR=padded(lengths.response_B),
         weight_BR=inside(lengths.first_B, lengths.last_B).astype(np.float32),
         sampler_logp_BR=logp_BR.astype(np.float32),
     )
+
+
+def padded(lengths: Lengths, vocab: int) -> dict[str, np.ndarray]:
+    """The rows of `lesson` as arrays alone, prompts padded to the longest, for peers that take them so."""
+    rows = lesson(lengths, vocab)
+    prompt_BP, prompt_len_B = pad_rows(rows.prompts, max(map(len, rows.prompts)))
+    teacher_BQ, teacher_len_B = pad_rows(rows.teacher_prompts, max(map(len, rows.teacher_prompts)))
+    return {
+        "prompt_BP": prompt_BP,
+        "prompt_len_B": prompt_len_B,
+        "teacher_prompt_BQ": teacher_BQ,
+        "teacher_prompt_len_B": teacher_len_B,
+        "response_BR": rows.response_BR,
+        "response_len_B": lengths.response_B,
+        "weight_BR": rows.weight_BR,
+        "sampler_logp_BR": rows.sampler_logp_BR,
+    }

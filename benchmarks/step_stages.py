@@ -25,7 +25,6 @@ from benchmarks.decode_shared import lengths as lognormal
 from benchmarks.step_flops import ideal
 from benchmarks.step_rows import Lengths, Preset, Sizes, draw, needs
 from benchmarks.timing import seconds, table
-from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh
 from rosd_jax.rollout.bandwidth import MemoryRoofline, measure_roofline
@@ -116,14 +115,9 @@ class Step:
         lengths, R = self.lengths, rollout.tokens_BR.shape[1]
         at_BR = np.arange(R)
         taught_BR = (lengths.first_B[:, None] <= at_BR) & (at_BR < lengths.last_B[:, None])
-        (prompt_BP, prompt_len_B), (teacher_BQ, teacher_len_B) = (
-            pad_rows(rows, max(map(len, rows))) for rows in (self.prompts, self.teacher_prompts)
-        )
         lesson = Lesson(
-            prompt_BP,
-            prompt_len_B,
-            teacher_BQ,
-            teacher_len_B,
+            self.prompts,
+            self.teacher_prompts,
             rollout.tokens_BR,
             taught_BR.astype(np.float32),
             rollout.logp_BR,

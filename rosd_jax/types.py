@@ -143,15 +143,12 @@ class Reflected:
     answers: HostRollout | None = None  # the reflector's, about the rollouts that it was asked about
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lesson:
     """What the update consumes (host). Response ids are the sampled ones, never re-tokenised."""
 
-    prompt_BP: np.ndarray  # int32, right-padded: what the student saw
-    prompt_len_B: np.ndarray  # int32
-    teacher_prompt_BQ: np.ndarray  # int32, right-padded: what the teacher sees
-    teacher_prompt_len_B: np.ndarray  # int32
+    prompts: Sequence[Sequence[int]]  # B: the ids that the student saw
+    teacher_prompts: Sequence[Sequence[int]]  # B: the ids that the teacher sees; any in a row without weight
     response_BR: np.ndarray  # int32
     weight_BR: np.ndarray  # float32: 1 where the loss lies, 0 elsewhere
     sampler_logp_BR: np.ndarray  # float32: log-probs that the sampler reported

@@ -312,10 +312,8 @@ def test_trips_are_those_of_the_update(small):
     B, R = len(lengths.response_B), small.config.rollout.max_new_tokens
     held = np.arange(R) < np.array(lengths.response_B)[:, None]
     lesson = Lesson(
-        prompt_BP=np.ones((B, lengths.prompt), np.int32),
-        prompt_len_B=np.full(B, lengths.prompt),
-        teacher_prompt_BQ=np.ones((B, lengths.teacher), np.int32),
-        teacher_prompt_len_B=np.full(B, lengths.teacher),
+        prompts=[[1] * lengths.prompt] * B,
+        teacher_prompts=[[1] * lengths.teacher] * B,
         response_BR=np.ones((B, R), np.int32),
         weight_BR=held.astype(np.float32),
         sampler_logp_BR=np.zeros((B, R), np.float32),

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import step, step_gpu, step_peers
 from benchmarks.step_flops import QWEN3, Flops, forward, heads, ideal, waste
 from benchmarks.step_loss import plain_loss
-from benchmarks.step_rows import PRESETS, Sizes, draw, lesson, needs
+from benchmarks.step_rows import PRESETS, Sizes, draw, lesson, needs, padded
 from rosd_jax.distill.loss import span_loss
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.train import trips
@@ -102,7 +102,7 @@ def test_the_loss_of_peers_is_ours():
 
 def test_padded_sequences_hold_each_row_once():
     lengths = draw(Sizes().scaled(1 / 64, prompts=2), "span", seed=0)
-    rows = vars(lesson(lengths, 100)) | {"response_len_B": lengths.response_B}
+    rows = padded(lengths, 100)
     for who, prompt in (("", "prompt_BP"), ("teacher_", "teacher_prompt_BQ")):
         right, length_B = step_peers.sequences(rows, who, left=False)
         left, mask_BT = step_peers.sequences(rows, who, left=True)

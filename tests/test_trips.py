@@ -15,11 +15,13 @@ def make_lesson(seed, rows=13, P=40, Q=90, R=300):
     for row in range(rows):
         start, stop = np.sort(rng.integers(0, R + 1, 2))
         weight_BR[row, start:stop] = row % 4 != 3
+
+    def texts(longest):
+        return [rng.integers(1, 99, rng.integers(1, longest + 1)).tolist() for _ in range(rows)]
+
     return Lesson(
-        prompt_BP=rng.integers(1, 99, (rows, P)).astype(np.int32),
-        prompt_len_B=rng.integers(1, P + 1, rows).astype(np.int32),
-        teacher_prompt_BQ=rng.integers(1, 99, (rows, Q)).astype(np.int32),
-        teacher_prompt_len_B=rng.integers(1, Q + 1, rows).astype(np.int32),
+        prompts=texts(P),
+        teacher_prompts=texts(Q),
         response_BR=rng.integers(1, 99, (rows, R)).astype(np.int32),
         weight_BR=weight_BR,
         sampler_logp_BR=rng.normal(-3, 1, (rows, R)).astype(np.float32),
@@ -33,8 +35,8 @@ def test_every_active_token_is_in_one_trip_behind_all_that_it_attends_to(seed, r
     wanted = set()
     for row, at in np.argwhere(lesson.weight_BR):
         response = tuple(lesson.response_BR[row, :at])
-        student = (*lesson.prompt_BP[row, : lesson.prompt_len_B[row]], *response)
-        teacher = (*lesson.teacher_prompt_BQ[row, : lesson.teacher_prompt_len_B[row]], *response)
+        student = (*lesson.prompts[row], *response)
+        teacher = (*lesson.teacher_prompts[row], *response)
         wanted.add((student, teacher, lesson.response_BR[row, at], lesson.sampler_logp_BR[row, at]))
     found = []
     for trip in plan_trips(lesson, rows, (340, 390)):
@@ -51,8 +53,8 @@ def test_a_row_ends_at_its_last_active_token_and_one_without_is_left_out():
     lesson.weight_BR[:] = 0
     lesson.weight_BR[1, 2:5] = 1
     student_B, teacher_B = needs(lesson)
-    assert student_B.tolist() == [0, lesson.prompt_len_B[1] + 4, 0, 0]
-    assert teacher_B.tolist() == [0, lesson.teacher_prompt_len_B[1] + 4, 0, 0]
+    assert student_B.tolist() == [0, len(lesson.prompts[1]) + 4, 0, 0]
+    assert teacher_B.tolist() == [0, len(lesson.teacher_prompts[1]) + 4, 0, 0]
     (trip,) = plan_trips(lesson, 1, (310, 320))
     assert trip.student_BS.shape == trip.teacher_BT.shape == (1, 64)
     assert np.count_nonzero(trip.weight_BS) == 3

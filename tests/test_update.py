@@ -2,7 +2,6 @@
 
 import itertools
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -87,16 +86,18 @@ def make_lesson(seed=0, **fields):
     def ids(*shape):
         return rng.integers(1, 60, shape).astype(np.int32)
 
+    def texts(longest):
+        rows = zip(ids(B, longest), rng.integers(1, longest + 1, B), strict=True)
+        return [row[:length].tolist() for row, length in rows]
+
     length_B = rng.integers(1, R + 1, B).astype(np.int32)
     weight_BR = np.zeros((B, R), np.float32)
     for row in range(B):
         start = rng.integers(length_B[row])
         weight_BR[row, start : rng.integers(start, length_B[row]) + 1] = row % 3 != 1
     lesson = dict(
-        prompt_BP=ids(B, P),
-        prompt_len_B=rng.integers(1, P + 1, B).astype(np.int32),
-        teacher_prompt_BQ=ids(B, Q),
-        teacher_prompt_len_B=rng.integers(1, Q + 1, B).astype(np.int32),
+        prompts=texts(P),
+        teacher_prompts=texts(Q),
         response_BR=ids(B, R),
         weight_BR=weight_BR,
         sampler_logp_BR=rng.normal(-4, 1, (B, R)).astype(np.float32),
@@ -193,19 +194,19 @@ def scores(params, tokens_BT):
     return qwen3.logits(params, MODEL, qwen3.hidden_states(params, MODEL, tokens_BT)) / TEMPERATURE
 
 
-def token_scores(params, prompt_B, length_B, response_BR):
+def token_scores(params, prompts, response_BR):
     """Log-probs [B, R, V] in float64 of every response token's distribution."""
-    rows = [[*p[:n], *r] for p, n, r in zip(prompt_B, length_B, response_BR, strict=True)]
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, response_BR, strict=True)]
     padded = np.array([row + [59] * (Q + R - len(row)) for row in rows], np.int32)
     z = np.asarray(scores(params, padded), np.float64)[..., : MODEL.num_tokens]
-    z = np.stack([x[n - 1 : n - 1 + R] for x, n in zip(z, length_B, strict=True)])
+    z = np.stack([x[len(ids) - 1 : len(ids) - 1 + R] for x, ids in zip(z, prompts, strict=True)])
     return z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
 
 
 def plain_terms(lesson, params, frozen):
     """Of every active token: ratio, JSD between (top-k, rest) buckets, both models' top-k mass."""
-    student = token_scores(params, lesson.prompt_BP, lesson.prompt_len_B, lesson.response_BR)
-    teacher = token_scores(frozen, lesson.teacher_prompt_BQ, lesson.teacher_prompt_len_B, lesson.response_BR)
+    student = token_scores(params, lesson.prompts, lesson.response_BR)
+    teacher = token_scores(frozen, lesson.teacher_prompts, lesson.response_BR)
     terms = []
     for b, r in zip(*np.nonzero(lesson.weight_BR), strict=True):
         best = np.argsort(-student[b, r])[:TOPK]
@@ -246,7 +247,9 @@ def test_the_gradient_is_that_of_the_loss():
 def uncut_loss(params, frozen, lesson):
     """The same loss of all rows at full width in one pass, nothing cut or left out, with plain autodiff."""
 
-    def hidden(params, prompt_BW, length_B):
+    def hidden(params, prompts, width):
+        prompt_BW = np.array([[*ids, *[0] * (width - len(ids))] for ids in prompts], np.int32)
+        length_B = np.array([len(ids) for ids in prompts])
         at_BT = np.arange(prompt_BW.shape[1] + R) - length_B[:, None]
         response_BT = np.take_along_axis(lesson.response_BR, np.clip(at_BT, 0, R - 1), axis=1)
         tokens_BT = np.where(at_BT < 0, np.pad(prompt_BW, ((0, 0), (0, R))), response_BT)
@@ -255,9 +258,9 @@ def uncut_loss(params, frozen, lesson):
         return jnp.take_along_axis(hidden_BTD, before_BR[..., None], axis=1).reshape(B * R, -1)
 
     return topk_jsd_loss(
-        hidden(params, lesson.prompt_BP, lesson.prompt_len_B),
+        hidden(params, lesson.prompts, P),
         qwen3.head_VD(params),
-        hidden(frozen, lesson.teacher_prompt_BQ, lesson.teacher_prompt_len_B),
+        hidden(frozen, lesson.teacher_prompts, Q),
         qwen3.head_VD(frozen),
         (lesson.weight_BR / lesson.weight_BR.sum()).reshape(-1),
         k=TOPK,
@@ -352,21 +355,17 @@ def test_what_follows_the_span_does_not_matter():
     assert_same_update(step(changed), plain(), 1e-6)
 
 
-def test_what_is_behind_the_prompts_and_in_idle_rows_does_not_matter():
+def test_what_is_in_idle_rows_does_not_matter():
     lesson, garbage = make_lesson(), make_lesson(seed=9)
     idle_B = ~lesson.weight_BR.any(1)
 
-    def behind(length_B, width):
-        return (np.arange(width) >= length_B[:, None]) | idle_B[:, None]
-
-    def pick(mask, name):
-        return np.where(mask, getattr(garbage, name), getattr(lesson, name))
+    def pick(theirs, ours):
+        return [a if idle else b for idle, a, b in zip(idle_B, theirs, ours, strict=True)]
 
     changed = make_lesson(
-        prompt_BP=pick(behind(lesson.prompt_len_B, P), "prompt_BP"),
-        teacher_prompt_BQ=pick(behind(lesson.teacher_prompt_len_B, Q), "teacher_prompt_BQ"),
-        response_BR=pick(idle_B[:, None], "response_BR"),
-        prompt_len_B=pick(idle_B, "prompt_len_B"),
+        prompts=pick(garbage.prompts, lesson.prompts),
+        teacher_prompts=pick([[]] * B, lesson.teacher_prompts),
+        response_BR=np.array(pick(garbage.response_BR, lesson.response_BR)),
     )
     assert_same_update(step(changed), plain(), 1e-6)
 
@@ -453,8 +452,7 @@ def test_on_policy_rollouts_have_ratio_one():
     mesh = prepared()[2]
     lesson = make_lesson()
     engine = Engine(MODEL, mesh, Limits(R, P), Sampling(TEMPERATURE, stop_ids=(1, 2, 3, 4)))
-    prompts = zip(lesson.prompt_BP, lesson.prompt_len_B, strict=True)
-    requests = [Request(ids[:length].tolist(), row) for row, (ids, length) in enumerate(prompts)]
+    requests = [Request(ids, row) for row, ids in enumerate(lesson.prompts)]
     with jax.set_mesh(mesh):
         rollout = engine.generate(trees()[0], requests, jax.random.key(0))
     weight_BR = (np.arange(R) < rollout.length_B[:, None]).astype(np.float32)
@@ -469,26 +467,15 @@ def test_on_policy_rollouts_have_ratio_one():
     assert metrics["active_tokens"] == rollout.length_B.sum()
 
 
-def widened(lesson, by):
-    """The lesson as a batch with longer prompts among its others would have padded it."""
-
-    def pad(x):
-        return np.pad(x, ((0, 0), (0, by)))
-
-    prompts = pad(lesson.prompt_BP), pad(lesson.teacher_prompt_BQ)
-    return replace(lesson, prompt_BP=prompts[0], teacher_prompt_BQ=prompts[1])
-
-
 def test_lessons_of_like_lengths_are_compiled_once_and_the_state_goes_on():
     update, lay, mesh = prepared()
     state, frozen, _ = lay(make_lesson())
     with jax.set_mesh(mesh):
-        wide = widened(make_lesson(2), 3)  # of a batch with longer prompts
         for lesson in (
             make_lesson(),
             make_lesson(1),
             make_lesson(weight_BR=np.zeros((B, R), np.float32)),
-            wide,
+            make_lesson(2),
         ):
             state, metrics = update(state, frozen, lay(lesson)[2])
     for function in (update.teach, update.learn, update.apply):

@@ -20,7 +20,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.distill import reflect, teacher
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import on_device
@@ -162,15 +161,9 @@ def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Less
         wording=runtime.wording,
     )
     R = graded.rollout.tokens_BR.shape[1]
-    prompts = [prompt for prompt in graded.prompts.ids for _ in range(graded.group_size)]
-    prompt_BP, prompt_len_B = pad_rows(prompts, config.data.max_prompt_tokens)
-    rows = [row or [0] for row in ids]  # rows without a teacher weigh 0
-    teacher_prompt_BQ, teacher_prompt_len_B = pad_rows(rows, config.lesson.max_teacher_tokens)
     lesson = Lesson(
-        prompt_BP=prompt_BP,
-        prompt_len_B=prompt_len_B,
-        teacher_prompt_BQ=teacher_prompt_BQ,
-        teacher_prompt_len_B=teacher_prompt_len_B,
+        prompts=[prompt for prompt in graded.prompts.ids for _ in range(graded.group_size)],
+        teacher_prompts=[row or [] for row in ids],
         response_BR=graded.rollout.tokens_BR,
         weight_BR=teacher.region_weights(reflected, config.lesson, R),
         sampler_logp_BR=graded.rollout.logp_BR,

@@ -50,9 +50,11 @@ def needs(lesson: Lesson) -> tuple[np.ndarray, np.ndarray]:
     R = lesson.weight_BR.shape[1]
     cut_B = np.where(lesson.weight_BR != 0, np.arange(1, R + 1), 0).max(axis=1)
     # The last active token is predicted by the position before it, and need not be read itself.
-    student_B = np.where(cut_B > 0, lesson.prompt_len_B + cut_B - 1, 0)
-    teacher_B = np.where(cut_B > 0, lesson.teacher_prompt_len_B + cut_B - 1, 0)
-    return student_B, teacher_B
+
+    def positions(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        return np.where(cut_B > 0, np.array([len(ids) for ids in prompts]) + cut_B - 1, 0)
+
+    return positions(lesson.prompts), positions(lesson.teacher_prompts)
 
 
 def group_rows(
@@ -81,17 +83,22 @@ def width(positions: int, longest: int) -> int:
 
 def make_trip(lesson: Lesson, chosen: Sequence[int], rows: int, S: int, T: int) -> Trip:
     """The chosen rows of a lesson at widths S and T, and spare ones up to `rows`."""
-    student_BS, teacher_BT, target_BS = (np.zeros((rows, width), np.int32) for width in (S, T, S))
-    weight_BS, sampler_logp_BS = (np.zeros((rows, S), np.float32) for _ in range(2))
+    student_BS = np.zeros((rows, S), np.int32)
+    teacher_BT = np.zeros((rows, T), np.int32)
     shift_B = np.zeros(rows, np.int32)
+    target_BS = np.zeros((rows, S), np.int32)
+    weight_BS = np.zeros((rows, S), np.float32)
+    sampler_logp_BS = np.zeros((rows, S), np.float32)
     for b, row in enumerate(chosen):
-        P, Q = int(lesson.prompt_len_B[row]), int(lesson.teacher_prompt_len_B[row])
+        prompt = lesson.prompts[row]
+        teacher_prompt = lesson.teacher_prompts[row]
         cut = int(np.flatnonzero(lesson.weight_BR[row])[-1]) + 1
         read = lesson.response_BR[row, : cut - 1]
-        student_BS[b, : P + cut - 1] = np.concatenate([lesson.prompt_BP[row, :P], read])
-        teacher_BT[b, : Q + cut - 1] = np.concatenate([lesson.teacher_prompt_BQ[row, :Q], read])
-        shift_B[b] = Q - P
-        predicts = slice(P - 1, P - 1 + cut)
+        student_BS[b, : len(prompt) + cut - 1] = [*prompt, *read]
+        teacher_BT[b, : len(teacher_prompt) + cut - 1] = [*teacher_prompt, *read]
+        shift_B[b] = len(teacher_prompt) - len(prompt)
+        # A token is predicted by the position before it, the first one by the prompt's last.
+        predicts = slice(len(prompt) - 1, len(prompt) - 1 + cut)
         target_BS[b, predicts] = lesson.response_BR[row, :cut]
         weight_BS[b, predicts] = lesson.weight_BR[row, :cut]
         sampler_logp_BS[b, predicts] = lesson.sampler_logp_BR[row, :cut]
