@@ -30,7 +30,9 @@ def bucket(
         value = jnp.where(q == 0, 0, -q * delta)
         return value, value + q
     # log(m / q) and log(m / r), written so that no exponential overflows and equal logits give 0.
-    share = jnp.where(delta > 0, jnp.full_like(delta, 1 - alpha), jnp.full_like(delta, alpha))
+    # Constants, not full_like: with a mesh in context, JAX 0.12 cannot lower that in a kernel for GPUs.
+    constant = delta.dtype.type
+    share = jnp.where(delta > 0, constant(1 - alpha), constant(alpha))
     soft = log1p(share * expm1(-jnp.abs(delta)))
     pull = jnp.where(q == 0, 0, -(1 - alpha) * q * (soft + jnp.maximum(delta, 0)))
     return pull + jnp.where(r == 0, 0, -alpha * r * (soft + jnp.maximum(-delta, 0))), pull
@@ -48,7 +50,7 @@ def tail_bucket(
 def small_expm1(x: jax.Array) -> jax.Array:
     """expm1 of x <= 0 in float32, for backends without one: a polynomial above -0.35."""
     terms = [1 / math.factorial(n) for n in range(8, 0, -1)]
-    y = jnp.full_like(x, terms[0])
+    y = terms[0]
     for term in terms[1:]:
         y = y * x + term
     return jnp.where(x > -0.35, y * x, jnp.exp(x) - 1)
