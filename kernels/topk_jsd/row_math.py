@@ -45,7 +45,9 @@ def bucket(
         return value, value + q
     # log(m / q) is soft + max(delta, 0), and log(m / r) is soft + max(-delta, 0). In this form no
     # exponential overflows, and equal logits give exactly 0.
-    share = jnp.where(delta > 0, jnp.full_like(delta, 1 - alpha), jnp.full_like(delta, alpha))
+    # Constants, not full_like: with a mesh in context, JAX 0.12 cannot lower that in a kernel for GPUs.
+    constant = delta.dtype.type
+    share = jnp.where(delta > 0, constant(1 - alpha), constant(alpha))
     soft = log1p(share * expm1(-jnp.abs(delta)))
     # In a mixture, q d(divergence)/dq equals the student's own share of the divergence.
     pull = jnp.where(q == 0, 0, -(1 - alpha) * q * (soft + jnp.maximum(delta, 0)))
@@ -70,7 +72,8 @@ def small_expm1(x: jax.Array) -> jax.Array:
     # Below -0.35, exp(x) - 1 loses at most two bits to cancellation. Above it, eight terms of the series
     # leave an error under float32's rounding.
     coefficients = [1 / math.factorial(n) for n in range(8, 0, -1)]
-    y = jnp.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
+    first, second, *rest = coefficients
+    y = first * x + second
+    for coefficient in rest:
         y = y * x + coefficient
     return jnp.where(x > -0.35, y * x, jnp.exp(x) - 1)
