@@ -12,7 +12,7 @@ from benchmarks import step, step_gpu, step_peers
 from benchmarks.step_flops import QWEN3, Flops, forward, heads, ideal, waste
 from benchmarks.step_loss import plain_loss
 from benchmarks.step_rows import PRESETS, Sizes, draw, lesson, needs, padded
-from rosd_jax.distill.loss import span_loss
+from rosd_jax.kernels.topk_jsd import topk_jsd_loss
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.train import trips
 
@@ -91,8 +91,9 @@ def test_the_loss_of_peers_is_ours():
         return plain_loss(*logits, tokens_N, logp_N, weight_N, 7, 2.0)
 
     def ours(student_ND):
-        given = head_VD, teacher_ND, other_VD, weight_N, tokens_N, logp_N
-        return span_loss(student_ND, *map(jnp.asarray, given), k=7, ratio_cap=2.0)[0]
+        given = map(jnp.asarray, (head_VD, teacher_ND, other_VD, weight_N))
+        rows = {"tokens_N": jnp.asarray(tokens_N), "sampler_logp_N": jnp.asarray(logp_N)}
+        return topk_jsd_loss(student_ND, *given, k=7, ratio_cap=2.0, **rows)[0]
 
     found, wanted = (jax.value_and_grad(loss)(jnp.asarray(student_ND)) for loss in (theirs, ours))
     assert float(found[0]) > 0.01

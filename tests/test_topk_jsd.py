@@ -13,7 +13,6 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from oracles.token_weights import aggregate_weights, importance_weights
-from rosd_jax.distill.loss import span_loss
 from rosd_jax.kernels.topk_jsd import (
     sampled_token_loss_from_logits,
     topk_jsd_from_logits,
@@ -321,16 +320,17 @@ def test_without_a_tail_bucket_lost_mass_goes_unseen():
 # ---- ratios and weights --------------------------------------------------------------------------
 
 
-def test_span_loss_weighs_rows_by_the_capped_ratio_without_gradient():
+def test_the_loss_weighs_rows_by_the_capped_ratio_without_gradient():
     *args, tokens, sampler_logp = operands()
     logp = jax.nn.log_softmax(args[0] @ args[1].T)[np.arange(N), tokens]
     ratio = np.minimum(np.exp(np.clip(logp - sampler_logp, -20, 20)), 1.5)
-    run = partial(span_loss, k=20, ratio_cap=1.5, chunk=8)
-    value, aux = run(*args, tokens, sampler_logp)
+    given = {"tokens_N": tokens, "sampler_logp_N": sampler_logp}
+    run = partial(topk_jsd_loss, k=20, ratio_cap=1.5, chunk=8, **given)
+    value, aux = run(*args)
     live = np.asarray(args[4] != 0)
     close((aux.student_logp_N[live], aux.ratio_N[live]), (logp[live], ratio[live]), 1e-5)
     assert not aux.ratio_N[~live].any() and (aux.ratio_N[live] == 1.5).any()
-    grad = jax.grad(lambda w: run(args[0], w, *args[2:], tokens, sampler_logp)[0])(args[1])
+    grad = jax.grad(lambda w: run(args[0], w, *args[2:])[0])(args[1])
     wanted, (_, wanted_grad), _ = chunked(*args[:4], args[4] * ratio)
     close((value, grad), (wanted, wanted_grad), 1e-5, 1e-6)
 

@@ -29,8 +29,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rosd_jax.distill.loss import span_loss
-from rosd_jax.kernels.topk_jsd import Sharding
+from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
 from rosd_jax.models import qwen3
 from rosd_jax.models.lora import combine, init_adapters
 from rosd_jax.models.sharding import AXES, on_device, row_devices, row_sharding
@@ -237,14 +236,14 @@ def trip_loss(
     """
     student = learner(params, frozen_params, config)
     student_BSD = qwen3.hidden_states(student, model, jnp.asarray(trip.student_BS))
-    loss, aux = span_loss(
+    loss, aux = topk_jsd_loss(
         flat(student_BSD),
         qwen3.head_VD(student).astype(model.dtype),
         flat(teacher_BSD),
         jax.lax.stop_gradient(on_device(qwen3.head_VD(frozen_params).astype(model.dtype))),
         flat(trip.weight_BS),
-        flat(trip.target_BS),
-        flat(trip.sampler_logp_BS),
+        tokens_N=flat(trip.target_BS),
+        sampler_logp_N=flat(trip.sampler_logp_BS),
         k=config.loss.topk,
         alpha=config.loss.alpha,
         tail=config.loss.tail,
