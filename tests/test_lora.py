@@ -122,6 +122,17 @@ def test_decoding_with_adapters_is_decoding_of_the_merged_model(shape):
     assert (decode(base()).tokens_BR != want.tokens_BR).any()
 
 
+def test_adapters_are_added_in_float32_whatever_the_compute_type():
+    model = MODEL.replace(dtype="bfloat16")
+    engine = Engine(model, None, Limits(10, 6), Sampling(0.0))
+    requests = [Request([3, 1, 4, 1], uid) for uid in range(2)]
+    frozen = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), base())  # as a run holds it
+    adapters = engine.generate(lora.combine(frozen, adapters_of()), requests, jax.random.key(0))
+    whole = engine.generate(merged(frozen, adapters_of()), requests, jax.random.key(0))
+    np.testing.assert_array_equal(adapters.tokens_BR, whole.tokens_BR)
+    np.testing.assert_array_equal(adapters.logp_BR, whole.logp_BR)
+
+
 # --- the update
 
 

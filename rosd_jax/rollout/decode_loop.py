@@ -132,11 +132,11 @@ def begin(
 
     Leaves of sequences and state have a leading axis of shards.
     """
-    # Cast before the shards gather their weights, so that half as many bytes travel.
-    dtype = spec.model.dtype
-
+    # Cast before the shards gather their weights, so that half as many bytes travel. Norms stay float32, and
+    # so do adapters, whose product is added to the kernel in float32.
     def cast_kernel(path, x):
-        return x if "scale" in jax.tree_util.keystr(path) else x.astype(dtype)
+        name = jax.tree_util.keystr(path)
+        return x if "scale" in name or "lora_" in name else x.astype(spec.model.dtype)
 
     params = jax.tree_util.tree_map_with_path(cast_kernel, params)
 
