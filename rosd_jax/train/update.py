@@ -1,15 +1,15 @@
-"""One optimizer step from one lesson, trip by trip, with a global active-token mean.
+"""One optimizer step from one lesson, micro-batch by micro-batch, with a global active-token mean.
 
     takes  TrainState, the frozen tree, a Lesson of B rows (host)
     gives  the next TrainState and a dict of float32 scalars
-    right  when loss and gradients do not depend on the trips or the number of devices
+    right  when loss and gradients do not depend on the micro-batches or the number of devices
 
-The host cuts the rows (train/trips.py) and calls four compiled functions:
+The host cuts the rows (train/microbatches.py) and calls four compiled functions:
 
-    teach(frozen, teacher_BT)                             -> hidden_BTD     once for each width T
-    align(hidden_BTD, shift_B, S)                         -> hidden_BSD     at the student's positions
-    learn(params, frozen, grads, sums, hidden_BSD, trip)  -> grads, sums    once for each width S
-    apply(state, grads, sums, total)                      -> state, metrics
+    teach(frozen, teacher_BT)                                   -> hidden_BTD
+    align(hidden_BTD, shift_B, S)                               -> hidden_BSD, at the student's positions
+    learn(params, frozen, grads, sums, hidden_BSD, microbatch)  -> grads, sums
+    apply(state, grads, sums, total)                            -> state, metrics
 
 Each width compiles by itself when it first occurs, and is found in the compilation cache from then on.
 The mean is over the active tokens of the whole lesson. The release averages per micro-batch of two
@@ -35,7 +35,7 @@ from rosd_jax.models import qwen3
 from rosd_jax.models.lora import combine, init_adapters
 from rosd_jax.models.sharding import AXES, on_device, row_devices, row_sharding
 from rosd_jax.settings import Settings
-from rosd_jax.train.trips import Trip, plan_trips
+from rosd_jax.train.microbatches import MicroBatch, plan_microbatches
 from rosd_jax.types import Array, Lesson, Params, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -103,7 +103,7 @@ class Update:
 
     @property
     def rows(self) -> int:
-        """Rows of one trip."""
+        """Rows of one micro-batch."""
         return row_devices(self.mesh) * self.device_rows
 
     def trace(self, like: TrainState, frozen_like: Params, S: int, T: int) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Update:
 
         ints, floats = rows("int32", S), rows("float32", S)
         teacher_BT, shift_B = rows("int32", T), rows("int32")
-        trip = Trip(ints, teacher_BT, shift_B, ints, floats, floats)
+        microbatch = MicroBatch(ints, teacher_BT, shift_B, ints, floats, floats)
         D, dtype = self.model.hidden_size, self.model.dtype
         grads, sums = jax.eval_shape(self.zeros)
         grads = jax.tree.map(
@@ -127,7 +127,7 @@ class Update:
         return {
             "teach": self.teach.trace(frozen_like, teacher_BT),
             "align": self.align.trace(rows(dtype, T, D), shift_B, S),
-            "learn": self.learn.trace(like.params, frozen_like, grads, sums, rows(dtype, S, D), trip),
+            "learn": self.learn.trace(like.params, frozen_like, grads, sums, rows(dtype, S, D), microbatch),
             "apply": self.apply.trace(like, grads, sums, total),
         }
 
@@ -137,19 +137,19 @@ class Update:
         """The next state, and the step's numbers."""
         total = np.float32(lesson.weight_BR.sum())
         grads, sums = self.zeros()
-        for trip in plan_trips(lesson, self.rows, self.longest):
+        for microbatch in plan_microbatches(lesson, self.rows, self.longest):
             before = sums
-            trip = jax.device_put(scaled(trip, total), row_sharding(self.mesh))
-            teacher_BTD = self.teach(frozen_params, trip.teacher_BT)
-            teacher_BSD = self.align(teacher_BTD, trip.shift_B, trip.student_BS.shape[1])
-            grads, sums = self.learn(state.params, frozen_params, grads, sums, teacher_BSD, trip)
-            jax.block_until_ready(before)  # else trips queue up, and with them their hidden states
+            microbatch = jax.device_put(scaled(microbatch, total), row_sharding(self.mesh))
+            teacher_BTD = self.teach(frozen_params, microbatch.teacher_BT)
+            teacher_BSD = self.align(teacher_BTD, microbatch.shift_B, microbatch.student_BS.shape[1])
+            grads, sums = self.learn(state.params, frozen_params, grads, sums, teacher_BSD, microbatch)
+            jax.block_until_ready(before)  # else micro-batches queue up, and with them their hidden states
         return self.apply(state, grads, sums, total)
 
 
-def scaled(trip: Trip, total: np.float32) -> Trip:
-    """The trip with its weights over the active tokens of the whole lesson."""
-    return replace(trip, weight_BS=trip.weight_BS / total)
+def scaled(microbatch: MicroBatch, total: np.float32) -> MicroBatch:
+    """The micro-batch with its weights over the active tokens of the whole lesson."""
+    return replace(microbatch, weight_BS=microbatch.weight_BS / total)
 
 
 def make_update(
@@ -168,9 +168,9 @@ def make_update(
         grads = jax.tree.map(lambda x: jnp.zeros(x.shape, config.optimizer.grad_dtype), shapes)
         return grads, dict.fromkeys(SUMS, jnp.zeros((), jnp.float32))
 
-    def learn(params, frozen_params, grads, sums, teacher_BSD, trip):
+    def learn(params, frozen_params, grads, sums, teacher_BSD, microbatch):
         def loss(params):
-            return trip_loss(params, frozen_params, teacher_BSD, trip, config, model, mesh)
+            return microbatch_loss(params, frozen_params, teacher_BSD, microbatch, config, model, mesh)
 
         (_, more), by = jax.value_and_grad(loss, has_aux=True)(params)
         return add(grads, by), add(sums, more)
@@ -222,29 +222,29 @@ def align(teacher_BTD: jax.Array, shift_B: jax.Array, S: int) -> jax.Array:
     return jnp.take_along_axis(teacher_BTD, at_BS[..., None], axis=1)
 
 
-def trip_loss(
+def microbatch_loss(
     params: Params,
     frozen_params: Params,
     teacher_BSD: jax.Array,
-    trip: Trip,
+    microbatch: MicroBatch,
     config: Settings,
     model: qwen3.Qwen3Config,
     mesh: Mesh,
 ) -> tuple[jax.Array, Metrics]:
-    """The part of the loss that one trip carries, and sums over its active tokens.
+    """The part of the loss that one micro-batch carries, and sums over its active tokens.
 
     Where adapters learn, the head is constant, and XLA drops the loss's matmul for its gradient.
     """
     student = learner(params, frozen_params, config)
-    student_BSD = qwen3.hidden_states(student, model, jnp.asarray(trip.student_BS))
+    student_BSD = qwen3.hidden_states(student, model, jnp.asarray(microbatch.student_BS))
     loss, aux = span_loss(
         flat(student_BSD),
         qwen3.head_VD(student).astype(model.dtype),
         flat(teacher_BSD),
         jax.lax.stop_gradient(on_device(qwen3.head_VD(frozen_params).astype(model.dtype))),
-        flat(trip.weight_BS),
-        flat(trip.target_BS),
-        flat(trip.sampler_logp_BS),
+        flat(microbatch.weight_BS),
+        flat(microbatch.target_BS),
+        flat(microbatch.sampler_logp_BS),
         k=config.loss.topk,
         alpha=config.loss.alpha,
         tail=config.loss.tail,
@@ -255,11 +255,11 @@ def trip_loss(
         sharding=loss_sharding(mesh, model.vocab_size),
     )
     assert aux.student_logp_N is not None  # since the loss was told the tokens
-    active_N = flat(trip.weight_BS) != 0
+    active_N = flat(microbatch.weight_BS) != 0
     per_token = {
         "divergence": aux.divergence_N,
         "ratio": aux.ratio_N,
-        "logp_gap": jnp.abs(aux.student_logp_N - flat(trip.sampler_logp_BS)),
+        "logp_gap": jnp.abs(aux.student_logp_N - flat(microbatch.sampler_logp_BS)),
         "student_topk_mass": aux.student_mass_N,
         "teacher_topk_mass": aux.teacher_mass_N,
     }

@@ -1,13 +1,16 @@
-"""The rows of a lesson as trips: the rows that go through one forward and backward pass together.
+"""Cuts the rows of a lesson and groups them into micro-batches, each one forward and backward pass.
 
-    takes  a Lesson of B rows (host), row devices, rows a device in one trip
-    gives  Trips (host): every row with an active token once, longest first
+    takes  a Lesson of B rows (host) and the number of rows in a micro-batch
+    gives  micro-batches (host), longest first: every row with an active token is in exactly one
     right  when each active token keeps its position, its prediction and all that it attends to
 
-Attention is causal, so a row ends at its last active token: nothing after it reaches the loss. Rows
-without an active token are left out. Rows of like lengths share a trip, which is as wide as its longest
-row needs, in one of few widths, since each is compiled by itself; the student's width and the teacher's
-are chosen separately.
+Attention is causal, so nothing after a row's last active token reaches the loss: the row is cut there, and
+a row without active tokens is left out. Rows of similar length share a micro-batch, which is as wide as its
+longest row needs. Widths are rounded up to one of few, because each is compiled separately. Student and
+teacher have separate widths.
+
+Dimension key: B rows of a micro-batch (in `Lesson` and `needs`: of the whole lesson), S positions of a
+student's row, T positions of a teacher's row, R response tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ SHORTEST = 64  # the least width
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Trip:
+class MicroBatch:
     """B rows as student (S positions) and teacher (T positions) read them. Padding weighs 0."""
 
     student_BS: Array  # int32: prompt and response
@@ -36,13 +39,13 @@ class Trip:
     sampler_logp_BS: Array  # float32: its log-prob as the sampler reported it
 
 
-def plan_trips(lesson: Lesson, rows: int, longest: tuple[int, int]) -> list[Trip]:
-    """Trips of so many rows, spare ones of weight 0 behind the last.
+def plan_microbatches(lesson: Lesson, rows: int, longest: tuple[int, int]) -> list[MicroBatch]:
+    """Micro-batches of so many rows, spare ones of weight 0 behind the last.
 
     longest: the most positions that a student's and a teacher's row may have, which are widths too.
     """
     groups = group_rows(*needs(lesson), rows, longest)
-    return [make_trip(lesson, some, rows, S, T) for some, S, T in groups]
+    return [make_microbatch(lesson, some, rows, S, T) for some, S, T in groups]
 
 
 def needs(lesson: Lesson) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +84,7 @@ def width(positions: int, longest: int) -> int:
     return min(max(three if positions <= three else power, SHORTEST), longest)
 
 
-def make_trip(lesson: Lesson, chosen: Sequence[int], rows: int, S: int, T: int) -> Trip:
+def make_microbatch(lesson: Lesson, chosen: Sequence[int], rows: int, S: int, T: int) -> MicroBatch:
     """The chosen rows of a lesson at widths S and T, and spare ones up to `rows`."""
     student_BS = np.zeros((rows, S), np.int32)
     teacher_BT = np.zeros((rows, T), np.int32)
@@ -102,4 +105,4 @@ def make_trip(lesson: Lesson, chosen: Sequence[int], rows: int, S: int, T: int) 
         target_BS[b, predicts] = lesson.response_BR[row, :cut]
         weight_BS[b, predicts] = lesson.weight_BR[row, :cut]
         sampler_logp_BS[b, predicts] = lesson.sampler_logp_BR[row, :cut]
-    return Trip(student_BS, teacher_BT, shift_B, target_BS, weight_BS, sampler_logp_BS)
+    return MicroBatch(student_BS, teacher_BT, shift_B, target_BS, weight_BS, sampler_logp_BS)
