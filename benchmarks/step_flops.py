@@ -5,8 +5,8 @@
 The ideal cuts each row at its last token with loss, pads nothing, computes half of the T x T products of
 attention, and multiplies by the heads only for tokens with loss. It costs three forward passes of the student
 (one forward, two backward; one more where the backward pass recomputes activations) and one of the teacher.
-Nothing is compiled: the trips are counted that the update would make on rows drawn at the paper's lengths
-(benchmarks/step_rows.py says how).
+Nothing is compiled: the micro-batches are counted that the update would make of rows drawn at the paper's
+lengths (benchmarks/step_rows.py says how).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.step_rows import PRESETS, Lengths, Preset, Sizes, draw, lesson, 
 from benchmarks.timing import table
 from rosd_jax.config import default_config, validate
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.train.trips import Trip, plan_trips
+from rosd_jax.train.microbatches import MicroBatch, plan_microbatches
 from rosd_jax.train.update import longest_rows
 
 QWEN3 = {
@@ -64,9 +64,9 @@ def ideal(model: Qwen3Config, lengths: Lengths) -> Flops:
     return Flops(student, teacher, heads(model, int(lengths.active_B.sum())))
 
 
-def planned(model: Qwen3Config, trips: list[Trip], rows: int, lengths: Lengths) -> Flops:
-    """What these trips compute, `rows` rows each."""
-    widths = np.array([(trip.student_BS.shape[1], trip.teacher_BT.shape[1]) for trip in trips])
+def planned(model: Qwen3Config, microbatches: list[MicroBatch], rows: int, lengths: Lengths) -> Flops:
+    """What these micro-batches compute, `rows` rows each."""
+    widths = np.array([(batch.student_BS.shape[1], batch.teacher_BT.shape[1]) for batch in microbatches])
     student, teacher = rows * forward(model, widths).sum(axis=0)
     return Flops(float(student), float(teacher), heads(model, int(lengths.active_B.sum())))
 
@@ -74,16 +74,16 @@ def planned(model: Qwen3Config, trips: list[Trip], rows: int, lengths: Lengths) 
 def waste(
     model: Qwen3Config, preset: Preset, devices: int, draws: int, device_rows: int = 1
 ) -> tuple[float, float, float]:
-    """Planned FLOPs over the ideal's, without and with rematerialisation, and trips; means of the steps."""
+    """Planned FLOPs over the ideal's, without and with rematerialisation, and micro-batches: means."""
     found = []
     longest = longest_rows(validate(default_config()))
     for seed in range(draws):
         lengths = draw(Sizes(), preset, seed)
-        trips = plan_trips(lesson(lengths, model.vocab_size), devices * device_rows, longest)
+        microbatches = plan_microbatches(lesson(lengths, model.vocab_size), devices * device_rows, longest)
         least = ideal(model, lengths)
-        plan = planned(model, trips, devices * device_rows, lengths)
+        plan = planned(model, microbatches, devices * device_rows, lengths)
         ratios = [plan.total(remat) / least.total(remat) for remat in (False, True)]
-        found.append((*ratios, len(trips)))
+        found.append((*ratios, len(microbatches)))
     plain, remat, count = np.mean(found, axis=0)
     return float(plain), float(remat), float(count)
 
@@ -99,10 +99,10 @@ def main(argv: list[str] | None = None) -> None:
     for devices in map(int, args.devices.split(",")):
         cells = [str(devices)]
         for preset in PRESETS:
-            plain, remat, trips = waste(QWEN3[args.model], preset, devices, args.draws)
-            cells += [f"{plain:.2f}", f"{remat:.2f}", f"{trips:.0f}"]
+            plain, remat, microbatches = waste(QWEN3[args.model], preset, devices, args.draws)
+            cells += [f"{plain:.2f}", f"{remat:.2f}", f"{microbatches:.0f}"]
         rows.append(cells)
-    head = [text for preset in PRESETS for text in (preset, f"{preset}, remat", "trips")]
+    head = [text for preset in PRESETS for text in (preset, f"{preset}, remat", "micro-batches")]
     print(table(["row devices", *head], rows))
 
 

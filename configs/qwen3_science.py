@@ -28,8 +28,8 @@ from rosd_jax.config import PRESETS, UserError, choose_one, default_config, pars
 EPOCH_STEPS = {"biology": 14, "chemistry": 59, "material": 26, "physics": 22}
 SIZES = ("4b", "8b")
 # The slice as --topology names it, then mesh.data, mesh.fsdp, mesh.tensor. At most 16 row devices: with more,
-# the last trips of an update are mostly empty rows. The remaining factor splits heads, so that the weights
-# for decoding fit.
+# the last micro-batches of an update are mostly empty rows. The remaining factor splits heads, so that the
+# weights for decoding fit.
 SLICES = {
     "v5p-8": ("v5p:2x2x1", (1, 4, 1)),
     "v5p-64": ("v5p:2x4x4", (1, 16, 2)),

@@ -22,8 +22,8 @@ from rosd_jax.rollout.engine import Engine
 from rosd_jax.rollout.limits import Limits
 from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.settings import LAYERS, LoraSettings
+from rosd_jax.train.microbatches import plan_microbatches
 from rosd_jax.train.trees import Trees
-from rosd_jax.train.trips import plan_trips
 from rosd_jax.train.update import init_state, make_optimizer, make_update
 from rosd_jax.types import TrainState
 
@@ -204,9 +204,9 @@ def programs(model, rank):
     config = replace(config_of(rank), "loss.chunk", 24)
     trees = Trees(config, model, mesh, make_optimizer(config))
     update = make_update(config, model, trees.optimizer, mesh, trees.shardings)
-    trip = plan_trips(make_lesson(), B, (64, 64))[0]
-    hidden = jax.ShapeDtypeStruct((B, trip.student_BS.shape[1], model.hidden_size), np.float32)
-    arguments = trees.like.params, trees.frozen_like, *jax.eval_shape(update.zeros), hidden, trip
+    microbatch = plan_microbatches(make_lesson(), B, (64, 64))[0]
+    hidden = jax.ShapeDtypeStruct((B, microbatch.student_BS.shape[1], model.hidden_size), np.float32)
+    arguments = trees.like.params, trees.frozen_like, *jax.eval_shape(update.zeros), hidden, microbatch
     with jax.set_mesh(mesh):
         text = update.learn.lower(*arguments).compile(compiler_options=QUICK).as_text()
         return jax.make_jaxpr(update.learn)(*arguments), text

@@ -22,8 +22,8 @@ from rosd_jax.plan.budget import gradients, resident
 from rosd_jax.plan.chips import CHIPS, Slice, read_topology
 from rosd_jax.plan.command import Asked, make_plan
 from rosd_jax.plan.roofline import at_limits, realistic
-from rosd_jax.plan.stages import STAGES, make_job, trip_widths
-from rosd_jax.train.trips import plan_trips
+from rosd_jax.plan.stages import STAGES, make_job, microbatch_widths
+from rosd_jax.train.microbatches import plan_microbatches
 from rosd_jax.types import Lesson
 from support import NEEDS_LIBTPU, ROOT
 
@@ -306,8 +306,8 @@ def test_realistic_lengths_are_within_the_limits():
     assert realistic(small).teacher <= small.lesson.max_teacher_tokens
 
 
-def test_trips_are_those_of_the_update(small):
-    """The same widths as train/trips.py chooses for rows of these lengths that are taught in full."""
+def test_microbatches_are_those_of_the_update(small):
+    """The same widths as train/microbatches.py chooses for rows of these lengths that are taught in full."""
     lengths = realistic(small.config)
     B, R = len(lengths.response_B), small.config.rollout.max_new_tokens
     held = np.arange(R) < np.array(lengths.response_B)[:, None]
@@ -319,10 +319,10 @@ def test_trips_are_those_of_the_update(small):
         sampler_logp_BR=np.zeros((B, R), np.float32),
     )
     update = small.update
-    trips = plan_trips(lesson, update.rows, update.longest)
-    widths = [(trip.student_BS.shape[1], trip.teacher_BT.shape[1]) for trip in trips]
-    assert widths == [(S, T) for S, T, _ in trip_widths(small, lengths)]
-    active = sum(n for *_, n in trip_widths(small, lengths)) * row_devices(small.mesh)
+    microbatches = plan_microbatches(lesson, update.rows, update.longest)
+    widths = [(batch.student_BS.shape[1], batch.teacher_BT.shape[1]) for batch in microbatches]
+    assert widths == [(S, T) for S, T, _ in microbatch_widths(small, lengths)]
+    active = sum(n for *_, n in microbatch_widths(small, lengths)) * row_devices(small.mesh)
     assert active >= held.sum()
 
 

@@ -14,7 +14,7 @@ from benchmarks.step_loss import plain_loss
 from benchmarks.step_rows import PRESETS, Sizes, draw, lesson, needs, padded
 from rosd_jax.kernels.topk_jsd import topk_jsd_loss
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
-from rosd_jax.train import trips
+from rosd_jax.train import microbatches
 
 TINY = step.Contest(
     Qwen3Config(512, 64, 96, 2, 4, 2, 16, tie_word_embeddings=True),
@@ -27,9 +27,9 @@ TINY = step.Contest(
 @pytest.mark.parametrize("preset", ["span", "paper"])
 @pytest.mark.parametrize(("devices", "goal"), [(8, 1.55), (16, 2.0)])
 def test_the_planned_flops_are_near_the_ideal(preset, devices, goal):
-    plain, remat, trips = waste(QWEN3["8b"], preset, devices, draws=4)
+    plain, remat, count = waste(QWEN3["8b"], preset, devices, draws=4)
     assert 1 < plain <= goal and 1 < remat <= goal
-    assert trips >= 256 * 0.3 / devices
+    assert count >= 256 * 0.3 / devices
 
 
 def test_flops_are_those_of_the_matrices_and_of_causal_attention():
@@ -47,11 +47,11 @@ def test_flops_are_those_of_the_matrices_and_of_causal_attention():
 def test_the_ideal_reads_what_the_update_must_read():
     lengths = draw(Sizes().scaled(1 / 32, prompts=8), "span", seed=3)
     given = lesson(lengths, 100)
-    for ours, planned in zip(needs(lengths), trips.needs(given), strict=True):
+    for ours, planned in zip(needs(lengths), microbatches.needs(given), strict=True):
         np.testing.assert_array_equal(ours, planned[planned > 0])
     found, model = ideal(TINY.model, lengths), TINY.model
     assert found.heads == heads(model, given.weight_BR.sum())
-    assert found.student == sum(float(forward(model, n)) for n in trips.needs(given)[0])
+    assert found.student == sum(float(forward(model, n)) for n in microbatches.needs(given)[0])
 
 
 def test_rows_are_those_of_a_real_step():

@@ -1,4 +1,4 @@
-"""The update against a plain float64 loss, and equal for any trips, mesh and idle row."""
+"""The update against a plain float64 loss, and equal for any micro-batches, mesh and idle row."""
 
 import itertools
 from contextlib import contextmanager
@@ -19,16 +19,16 @@ from rosd_jax.rollout.batching import Request
 from rosd_jax.rollout.engine import Engine
 from rosd_jax.rollout.limits import Limits
 from rosd_jax.rollout.sampler import Sampling
+from rosd_jax.train.microbatches import plan_microbatches
 from rosd_jax.train.trees import Trees
-from rosd_jax.train.trips import plan_trips
 from rosd_jax.train.update import (
     align,
     init_state,
     loss_sharding,
     make_optimizer,
     make_update,
+    microbatch_loss,
     teach,
-    trip_loss,
 )
 from rosd_jax.types import Lesson
 
@@ -284,7 +284,7 @@ def test_cutting_rows_changes_neither_the_loss_nor_its_gradient():
 
 
 @pytest.mark.parametrize("rows", [slow(n, [2, 16]) for n in (1, 2, 4, 16)])
-def test_the_rows_of_a_trip_do_not_matter(rows):
+def test_the_rows_of_a_microbatch_do_not_matter(rows):
     assert_same_update(step(make_lesson(), device_rows=rows), plain())
 
 
@@ -312,7 +312,7 @@ def test_rematerialising_does_not_matter():
 def test_under_its_mesh_every_device_holds_its_own_rows_only():
     model = MODEL.replace(hidden_size=48, intermediate_size=96)
     lesson = make_lesson()
-    trip = plan_trips(lesson, B, (64, 64))[0]
+    microbatch = plan_microbatches(lesson, B, (64, 64))[0]
 
     def wide(x):
         return jax.ShapeDtypeStruct((B, 128) if x.ndim > 1 else (B,), x.dtype)
@@ -329,7 +329,7 @@ def test_under_its_mesh_every_device_holds_its_own_rows_only():
         hidden = jax.ShapeDtypeStruct((B, 128, 48), np.float32)
         with jax.set_mesh(mesh):
             learn = update.learn.lower(
-                params, params, params, sums, rows(hidden), jax.tree.map(rows, jax.tree.map(wide, trip))
+                params, params, params, sums, rows(hidden), jax.tree.map(rows, jax.tree.map(wide, microbatch))
             )
         return learn.compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
 
@@ -411,11 +411,11 @@ def test_the_teacher_takes_no_gradient_and_is_left_as_it_was():
     with jax.set_mesh(mesh):
         update(state, frozen, lesson)
     assert_same(jax.device_get(frozen), trees()[1])
-    trip = plan_trips(lesson, B, (64, 64))[0]
+    microbatch = plan_microbatches(lesson, B, (64, 64))[0]
 
     def loss(student, frozen):
-        hidden = align(teach(frozen, trip.teacher_BT, model=MODEL), trip.shift_B, 64)
-        return trip_loss(student, frozen, hidden, trip, make_config(), MODEL, mesh)[0]
+        hidden = align(teach(frozen, microbatch.teacher_BT, model=MODEL), microbatch.shift_B, 64)
+        return microbatch_loss(student, frozen, hidden, microbatch, make_config(), MODEL, mesh)[0]
 
     own, other = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)(*trees())
     assert optax.tree.norm(own) > 0 and optax.tree.norm(other) == 0

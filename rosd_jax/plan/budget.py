@@ -104,7 +104,7 @@ def resident(job: Job) -> Bytes:
 
 
 def gradients(job: Job) -> Bytes:
-    """The sum of gradients, which an update's trips add to."""
+    """The sum of gradients, which an update's micro-batches add to."""
     params, places = job.trees.state.params, job.trees.shardings.params
     return {"gradients": shard_bytes(params, places, job.config.optimizer.grad_dtype)}
 
@@ -134,7 +134,7 @@ def decoding(job: Job, engine: Engine, shape: CallShape, capacity: Capacity) -> 
 
 
 def teacher(job: Job) -> Bytes:
-    """One trip's forward pass over teacher's rows of the greatest width, and the hidden states it gives."""
+    """One micro-batch's forward pass over teacher's rows of the greatest width, and its hidden states."""
     S, T = job.update.longest
     rows = job.config.batch.device_rows
     hidden = rows * (T + S) * job.model.hidden_size * job.item
@@ -144,10 +144,10 @@ def teacher(job: Job) -> Bytes:
 
 
 def student(job: Job) -> Bytes:
-    """One trip's forward and backward pass over the student's rows of the greatest width.
+    """One micro-batch's forward and backward pass over the student's rows of the greatest width.
 
-    It is fullest in the loss, which holds whole tables, or in the backward pass, which holds the trip's
-    gradients next to their sum.
+    It is fullest in the loss, which holds whole tables, or in the backward pass, which holds the
+    micro-batch's gradients next to their sum.
     """
     model, config = job.model, job.config
     S, _ = job.update.longest

@@ -186,7 +186,7 @@ def prefill_work(model: Qwen3Config, split: Split, prompts: int, prompt: int) ->
 
 
 def teach_work(model: Qwen3Config, split: Split, rows: int, width: int) -> Work:
-    """One trip of the teacher: rows of a row device, forward."""
+    """One micro-batch of the teacher: rows of a row device, forward."""
     flops = rows * forward_flops(model, width) / split.tensor
     sent = split.gathered(model) + split.reduced(model, rows * width)
     return Work(flops, split.weights(model) + _activation_bytes(model, split, rows * width), sent)
@@ -202,7 +202,7 @@ def learn_work(
     grad_bytes: float,
     adapters: bool = False,
 ) -> Work:
-    """One trip of the student: forward, loss, backward.
+    """One micro-batch of the student: forward, loss, backward.
 
     active: tokens of the loss; grad_bytes: of the chip's share of the sum of gradients. Under
     rematerialisation every layer goes forward once more, but for its attention where that is kept.

@@ -27,8 +27,8 @@ from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import Settings
 from rosd_jax.train.devices import check_rows
 from rosd_jax.train.engines import Ends, make_engines
+from rosd_jax.train.microbatches import group_rows
 from rosd_jax.train.trees import Trees
-from rosd_jax.train.trips import group_rows
 from rosd_jax.train.update import make_optimizer, make_update
 
 STAGES = ("rollouts", "reflections", "evaluation", "teacher", "student", "optimizer")
@@ -177,8 +177,8 @@ def _updating(job: Job) -> list[Stage]:
     ]
 
 
-def trip_widths(job: Job, lengths: Lengths) -> list[tuple[int, int, int]]:
-    """Student's width, teacher's width and active tokens of a row device, trip by trip.
+def microbatch_widths(job: Job, lengths: Lengths) -> list[tuple[int, int, int]]:
+    """Student's width, teacher's width and active tokens of a row device, micro-batch by micro-batch.
 
     Every response is taught in full, the most that can be.
     """
@@ -190,18 +190,18 @@ def trip_widths(job: Job, lengths: Lengths) -> list[tuple[int, int, int]]:
 
 def _teaching(job: Job, lengths: Lengths) -> Work:
     rows = job.config.batch.device_rows
-    trips = (roofline.teach_work(job.model, split(job), rows, T) for _, T, _ in trip_widths(job, lengths))
-    return sum(trips, Work())
+    widths = microbatch_widths(job, lengths)
+    return sum((roofline.teach_work(job.model, split(job), rows, T) for _, T, _ in widths), Work())
 
 
 def _learning(job: Job, lengths: Lengths) -> Work:
     rows, remat = job.config.batch.device_rows, job.config.model.remat
     grads = budget.gradients(job)["gradients"]
-    trips = (
+    microbatches = (
         roofline.learn_work(job.model, split(job), rows, S, active, remat, grads, job.adapters)
-        for S, _, active in trip_widths(job, lengths)
+        for S, _, active in microbatch_widths(job, lengths)
     )
-    return sum(trips, Work())
+    return sum(microbatches, Work())
 
 
 def _applying(job: Job, lengths: Lengths) -> Work:

@@ -132,6 +132,7 @@ def begin(
 
     Leaves of sequences and state have a leading axis of shards.
     """
+
     # Cast before the shards gather their weights, so that half as many bytes travel. Norms stay float32, and
     # so do adapters, whose product is added to the kernel in float32.
     def cast_kernel(path, x):

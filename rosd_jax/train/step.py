@@ -1,20 +1,20 @@
-"""One training step, as a line of stages.
+"""One training step as a sequence of stages.
 
     prompts -> rollout -> grade -> reflect -> lesson -> update
 
-Sampling, reflecting and updating are jitted functions of explicit trees; reading text (grading, parsing
-a reflection, locating a quote) is host work between them. So a step is three stages on the devices with
-two host hops, not one jitted function: what is pure is each function, and the state is threaded through
-by hand.
+Rollout, reflection and update run on the devices, as jitted functions of explicit trees. Between them the
+host reads text: it grades responses, parses reflections and locates quotes. So a step is not one jitted
+function, and the state is passed from stage to stage explicitly.
+
+Dimensions: B rows of a step's batch, R response tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ from rosd_jax.types import (
 
 @dataclass(frozen=True)
 class Runtime:
-    """What every step uses and none changes: built once (train/build.py)."""
+    """What every step uses and none changes. Built once, by train/build.py."""
 
     config: Settings
     model: Qwen3Config
@@ -60,7 +60,7 @@ class Runtime:
     engines: Engines
     student_thinking_open: bool  # the student's prompts end inside <think>
     reflector_thinking_open: bool  # the reflector's prompts do
-    task_metrics: Callable[[Reflected], Numbers] | None  # numbers that only this task has
+    task_metrics: Callable[[Reflected], Numbers] | None  # additional metrics of this task
     update: Update
 
 
@@ -72,10 +72,10 @@ def train_step(
     step: int,
     stage: Callable[[str], None] = lambda name: None,
 ) -> tuple[TrainState, Numbers, Reflected, np.ndarray]:
-    """The next state, the step's numbers, its reflected rollouts and their weights [B, R].
+    """Makes one step: the next state, its metrics, the reflected rollouts and their weights [B, R].
 
-    `stage` is told the name of each stage as it begins. Raises Stopped where a signal has asked the run to
-    stop; `state` is still whole then.
+    `stage` is called with the name of each stage as it begins. Raises Stopped if a signal has asked the run
+    to stop before the update begins; `state` is then still valid. The update donates it.
     """
     clock = Clock(stage)
     with clock("rollout"):
@@ -86,11 +86,13 @@ def train_step(
     with clock("reflect"):
         reflector = student if runtime.config.reflect.weights == "student" else on_device(frozen_params)
         reflected = reflect_rollouts(runtime, reflector, graded, step)
-        del student, reflector  # copies on the device, where the frozen tree lies on the host
+        # With model.frozen=host these are copies on the devices. The update needs their memory.
+        del student, reflector
     with clock("lesson"):
         reflected, lesson = make_lesson(runtime, reflected)
     with clock("update"):
         state, metrics = runtime.update(state, frozen_params, lesson)
+        # Waits for the devices, so that the stage's time includes the update itself.
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
     numbers = of_rollouts(graded) | of_reflections(reflected, lesson.weight_BR)
     if runtime.task_metrics:
@@ -103,14 +105,14 @@ def train_step(
 
 
 def sample_rollouts(runtime: Runtime, params: Params, prompts: Prompts, step: int) -> HostRollout:
-    """G rollouts a prompt. The uid of a rollout is its number in the whole run."""
+    """G rollouts per prompt. The uid of a rollout is its number in the run: no two share random numbers."""
     rows = [ids for ids in prompts.ids for _ in range(runtime.config.batch.samples)]
     requests = [Request(ids, step * len(rows) + row) for row, ids in enumerate(rows)]
     return runtime.engines.rollouts.generate(params, requests, Stream.ROLLOUT.key(runtime.key))
 
 
 def grade(runtime: Runtime, prompts: Prompts, rollout: HostRollout) -> Graded:
-    """Decodes every response and has its problem's checker grade it."""
+    """Decodes every response to text and grades it."""
     texts = decode(runtime.tokenizer, rollout)
     problems = [problem for problem in prompts.problems for _ in range(runtime.config.batch.samples)]
     grades = runtime.grader.grade_all(texts, problems, thinking_open=runtime.student_thinking_open)
@@ -119,7 +121,7 @@ def grade(runtime: Runtime, prompts: Prompts, rollout: HostRollout) -> Graded:
 
 
 def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int) -> Reflected:
-    """Asks the reflector about the rollouts of mixed groups and reads its answers."""
+    """Asks the reflector about the rollouts that distill/reflect.py selects, and parses its answers."""
     config = runtime.config
     plans = reflect.plan_rollouts(graded, config.reflect)
     ids = reflect.build_prompts(
@@ -130,13 +132,15 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
         thinking=config.thinking.reflector,
         wording=runtime.wording,
     )
-    rows = [row for row, prompt in enumerate(ids) if prompt is not None]
+    # A reflection has the uid of its rollout, but another stream of random numbers.
+    first = step * len(ids)
+    asked = {row: Request(prompt, first + row) for row, prompt in enumerate(ids) if prompt is not None}
     raws: list[str | None] = [None] * len(ids)
     answers = None
-    if rows:
-        requests = [Request(ids[row] or [], step * len(ids) + row) for row in rows]
-        answers = runtime.engines.reflections.generate(params, requests, Stream.REFLECT.key(runtime.key))
-        for row, text in zip(rows, decode(runtime.tokenizer, answers), strict=True):
+    if asked:
+        key = Stream.REFLECT.key(runtime.key)
+        answers = runtime.engines.reflections.generate(params, list(asked.values()), key)
+        for row, text in zip(asked, decode(runtime.tokenizer, answers), strict=True):
             raws[row] = text
     reflected = reflect.read_reflections(
         graded,
@@ -150,7 +154,7 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
 
 
 def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Lesson]:
-    """The teacher's prompts and the weights; rollouts that do not fit leave the loss, with a note."""
+    """The lesson of a step. A rollout that cannot be taught gets weight 0, and a note that says why."""
     config = runtime.config
     graded = reflected.graded
     reflected, ids = teacher.teacher_prompts(
@@ -163,7 +167,7 @@ def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Less
     R = graded.rollout.tokens_BR.shape[1]
     lesson = Lesson(
         prompts=[prompt for prompt in graded.prompts.ids for _ in range(graded.group_size)],
-        teacher_prompts=[row or [] for row in ids],
+        teacher_prompts=[prompt or [] for prompt in ids],
         response_BR=graded.rollout.tokens_BR,
         weight_BR=teacher.region_weights(reflected, config.lesson, R),
         sampler_logp_BR=graded.rollout.logp_BR,
@@ -172,20 +176,23 @@ def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Less
 
 
 def decode(tokenizer: Tokenizer, rollout: HostRollout) -> list[str]:
-    """The text of every row, special tokens removed."""
-    pairs = zip(rollout.tokens_BR, rollout.length_B, strict=True)
-    return [tokenizer.decode(tokens[:length]) for tokens, length in pairs]
+    """The text of every response, special tokens removed."""
+    rows = zip(rollout.tokens_BR, rollout.length_B, strict=True)
+    return [tokenizer.decode(tokens[:length]) for tokens, length in rows]
 
 
 class Clock:
-    """Seconds spent in each stage. A run may be stopped before a stage, and never after the last one."""
+    """Seconds spent in each stage. Entering a stage raises Stopped if a signal has asked the run to stop.
+
+    Nothing is checked after the last stage: the step is then complete, and is written before the run stops.
+    """
 
     def __init__(self, stage: Callable[[str], None]):
         self._stage = stage
         self.spent: Numbers = {}
 
     @contextmanager
-    def __call__(self, name: str) -> Any:
+    def __call__(self, name: str) -> Iterator[None]:
         stopping.check()
         self._stage(name)
         began = time.perf_counter()
@@ -193,5 +200,5 @@ class Clock:
         self.spent[name] = time.perf_counter() - began
 
     def seconds(self) -> Numbers:
-        """The stages' seconds, as numbers of the step."""
+        """The metrics seconds_STAGE."""
         return {f"seconds_{name}": s for name, s in self.spent.items()}

@@ -1,19 +1,25 @@
-"""One optimizer step from one lesson, trip by trip, with a global active-token mean.
+"""The update: one optimizer step from one lesson, with gradients accumulated over micro-batches.
 
-    takes  TrainState, the frozen tree, a Lesson of B rows (host)
+    takes  a TrainState, the frozen tree, a Lesson (host)
     gives  the next TrainState and a dict of float32 scalars
-    right  when loss and gradients do not depend on the trips or the number of devices
+    right  when loss and gradients depend neither on the micro-batches nor on the number of devices
 
-The host cuts the rows (train/trips.py) and calls four compiled functions:
+The host groups the rows into micro-batches (train/microbatches.py) and calls four compiled functions: the
+first three for every micro-batch, the last once.
 
-    teach(frozen, teacher_BT)                             -> hidden_BTD     once for each width T
-    align(hidden_BTD, shift_B, S)                         -> hidden_BSD     at the student's positions
-    learn(params, frozen, grads, sums, hidden_BSD, trip)  -> grads, sums    once for each width S
-    apply(state, grads, sums, total)                      -> state, metrics
+    teach(frozen, teacher_BT)                                   -> hidden_BTD
+    align(hidden_BTD, shift_B, S)                               -> hidden_BSD, at the student's positions
+    learn(params, frozen, grads, sums, hidden_BSD, microbatch)  -> grads, sums
+    apply(state, grads, sums, total)                            -> state, metrics
 
-Each width compiles by itself when it first occurs, and is found in the compilation cache from then on.
-The mean is over the active tokens of the whole lesson. The release averages per micro-batch of two
-sequences instead, which makes its gradient depend on the number of devices.
+`teach` is compiled once per width T and `learn` once per width S, when that width first occurs. `align` is
+separate, so that only this cheap function is compiled for pairs of widths.
+
+The loss is the mean over the active tokens of the whole lesson. The released code averages within each
+micro-batch of two sequences first, so that its gradient depends on the number of devices.
+
+Dimensions: B rows of a micro-batch, S positions of a student's row, T positions of a teacher's row, N = B x S
+positions, D model width, V vocabulary, R response tokens.
 """
 
 from __future__ import annotations
@@ -34,17 +40,19 @@ from rosd_jax.models import qwen3
 from rosd_jax.models.lora import combine, init_adapters
 from rosd_jax.models.sharding import AXES, on_device, row_devices, row_sharding
 from rosd_jax.settings import Settings
-from rosd_jax.train.trips import Trip, plan_trips
+from rosd_jax.train.microbatches import MicroBatch, plan_microbatches
 from rosd_jax.types import Array, Lesson, Params, TrainState
 
 Metrics = dict[str, jax.Array]
+# Accumulated over micro-batches. The loss is already divided by the number of active tokens, the others not.
 SUMS = ("loss", "divergence", "ratio", "logp_gap", "student_topk_mass", "teacher_topk_mass")
 
 
 def make_optimizer(config: Settings) -> optax.GradientTransformation:
-    """AdamW with linear warm-up to a constant rate, behind a global-norm clip.
+    """AdamW after a global-norm clip, with linear warm-up to a constant learning rate.
 
-    Step k (from 0) of the warm-up uses lr (k + 1) / n; the release's first step has rate 0.
+    Step k (from 0) of n warm-up steps has the rate lr (k + 1) / n, or lr k / n with warmup_from_zero, as in
+    the released code, whose first step therefore changes nothing.
     """
     c = config.optimizer
     first = 0 if c.warmup_from_zero else 1
@@ -66,7 +74,7 @@ def make_optimizer(config: Settings) -> optax.GradientTransformation:
 
 
 def learning_params(config: Settings, model: qwen3.Qwen3Config, key: jax.Array) -> Params:
-    """What learns, at random: adapters where model.lora asks for them, else the whole model."""
+    """Randomly initialised trainable parameters: the adapters with model.lora, else the whole model."""
     lora = config.model.lora
     if lora.rank:
         return init_adapters(model, lora.rank, tuple(lora.targets), key)
@@ -74,8 +82,10 @@ def learning_params(config: Settings, model: qwen3.Qwen3Config, key: jax.Array) 
 
 
 def learner(params: Params, frozen_params: Params, config: Settings) -> Params:
-    """The model that learns: where params are adapters, the frozen tree with them; else params themselves."""
-    return combine(on_device(frozen_params), params) if config.model.lora.rank else params
+    """The student's whole parameter tree: params, or with LoRA the frozen tree combined with the adapters."""
+    if not config.model.lora.rank:
+        return params
+    return combine(on_device(frozen_params), params)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -85,12 +95,12 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 @dataclass(frozen=True)
 class Update:
-    """The update's compiled functions (the module says what each takes and gives) and their call in order.
+    """The compiled functions of the update (the module's docstring has their signatures), called in order.
 
-    The state is donated: its buffers become the next state's.
+    `__call__` donates the state: its buffers are reused for the next state.
     """
 
-    zeros: Callable[[], tuple[Params, Metrics]]  # where gradients and sums begin
+    zeros: Callable[[], tuple[Params, Metrics]]  # initial gradients and sums
     teach: Any
     align: Any
     learn: Any
@@ -98,57 +108,63 @@ class Update:
     model: qwen3.Qwen3Config
     mesh: Mesh
     device_rows: int
-    longest: tuple[int, int]  # positions of a student's and of a teacher's row
+    longest: tuple[int, int]  # the most positions of a student's and of a teacher's row
 
     @property
     def rows(self) -> int:
-        """Rows of one trip."""
+        """Rows of one micro-batch."""
         return row_devices(self.mesh) * self.device_rows
 
     def trace(self, like: TrainState, frozen_like: Params, S: int, T: int) -> dict[str, Any]:
-        """The functions by name, traced at these widths, to be lowered for devices that need not be there.
+        """The functions by name, traced at these widths, ready to be lowered for devices that need not exist.
 
-        like, frozen_like: shapes with shardings. Call it with the mesh in context.
+        like, frozen_like: shapes with shardings. The mesh must be in context (jax.set_mesh).
         """
 
         def rows(dtype, *shape) -> Any:
             return jax.ShapeDtypeStruct((self.rows, *shape), dtype, sharding=row_sharding(self.mesh))
 
-        ints, floats = rows("int32", S), rows("float32", S)
-        teacher_BT, shift_B = rows("int32", T), rows("int32")
-        trip = Trip(ints, teacher_BT, shift_B, ints, floats, floats)
-        D, dtype = self.model.hidden_size, self.model.dtype
+        def placed(grad, param) -> Any:
+            return jax.ShapeDtypeStruct(grad.shape, grad.dtype, sharding=param.sharding)
+
+        ints = rows("int32", S)
+        floats = rows("float32", S)
+        teacher_BT = rows("int32", T)
+        shift_B = rows("int32")
+        microbatch = MicroBatch(ints, teacher_BT, shift_B, ints, floats, floats)
+        D = self.model.hidden_size
+        dtype = self.model.dtype
         grads, sums = jax.eval_shape(self.zeros)
-        grads = jax.tree.map(
-            lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding), grads, like.params
-        )
+        grads = jax.tree.map(placed, grads, like.params)
         total = jax.ShapeDtypeStruct((), jnp.float32)
         return {
             "teach": self.teach.trace(frozen_like, teacher_BT),
             "align": self.align.trace(rows(dtype, T, D), shift_B, S),
-            "learn": self.learn.trace(like.params, frozen_like, grads, sums, rows(dtype, S, D), trip),
+            "learn": self.learn.trace(like.params, frozen_like, grads, sums, rows(dtype, S, D), microbatch),
             "apply": self.apply.trace(like, grads, sums, total),
         }
 
     def __call__(
         self, state: TrainState, frozen_params: Params, lesson: Lesson
     ) -> tuple[TrainState, Metrics]:
-        """The next state, and the step's numbers."""
-        total = np.float32(lesson.weight_BR.sum())
+        """The next state, and the metrics of the step as float32 scalars on the devices."""
+        total = np.float32(lesson.weight_BR.sum())  # active tokens of the whole lesson
         grads, sums = self.zeros()
-        for trip in plan_trips(lesson, self.rows, self.longest):
-            before = sums
-            trip = jax.device_put(scaled(trip, total), row_sharding(self.mesh))
-            teacher_BTD = self.teach(frozen_params, trip.teacher_BT)
-            teacher_BSD = self.align(teacher_BTD, trip.shift_B, trip.student_BS.shape[1])
-            grads, sums = self.learn(state.params, frozen_params, grads, sums, teacher_BSD, trip)
-            jax.block_until_ready(before)  # else trips queue up, and with them their hidden states
+        for microbatch in plan_microbatches(lesson, self.rows, self.longest):
+            previous_sums = sums
+            microbatch = jax.device_put(scaled(microbatch, total), row_sharding(self.mesh))
+            teacher_BTD = self.teach(frozen_params, microbatch.teacher_BT)
+            teacher_BSD = self.align(teacher_BTD, microbatch.shift_B, microbatch.student_BS.shape[1])
+            grads, sums = self.learn(state.params, frozen_params, grads, sums, teacher_BSD, microbatch)
+            # Calls are asynchronous. Without this wait for the previous micro-batch, the host would enqueue
+            # them all, and the hidden states of each would be allocated at once.
+            jax.block_until_ready(previous_sums)
         return self.apply(state, grads, sums, total)
 
 
-def scaled(trip: Trip, total: np.float32) -> Trip:
-    """The trip with its weights over the active tokens of the whole lesson."""
-    return replace(trip, weight_BS=trip.weight_BS / total)
+def scaled(microbatch: MicroBatch, total: np.float32) -> MicroBatch:
+    """The micro-batch with its weights divided by `total`, so that its loss is its share of the mean."""
+    return replace(microbatch, weight_BS=microbatch.weight_BS / total)
 
 
 def make_update(
@@ -158,7 +174,7 @@ def make_update(
     mesh: Mesh,
     state_shardings: TrainState,
 ) -> Update:
-    """The update of one experiment on one mesh."""
+    """The update of one experiment on one mesh. Compiles nothing yet."""
     places = state_shardings.params
     replicated = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(lambda: learning_params(config, model, jax.random.key(0)))
@@ -167,12 +183,12 @@ def make_update(
         grads = jax.tree.map(lambda x: jnp.zeros(x.shape, config.optimizer.grad_dtype), shapes)
         return grads, dict.fromkeys(SUMS, jnp.zeros((), jnp.float32))
 
-    def learn(params, frozen_params, grads, sums, teacher_BSD, trip):
+    def learn(params, frozen_params, grads, sums, teacher_BSD, microbatch):
         def loss(params):
-            return trip_loss(params, frozen_params, teacher_BSD, trip, config, model, mesh)
+            return microbatch_loss(params, frozen_params, teacher_BSD, microbatch, config, model, mesh)
 
-        (_, more), by = jax.value_and_grad(loss, has_aux=True)(params)
-        return add(grads, by), add(sums, more)
+        (_, new_sums), new_grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return add(grads, new_grads), add(sums, new_sums)
 
     def apply(state, grads, sums, total):
         grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
@@ -182,7 +198,8 @@ def make_update(
         norm = optax.tree.norm(grads)
         empty = total == 0
         keep = jnp.isfinite(norm) & (~empty | (config.optimizer.empty_batch == "step"))
-        # A step that is not kept leaves weights and moments as they are, but counts.
+        # A skipped step leaves weights and moments unchanged, but advances state.step. Selecting here, inside
+        # the compiled function, lets the old state's buffers be donated all the same.
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(keep, new, old),
             (params, opt_state),
@@ -195,7 +212,9 @@ def make_update(
         zeros=jax.jit(zeros, out_shardings=(places, replicated)),
         teach=jax.jit(partial(teach, model=model), out_shardings=row_sharding(mesh)),
         align=jax.jit(align, static_argnums=2, out_shardings=row_sharding(mesh)),
+        # grads is donated, so that the accumulated gradient is in memory once.
         learn=jax.jit(learn, donate_argnums=2, out_shardings=(places, replicated)),
+        # The state is donated, so that weights and moments are in memory once.
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, replicated)),
         model=model,
         mesh=mesh,
@@ -205,7 +224,7 @@ def make_update(
 
 
 def longest_rows(config: Settings) -> tuple[int, int]:
-    """The most positions of a student's and of a teacher's row."""
+    """The most positions that a student's and a teacher's row may have."""
     R = config.rollout.max_new_tokens
     return config.data.max_prompt_tokens + R, config.lesson.max_teacher_tokens + R
 
@@ -216,34 +235,35 @@ def teach(frozen_params: Params, teacher_BT: jax.Array, *, model: qwen3.Qwen3Con
 
 
 def align(teacher_BTD: jax.Array, shift_B: jax.Array, S: int) -> jax.Array:
-    """The teacher's hidden states [B, S, D] at the student's positions; elsewhere any."""
+    """The teacher's hidden states [B, S, D] at the student's response positions; arbitrary ones elsewhere."""
+    # Positions outside a response have weight 0, so they only need to stay in range.
     at_BS = jnp.clip(jnp.arange(S) + shift_B[:, None], 0, teacher_BTD.shape[1] - 1)
     return jnp.take_along_axis(teacher_BTD, at_BS[..., None], axis=1)
 
 
-def trip_loss(
+def microbatch_loss(
     params: Params,
     frozen_params: Params,
     teacher_BSD: jax.Array,
-    trip: Trip,
+    microbatch: MicroBatch,
     config: Settings,
     model: qwen3.Qwen3Config,
     mesh: Mesh,
 ) -> tuple[jax.Array, Metrics]:
-    """The part of the loss that one trip carries, and sums over its active tokens.
+    """One micro-batch's share of the loss, and the SUMS over its active tokens.
 
-    Where adapters learn, the head is constant, and XLA drops the loss's matmul for its gradient.
+    With LoRA the head is a constant, so XLA drops the matmul for its gradient.
     """
     student = learner(params, frozen_params, config)
-    student_BSD = qwen3.hidden_states(student, model, jnp.asarray(trip.student_BS))
+    student_BSD = qwen3.hidden_states(student, model, jnp.asarray(microbatch.student_BS))
     loss, aux = topk_jsd_loss(
         flat(student_BSD),
         qwen3.head_VD(student).astype(model.dtype),
         flat(teacher_BSD),
         jax.lax.stop_gradient(on_device(qwen3.head_VD(frozen_params).astype(model.dtype))),
-        flat(trip.weight_BS),
-        tokens_N=flat(trip.target_BS),
-        sampler_logp_N=flat(trip.sampler_logp_BS),
+        flat(microbatch.weight_BS),
+        tokens_N=flat(microbatch.target_BS),
+        sampler_logp_N=flat(microbatch.sampler_logp_BS),
         k=config.loss.topk,
         alpha=config.loss.alpha,
         tail=config.loss.tail,
@@ -253,12 +273,12 @@ def trip_loss(
         temperature=config.rollout.temperature,
         sharding=loss_sharding(mesh, model.vocab_size),
     )
-    assert aux.student_logp_N is not None  # since the loss was told the tokens
-    active_N = flat(trip.weight_BS) != 0
+    assert aux.student_logp_N is not None  # given, because the loss was passed the tokens
+    active_N = flat(microbatch.weight_BS) != 0
     per_token = {
         "divergence": aux.divergence_N,
         "ratio": aux.ratio_N,
-        "logp_gap": jnp.abs(aux.student_logp_N - flat(trip.sampler_logp_BS)),
+        "logp_gap": jnp.abs(aux.student_logp_N - flat(microbatch.sampler_logp_BS)),
         "student_topk_mass": aux.student_mass_N,
         "teacher_topk_mass": aux.teacher_mass_N,
     }
@@ -267,19 +287,20 @@ def trip_loss(
 
 
 def add(total: Any, more: Any) -> Any:
-    """The sum of two trees, at the types of the first."""
+    """The sum of two trees, in the dtypes of the first."""
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
 
 
 def flat(x: Array) -> jax.Array:
-    """[B, S, ...] as [B x S, ...]."""
+    """Reshapes [B, S, ...] to [N, ...]."""
     return jnp.asarray(x).reshape(-1, *x.shape[2:])
 
 
 def loss_sharding(mesh: Mesh, vocab: int) -> Sharding | None:
-    """The loss over a mesh: the vocabulary over tensor, as the head lies, where it divides; else rows.
+    """How the loss is split over the mesh; None on one device.
 
-    None on one device.
+    The vocabulary is split over `tensor`, like the head, if it divides the vocabulary; otherwise rows are
+    split over all axes.
     """
     if mesh.size == 1:
         return None
@@ -290,8 +311,8 @@ def loss_sharding(mesh: Mesh, vocab: int) -> Sharding | None:
 
 
 def summarise(sums: Metrics, total, norm, keep, empty) -> Metrics:
-    """Scalars of one step: means over active tokens, the gradient's norm, and what was skipped."""
-    mean = {k: v / total for k, v in sums.items() if k != "loss"}  # NaN over nothing
+    """The metrics of one step: means over active tokens, the gradient norm, and whether it was skipped."""
+    mean = {k: v / total for k, v in sums.items() if k != "loss"}  # 0 / 0 = NaN without active tokens
     return {
         "loss": jnp.where(empty, jnp.nan, sums["loss"]),
         **mean,

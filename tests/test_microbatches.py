@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosd_jax.train.trips import needs, plan_trips, width
+from rosd_jax.train.microbatches import needs, plan_microbatches, width
 from rosd_jax.types import Lesson
 
 
@@ -30,7 +30,7 @@ def make_lesson(seed, rows=13, P=40, Q=90, R=300):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rows", [1, 4, 6])
-def test_every_active_token_is_in_one_trip_behind_all_that_it_attends_to(seed, rows):
+def test_every_active_token_is_in_one_microbatch_behind_all_that_it_attends_to(seed, rows):
     lesson = make_lesson(seed)
     wanted = set()
     for row, at in np.argwhere(lesson.weight_BR):
@@ -39,11 +39,12 @@ def test_every_active_token_is_in_one_trip_behind_all_that_it_attends_to(seed, r
         teacher = (*lesson.teacher_prompts[row], *response)
         wanted.add((student, teacher, lesson.response_BR[row, at], lesson.sampler_logp_BR[row, at]))
     found = []
-    for trip in plan_trips(lesson, rows, (340, 390)):
-        assert trip.weight_BS.shape[0] == rows
-        for b, s in np.argwhere(trip.weight_BS):
-            student, teacher = trip.student_BS[b, : s + 1], trip.teacher_BT[b, : s + trip.shift_B[b] + 1]
-            found.append((tuple(student), tuple(teacher), trip.target_BS[b, s], trip.sampler_logp_BS[b, s]))
+    for batch in plan_microbatches(lesson, rows, (340, 390)):
+        assert batch.weight_BS.shape[0] == rows
+        for b, s in np.argwhere(batch.weight_BS):
+            student = tuple(batch.student_BS[b, : s + 1])
+            teacher = tuple(batch.teacher_BT[b, : s + batch.shift_B[b] + 1])
+            found.append((student, teacher, batch.target_BS[b, s], batch.sampler_logp_BS[b, s]))
     assert len(found) == np.count_nonzero(lesson.weight_BR)
     assert set(found) == wanted
 
@@ -55,15 +56,15 @@ def test_a_row_ends_at_its_last_active_token_and_one_without_is_left_out():
     student_B, teacher_B = needs(lesson)
     assert student_B.tolist() == [0, len(lesson.prompts[1]) + 4, 0, 0]
     assert teacher_B.tolist() == [0, len(lesson.teacher_prompts[1]) + 4, 0, 0]
-    (trip,) = plan_trips(lesson, 1, (310, 320))
-    assert trip.student_BS.shape == trip.teacher_BT.shape == (1, 64)
-    assert np.count_nonzero(trip.weight_BS) == 3
+    (microbatch,) = plan_microbatches(lesson, 1, (310, 320))
+    assert microbatch.student_BS.shape == microbatch.teacher_BT.shape == (1, 64)
+    assert np.count_nonzero(microbatch.weight_BS) == 3
 
 
-def test_a_lesson_without_active_tokens_has_no_trips():
+def test_a_lesson_without_active_tokens_has_no_microbatches():
     lesson = make_lesson(0)
     lesson.weight_BR[:] = 0
-    assert plan_trips(lesson, 4, (340, 390)) == []
+    assert plan_microbatches(lesson, 4, (340, 390)) == []
 
 
 @settings(max_examples=200, deadline=None)
@@ -81,7 +82,7 @@ def test_there_are_few_widths_and_the_longest_row_is_one():
 
 def test_long_rows_run_first_and_each_model_has_its_own_width():
     lesson = make_lesson(1, Q=900)
-    trips = plan_trips(lesson, 2, (340, 1200))
-    widths = [trip.student_BS.shape[1] for trip in trips]
+    microbatches = plan_microbatches(lesson, 2, (340, 1200))
+    widths = [batch.student_BS.shape[1] for batch in microbatches]
     assert widths[0] == max(widths) and len(set(widths)) > 1
-    assert any(trip.teacher_BT.shape[1] > trip.student_BS.shape[1] for trip in trips)
+    assert any(batch.teacher_BT.shape[1] > batch.student_BS.shape[1] for batch in microbatches)

@@ -1,0 +1,118 @@
+"""Cuts the rows of a lesson and groups them into micro-batches, each one forward and backward pass.
+
+    takes  a Lesson of B rows (host) and the number of rows in a micro-batch
+    gives  micro-batches (host), longest first: every row with an active token is in exactly one
+    right  when each active token keeps its position, its prediction and all that it attends to
+
+Attention is causal, so nothing after a row's last active token reaches the loss: the row is cut there, and
+a row without active tokens is left out. Rows of similar length share a micro-batch, which is as wide as its
+longest row needs. Widths are rounded up to one of few, because each is compiled separately. Student and
+teacher have separate widths.
+
+Dimensions: B rows, S positions of a student's row, T positions of a teacher's row, R response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from rosd_jax.types import Array, Lesson
+
+SHORTEST = 64  # smallest width: shorter rows are padded to it, which saves compilations
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows of one forward and backward pass, right-padded, as student and teacher read them."""
+
+    student_BS: Array  # int32; the student's prompt and the response
+    teacher_BT: Array  # int32; the teacher's prompt and the same response
+    shift_B: Array  # int32; a response token's position in the teacher's row minus that in the student's
+    target_BS: Array  # int32; the response token that each position predicts, 0 if none
+    weight_BS: Array  # float32; that token's weight, 0 if none
+    sampler_logp_BS: Array  # float32; its log-prob as the sampler reported it, 0 if none
+
+
+def plan_microbatches(lesson: Lesson, rows: int, longest: tuple[int, int]) -> list[MicroBatch]:
+    """The micro-batches of a lesson, `rows` rows each; the last is filled up with rows of weight 0.
+
+    longest: the most positions that a student's and a teacher's row may have; no width exceeds them.
+    """
+    groups = group_rows(*needs(lesson), rows, longest)
+    return [make_microbatch(lesson, chosen, rows, S, T) for chosen, S, T in groups]
+
+
+def needs(lesson: Lesson) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of each row that student and teacher must read; 0 if no token of the row is active."""
+    R = lesson.weight_BR.shape[1]
+    cut_B = np.where(lesson.weight_BR != 0, np.arange(1, R + 1), 0).max(axis=1)
+
+    def positions(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        prompt_B = np.array([len(ids) for ids in prompts])
+        # The last active token is predicted from the position before it, so it is not read itself.
+        return np.where(cut_B > 0, prompt_B + cut_B - 1, 0)
+
+    return positions(lesson.prompts), positions(lesson.teacher_prompts)
+
+
+def group_rows(
+    student_B: np.ndarray, teacher_B: np.ndarray, rows: int, longest: tuple[int, int]
+) -> list[tuple[list[int], int, int]]:
+    """Groups of up to `rows` rows of similar length, each with its widths S and T, most expensive first.
+
+    student_B, teacher_B: the positions that `needs` gives; rows that need none are left out.
+    """
+    active = np.flatnonzero(student_B).tolist()
+    S_of = {row: width(int(student_B[row]), longest[0]) for row in active}
+    T_of = {row: width(int(teacher_B[row]), longest[1]) for row in active}
+
+    def cost(row: int) -> tuple[int, int]:
+        # In units of a forward pass, the student takes 4 (forward 1, recomputed 1, backward 2), the
+        # teacher 1.
+        return 4 * S_of[row] + T_of[row], int(student_B[row])
+
+    order = sorted(active, key=cost, reverse=True)
+    groups = []
+    for first in range(0, len(order), rows):
+        chosen = order[first : first + rows]
+        S = max(S_of[row] for row in chosen)
+        T = max(T_of[row] for row in chosen)
+        groups.append((chosen, S, T))
+    return groups
+
+
+def width(positions: int, longest: int) -> int:
+    """The smallest of 2^n, 3 x 2^n and `longest` that is at least `positions`, and at least SHORTEST."""
+    power = 1 << (positions - 1).bit_length()
+    three_quarters = power // 4 * 3
+    least = three_quarters if positions <= three_quarters else power
+    return min(max(least, SHORTEST), longest)
+
+
+def make_microbatch(lesson: Lesson, chosen: Sequence[int], rows: int, S: int, T: int) -> MicroBatch:
+    """The chosen rows of a lesson at widths S and T, filled up to `rows` with rows of weight 0."""
+    student_BS = np.zeros((rows, S), np.int32)
+    teacher_BT = np.zeros((rows, T), np.int32)
+    shift_B = np.zeros(rows, np.int32)
+    target_BS = np.zeros((rows, S), np.int32)
+    weight_BS = np.zeros((rows, S), np.float32)
+    sampler_logp_BS = np.zeros((rows, S), np.float32)
+    for b, row in enumerate(chosen):
+        prompt = lesson.prompts[row]
+        teacher_prompt = lesson.teacher_prompts[row]
+        cut = int(np.flatnonzero(lesson.weight_BR[row])[-1]) + 1
+        read = lesson.response_BR[row, : cut - 1]
+        student_BS[b, : len(prompt) + cut - 1] = [*prompt, *read]
+        teacher_BT[b, : len(teacher_prompt) + cut - 1] = [*teacher_prompt, *read]
+        shift_B[b] = len(teacher_prompt) - len(prompt)
+        # A token is predicted from the position before it, the first one from the prompt's last.
+        predicts = slice(len(prompt) - 1, len(prompt) - 1 + cut)
+        target_BS[b, predicts] = lesson.response_BR[row, :cut]
+        weight_BS[b, predicts] = lesson.weight_BR[row, :cut]
+        sampler_logp_BS[b, predicts] = lesson.sampler_logp_BR[row, :cut]
+    return MicroBatch(student_BS, teacher_BT, shift_B, target_BS, weight_BS, sampler_logp_BS)
