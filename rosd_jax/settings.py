@@ -111,8 +111,8 @@ class RolloutSettings:
     stop: tuple[str, ...] = ()
     """Strings that end a response like a stop token, in evaluation too."""
     slots: int | None = None
-    """Maximum number of concurrent rollouts or reflections, over all devices; finished ones are replaced.
-    null: all."""
+    """Maximum number of concurrent rollouts or reflections, over all devices, rounded up to a multiple of the
+    row devices (data x fsdp); finished ones are replaced. null: all."""
     cache_tokens: int = 2**16
     """KV cache capacity for response tokens, per row device (data x fsdp), in evaluation too. When it is
     full, responses queue; the newest may be preempted and is later regenerated with the same random numbers.

@@ -58,9 +58,9 @@ def write_and_attend(
       cache_XPWE: X pages of P positions. W = 2 K heads, keys and values interleaved: k0, v0, k1, v1, ...
         It must be finite, also where nothing was written.
       table_BM: int32, the page of each row's positions m P .. m P + P - 1, counted from page_base.
-        Entries behind the page of `position` may be any page of the layer: they are
+        Entries after the page of `position` may be any page of the layer: they are
         read and ignored, or not read.
-      position_B: int32, where the new token stands; -1 marks an idle row, which writes nothing and
+      position_B: int32, position of the new token; -1 marks an idle row, which writes nothing and
         gets zeros. Live rows own the page they write: no other row's table leads to it.
       page_base: the cache's page to which 0 in the table points: layer x pages of a layer.
       implementation: "xla", whose cost follows each row on CPU, elsewhere the longest live one;

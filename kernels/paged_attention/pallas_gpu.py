@@ -40,7 +40,7 @@ STAGES = 2
 SPLIT = 1024  # positions of a split, more where a row would fall into over MAX_SPLITS
 MAX_SPLITS = 16
 _LOG2_E = math.log2(math.e)
-# Of the operands of products in shared memory: 8 rows of 128 bytes.
+# Layout of the products' operands in shared memory: 8 rows of 128 bytes.
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _LAYOUT = plgpu.Layout.WGMMA
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -107,7 +107,7 @@ class _Plan:
 
     @property
     def positions(self) -> int:
-        """Of one copy."""
+        """Positions of one copy."""
         return TILE // self.copies
 
 
@@ -163,7 +163,7 @@ class _Share(NamedTuple):
     values: tuple[Any, Any]
 
     def pages(self, i: Any) -> list[Any]:
-        """Those of tile number i; behind the newest token, its page again, which is finite."""
+        """Pages of tile number i; after the newest token, its page again, which is finite."""
         plan, live = self.plan, lax.div(self.position, np.int32(self.plan.page))
 
         def start(c):
@@ -221,7 +221,7 @@ def _kernel(
 
     @pl.when(count > 0)
     def _():
-        # Read before anything is copied: behind a barrier, each read would wait for the one before.
+        # Read before anything is copied: after a barrier, each read would wait for the one before.
         pages = [share.pages(jnp.int32(i)) for i in range(STAGES)]
         queries = pl.ds(0, plan.queries)
         plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[queries], q_barrier)

@@ -4,7 +4,7 @@ Rows are dealt to GROUPS grid steps, which chips with two cores run side by side
 new tokens to the cache, then walks through its live rows; a row's pages arrive in waves, and the waves
 of this row and the next are under way while one is worked on.
 
-A wave is used as it lies, [positions x W, E], keys and values interleaved. Every query meets every line of
+A wave is used as it is stored, [positions x W, E], keys and values interleaved. Every query meets every line of
 it, and a mask leaves the scores of its own head's keys; moved by one column, the weights stand at the
 values. The surplus products are cheaper than pulling keys and values apart, since what a decoding step
 waits for is memory.
@@ -46,7 +46,7 @@ def write_and_attend(
     rank_B, live = ranks(position_B)
     place_B = rank_B % GROUPS * R + rank_B // GROUPS
     row_R = jnp.zeros(GROUPS * R, jnp.int32).at[place_B].set(jnp.arange(B, dtype=jnp.int32))
-    at_R = jnp.pad(position_B[row_R], (0, 1))  # `_send` looks one behind the last
+    at_R = jnp.pad(position_B[row_R], (0, 1))  # `_send` looks one past the last
     new_BWE = jnp.stack([k_BKE, v_BKE], axis=2).reshape(B, W, E)
     pages = max(1, min(table_BM.shape[1], WAVE_BYTES // (P * W * E * dtype.itemsize)))
 
@@ -83,7 +83,7 @@ def write_and_attend(
 
 
 class Group(NamedTuple):
-    """The live rows of one grid step: number r stands at first + r of table and positions."""
+    """The live rows of one grid step: number r is at first + r of table and positions."""
 
     first: jax.Array
     rows: jax.Array

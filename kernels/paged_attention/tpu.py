@@ -1,4 +1,4 @@
-"""The stock TPU kernel of JAX: one row scatter, then `ragged_paged_attention` over the cache as it lies.
+"""The stock TPU kernel of JAX: one row scatter, then `ragged_paged_attention` over the cache as it is stored.
 
 Dimensions: B rows, H query heads, E head width, X pages of all layers, P positions of a page, W = 2 x key-
 value heads, M pages of a table.

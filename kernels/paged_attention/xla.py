@@ -22,7 +22,7 @@ PIECE = 2**16  # on CPU: numbers of keys and values that are read at once, so th
 FEW = 4  # on CPU: heads, of keys and of values, up to which every query is multiplied by all of them
 WIDE_BLOCK = 512  # elsewhere, for the sake of few and large operations
 MINUS = -1e30  # below any score, without the NaN of inf - inf
-# Of some positions: weighted values [B, K, G, E], greatest score and sum of weights [B, K, G].
+# For some positions: weighted values [B, K, G, E], greatest score and sum of weights [B, K, G].
 Softmax = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -77,7 +77,7 @@ def in_pieces(operands: Operands, *, piece: int = PIECE) -> tuple[jax.Array, jax
 
 
 def _attend(cache_XPWE, widths, q_BKGE, ids_BM, position_B, before, last) -> jax.Array:
-    """Of one piece: `before` blocks of widths[-1] pages, then one of widths[last - 1], or of none for 0."""
+    """Attention of one piece: `before` blocks of widths[-1] pages, then one of widths[last - 1], or of none for 0."""
     P, W, _ = cache_XPWE.shape[1:]
 
     def some(first: jax.Array, width: int) -> Softmax:
@@ -142,7 +142,7 @@ def _spread(q_BHE: jax.Array, W: int) -> jax.Array:
 
 
 def _own_values(out_B1HF: jax.Array, W: int) -> jax.Array:
-    """Of the weighted keys and values of all heads each query's own values: [B, H, E]."""
+    """Each query's own values [B, H, E], from the weighted keys and values of all heads."""
     (B, _, H, F), K = out_B1HF.shape, W // 2
     out_BKGKjE = out_B1HF.reshape(B, K, H // K, K, 2, F // W)
     return jnp.stack([out_BKGKjE[:, k, :, k, 1] for k in range(K)], axis=1).reshape(B, H, F // W)
@@ -187,13 +187,13 @@ def _softmax(score_BKGS: jax.Array, v_BSKE: jax.Array, seen_B11S: jax.Array) -> 
 
 
 def _nothing(q_BKGE: jax.Array) -> Softmax:
-    """Of no position."""
+    """The softmax of no position."""
     zero_BKG = jnp.zeros(q_BKGE.shape[:3])
     return jnp.zeros_like(q_BKGE), zero_BKG + MINUS, zero_BKG
 
 
 def _merged(one: Softmax, other: Softmax) -> Softmax:
-    """Of the positions of both."""
+    """Both softmaxes merged."""
     top_BKG = jnp.maximum(one[1], other[1])
     a_BKG, b_BKG = jnp.exp(one[1] - top_BKG), jnp.exp(other[1] - top_BKG)
     out_BKGE = one[0] * a_BKG[..., None] + other[0] * b_BKG[..., None]

@@ -44,7 +44,7 @@ class Bracket(NamedTuple):
 
 
 def float_of(key: Any) -> jax.Array:
-    """The float that a key stands for, in every lane."""
+    """The float that a key encodes, in every lane."""
     # Arrays and not scalars, since not all of Mosaic GPU's lowerings bitcast a scalar. The sign bit stays,
     # and a negative float's other bits are flipped, since those order backwards.
     keys = jnp.full((LANES,), key, jnp.int32)
@@ -103,7 +103,7 @@ def add_exp(sums: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[jax.Array,
 
 
 def log_sum_exp(arrays: list[jax.Array], sums: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Of all lanes of some arrays and of what `add_exp` took in: a scalar."""
+    """log-sum-exp over all lanes of the arrays and what `add_exp` took in: a scalar."""
     largest, total = sums
     top = jnp.max(reduce(jnp.maximum, arrays, largest))
     terms = (jnp.exp(x - top) for x in arrays)

@@ -85,7 +85,7 @@ def for_tiles(plan: Plan, load: Callable, end: int, body: Callable, carry: Any) 
 
     def whole_tile(i, state):
         tile, carry = state
-        # Loaded one trip ahead, so that memory latency hides behind the work on this tile.
+        # Loaded one trip ahead, so that the work on this tile hides the memory latency.
         ahead = load(jnp.minimum(i + 1, whole - 1), False)
         return ahead, body(i, False, tile, carry)
 

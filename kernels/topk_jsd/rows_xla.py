@@ -9,7 +9,7 @@ of q g over the buckets, the gradient in the scores is elementwise, with no gath
 
     q_j (g_j - A)  for j in S        q_j (g_tail - A)  for the others
 
-The code calls q g the pull. A few rows are computed at a time: what lies between logits and gradient is
+The code calls q g the pull. A few rows are computed at a time: what is between logits and gradient is
 then small, and stays in cache. `selection.py` chooses S.
 
 With `axis` the vocabulary is split along that mesh axis (under shard_map), lower ids on lower shards.

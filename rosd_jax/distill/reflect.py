@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 
@@ -89,10 +89,10 @@ def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[Plan]:
     return choose(
         graded.rewards_B,
         np.arange(len(graded.texts)) // graded.group_size,
-        np.asarray(graded.rollout.length_B),
+        graded.rollout.length_B,
         solution=reflect.solution,
-        correct=bool(reflect.correct),
-        uniform_groups=bool(reflect.uniform_groups),
+        correct=reflect.correct,
+        uniform_groups=reflect.uniform_groups,
     )
 
 
@@ -133,7 +133,7 @@ def build_prompts(
     A prompt that is too long is left out (overlong="skip"), or its user text is cut from the right until it
     fits (overlong="cut", as in the released code: the instruction at its end is lost first).
     """
-    limit = cast(int, reflect.max_prompt_tokens)
+    limit = reflect.max_prompt_tokens
     cut = reflect.overlong == "cut"
     built: list[list[int] | None] = []
     for row, plan in enumerate(plans):
@@ -177,8 +177,8 @@ def read_reflections(
     raws: the reflector's text per row; None for a row without a prompt. thinking_open: the reflector's
     prompt ended inside a thinking block.
     """
-    tokens_BR = np.asarray(graded.rollout.tokens_BR)
-    length_B = np.asarray(graded.rollout.length_B)
+    tokens_BR = graded.rollout.tokens_BR
+    length_B = graded.rollout.length_B
     reflections = []
     for row, (plan, raw) in enumerate(zip(plans, raws, strict=True)):
         text = graded.texts[row]
@@ -219,7 +219,7 @@ def read_reflection(
     char_span = token_span = None
     if located:
         char_span = (located.start, located.stop)
-        token_span = _token_span(char_span, text, ids, tokenizer, str(lesson.locate))
+        token_span = _token_span(char_span, text, ids, tokenizer, lesson.locate)
     return Reflection(
         raw=raw,
         idea=idea,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 
@@ -61,7 +60,7 @@ def teacher_prompts(
     teacher sees a solution instead. A prompt above lesson.max_teacher_tokens is never cut: the rollout leaves
     the loss with the note "teacher_overlong". The returned record has these notes.
     """
-    limit = cast(int, lesson.max_teacher_tokens)
+    limit = lesson.max_teacher_tokens
     reflections = []
     prompts = []
     for row, reflection in enumerate(reflected.reflections):
@@ -87,7 +86,7 @@ def region_weights(reflected: Reflected, lesson: LessonSettings, R: int) -> np.n
     quote, are taught on all tokens. The others are taught on lesson.region: the quoted tokens ("span"), from
     the first of them to the end ("suffix"), or all ("full"). The stop token is part of the response.
     """
-    length_B = np.asarray(reflected.graded.rollout.length_B)
+    length_B = reflected.graded.rollout.length_B
     weight_BR = np.zeros((len(length_B), R), np.float32)
     for row, reflection in enumerate(reflected.reflections):
         if reflection.note:

@@ -105,7 +105,7 @@ def solve(chain: Chain, rng: np.random.Generator | None = None, sure: int | None
 
 
 def result_of(line: str) -> str:
-    """The number behind the equals sign."""
+    """The number after the equals sign."""
     return line.split("=")[1]
 
 

@@ -48,7 +48,7 @@ class Turn(NamedTuple):
     """One call."""
 
     batch: Batch[np.ndarray]
-    row_M: np.ndarray  # where each of its requests lies
+    row_M: np.ndarray  # the row of each of its requests
 
 
 def pack(requests: Sequence[Request], limits: Limits, shards: int) -> list[Turn]:

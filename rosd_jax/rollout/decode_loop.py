@@ -1,6 +1,6 @@
 """The compiled program: prompts prefilled once, then slots that are refilled from a queue of sequences.
 
-Response token r of a row stands at position prompt_len + r of a paged KV cache, so rows share their prompt's
+Response token r of a row is at position prompt_len + r of a paged KV cache, so rows share their prompt's
 pages and attention costs what is live. Random numbers come from (uid, r) alone: a row's tokens do not depend
 on its slot, its neighbours, when it was admitted or the number of devices, beyond what the compute type
 rounds. Within one compiled program, tokens are identical; another batch size or another split of the sums may
@@ -276,7 +276,7 @@ def _step(weights: Weights, sequences: Sequences, state: State, *, spec: DecodeS
 
 
 def state_specs() -> Any:
-    """The cache is split by heads along the tensor axis; everything lies on its shard."""
+    """The cache is split by heads along the tensor axis; everything else is on its own shard."""
     specs = dict.fromkeys(State._fields, BY_ROW)
     specs["cache_XPWE"] = PartitionSpec(ROW_AXES, None, None, "tensor", None)
     return cast(Any, State)(**specs)

@@ -156,7 +156,7 @@ def pick(rollout: HostRollout, row_M: np.ndarray) -> HostRollout:
 
 
 def join(rollouts: Sequence[HostRollout]) -> HostRollout:
-    """Their rows behind each other, their statistics added up."""
+    """Their rows concatenated, their statistics added up."""
     columns = [np.concatenate(some) for some in zip(*map(_columns, rollouts), strict=True)]
     stats = jax.tree.map(lambda *some: sum(some), *(r.stats for r in rollouts))
     return Rollout(*columns, stats=stats)

@@ -38,7 +38,7 @@ def page_length(max_new: int) -> int:
 
 
 def own_pages(page: int, max_new: int) -> int:
-    """The most pages that a sequence may need behind those of its prompt that it shares."""
+    """The most pages that a sequence may need in addition to the shared ones of its prompt."""
     return (max_new + page - 2) // page + 1
 
 

@@ -153,7 +153,7 @@ def nucleus(weight_BV: jax.Array, top_p: float, axis: str | None = None) -> jax.
         return pick(low_B, middle_B), pick(middle_B, high_B), pick(over_B, mass_B), pick(mass_B, under_B)
 
     def several_between(bounds):
-        """Of what weighs `low` or more, at least two fit into the difference of the sets' masses."""
+        """At least two ids that weigh `low` or more fit into the difference of the two sets' masses."""
         low_B, high_B, over_B, under_B = bounds
         lightest_B = lax.bitcast_convert_type(low_B, jnp.float32)
         return jnp.any((high_B - low_B > 1) & (over_B - under_B >= 1.5 * lightest_B))

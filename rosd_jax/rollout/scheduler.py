@@ -59,7 +59,7 @@ class State(NamedTuple):
 
     cache_XPWE: jax.Array
     slots: Slots
-    free_F: jax.Array  # the stack of free pages, and behind it space for one table
+    free_F: jax.Array  # the stack of free pages, followed by space for one table
     free: jax.Array  # how many are free
     queue_B: jax.Array  # sequences in the order of admission: those from head to tail - 1 wait
     head: jax.Array
@@ -100,7 +100,7 @@ def initial(cache_XPWE: jax.Array, sequences: Sequences, slots: Slots, free_F: j
 
 
 def indices(mask_B: jax.Array) -> jax.Array:
-    """Where the mask is True, in order (int32 [B]); B in the places behind."""
+    """Where the mask is True, in order (int32 [B]), then B."""
     B = len(mask_B)
     return jnp.sort(jnp.where(mask_B, jnp.arange(B, dtype=jnp.int32), B))
 
@@ -111,7 +111,7 @@ def live(state: State) -> jax.Array:
 
 
 def position(state: State) -> jax.Array:
-    """Where each slot's newest token stands, which is fed next; -1 in an empty slot: int32 [S]."""
+    """Position of each slot's newest token, which is fed next; -1 for an empty slot: int32 [S]."""
     return jnp.where(live(state), state.slots.columns.position, -1)
 
 

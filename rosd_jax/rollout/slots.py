@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 
 class Slot(NamedTuple):
-    """The columns ahead of the page table, in their order: int32, of one slot or of all of them [S]."""
+    """The columns before the page table, in their order: int32, of one slot or of all of them [S]."""
 
     sequence: jax.Array  # its number; in an empty slot the number of sequences
     token: jax.Array  # its newest token, which is fed next
@@ -25,7 +25,7 @@ class Slot(NamedTuple):
     limit: jax.Array  # the most tokens that it may have
     admission: jax.Array  # admission number: the newest is preempted first
     shared: jax.Array  # pages of the prompt, at the head of its table
-    own: jax.Array  # pages of its own, behind them
+    own: jax.Array  # pages of its own, after them
 
     @property
     def pages(self) -> jax.Array:
@@ -34,7 +34,7 @@ class Slot(NamedTuple):
 
     @property
     def position(self) -> jax.Array:
-        """Where its newest token stands."""
+        """The position of its newest token."""
         return self.prompt_len - 1 + self.generated
 
 
@@ -64,7 +64,7 @@ class Slots(NamedTuple):
 
     @property
     def table_SM(self) -> jax.Array:
-        """Page tables; behind the pages that a slot holds, any."""
+        """Page tables. Entries after a slot's own pages are arbitrary."""
         return self.packed_SC[:, TABLE:]
 
     def fill(self, s: jax.Array, slot: Slot, table_M: jax.Array) -> Slots:

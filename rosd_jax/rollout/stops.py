@@ -21,7 +21,7 @@ from rosd_jax.types import Array
 
 
 class Stops(NamedTuple):
-    """State 0 has read nothing of use; the number of states stands for a stop string that was completed."""
+    """State 0 has read nothing of use; the number of states means that a stop string was completed."""
 
     class_V: Array  # int32
     next_SC: Array  # int32: the state after a token of each class

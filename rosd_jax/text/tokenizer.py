@@ -300,7 +300,7 @@ ALPHABET = _byte_alphabet()
 
 
 def _token_bytes(token: str) -> bytes:
-    # An added token may have characters outside the alphabet; then it stands for itself.
+    # An added token may have characters outside the alphabet; then it is itself.
     if all(c in ALPHABET for c in token):
         return bytes(ALPHABET[c] for c in token)
     return token.encode()
@@ -318,7 +318,7 @@ def _byte_spans(pieces: list[bytes]) -> np.ndarray:
 
 
 def _char_widths(data: bytes) -> np.ndarray:
-    """The number of bytes behind each character of `data.decode("utf-8", "replace")`."""
+    """The number of bytes of each character of `data.decode("utf-8", "replace")`."""
     text = data.decode("utf-8", "replace")
     code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (code > 0x7F).astype(np.int64) + (code > 0x7FF) + (code > 0xFFFF)
@@ -333,7 +333,7 @@ def _char_widths(data: bytes) -> np.ndarray:
 
 
 def _replaced_width(head: bytes) -> int:
-    """The number of bytes behind a U+FFFD at `head`: its own three, or a maximal invalid sequence."""
+    """The number of bytes of a U+FFFD at `head`: its own three, or a maximal invalid sequence."""
     if head.startswith(b"\xef\xbf\xbd"):
         return 3
     try:
