@@ -18,11 +18,11 @@ from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params
 from rosd_jax.models.sharding import row_devices
 from rosd_jax.plan import command as plans
 from rosd_jax.plan import printed, roofline
-from rosd_jax.plan.budget import gradients, resident
+from rosd_jax.plan.budget import frozen_bytes, gradients, resident
 from rosd_jax.plan.chips import CHIPS, Slice, read_topology
 from rosd_jax.plan.command import Asked, make_plan
 from rosd_jax.plan.roofline import at_limits, realistic
-from rosd_jax.plan.stages import STAGES, make_job, microbatch_widths
+from rosd_jax.plan.stages import STAGES, make_job, microbatch_widths, stages
 from rosd_jax.train.microbatches import plan_microbatches
 from rosd_jax.types import Lesson
 from support import NEEDS_LIBTPU, ROOT
@@ -130,6 +130,13 @@ def test_adapters_of_8b_fit_one_gpu_of_80_gb():
     assert held["student"]["frozen"] == pytest.approx(2 * PARAMETERS["8b"], rel=1e-3)
     assert held["student"]["gradients"] == pytest.approx(4 * 174.6e6, rel=1e-2)  # adapters of rank 64
     assert planned_of(job_of("8b", "h200:1", "8b", "h200", "lora"), "h200:1").fits
+
+
+def test_with_adapters_a_frozen_tree_on_the_host_is_brought_to_every_stage_but_the_optimizer():
+    job = job_of("8b", "h100:1", "lora", **{"model.frozen": "host"})
+    held = {stage.name: stage.bytes.get("frozen", 0) for stage in stages(job, STOP, None, ITEMS)}
+    whole = frozen_bytes(job)
+    assert held == dict.fromkeys(STAGES, whole) | {"optimizer": 0}
 
 
 def test_adapters_take_no_gradients_of_the_weights():

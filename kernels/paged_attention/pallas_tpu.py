@@ -4,8 +4,8 @@ Rows are dealt to GROUPS grid steps, which chips with two cores run side by side
 new tokens to the cache, then walks through its live rows; a row's pages arrive in waves, and the waves
 of this row and the next are under way while one is worked on.
 
-A wave is used as it is stored, [positions x W, E], keys and values interleaved. Every query meets every line of
-it, and a mask leaves the scores of its own head's keys; moved by one column, the weights stand at the
+A wave is used as it is stored, [positions x W, E], keys and values interleaved. Every query meets every
+line of it, and a mask leaves the scores of its own head's keys; moved by one column, the weights stand at the
 values. The surplus products are cheaper than pulling keys and values apart, since what a decoding step
 waits for is memory.
 

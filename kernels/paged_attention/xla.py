@@ -77,7 +77,7 @@ def in_pieces(operands: Operands, *, piece: int = PIECE) -> tuple[jax.Array, jax
 
 
 def _attend(cache_XPWE, widths, q_BKGE, ids_BM, position_B, before, last) -> jax.Array:
-    """Attention of one piece: `before` blocks of widths[-1] pages, then one of widths[last - 1], or of none for 0."""
+    """Attention of one piece: `before` blocks of widths[-1] pages, then one of widths[last - 1] (0: none)."""
     P, W, _ = cache_XPWE.shape[1:]
 
     def some(first: jax.Array, width: int) -> Softmax:

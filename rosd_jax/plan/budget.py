@@ -167,8 +167,15 @@ def student(job: Job) -> Bytes:
     # Heads of student and teacher, which adapters leave one and frozen, and the gradient of the student's.
     head, gradient = (job.item, 0) if job.adapters else (2 * job.item, 4)
     logits = min(config.loss.chunk, tokens) * job.table // model.hidden_size * (8 + job.item)
-    loss = {"activations": kept + stream, "temporaries": cast + job.table * (head + gradient) + logits}
+    # Adapters are trained on the frozen tree, which is brought to the device if it is kept on the host.
+    brought = frozen_bytes(job) if job.adapters and config.model.frozen == "host" else 0
+    loss = {
+        "frozen": brought,
+        "activations": kept + stream,
+        "temporaries": cast + job.table * (head + gradient) + logits,
+    }
     backward = {
+        "frozen": brought,
         "activations": kept + BACKWARD_BLOCKS * block,
         "temporaries": cast + shard_bytes(*learning) + job.table * gradient,
     }

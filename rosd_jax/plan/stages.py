@@ -118,7 +118,7 @@ def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[Larg
 
 def _decoding_stage(job: Job, call: LargestCall) -> Stage:
     resident = budget.resident(job)
-    if call.frozen and job.config.model.frozen == "host":
+    if (call.frozen or job.adapters) and job.config.model.frozen == "host":
         resident["frozen"] = budget.frozen_bytes(job)  # brought to the devices for as long
 
     def work(lengths: Lengths) -> Work:

@@ -84,10 +84,14 @@ def train_step(
     with clock("grade"):
         graded = grade(runtime, prompts, rollout)
     with clock("reflect"):
-        reflector = student if runtime.config.reflect.weights == "student" else on_device(frozen_params)
+        # With model.frozen=host, the reflector is a copy on the devices, and with adapters so is the student.
+        # There is room for one of them, and for none in the update.
+        reflector = student if runtime.config.reflect.weights == "student" else None
+        del student
+        if reflector is None:
+            reflector = on_device(frozen_params)
         reflected = reflect_rollouts(runtime, reflector, graded, step)
-        # With model.frozen=host these are copies on the devices. The update needs their memory.
-        del student, reflector
+        del reflector
     with clock("lesson"):
         reflected, lesson = make_lesson(runtime, reflected)
     with clock("update"):
