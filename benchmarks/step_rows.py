@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from rosd_jax.data.pipeline import pad_rows
+from rosd_jax.rollout.batching import pad_rows
 from rosd_jax.types import Lesson
 
 Preset = Literal["span", "paper", "errors"]

@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh
-from rosd_jax.rollout.batching import Request, pack, split
+from rosd_jax.rollout.batching import Request, bucket_length, pack, pad_rows, split
 from rosd_jax.rollout.engine import Engine
 from rosd_jax.rollout.limits import LONGEST_PAGE as PAGE
 from rosd_jax.rollout.limits import Limits
@@ -98,3 +100,39 @@ def test_prompts_that_do_not_fit_take_turns_and_shared_ones_count_once():
     assert sizes(2, 3) == [8] and sizes(8, 2) == [8] and sizes(1, 1) == [1] * 8
     assert [len(part) for part in split(length_N, of_M, 1, None)] == [8]
     np.testing.assert_array_equal(np.concatenate(split(length_N, of_M, 1, 2 * PAGE)), np.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("n", "bucket"),
+    [
+        (1, 16),
+        (16, 16),
+        (17, 32),
+        (512, 512),
+        (513, 1024),
+        (1024, 1024),
+        (1025, 1280),
+        (1281, 1536),
+    ],
+)
+def test_bucket_lengths(n, bucket):
+    assert bucket_length(n, 1 << 20) == bucket
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_a_bucket_holds_its_tokens_and_keeps_the_maximum(n, maximum):
+    if n > maximum:
+        with pytest.raises(ValueError, match="do not fit"):
+            bucket_length(n, maximum)
+    else:
+        assert n <= bucket_length(n, maximum) <= maximum
+
+
+def test_rows_are_padded_on_the_right_to_a_bucket():
+    ids = [[7] * n for n in (3, 20, 9, 40)]
+    tokens_NT, length_N = pad_rows(ids, 40)
+    assert tokens_NT.shape == (4, 40)  # not 64: no row may be longer
+    assert tokens_NT.dtype == length_N.dtype == np.int32
+    for row_T, length, row in zip(tokens_NT, length_N, ids, strict=True):
+        assert length == len(row)
+        assert (row_T[:length] == 7).all() and not row_T[length:].any()

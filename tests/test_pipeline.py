@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_jax.config import UserError
-from rosd_jax.data.pipeline import batch_at, bucket_length, encode_problems, pad_rows, problems_crc32
+from rosd_jax.data.pipeline import batch_at, encode_problems, problems_crc32
 from rosd_jax.types import Problem
 
 
@@ -29,32 +28,6 @@ def encoded_of(*lengths: int):
 
 def uids(prompts) -> list[str]:
     return [problem.uid for problem in prompts.problems]
-
-
-@pytest.mark.parametrize(
-    ("n", "bucket"),
-    [
-        (1, 16),
-        (16, 16),
-        (17, 32),
-        (512, 512),
-        (513, 1024),
-        (1024, 1024),
-        (1025, 1280),
-        (1281, 1536),
-    ],
-)
-def test_bucket_lengths(n, bucket):
-    assert bucket_length(n, 1 << 20) == bucket
-
-
-@given(st.integers(1, 5000), st.integers(1, 5000))
-def test_a_bucket_holds_its_tokens_and_keeps_the_maximum(n, maximum):
-    if n > maximum:
-        with pytest.raises(ValueError, match="do not fit"):
-            bucket_length(n, maximum)
-    else:
-        assert n <= bucket_length(n, maximum) <= maximum
 
 
 def test_the_checksum_of_problems_sees_text_gold_checker_order_and_number():
@@ -95,16 +68,6 @@ def test_a_batch_has_the_ids_of_its_problems():
     encoded = encoded_of(3, 20, 9, 40)
     batch = batch_at(encoded, 0, 0, 4)
     assert [list(ids) for ids in batch.ids] == [[7] * len(p.question) for p in batch.problems]
-
-
-def test_rows_are_padded_on_the_right_to_a_bucket():
-    ids = [[7] * n for n in (3, 20, 9, 40)]
-    tokens_NP, length_N = pad_rows(ids, 40)
-    assert tokens_NP.shape == (4, 40)  # not 64: no row may be longer
-    assert tokens_NP.dtype == length_N.dtype == np.int32
-    for row_P, length, row in zip(tokens_NP, length_N, ids, strict=True):
-        assert length == len(row)
-        assert (row_P[:length] == 7).all() and not row_P[length:].any()
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,7 +1,4 @@
-"""From problems to batches, in an order that (seed, step) determines; padding.
-
-Dimensions: N rows, P tokens of a row (padded).
-"""
+"""From problems to batches of prompts, in an order that (seed, step) determines."""
 
 from __future__ import annotations
 
@@ -16,17 +13,6 @@ from rosd_jax.config import UserError
 from rosd_jax.types import Message, Problem, Prompts
 
 Encoded = Sequence[tuple[Problem, list[int]]]  # each problem with its chat-templated prompt ids
-
-
-def bucket_length(n: int, maximum: int) -> int:
-    """The padded length for n tokens: a power of two from 16 to 1024, then a multiple of 256.
-
-    Few different lengths mean few compilations. At most `maximum`; raises ValueError if n is more.
-    """
-    if n > maximum:
-        raise ValueError(f"{n} tokens do not fit the maximum of {maximum}")
-    bucket = max(16, 1 << (n - 1).bit_length()) if n <= 1024 else -(-n // 256) * 256
-    return min(bucket, maximum)
 
 
 def problems_crc32(problems: Sequence[Problem]) -> int:
@@ -75,15 +61,3 @@ def batch_at(encoded: Encoded, step: int, seed: int, batch_prompts: int) -> Prom
     batches = order.batch(batch_prompts, drop_remainder=True).repeat(None)
     chosen = [encoded[int(i)] for i in np.asarray(batches[step])]
     return Prompts(tuple(problem for problem, _ in chosen), tuple(ids for _, ids in chosen))
-
-
-def pad_rows(rows: Sequence[Sequence[int]], maximum: int) -> tuple[np.ndarray, np.ndarray]:
-    """tokens [N, P] int32, right-padded with 0 to a bucketed length, and lengths [N].
-
-    Raises ValueError for a row longer than `maximum`.
-    """
-    length_N = np.array([len(ids) for ids in rows], np.int32)
-    tokens_NP = np.zeros((len(rows), bucket_length(int(length_N.max()), maximum)), np.int32)
-    for row_P, ids in zip(tokens_NP, rows, strict=True):
-        row_P[: len(ids)] = ids
-    return tokens_NP, length_N

@@ -18,11 +18,11 @@ from typing import Generic, NamedTuple
 
 import numpy as np
 
-from rosd_jax.data.pipeline import pad_rows
 from rosd_jax.rollout.limits import LONGEST_PAGE, Limits
 from rosd_jax.types import A
 
 LEAST_TOKENS = 8192  # the smallest cache for prompts, so that fewer shapes are compiled
+SHORT = 1024  # prompts up to this length are padded to a power of two, longer ones to a multiple of 256
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,29 @@ def pack(requests: Sequence[Request], limits: Limits, shards: int) -> list[Turn]
 
     parts = split(prompt_len_N, prompt_of_M, shards, limits.prompt_tokens)
     return [turn(part_M) for part_M in parts]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], maximum: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens [N, T] int32, right-padded with 0 to a bucketed length, and lengths [N].
+
+    Raises ValueError for a row longer than `maximum`.
+    """
+    length_N = np.array([len(ids) for ids in rows], np.int32)
+    tokens_NT = np.zeros((len(rows), bucket_length(int(length_N.max()), maximum)), np.int32)
+    for row_T, ids in zip(tokens_NT, rows, strict=True):
+        row_T[: len(ids)] = ids
+    return tokens_NT, length_N
+
+
+def bucket_length(n: int, maximum: int) -> int:
+    """The padded length for n tokens: a power of two from 16 to SHORT, then a multiple of 256.
+
+    Few different lengths mean few compilations. At most `maximum`; raises ValueError if n is more.
+    """
+    if n > maximum:
+        raise ValueError(f"{n} tokens do not fit the maximum of {maximum}")
+    bucket = max(16, 1 << (n - 1).bit_length()) if n <= SHORT else -(-n // 256) * 256
+    return min(bucket, maximum)
 
 
 def call_rows(requests: int, limits: Limits, shards: int) -> int:

@@ -34,7 +34,7 @@ from rosd_jax.models.decoder import Decoder, StepInputs, Weights, decode_step, f
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import ROW_AXES, decoder_specs, row_devices, tensor_specs
 from rosd_jax.rollout import scheduler
-from rosd_jax.rollout.batching import Batch
+from rosd_jax.rollout.batching import SHORT, Batch
 from rosd_jax.rollout.limits import Limits, own_pages, table_pages
 from rosd_jax.rollout.prefill import lay_out, prefill
 from rosd_jax.rollout.sampler import Sampling, row_uniforms, sample
@@ -212,7 +212,7 @@ def _begin_shard(params, batch: Batch[jax.Array], key, stops, *, spec: DecodeSpe
     cache_XPWE = _empty_cache(spec, weights, capacity.prompt_pages + capacity.response_pages)
     cache_XPWE = prefill(spec.decoder, weights, prompt_NT, layout, cache_XPWE)
     # Longer prompts come in many lengths (`bucket_length`), and the loop is to be compiled for few.
-    longest = T if T <= 1024 else 1 << (T - 1).bit_length()
+    longest = T if T <= SHORT else 1 << (T - 1).bit_length()
     slots = Slots.empty(capacity.slots, table_pages(limits.page, longest, limits.max_new), B)
     state = scheduler.initial(cache_XPWE, sequences, slots, free_F)
     if spec.admits_all(B):
