@@ -63,16 +63,21 @@ class Run:
 
 
 def train(config: Settings, directory: Path) -> None:
-    """Trains for config.steps steps in `directory`, or resumes the run there; then exports and reports."""
+    """Trains for config.steps steps in `directory`, or resumes the run there; then exports and reports.
+
+    Raises UserError for a mistake of the user's, Stopped after a signal.
+    """
+    # Mistakes should show early, so what needs no device is checked first. `resume` drops lines of earlier
+    # starts, so it comes after everything that can fail.
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
     origins = history.origins(config, inputs)
-    compiled = Compiled()
+    compiled = Compiled()  # counts from here, so before anything is compiled
     with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         history.require_checkpoint(directory, config)
         runtime, trees = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory)
-        check_disk(directory, manager, trees, config)
+        check_disk(directory, manager, trees, config)  # before minutes are spent on reading weights
         state, start = begin(config, manager, trees, origins)
         frozen_params = trees.frozen(None if start else state)
         console = Console(config.steps, start)
@@ -216,6 +221,7 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
             votes=run.runtime.grader.votes,
             samples=c.samples,
         )
+        # The line comes last: a set that has one is not scored again when the run is resumed.
         write_generations(run.directory, step, name, generations, split)
         conditions = history.conditions(run.config, run.inputs, split, name)
         run.log.replace(step, f"{split}/{name}", numbers | conditions)
@@ -247,7 +253,7 @@ def export_best(run: Run, like: TrainState, frozen_params: Params) -> None:
 
     Only steps that have a checkpoint can be chosen.
     """
-    saved = {0, *run.manager.all_steps()}
+    saved = {0, *run.manager.all_steps()}  # step 0 is the original model, which needs no checkpoint
     best = best_step([row for row in read_metrics(run.log.path) if row["step"] in saved])
     path = run.directory / "export_best"
     if best in (None, 0, run.config.steps):
