@@ -12,7 +12,7 @@ Exit status
 128 + N  stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM. The first signal lets the current device call
          return and saves the last complete step; a second one ends the run at once. Neither loses what is
          written
-141      nobody reads stdout any more, as in `python run.py ... | head`
+141      nobody reads stdout any more, as after `python run.py ... | head`
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from __future__ import annotations
 from rosd_jax.train import stopping
 
 if __name__ == "__main__":
-    stopping.watch()  # before all slower imports
+    # Before the imports below, which take seconds: a signal during them ends the process in good order.
+    stopping.watch()
 
 import errno  # noqa: E402
 import os  # noqa: E402
@@ -28,7 +29,8 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's start-up chatter
+# Silence start-up messages of XLA, transformers and gRPC. They read these variables when they are imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
@@ -44,7 +46,7 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to d
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "local", "Chips to plan for: local, a TPU slice such as v5p:2x2x2, or GPUs such as h100:8"
 )
-_COMPILE = flags.DEFINE_list("compile", [], "Stages that a plan compiles, separated by commas; all: all")
+_COMPILE = flags.DEFINE_list("compile", [], "Stages that the plan compiles, separated by commas, or all")
 _JSON = flags.DEFINE_bool("json", False, "Print the plan as one JSON object")
 
 STORED = Path(__file__).resolve().parent / "rosd_jax" / "train" / "stored.py"
@@ -59,7 +61,7 @@ NO_CONFIG = (
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status."""
+    """Runs the command and returns its exit status."""
     logging.set_verbosity(logging.WARNING)
     try:
         obey(argv)
@@ -82,10 +84,11 @@ def main(argv: list[str]) -> int:
 
 
 def obey(argv: list[str]) -> None:
-    """Does what the command line asks for. Raises BrokenPipeError where nobody reads what it prints."""
+    """Does what the command line asks for. Raises BrokenPipeError if nobody reads stdout any more."""
     try:
         run(validate(read_flags(argv)))
-    finally:  # --help ends by SystemExit
+    finally:
+        # Also after --help, which raises SystemExit: a closed pipe must raise here, not as Python shuts down.
         sys.stdout.flush()
 
 
@@ -100,7 +103,7 @@ def read_flags(argv: list[str]) -> ConfigDict:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(explain(error)) from error
     if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is no flag; flags are written --name=value")
+        raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
     if config is None:
         raise UserError(MISSING)
     if not isinstance(config, ConfigDict):  # what ml_collections returns for a file that did not load
@@ -109,7 +112,7 @@ def read_flags(argv: list[str]) -> ConfigDict:
 
 
 def with_stored_config(argv: list[str]) -> list[str]:
-    """argv; if it has no --config and the --workdir contains a run, with that run's config as --config."""
+    """argv, with the stored config of the run in --workdir as --config if none is given."""
     given = flags.FlagValues()
     for name in ("config", "workdir"):
         flags.DEFINE_string(name, None, "", flag_values=given)
@@ -121,13 +124,13 @@ def with_stored_config(argv: list[str]) -> list[str]:
 
 
 def explain(error: BaseException) -> str:
-    """One sentence for an error raised by absl or ml_collections, which may wrap a UserError of ours."""
+    """One sentence for an error of absl or ml_collections, which may wrap a UserError."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    ours = [e for e in chain if isinstance(e, UserError)]
-    if ours:
-        return str(ours[-1])
+    user_errors = [e for e in chain if isinstance(e, UserError)]
+    if user_errors:
+        return str(user_errors[-1])
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
         return MISSING  # the config's fields are flags once there is a config
     if isinstance(chain[-1], KeyError):
@@ -138,22 +141,28 @@ def explain(error: BaseException) -> str:
 
 
 def run(config: Settings) -> None:
-    from rosd_jax.plan import command  # after the flags, so that --help is quick
+    """Trains, evaluates or plans."""
+    # Imported here, after the flags are parsed, so that --help and mistakes in flags are answered quickly.
+    from rosd_jax.plan import command
     from rosd_jax.train import loop, workdir
 
     directory = Path(_WORKDIR.value or workdir.default_workdir(config.name))
     asked = command.Asked(_TOPOLOGY.value, tuple(_COMPILE.value), _JSON.value)
     if _MODE.value == "plan":
         command.plan(config, directory, asked)
-    elif asked != command.Asked():
+        return
+    if asked != command.Asked():
         raise UserError(
             "--topology, --compile and --json are for --mode=plan; leave them out, or add that mode"
         )
+    if _MODE.value == "train":
+        loop.train(config, directory)
     else:
-        {"train": loop.train, "eval": loop.evaluate_only}[_MODE.value](config, directory)
+        loop.evaluate_only(config, directory)
 
 
 def fail(sentence: str) -> int:
+    """Prints an error to stderr and returns the exit status of a user's mistake."""
     print(f"error: {sentence}", file=sys.stderr)
     return 2
 

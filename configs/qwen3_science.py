@@ -10,11 +10,11 @@ Command     python run.py --config=configs/qwen3_science.py:physics \\
                 --config.model.path=DIR --config.data.dir=DIR
 Variants    biology | chemistry | material | physics (default: biology)
             paper | span | official (default: paper; METHOD in rosd_jax/config.py lists their fields)
-            4b | 8b: the size of the Qwen3 in model.path, so that a slice too small for it is refused
+            4b | 8b: the size of the model in model.path, so that a slice too small for it is refused
             v5p-8 | v5p-64 | v6e-16 | v6e-64 | v5e-64 | h100x8 | h200: the mesh for that slice (SLICES), which
             fits according to `--mode=plan`. Cloud TPU counts v5p in TensorCores: v5p-8 is 2x2x1 = 4
             chips, v5p-64 is 2x4x4 = 32; v6e-16 is 4x4 chips, v6e-64 and v5e-64 are 8x8
-            lora: train adapters of rank 64 instead of all weights; 8B then fits one H100 (h100:1)
+            lora: trains adapters of rank 64 instead of all weights; 8B then fits on one H100 (h100:1)
             debug: small batch, short texts, two steps
 Smallest    slices that fit at these lengths, according to the plan. 8B: v5p-8, v6e-8 with mesh.tensor=4,
             v5e-32 with mesh.tensor=4, or four H100 (not one H200, where training all weights needs 148
@@ -27,9 +27,9 @@ from rosd_jax.config import PRESETS, UserError, choose_one, default_config, pars
 
 EPOCH_STEPS = {"biology": 14, "chemistry": 59, "material": 26, "physics": 22}
 SIZES = ("4b", "8b")
-# The slice as --topology names it, then mesh.data, mesh.fsdp, mesh.tensor. At most 16 row devices: with more,
-# the last micro-batches of an update are mostly empty rows. The remaining factor splits heads, so that the
-# weights for decoding fit.
+# The slice as --topology names it, and (mesh.data, mesh.fsdp, mesh.tensor). At most 16 row devices: with more
+# of them, the last micro-batches of an update are mostly empty rows. The remaining factor goes to tensor, so
+# that the weights for decoding fit.
 SLICES = {
     "v5p-8": ("v5p:2x2x1", (1, 4, 1)),
     "v5p-64": ("v5p:2x4x4", (1, 16, 2)),
@@ -46,11 +46,12 @@ def get_config(arg=None):
     variants = parse_variant(arg, (*EPOCH_STEPS, *PRESETS, *SIZES, *SLICES, "lora", "debug"))
     domain = choose_one(variants, EPOCH_STEPS, default="biology")
     preset = choose_one(variants, PRESETS, default="paper")
-    size, chips = choose_one(variants, SIZES, default=""), choose_one(variants, SLICES, default="")
+    size = choose_one(variants, SIZES, default="")
+    chips = choose_one(variants, SLICES, default="")
     if (size, chips) in TOO_LARGE and "lora" not in variants:
         raise UserError(
-            f"config variants are {size} and {chips}, which is too small for it; add lora, or take 4b or a "
-            "larger slice"
+            f"config variants are {size} and {chips}, which is too small for {size}; add lora, or use 4b or "
+            "a larger slice"
         )
     c = use_preset(default_config(), preset)
     c.name = "-".join(name for name in ("qwen3_science", size, domain, preset) if name)
@@ -60,7 +61,8 @@ def get_config(arg=None):
     if "lora" in variants:
         c.model.lora.update(rank=64, alpha=128.0)
     if chips:
-        c.mesh.data, c.mesh.fsdp, c.mesh.tensor = SLICES[chips][1]
+        _, (data, fsdp, tensor) = SLICES[chips]
+        c.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
     if "debug" in variants:
         c.steps = 2
         c.model.update(dtype="float32", remat="none")

@@ -1,9 +1,8 @@
-"""From a config file to validated settings: presets of the method, variants, and the rules between fields.
+"""From a config file to validated settings: presets of the method, variants, and rules for fields.
 
-A file in configs/ starts from `default_config()` (the `paper` preset), states what differs, and returns
-it; `use_preset(config, name)` sets every field of the method to another column of `METHOD`. `validate`
-runs before any device is touched and gives the `Settings` that all other code reads (settings.py has the
-fields).
+A file in configs/ starts from `default_config()` (the `paper` preset), changes what differs, and returns it.
+`use_preset(config, name)` sets every field of the method to another column of `METHOD`. `validate` runs
+before any device is touched and returns the `Settings` that all other code reads; settings.py has the fields.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rosd_jax.fields import defaults, describe, from_config, value
 from rosd_jax.settings import LAYERS, LoraSettings, Settings, UserError
 
 T = TypeVar("T")
-Draft: TypeAlias = Any  # a ConfigDict as config files and flags change it; `validate` makes Settings of it
+Draft: TypeAlias = Any  # a ConfigDict that config files and flags may still change, until `validate`
 
 PRESETS = ("paper", "span", "official")
 
@@ -91,20 +90,20 @@ def default_config() -> Draft:
         for part in sections:
             section = section[part]
         section[last] = values[0]
-    # A field that may be null needs its other type here, which flags are checked against.
+    # A field whose default is null needs its other type here, so that flags can be parsed and checked.
     tree["rollout"] |= {"slots": placeholder(int), "attention": placeholder(str)}
     return ConfigDict(tree, convert_dict=True)
 
 
 def use_preset(config: Draft, name: str) -> Draft:
-    """Sets every field of the method to the column `name` of METHOD, and returns the config."""
+    """Sets every field of the method to its value in the preset `name`, and returns the config."""
     column = PRESETS.index(name)
     config.update_from_flattened_dict({field: values[column] for field, values in METHOD.items()})
     return config
 
 
 def parse_variant(arg: str | None, known: Iterable[str]) -> tuple[str, ...]:
-    """Splits the `:a,b` after a config path. Raises UserError for a name not in `known`."""
+    """Splits `a,b`, the part after the colon of --config. Raises UserError for a name not in `known`."""
     names = tuple(name for name in (arg or "").split(",") if name)
     known = tuple(known)
     for name in names:
@@ -114,7 +113,7 @@ def parse_variant(arg: str | None, known: Iterable[str]) -> tuple[str, ...]:
 
 
 def choose_one(variants: Sequence[str], choices: Iterable[str], default: T) -> str | T:
-    """The one of `choices` among the variants. Raises UserError if there are several."""
+    """The one variant that is among `choices`, else `default`. Raises UserError if there are several."""
     named = [name for name in variants if name in tuple(choices)]
     if len(named) > 1:
         raise UserError(f"config variant names {' and '.join(named)}; name one of them")
@@ -144,13 +143,13 @@ AT_LEAST_ZERO = ("eval.limit", "eval.every", "validation.every", "optimizer.warm
 
 
 def validate(config: ConfigDict) -> Settings:
-    """The config as settings. Raises UserError for the first field that breaks a rule.
+    """Converts a config to settings. Raises UserError for the first field that breaks a rule.
 
-    Touches no device and no file.
+    Reads no file and touches no device.
     """
     settings = from_config(config)
     _validate_counts(settings)
-    _validate_own(settings)
+    _validate_task(settings)
     _validate_lora(settings.model.lora)
     _validate_sampling(settings)
     _validate_training(settings)
@@ -159,79 +158,91 @@ def validate(config: ConfigDict) -> Settings:
 
 def _validate_counts(settings: Settings) -> None:
     for field in AT_LEAST_ONE:
-        _require(field, value(settings, field), value(settings, field) >= 1, "be at least 1")
+        count = value(settings, field)
+        _require(field, count, count >= 1, "be at least 1")
     for field in AT_LEAST_ZERO:
-        _require(field, value(settings, field), value(settings, field) >= 0, "be 0 or more")
-    slots, samples, seed = settings.rollout.slots, settings.batch.samples, settings.seed
+        count = value(settings, field)
+        _require(field, count, count >= 0, "be 0 or more")
+    slots = settings.rollout.slots
+    samples = settings.batch.samples
+    seed = settings.seed
     _require("rollout.slots", slots, slots is None or slots >= 1, "be at least 1, or null for all rows")
     _require("batch.samples", samples, samples >= 2, "be at least 2, since the reflector compares siblings")
     _require("seed", seed, seed < 2**32, "be below 2**32")
 
 
-def _validate_own(settings: Settings) -> None:
-    """What users may bring themselves: a reward function, a wording, stop strings."""
-    rewards, wording, stop = settings.rewards, settings.wording, settings.rollout.stop
+def _validate_task(settings: Settings) -> None:
+    """What users may bring for their own task: a reward function, a wording, stop strings."""
+    rewards = settings.rewards
     function = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", rewards)
     known = rewards in ("fixed", "official") or function is not None
     _require("rewards", rewards, known, "be fixed, official or MODULE:FUNCTION, a function of your own")
+    wording = settings.wording
     known = wording in ("english", "gym") or wording.endswith(".toml")
     _require("wording", wording, known, "be english, gym or the path of a .toml file of your own")
-    _require("rollout.stop", stop, all(map(_is_text, stop)), "hold strings of text that are not empty")
+    stop = settings.rollout.stop
+    _require("rollout.stop", stop, all(map(_is_text, stop)), "contain only strings that are not empty")
     timeout = settings.reward_timeout
     _require("reward_timeout", timeout, 0 < timeout < float("inf"), "be above 0 and finite")
 
 
 def _is_text(x: Any) -> bool:
-    """Not empty, and nothing in it that UTF-8 cannot hold."""
-    return isinstance(x, str) and x.encode("utf-8", "ignore").decode() == x != ""
+    """Whether x is a string that is not empty and can be encoded in UTF-8 (a lone surrogate cannot)."""
+    return isinstance(x, str) and x != "" and x.encode("utf-8", "ignore").decode() == x
 
 
 def _validate_lora(lora: LoraSettings) -> None:
     _require("model.lora.rank", lora.rank, lora.rank >= 0, "be 0 (all weights are trained) or more")
     _require("model.lora.alpha", lora.alpha, 0 < lora.alpha < float("inf"), "be above 0 and finite")
-    once = len(set(lora.targets)) == len(lora.targets) > 0
-    known = once and set(lora.targets) <= set(LAYERS)
-    _require("model.lora.targets", lora.targets, known, f"name some of {', '.join(LAYERS)}, each once")
+    targets = lora.targets
+    distinct = len(targets) > 0 and len(set(targets)) == len(targets)
+    known = distinct and set(targets) <= set(LAYERS)
+    _require("model.lora.targets", targets, known, f"name some of {', '.join(LAYERS)}, each once")
 
 
 def _validate_sampling(settings: Settings) -> None:
-    rollout, evaluation = settings.rollout, settings.eval
     for field in ("rollout.temperature", "eval.temperature", "reflect.temperature"):
-        _require(field, value(settings, field), value(settings, field) >= 0, "be 0 (greedy) or more")
-    above = rollout.temperature > 0
+        temperature = value(settings, field)
+        _require(field, temperature, temperature >= 0, "be 0 (greedy) or more")
+    temperature = settings.rollout.temperature
     rule = "be above 0, since rollouts of one prompt must differ"
-    _require("rollout.temperature", rollout.temperature, above, rule)
+    _require("rollout.temperature", temperature, temperature > 0, rule)
+    top_p = settings.rollout.top_p
     rule = "be 1 in training, since the sampler's log-probs are those of the whole distribution"
-    _require("rollout.top_p", rollout.top_p, rollout.top_p == 1.0, rule)
-    _require("eval.top_p", evaluation.top_p, 0 < evaluation.top_p <= 1, "lie in (0, 1]")
+    _require("rollout.top_p", top_p, top_p == 1.0, rule)
+    top_p = settings.eval.top_p
+    _require("eval.top_p", top_p, 0 < top_p <= 1, "lie in (0, 1]")
 
 
 def _validate_training(settings: Settings) -> None:
-    loss, optimizer = settings.loss, settings.optimizer
+    loss = settings.loss
     _require("loss.alpha", loss.alpha, 0 <= loss.alpha <= 1, "lie in [0, 1]")
     _require("loss.ratio_cap", loss.ratio_cap, loss.ratio_cap > 0, "be above 0")
     for field in ("optimizer.lr", "optimizer.clip_norm", "optimizer.eps"):
-        finite = 0 < value(settings, field) < float("inf")
-        _require(field, value(settings, field), finite, "be above 0 and finite")
+        number = value(settings, field)
+        _require(field, number, 0 < number < float("inf"), "be above 0 and finite")
     for field in ("optimizer.b1", "optimizer.b2"):
-        _require(field, value(settings, field), 0 <= value(settings, field) < 1, "lie in [0, 1)")
-    decay = optimizer.weight_decay
+        decay = value(settings, field)
+        _require(field, decay, 0 <= decay < 1, "lie in [0, 1)")
+    decay = settings.optimizer.weight_decay
     _require("optimizer.weight_decay", decay, decay >= 0, "be 0 or more")
     for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         devices = value(settings, field)
-        _require(field, devices, devices >= 1 or devices == -1, "be at least 1, or -1 for the rest")
+        _require(
+            field, devices, devices >= 1 or devices == -1, "be at least 1, or -1 for all remaining devices"
+        )
 
 
-def _require(field: str, given: Any, holds: bool, rule: str) -> None:
-    if not holds:
+def _require(field: str, given: Any, is_met: bool, rule: str) -> None:
+    if not is_met:
         raise UserError(f"{field} is {given!r}; it must {rule}")
 
 
 PAGE = """# Fields of a config
 
-Each field is a flag too: `--config.FIELD=VALUE`. `python -m rosd_jax.config` writes this page from
-rosd_jax/settings.py. A field of the method has a value in each preset: paper / span / official, or one
-value where all three agree.
+Each field is also a flag: `--config.FIELD=VALUE`. A field of the method has a value in each preset (paper /
+span / official), or a single one if all three are equal. `python -m rosd_jax.config` writes this page from
+rosd_jax/settings.py.
 
 | field | type | default | meaning |
 |---|---|---|---|
@@ -239,21 +250,24 @@ value where all three agree.
 
 
 def fields_page() -> str:
-    """docs/fields.md: every field with its type, its default or its value in each preset, and its text."""
+    """The text of docs/fields.md: every field with its type, default or presets' values, and meaning."""
     lines = []
     for field in describe():
         values = METHOD.get(field.name, (field.default,))
-        values = values[:1] if len(set(values)) == 1 else values
+        if len(set(values)) == 1:
+            values = values[:1]
         shown = " / ".join(f"`{_as_flag(x)}`" for x in values)
         lines.append(f"| `{field.name}` | {field.type} | {shown} | {field.text} |\n")
     return PAGE + "".join(lines)
 
 
 def _as_flag(x: Any) -> str:
-    """As it is written on the command line."""
+    """A value as it is written on the command line."""
     if isinstance(x, tuple):
         return ",".join(x) or "()"
-    return x or '""' if isinstance(x, str) else json.dumps(x)
+    if isinstance(x, str):
+        return x or '""'
+    return json.dumps(x)
 
 
 if __name__ == "__main__":

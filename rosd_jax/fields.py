@@ -1,9 +1,9 @@
 """The fields of `Settings`, read from its classes: defaults, conversion, access by name, documentation.
 
-from_config(config)          -> Settings; raises UserError for a field that is unknown or mistyped
-replace(settings, field, x)  -> Settings with one field changed, named as in "rollout.slots"
-value(settings, field)       -> the value of a field, so named
-defaults()                   -> nested defaults
+from_config(config)          -> Settings; raises UserError for an unknown, missing or mistyped field
+replace(settings, field, x)  -> Settings with one field changed; `field` is a name such as "rollout.slots"
+value(settings, field)       -> the value of a field
+defaults()                   -> the defaults as nested dicts
 describe()                   -> name, type, default and text of every field
 """
 
@@ -28,12 +28,12 @@ class Field(NamedTuple):
 
     name: str  # "rollout.slots"
     type: str
-    default: Any  # None too where the field belongs to the method
+    default: Any  # None also for fields of the method, whose values are in the presets
     text: str
 
 
 def defaults(of: Any = Settings) -> dict[str, Any]:
-    """Nested defaults, without the method's fields, whose values a preset gives."""
+    """The defaults as nested dicts, without the fields of the method, whose values a preset gives."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(of).items():
         if dataclasses.is_dataclass(hint):
@@ -44,17 +44,17 @@ def defaults(of: Any = Settings) -> dict[str, Any]:
 
 
 def from_config(config: ConfigDict) -> Settings:
-    """The config as settings. Raises UserError for the first field that is unknown, missing or mistyped."""
+    """Converts a config. Raises UserError for the first field that is unknown, missing or mistyped."""
     return _section(Settings, config.to_dict(), "")
 
 
 def replace(settings: Settings, name: str, new: Any) -> Settings:
-    """The settings with one field changed."""
+    """The settings with one field changed. `name` is like "rollout.slots"."""
     return _replaced(settings, name.split("."), new)
 
 
 def value(settings: Settings, name: str) -> Any:
-    """The value of a field."""
+    """The value of a field. `name` is like "rollout.slots"."""
     found: Any = settings
     for part in name.split("."):
         found = getattr(found, part)
@@ -62,8 +62,9 @@ def value(settings: Settings, name: str) -> Any:
 
 
 def describe(of: Any = Settings, above: str = "") -> Iterator[Field]:
-    """Every field, in the order in which it stands here, sections after single fields."""
-    texts, hints = _texts(of), get_type_hints(of)
+    """Every field in the order of settings.py, but each class's own fields before its sections."""
+    texts = _texts(of)
+    hints = get_type_hints(of)
     for name, hint in hints.items():
         if not dataclasses.is_dataclass(hint):
             default = _default(of, name)
@@ -98,23 +99,24 @@ def _converted(hint: Any, given: Any, name: str) -> Any:
         return given
     if get_origin(hint) is tuple:
         if not isinstance(given, list | tuple):
-            raise UserError(f"{name} is {given!r}; it must be a list of texts")
+            raise UserError(f"{name} is {given!r}; it must be a list of strings")
         return tuple(given)
     if hint is float and type(given) is int:
         return float(given)
     allowed = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
-    if type(given) not in allowed:
+    if type(given) not in allowed:  # not isinstance: True is no int here
         raise UserError(f"{name} is {given!r}; it must be of type {_type_name(hint)}")
     return given
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """The members of a Literal, with None where it may be that too."""
+    """The members of a Literal, and None if the hint is a Literal or None. Empty for any other hint."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
-        literals = [_choices(part) for part in get_args(hint) if get_origin(part) is Literal]
-        return (None, *literals[0]) if literals else ()
+        for part in get_args(hint):
+            if get_origin(part) is Literal:
+                return (None, *get_args(part))
     return ()
 
 
@@ -126,12 +128,12 @@ def _replaced(section: Any, path: list[str], new: Any) -> Any:
 
 
 def _default(of: type, name: str) -> Any:
-    """The default of a field; MISSING where it has none."""
+    """The default of a field; dataclasses.MISSING if it has none."""
     return next(f.default for f in dataclasses.fields(of) if f.name == name)  # type: ignore[arg-type]
 
 
 def _texts(of: type) -> dict[str, str]:
-    """The text under each field of a class, by the field's name."""
+    """The string below each field of a class, by the field's name. Python itself does not keep it."""
     tree = ast.parse(inspect.getsource(of)).body[0]
     assert isinstance(tree, ast.ClassDef)
     found: dict[str, str] = {}
@@ -147,7 +149,7 @@ def _type_name(hint: Any) -> str:
     if allowed := _choices(hint):
         return ", ".join("null" if name is None else str(name) for name in allowed)
     if get_origin(hint) is tuple:
-        return "list of texts"
+        return "list of strings"
     if get_origin(hint) is types.UnionType:
         return ", ".join("null" if part is types.NoneType else part.__name__ for part in get_args(hint))
-    return "text" if hint is str else hint.__name__
+    return "string" if hint is str else hint.__name__

@@ -173,7 +173,7 @@ def test_full_disk_is_one_sentence_and_earlier_checkpoints_stay(small_disk, capf
             checkpoint.save(manager, make_state(step), step, {})
     text = str(caught.value)
     assert text.startswith("no disk space for a checkpoint: it needs about 192.8 KiB and ")
-    assert str(small_disk / "checkpoints") in text and "free; make room" in text
+    assert str(small_disk / "checkpoints") in text and "free; free some space" in text
     assert "\n" not in text
     assert capfd.readouterr() == ("", "")
 

@@ -25,7 +25,7 @@ def asked(monkeypatch):
 @pytest.mark.parametrize("cores, count", [(1, 1), (2, 2), (3, 2), (4, 4), (64, 8)])
 def test_cores_share_the_rows_while_each_has_eight(asked, monkeypatch, cores, count):
     monkeypatch.setattr(devices, "cores", lambda: cores)
-    devices.deal_cores(validate(get_config()))
+    devices.split_cpu(validate(get_config()))
     assert asked == {"jax_num_cpu_devices": count}
 
 
@@ -37,17 +37,17 @@ def test_every_batch_can_be_dealt_out(asked, monkeypatch, field, rows, count):
     config = get_config()
     config.update_from_flattened_dict({field: rows})
     config = validate(config)
-    devices.deal_cores(config)
+    devices.split_cpu(config)
     assert asked == {"jax_num_cpu_devices": count}
     devices.check_rows(config, count)
 
 
 def test_other_meshes_and_other_peoples_choices_stay(asked, monkeypatch):
-    devices.deal_cores(validate(default_config()))
+    devices.split_cpu(validate(default_config()))
     for name, value in (("JAX_NUM_CPU_DEVICES", "1"), ("XLA_FLAGS", f"--{devices.HOST_DEVICES}=3")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            devices.deal_cores(validate(get_config()))
+            devices.split_cpu(validate(get_config()))
     assert asked == {}
 
 
@@ -56,7 +56,7 @@ def test_jax_has_these_devices_and_keeps_them():
         "import jax; from configs.quickstart import get_config; from rosd_jax.train import devices\n"
         "from rosd_jax.config import validate\n"
         "for devices.cores in (lambda: 4, lambda: 1):\n"
-        "    devices.deal_cores(validate(get_config()))\n"
+        "    devices.split_cpu(validate(get_config()))\n"
         "    print(jax.device_count())"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}

@@ -70,7 +70,7 @@ def test_what_a_kill_leaves_is_gone_on_from(name, tmp_path, config):
 def test_a_history_whose_checkpoints_were_removed_is_not_trained_over(name, tmp_path, config):
     left(tmp_path, **ERASED[name])
     steps, exported = ERASED[name]["steps"], "exported" in ERASED[name]
-    words = rf"holds a history up to step {steps} and no checkpoint to resume from; bring .*checkpoints back"
+    words = rf"contains a run up to step {steps}, but no checkpoint to resume it from; restore .*checkpoints"
     with pytest.raises(UserError, match=words) as caught:
         history.require_checkpoint(tmp_path, config)
     assert ("--mode=eval" in str(caught.value)) is exported
@@ -95,7 +95,7 @@ def test_the_step_of_the_export_is_the_noted_one_or_the_last(tmp_path):
     assert history.exported_step(tmp_path) == 10
     note = tmp_path / "export" / history.EXPORTED
     note.write_text("ten")
-    with pytest.raises(UserError, match="trained_steps.txt holds 'ten'"):
+    with pytest.raises(UserError, match="trained_steps.txt contains 'ten'"):
         history.exported_step(tmp_path)
     note.unlink()
     assert history.exported_step(tmp_path) == 12
@@ -139,7 +139,7 @@ def test_all_that_changed_since_the_run_began_is_named(now, words, config):
     with pytest.raises(UserError) as caught:
         history.require_same_origins(MADE | {"step": 3}, MADE | now, config)
     assert words in str(caught.value) and str(caught.value).count(" and ") == len(now) - 1
-    assert "bring the old ones back or use another --workdir" in str(caught.value)
+    assert "restore the old ones or use another --workdir" in str(caught.value)
 
 
 def test_what_an_older_checkpoint_does_not_say_is_not_asked(config):
@@ -161,10 +161,10 @@ def write_lines(tmp_path, *rows):
 def test_a_set_that_changed_since_it_was_scored_is_refused_by_name(tmp_path):
     write_lines(tmp_path, line(0, "eval/a", problems_crc32=7), line(2), line(4, "eval/b", problems_crc32=7))
     history.require_same_evals(tmp_path, inputs_of(), 4)
-    with pytest.raises(UserError, match="golds of a in eval.sets changed .* at step 0; bring the old ones"):
+    with pytest.raises(UserError, match="gold answers of a in eval.sets changed .* at step 0; restore"):
         history.require_same_evals(tmp_path, inputs_of(crc32=8), 4)
     history.require_same_evals(tmp_path, inputs_of(crc32=8, names=("c",)), 4)  # asked no more
-    with pytest.raises(UserError, match="golds of b"):
+    with pytest.raises(UserError, match="gold answers of b"):
         history.require_same_evals(tmp_path, inputs_of(crc32=8, names=("b",)), 4)
     history.require_same_evals(tmp_path, inputs_of(crc32=8, names=("b",)), 3)  # that line will be dropped
     write_lines(tmp_path, line(0, "eval/a"))  # an older version's

@@ -366,8 +366,8 @@ def test_files_that_are_no_wording_are_named(tmp_path):
         ("rewards", "my.py:f:g", "be fixed, official or MODULE:FUNCTION"),
         ("rewards", "dir/my:f", "be fixed, official or MODULE:FUNCTION"),
         ("wording", "klingon", "be english, gym or the path of a .toml file"),
-        ("rollout.stop", ("a", ""), "hold strings of text that are not empty"),
-        ("rollout.stop", (7,), "hold strings of text that are not empty"),
+        ("rollout.stop", ("a", ""), "contain only strings that are not empty"),
+        ("rollout.stop", (7,), "contain only strings that are not empty"),
         ("reward_timeout", 0.0, "be above 0 and finite"),
     ],
 )

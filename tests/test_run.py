@@ -346,7 +346,7 @@ def test_a_run_whose_checkpoints_were_removed_is_not_trained_over(how, finished,
     for command in (arguments(model, directory, steps=9), [f"--workdir={directory}"]):
         status, printed = run(*command)
         assert status == 2 and is_one_sentence(printed.err) and printed.out == ""
-        assert f"holds a history up to step {STEPS} and no checkpoint to resume from" in printed.err
+        assert f"contains a run up to step {STEPS}, but no checkpoint to resume it from" in printed.err
         assert files_of(directory) == before and (directory / "checkpoints").exists() == (how == "emptied")
 
 
@@ -406,7 +406,7 @@ def test_a_stored_config_of_another_version_is_one_sentence(fields, words, run, 
     (tmp_path / "config.json").write_text(json.dumps(fields))
     status, printed = run(f"--workdir={tmp_path}", "--mode=eval")
     assert status == 2 and is_one_sentence(printed.err)
-    assert f"{tmp_path / 'config.json'} {words}, which this version does not take" in printed.err
+    assert f"{tmp_path / 'config.json'} {words}, which this version does not accept" in printed.err
 
 
 def as_killed_after(directory, finished, step):
@@ -500,7 +500,7 @@ CHANGES = {
     "model config": (with_another_base, "config.json of model.path ('model')"),
     "evaluation gold": (
         lambda path: write_problems(path / "test.jsonl", "568"),
-        "problems or golds of jsonl:test.jsonl in eval.sets",
+        "problems or gold answers of jsonl:test.jsonl in eval.sets",
     ),
 }
 
@@ -684,7 +684,7 @@ FLAG_MISTAKES = {
     "no run": (["--workdir=none", "--config.eval.samples=1"], "--config is missing"),
     "no such config": (["--config=configs/none.py"], "--config does not name a Python file"),
     "unknown flag": ([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
-    "no flag": ([QUICKSTART, "train"], "'train' is no flag"),
+    "no flag": ([QUICKSTART, "train"], "'train' is not a flag"),
     "unknown mode": ([QUICKSTART, "--mode=dance"], "<train|eval|plan>"),
     "unknown variant": ([f"{QUICKSTART},turbo"], "'turbo'; it must be one of paper, span, official, debug"),
     "unknown field": ([QUICKSTART, "--config.loss.alhpa=1"], "the config has no field 'alhpa'"),
@@ -699,7 +699,7 @@ FLAG_MISTAKES = {
     ),
     "one sample": ([QUICKSTART, "--config.batch.samples=1"], "batch.samples is 1"),
     "no model": ([QUICKSTART, "--config.model.path="], "pass --config.model.path=DIR"),
-    "missing model": ([QUICKSTART, "--config.model.path=/no/such"], "'/no/such', which is no directory"),
+    "missing model": ([QUICKSTART, "--config.model.path=/no/such"], "'/no/such', which is not a directory"),
 }
 
 
@@ -799,7 +799,9 @@ def test_the_workdir_of_another_config_is_left_alone(run, model, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     status, printed = run(*arguments(model, tmp_path / "run"))
-    assert status == 2 and is_one_sentence(printed.err) and "holds a run of another config" in printed.err
+    assert (
+        status == 2 and is_one_sentence(printed.err) and "contains a run with another config" in printed.err
+    )
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 

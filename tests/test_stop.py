@@ -116,7 +116,7 @@ def test_the_first_signal_ends_the_run_when_the_call_under_way_returns(model, ca
     time.sleep(0.2)
     send(run, signal.SIGINT)
     first, last = assert_stopped(run, signal.SIGINT).splitlines()
-    assert "stops once the call under way returns" in first
+    assert "stops when the current device call returns" in first
     assert last == f"Ctrl-C: stopped; the same command with --workdir={tmp_path / 'run'} resumes"
     assert run.out.read_text().count("\n") == 1 and not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -157,7 +157,7 @@ def test_a_run_in_the_terminal_obeys_its_keys_and_keeps_the_lines_whole(model, c
     run.stdin.write(b"\x03")
     run.stdin.flush()
     printed += read_until(run.stdout, b"resumes")
-    assert b"\r\x1b[KCtrl-C: the run stops once" in printed and b"\r\x1b[KCtrl-C: stopped;" in printed
+    assert b"\r\x1b[KCtrl-C: the run stops when" in printed and b"\r\x1b[KCtrl-C: stopped;" in printed
     assert run.wait(60) == 130
     run.stdin.close()
     run.stdout.close()

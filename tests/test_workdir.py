@@ -86,7 +86,7 @@ def test_another_config_is_refused_with_every_field_and_both_values(tmp_path):
     with pytest.raises(UserError) as caught:
         workdir.prepare(tmp_path, other)
     assert str(caught.value) == (
-        f"workdir {tmp_path} holds a run of another config: batch.prompts is 8 there and 16 here, "
+        f"workdir {tmp_path} contains a run with another config: batch.prompts is 8 there and 16 here, "
         "model.dtype is 'bfloat16' there and 'float32' here, seed is 0 there and 3 here; "
         "use another --workdir or the same config"
     )
@@ -161,7 +161,7 @@ def test_a_file_and_a_path_below_a_file_are_refused(tmp_path):
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="holds files but no config.json"):
+    with pytest.raises(UserError, match="contains files but no config.json"):
         workdir.prepare(tmp_path, DEFAULT)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 

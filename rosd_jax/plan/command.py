@@ -30,7 +30,7 @@ from rosd_jax.plan.roofline import Work, at_limits, realistic
 from rosd_jax.plan.stages import STAGES, Stage, lower, make_job, stages
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import Settings
-from rosd_jax.train.devices import deal_cores
+from rosd_jax.train.devices import split_cpu
 from rosd_jax.train.inputs import Inputs, headline, read_inputs
 
 # Fields that make a stage smaller, and what they are set to where it does not fit.
@@ -61,7 +61,7 @@ def plan(config: Settings, directory: Path, asked: Asked) -> None:
     """Prints the plan. Raises UserError for an unknown slice or stage, or a mesh that does not fit."""
     wanted = compiled_stages(asked.compile)
     if asked.topology == "local":
-        deal_cores(config)  # before JAX starts
+        split_cpu(config)  # before JAX starts
     chips = read_topology(asked.topology)
     inputs = read_inputs(config)
     job = make_job(config, inputs.model, chips.devices)

@@ -1,4 +1,4 @@
-"""From settings and inputs to what a run works with: mesh, engines, update. Loads no weights yet."""
+"""Builds what a run works with from settings and inputs: mesh, engines, update. Loads no weights yet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rosd_jax.rewards import Grader
 from rosd_jax.rollout.bandwidth import measure_roofline
 from rosd_jax.settings import Settings
 from rosd_jax.train.compiling import keep_programs
-from rosd_jax.train.devices import check_rows, deal_cores
+from rosd_jax.train.devices import check_rows, split_cpu
 from rosd_jax.train.engines import Ends, make_engines
 from rosd_jax.train.inputs import Inputs
 from rosd_jax.train.step import Runtime
@@ -22,11 +22,15 @@ TASK_METRICS = {"gym": quote_exact}  # by the kind of the training problems
 
 
 def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Runtime, Trees]:
-    """The runtime of a run, and what makes its trees. Loads no weights yet."""
-    if config.model.dtype == "float32":  # else an accelerator rounds float32 operands to 10 bits or fewer
+    """The runtime of a run, and the `Trees` that load or initialise its weights.
+
+    Raises UserError if the mesh does not suit the devices, the model or the batch.
+    """
+    if config.model.dtype == "float32":
+        # By default, accelerators round the operands of float32 matmuls to 10 bits of mantissa or fewer.
         jax.config.update("jax_default_matmul_precision", "highest")
     keep_programs(config.compile_cache)
-    deal_cores(config)
+    split_cpu(config)  # before make_mesh, which starts JAX
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = inputs.model
     validate_mesh_for(model, mesh)
@@ -34,7 +38,7 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Runtime, Tr
     optimizer = make_optimizer(config)
     trees = Trees(config, model, mesh, optimizer)
     for leaf in replicated_dims(trees.base, mesh):
-        logging.warning("not sharded, since the mesh does not divide it: %s", leaf)
+        logging.warning("not sharded, because the mesh does not divide it: %s", leaf)
     ends = Ends(inputs.tokenizer.stop_ids, inputs.stops)
     longest = max(len(ids) for _, ids in inputs.train)
     runtime = Runtime(

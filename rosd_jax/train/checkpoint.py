@@ -1,21 +1,21 @@
-"""The train state on disk, through Orbax: three items a step, each restorable alone.
+"""The train state on disk, through Orbax. A checkpoint has three items, each restorable alone:
 
     params       the weights
-    opt_state    the optimizer
-    meta         JSON: step, layout of the trees, and what `run_meta` says of the run
+    opt_state    the optimizer state
+    meta         JSON: step, layout of the trees, and `run_meta`
 
-The position in the data is the step itself: step s of a seed is always the same batch. Beside the
-items lies checksums.json, since Orbax restores an array with a flipped byte without a word.
+The position in the data is the step itself: step s of a seed always has the same batch. checksums.json in
+each checkpoint detects damaged files, because Orbax silently restores an array with a flipped byte.
 
     open_manager(workdir)                        -> CheckpointManager on workdir/checkpoints
-    save(manager, state, step, meta)             on disk when it returns
+    save(manager, state, step, meta)             returns once the checkpoint is on disk
     prune(manager, keep, best)                   removes all but the newest ones and the best
-    restore_latest(manager, like)                -> (state, meta), or None where nothing was saved
+    restore_latest(manager, like)                -> (state, meta), or None without a checkpoint
     restore_params(manager, step, like)          -> the weights of one step
-    check_space(directory, needed_bytes, what)
-    any_saved(workdir)                           -> whether there is one; touches nothing
-    run_meta(config, origins)                    -> what `save` takes as meta
-    state_bytes(tree)
+    check_space(directory, needed_bytes, what)   raises if the disk is too full
+    any_saved(workdir)                           -> whether there is a checkpoint; changes nothing
+    run_meta(config, origins)                    -> the meta that `save` takes
+    state_bytes(tree)                            -> bytes of all arrays
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from rosd_jax.types import Params, TrainState
 CHECKSUMS = "checksums.json"
 READ_BYTES = 1 << 20
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-# How TensorStore words these two errors inside the ValueError that Orbax passes on.
+# Orbax passes these two errors on as a ValueError with TensorStore's text, which contains the code.
 FULL_DISK_TEXTS = tuple(f"os_error_code='{code:d}'" for code in FULL_DISK)
 
 
 def open_manager(workdir: Path) -> ocp.CheckpointManager:
     """The manager of workdir/checkpoints.
 
-    Removes what a killed save left behind, so only the process that holds the workdir's lock may
-    call it. Orbax's log lines are dropped from here on; its errors arrive as exceptions.
+    Removes what a killed save left behind, so only the process that has locked the workdir may call it.
+    Also silences Orbax's log lines; its errors arrive as exceptions.
     """
     logging.getLogger("absl").addFilter(_not_from_orbax)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True)
@@ -60,10 +60,10 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dict[str, Any]) -> None:
-    """Writes the state under a temporary name, then renames it.
+    """Writes the state under a temporary name, then renames it, so a kill never damages a checkpoint.
 
-    So a kill at any moment leaves the previous checkpoints whole. Raises UserError where the disk is
-    full (earlier checkpoints stay), ValueError for a step that is saved already or not the state's.
+    Raises UserError if the disk is full (earlier checkpoints stay), ValueError for a step that is saved
+    already or is not the state's.
     """
     if int(state.step) != step:
         raise ValueError(f"step {step} is not the state's, {int(state.step)}")
@@ -75,6 +75,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dic
     directory = Path(manager.directory)
     try:
         manager.save(step, args=items, force=True)
+        # After Orbax's rename: a kill in between leaves a valid checkpoint without checksums (see _verify).
         if jax.process_index() == 0:
             sums = json.dumps(_checksums(directory / str(step)), indent=1)
             write_atomic(directory / str(step) / CHECKSUMS, [sums])
@@ -87,7 +88,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dic
 
 
 def prune(manager: ocp.CheckpointManager, keep: int, best: int | None) -> None:
-    """Removes all checkpoints but the newest `keep`, and that of step `best`."""
+    """Removes all checkpoints except the newest `keep` and that of step `best`."""
     for step in sorted(manager.all_steps())[:-keep]:
         if step != best:
             manager.delete(step)
@@ -96,10 +97,10 @@ def prune(manager: ocp.CheckpointManager, keep: int, best: int | None) -> None:
 def restore_latest(
     manager: ocp.CheckpointManager, like: TrainState
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest checkpoint and its meta; None where nothing was saved.
+    """The newest checkpoint and its meta; None if there is none.
 
-    `like` holds jax.ShapeDtypeStruct leaves with the shardings to restore to, on whatever mesh.
-    Raises UserError naming the directory of a checkpoint that is damaged or of another model.
+    `like` has jax.ShapeDtypeStruct leaves with the shardings to restore to, on any mesh. Raises UserError if
+    the checkpoint is damaged or belongs to another model or optimizer.
     """
     step = manager.latest_step()
     if step is None:
@@ -109,8 +110,8 @@ def restore_latest(
     meta = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
     if meta["layout"] != _layout(like):
         raise UserError(
-            f"checkpoint {directory} holds arrays of another model or optimizer than this run's; "
-            "give model.path the model that the run began with, or use another --workdir"
+            f"checkpoint {directory} contains arrays of another model or optimizer than this run's; "
+            "set model.path to the model that the run began with, or use another --workdir"
         )
     found = _read(
         manager,
@@ -123,24 +124,24 @@ def restore_latest(
 
 
 def restore_params(manager: ocp.CheckpointManager, step: int, like: Params) -> Params:
-    """The weights alone of one step's checkpoint, as `restore_latest` gives them."""
+    """Only the weights of one step's checkpoint. `like` and errors: as for `restore_latest`."""
     _verify(Path(manager.directory) / str(step))
     return _read(manager, step, params=ocp.args.StandardRestore(like))["params"]
 
 
 def check_space(directory: Path, needed_bytes: int, what: str) -> None:
-    """Raises UserError where the disk of `directory`, made or not yet, lacks that much space."""
+    """Raises UserError if the disk has less free space. `directory` need not exist yet."""
     if _free_bytes(directory) < needed_bytes:
         raise _no_space(directory, needed_bytes, what)
 
 
 def any_saved(workdir: Path) -> bool:
-    """Whether workdir/checkpoints holds a whole one, good or damaged."""
+    """Whether workdir/checkpoints has a checkpoint that was saved completely, damaged since or not."""
     return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 def run_meta(config: Settings, origins: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its run; `origins` (history.py) tells what it was made from."""
+    """What a checkpoint records about its run. `origins`: as history.py returns them."""
     return {
         "config": fingerprint(config),
         "seed": config.seed,
@@ -151,7 +152,7 @@ def run_meta(config: Settings, origins: dict[str, Any]) -> dict[str, Any]:
 
 
 def state_bytes(tree: Any) -> int:
-    """Bytes of all arrays (or shapes) of a tree. A checkpoint is compressed and takes less."""
+    """Bytes of all arrays (or shapes) of a tree. A checkpoint is compressed, so it takes less."""
     return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
@@ -169,31 +170,32 @@ def _layout(state: TrainState) -> str:
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except jax.errors.JaxRuntimeError:  # device memory: not the checkpoint's fault
+    except jax.errors.JaxRuntimeError:  # out of device memory, say: the checkpoint is not to blame
         raise
-    except Exception as error:  # Orbax raises many types, bare Exception among them
+    except Exception as error:  # Orbax raises many types, even plain Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise _unreadable(Path(manager.directory) / str(step), reason) from error
 
 
 def _verify(directory: Path) -> None:
-    """Raises UserError where a file is missing or not as it was saved.
+    """Raises UserError if a file is missing or differs from what was saved.
 
-    A kill between Orbax's commit and ours leaves a whole checkpoint without checksums: it passes.
+    A checkpoint without checksums passes: a kill right after Orbax's rename leaves one that is valid.
     """
     if not (directory / CHECKSUMS).exists():
         return
     try:
-        saved, found = json.loads((directory / CHECKSUMS).read_bytes()), _checksums(directory)
+        saved = json.loads((directory / CHECKSUMS).read_bytes())
+        found = _checksums(directory)
     except (OSError, ValueError) as error:
         raise _unreadable(directory, str(error)) from error
     if saved != found:
         name = next(n for n in sorted({*saved, *found}) if saved.get(n) != found.get(n))
-        raise _unreadable(directory, f"{name} is not as it was saved")
+        raise _unreadable(directory, f"{name} differs from what was saved")
 
 
 def _checksums(directory: Path) -> dict[str, int]:
-    """CRC-32 of every file under a checkpoint but the list of checksums itself."""
+    """CRC-32 of every file of a checkpoint except the list of checksums itself."""
     files = [p for p in directory.rglob("*") if p.is_file() and p.name != CHECKSUMS]
     with ThreadPoolExecutor(8) as pool:
         sums = list(pool.map(_crc32, files))
@@ -217,14 +219,14 @@ def _is_full_disk(error: BaseException) -> bool:
 def _no_space(directory: Path, needed_bytes: int, what: str) -> UserError:
     return UserError(
         f"no disk space for {what}: it needs about {_readable(needed_bytes)} and {directory} has "
-        f"{_readable(_free_bytes(directory))} free; make room, or use a --workdir on another disk"
+        f"{_readable(_free_bytes(directory))} free; free some space, or use a --workdir on another disk"
     )
 
 
 def _unreadable(directory: Path, reason: str) -> UserError:
     return UserError(
         f"checkpoint {directory} cannot be read ({reason}); move that directory away to resume "
-        "from before it, or use another --workdir"
+        "from the checkpoint before it, or use another --workdir"
     )
 
 

@@ -1,9 +1,9 @@
-"""What a run compiles: kept on disk for later starts, and counted.
+"""Caches compiled programs on disk, and counts those that a run compiles.
 
     keep_programs(config.compile_cache)
     compiled = Compiled(); ...; compiled.since()     -> programs compiled since the last call, and seconds
 
-A program that the cache holds is loaded, not compiled: it is not counted, but its loading takes time too.
+A program found in the cache is loaded instead of compiled. It is not counted, but the time to load it is.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from jax import monitoring
 
 from rosd_jax.config import UserError
 
-REQUEST = "/jax/core/compile/backend_compile_duration"  # a program compiled, or loaded from the cache
+# Names of JAX's monitoring events. REQUEST comes for every program, HIT also for one that the cache had.
+REQUEST = "/jax/core/compile/backend_compile_duration"
 HIT = "/jax/compilation_cache/cache_hits"
 
 
 def keep_programs(directory: str) -> None:
-    """Keeps compiled programs under a directory; "": keeps none. A directory that JAX was told of stays.
+    """Makes JAX cache compiled programs in `directory`, unless it is "" or JAX has been given another one.
 
-    Raises UserError where it cannot be made.
+    Raises UserError if the directory cannot be made.
     """
     if not directory or jax.config.values["jax_compilation_cache_dir"]:
         return
@@ -37,13 +38,13 @@ def keep_programs(directory: str) -> None:
             "directory, or '' for none"
         ) from error
     jax.config.update("jax_compilation_cache_dir", str(path))
-    # All of them: a start takes hundreds of small programs too.
+    # Cache every program. By default JAX leaves small ones out, but a start compiles hundreds of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def processor() -> str:
-    """A name for this kind of processor: code that XLA compiled for a newer one may crash an older one."""
+    """A name for this kind of processor. Code that XLA compiled for a newer one may crash on an older one."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -54,15 +55,18 @@ class Compiled:
     """Counts the programs that this process compiles from now on."""
 
     def __init__(self) -> None:
-        self._programs, self._seconds = 0, 0.0
+        self._programs = 0
+        self._seconds = 0.0
         monitoring.register_event_duration_secs_listener(self._on_duration)
         monitoring.register_event_listener(self._on_event)
 
     def since(self) -> tuple[int, float]:
-        """Programs compiled since the last call, and the seconds that these and loaded ones took."""
-        found = self._programs, self._seconds
-        self._programs, self._seconds = 0, 0.0
-        return found
+        """Programs compiled since the last call, and the seconds spent on compiling and loading programs."""
+        programs = self._programs
+        seconds = self._seconds
+        self._programs = 0
+        self._seconds = 0.0
+        return programs, seconds
 
     def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         del kwargs

@@ -1,4 +1,4 @@
-"""JAX devices for a run's rows: the CPU split into one device per core, and the batches that must divide."""
+"""JAX devices for a run's rows: splits a CPU into one device per core; checks that batches divide evenly."""
 
 from __future__ import annotations
 
@@ -11,43 +11,46 @@ import jax
 from rosd_jax.config import UserError
 from rosd_jax.settings import Settings
 
-LEAST_ROWS = 8  # of a training batch that are worth a CPU device of their own
+LEAST_ROWS = 8  # rows of a training batch per CPU device; with fewer, another device does not pay
 HOST_DEVICES = "xla_force_host_platform_device_count"
 
 
-def deal_cores(config: Settings) -> None:
-    """Where the mesh lays rows along all devices, makes several of JAX's CPU, one to a core.
+def split_cpu(config: Settings) -> None:
+    """With mesh.data=-1 on CPU, splits the host into one JAX device per core, if there are enough rows.
 
-    Their number stays what it is once JAX has started, or where the user chose it; other kinds of devices
-    are none of its business.
+    Does nothing once JAX has started, or if the user has set the number of CPU devices. Accelerators are not
+    affected.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if config.mesh.data != -1 or "JAX_NUM_CPU_DEVICES" in os.environ or HOST_DEVICES in flags:
         return
     rows = config.batch.prompts * config.batch.samples
-    devices = cpu_devices(
-        rows // max(LEAST_ROWS, config.batch.device_rows), math.gcd(*batches(config).values())
-    )
-    with contextlib.suppress(RuntimeError):  # JAX has started
+    most = rows // max(LEAST_ROWS, config.batch.device_rows)
+    devices = cpu_devices(most, divisor=math.gcd(*batches(config).values()))
+    with contextlib.suppress(RuntimeError):  # raised once JAX has started
         jax.config.update("jax_num_cpu_devices", devices)
 
 
 def cpu_devices(most: int, divisor: int) -> int:
-    """A power of two, at most `most` and a device for each core, that divides `divisor`.
+    """The largest power of two that divides `divisor` and is at most `most` and the number of cores.
 
-    XLA for CPU attends to one row after another in one thread, and each device has its own.
+    XLA for CPU computes attention row by row in one thread per device, so more devices use more cores.
     """
     most = max(1, min(cores(), most))
-    return min(divisor & -divisor, 1 << most.bit_length() - 1)
+    largest_power = 1 << most.bit_length() - 1
+    dividing_power = divisor & -divisor  # the lowest set bit
+    return min(dividing_power, largest_power)
 
 
 def cores() -> int:
     """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def batches(config: Settings) -> dict[str, int]:
-    """Rows of each batch that is laid over the row devices, by field."""
+    """Rows of each batch that is split over the row devices, by field."""
     return {
         "batch.prompts x batch.samples": config.batch.prompts * config.batch.samples,
         "eval.batch": config.eval.batch,
@@ -55,7 +58,7 @@ def batches(config: Settings) -> dict[str, int]:
 
 
 def check_rows(config: Settings, devices: int) -> None:
-    """Raises UserError where a batch's rows cannot be laid evenly over the row devices."""
+    """Raises UserError if a batch cannot be split evenly over the row devices."""
     for field, n in batches(config).items():
         if n % devices:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The decoding engines of a run: rollouts, reflections and evaluation, with the limits that settings give."""
+"""The three engines of a run, for rollouts, reflections and evaluation, and their limits."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ Sampled = RolloutSettings | ReflectSettings | EvalSettings
 
 @dataclass(frozen=True)
 class Engines:
-    """The decoding engines of a run."""
+    """The engines of a run."""
 
-    rollouts: Engine  # training rollouts
-    reflections: Engine  # the reflector's answers
-    evaluation: Engine  # evaluation's answers
+    rollouts: Engine
+    reflections: Engine
+    evaluation: Engine  # for eval.sets and validation.sets
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What ends a response before its limit."""
+    """What ends a response before its token limit."""
 
     stop_ids: tuple[int, ...]
-    stops: Stops | None  # stop strings; reflections have none
+    stops: Stops | None  # stop strings; not used for reflections
 
 
 def make_engines(
     config: Settings, model: Qwen3Config, mesh: Mesh, ends: Ends, longest_train: int | None = None
 ) -> Engines:
-    """The decoding engines of a run.
+    """The engines of a run. Raises UserError if rollout.cache_tokens is too small for one response.
 
     longest_train: tokens of the longest training prompt; None: data.max_prompt_tokens.
     """
@@ -74,7 +74,7 @@ def make_engines(
 
 
 def limits_of(config: Settings, max_new: int, max_prompt: int, *, rows: int, prompts: int = 1) -> Limits:
-    """The limits of an engine. rows, prompts: what a call's numbers of them are multiples of."""
+    """The limits of an engine. Its calls have multiples of `rows` rows and of `prompts` distinct prompts."""
     return Limits(
         max_new=max_new,
         max_prompt=max_prompt,
@@ -87,13 +87,13 @@ def limits_of(config: Settings, max_new: int, max_prompt: int, *, rows: int, pro
 
 
 def cache_pages(config: Settings, max_new: int) -> int:
-    """Pages for responses on each row device. Raises UserError where a single one might not fit."""
+    """Pages for responses on each row device. Raises UserError if a single response might not fit."""
     page = page_length(max_new)
     pages = config.rollout.cache_tokens // page
     least = own_pages(page, max_new)
     if pages < least:
         raise UserError(
             f"rollout.cache_tokens is {config.rollout.cache_tokens}; a response of {max_new} tokens needs "
-            f"{least * page}, so raise it or lower the limit of rollout, reflect and eval"
+            f"{least * page}, so raise it, or lower max_new_tokens of rollout, reflect and eval"
         )
     return pages

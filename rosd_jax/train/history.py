@@ -1,18 +1,18 @@
-"""What earlier starts left in a workdir, and whether another one may go on from it.
+"""What earlier starts left in a workdir, and whether a run may continue there.
 
-Steps without a checkpoint are made again only where a kill explains them: all that a run made before its
-first checkpoint, and what it made after its newest one. A history whose checkpoints were removed stays.
+Steps without a checkpoint are repeated only if a kill explains them: those before the first checkpoint, and
+those after the newest one. A run whose checkpoints were removed is never overwritten.
 
-    last_step(workdir)                                -> the last step of which anything is left
+    last_step(workdir)                                -> the last step that left anything
     exported_step(workdir)                            -> the step of the model in export/
-    require_checkpoint(workdir, config)               raises where training would start over
-    require_steps(workdir, config, start)             raises where fewer steps are asked for than were made
-    require_same_origins(kept, now, config)           raises where weights, tokenizer or problems changed
-    require_same_evals(workdir, inputs, start)        raises where an evaluation set changed
-    export_to_evaluate(workdir, config)               -> True where export/ is all that is left of the model
-    origins(config, inputs)                           -> what a run is made from, for a checkpoint's meta
-    conditions(config, inputs, split, name)           -> what an evaluation is made under
-    unevaluated(workdir, config, inputs, split, step) -> the sets without an evaluation of that step
+    require_checkpoint(workdir, config)               raises if training would start over
+    require_steps(workdir, config, start)             raises if more steps were made than config asks for
+    require_same_origins(kept, now, config)           raises if weights, tokenizer or problems changed
+    require_same_evals(workdir, inputs, start)        raises if an evaluation set changed
+    export_to_evaluate(workdir, config)               -> True if export/ is all that is left of the model
+    origins(config, inputs)                           -> what a run starts from, for a checkpoint's meta
+    conditions(config, inputs, split, name)           -> the conditions of an evaluation
+    unevaluated(workdir, config, inputs, split, step) -> the sets that were not evaluated at that step
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ EXPORTED = "trained_steps.txt"  # in export/
 
 
 def last_step(workdir: Path) -> int:
-    """The last step of which lines, rollouts or an export are left; 0 where there is none."""
+    """The last step that left metrics, rollouts or an export; 0 if there is none."""
     lines = [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
     return max([0, _noted_step(workdir) or 0, *lines, *rollout_steps(workdir)])
 
 
 def exported_step(workdir: Path) -> int | None:
-    """The step of the model in export/, None where there is no export.
+    """The step of the model in export/; None without an export.
 
-    An export without a note of it, by an older version, is that of the last step in the history.
+    An older version wrote no trained_steps.txt; its export is that of the last step.
     """
     if not (workdir / "export" / "config.json").is_file():
         return None
@@ -59,39 +59,43 @@ def _noted_step(workdir: Path) -> int | None:
     text = path.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise UserError(
-            f"{path} holds {text[:40]!r}; it must be the step of the exported model, so correct it"
+            f"{path} contains {text[:40]!r}; it must be the step of the exported model, so correct it"
         )
     return int(text)
 
 
 def require_checkpoint(workdir: Path, config: Settings) -> None:
-    """Raises UserError where training would start over and erase a history that no kill explains."""
+    """Raises UserError if training would start over and erase steps whose checkpoints were removed."""
     if not _checkpoints_are_gone(workdir, config):
         return
-    instead = "" if exported_step(workdir) is None else ", evaluate the exported model with --mode=eval"
+    has_export = exported_step(workdir) is not None
+    evaluate = ", evaluate the exported model with --mode=eval" if has_export else ""
     raise UserError(
-        f"workdir {workdir} holds a history up to step {last_step(workdir)} and no checkpoint to resume "
-        f"from; bring {workdir / 'checkpoints'} back{instead}, or use another --workdir"
+        f"workdir {workdir} contains a run up to step {last_step(workdir)}, but no checkpoint to resume it "
+        f"from; restore {workdir / 'checkpoints'}{evaluate}, or use another --workdir"
     )
 
 
 def export_to_evaluate(workdir: Path, config: Settings) -> bool:
-    """Whether export/ is all that is left of the model that the history tells of.
+    """Whether the checkpoints were removed, so that export/ is all that is left of the model.
 
-    Raises UserError where not even that is.
+    Raises UserError if there is no export either.
     """
     if not _checkpoints_are_gone(workdir, config):
         return False
     if exported_step(workdir) is None:
         raise UserError(
-            f"workdir {workdir} holds a history up to step {last_step(workdir)}, but neither a checkpoint "
-            f"nor an export of its model; bring {workdir / 'checkpoints'} back or use another --workdir"
+            f"workdir {workdir} contains a run up to step {last_step(workdir)}, but neither a checkpoint "
+            f"nor an export of its model; restore {workdir / 'checkpoints'} or use another --workdir"
         )
     return True
 
 
 def _checkpoints_are_gone(workdir: Path, config: Settings) -> bool:
-    """A run makes checkpoints/ before its first line, and a kill leaves it empty until the first is due."""
+    """Whether checkpoints that a run must have made were removed.
+
+    A run makes checkpoints/ before its first line, and a kill before the first checkpoint leaves it empty.
+    """
     last = last_step(workdir)
     if last == 0 or checkpoint.any_saved(workdir):
         return False
@@ -100,17 +104,17 @@ def _checkpoints_are_gone(workdir: Path, config: Settings) -> bool:
 
 
 def require_steps(workdir: Path, config: Settings, start: int) -> None:
-    """Raises UserError where config.steps is below the newest checkpoint's step or the exported model's."""
+    """Raises UserError if config.steps is less than the newest checkpoint's step or the exported model's."""
     made = max(start, exported_step(workdir) or 0)
     if made > config.steps:
         raise UserError(
-            f"steps is {config.steps}; this run has made {made} already, so ask for at least that "
-            "or use another --workdir"
+            f"steps is {config.steps}; this run has made {made} already, so set at least {made} or use "
+            "another --workdir"
         )
 
 
 def origins(config: Settings, inputs: Inputs) -> dict[str, Any]:
-    """What a run is made from and its config does not say; JSON, for a checkpoint's meta."""
+    """What a run starts from and its config does not record: checksums as JSON, for a checkpoint's meta."""
     model = dataclasses.asdict(inputs.model)
     return {
         "weights": weights_fingerprint(config.model.path),
@@ -122,9 +126,9 @@ def origins(config: Settings, inputs: Inputs) -> dict[str, Any]:
 
 
 def require_same_origins(kept: dict[str, Any], now: dict[str, Any], config: Settings) -> None:
-    """Raises UserError naming all of `now` that is not what the checkpoint's meta `kept` has.
+    """Raises UserError naming everything in `now` that differs from the checkpoint's meta, `kept`.
 
-    The frozen tree is read from model.path again, and other weights would be another teacher.
+    For example, the frozen tree is read from model.path again, and other weights would be another teacher.
     """
     path = f"model.path ({config.model.path!r})"
     words = {
@@ -135,24 +139,24 @@ def require_same_origins(kept: dict[str, Any], now: dict[str, Any], config: Sett
     }
     changed = [name for name in now if _differs(kept.get(name), now[name])]
     if "train" in changed:
-        then, rows = kept["train"]["rows"], now["train"]["rows"]
-        words["train"] = f"the training problems of {config.data.train} ({then} rows then, {rows} now)"
+        rows = f"{kept['train']['rows']} rows then, {now['train']['rows']} now"
+        words["train"] = f"the training problems of {config.data.train} ({rows})"
     if changed:
         raise UserError(
-            f"{' and '.join(words[name] for name in changed)} changed since this run began; bring the old "
-            "ones back or use another --workdir"
+            f"{' and '.join(words[name] for name in changed)} changed since this run began; restore the "
+            "old ones or use another --workdir"
         )
 
 
 def _differs(kept: Any, now: Any) -> bool:
-    """What a checkpoint of an older version does not say is not compared."""
+    """Whether two origins differ. What a checkpoint of an older version lacks is not compared."""
     if isinstance(kept, dict):
         return any(kept[name] != value for name, value in now.items() if name in kept)
     return kept is not None and kept != now
 
 
 def conditions(config: Settings, inputs: Inputs, split: Split, name: str) -> dict[str, float]:
-    """What the evaluation of one set is made under, as metrics: equal ones can be compared."""
+    """The conditions of one set's evaluation, as metrics. Scores are comparable if all are equal."""
     return {
         "k": config.eval.samples,
         "n": len(inputs.sets(split)[name]),
@@ -164,7 +168,7 @@ def conditions(config: Settings, inputs: Inputs, split: Split, name: str) -> dic
 
 
 def unevaluated(workdir: Path, config: Settings, inputs: Inputs, split: Split, step: int) -> list[str]:
-    """The sets that have no line of `step` made under the present conditions."""
+    """The sets that have no line of `step` under the present conditions."""
     rows = {row["split"]: row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] == step}
     return [
         name
@@ -174,14 +178,14 @@ def unevaluated(workdir: Path, config: Settings, inputs: Inputs, split: Split, s
 
 
 def _agrees(row: Row | None, wanted: dict[str, float]) -> bool:
-    """A field that a line of an older version lacks agrees."""
+    """Whether a line has these conditions. One that a line of an older version lacks counts as equal."""
     return row is not None and all(row.get(field, value) == value for field, value in wanted.items())
 
 
 def require_same_evals(workdir: Path, inputs: Inputs, start: int) -> None:
-    """Raises UserError where a set is not what it was at an earlier evaluation, up to step `start`.
+    """Raises UserError if a set differs from what it was at an evaluation up to step `start`.
 
-    The scores could not be compared, which is what a run's report does.
+    The report could not compare such scores.
     """
     for row in read_metrics(workdir / "metrics.jsonl"):
         split, _, name = row["split"].partition("/")
@@ -190,7 +194,7 @@ def require_same_evals(workdir: Path, inputs: Inputs, start: int) -> None:
         now = inputs.found[f"{name}/{FILES[split]}"]["crc32"]
         if row.get(PROBLEMS, now) != now:
             raise UserError(
-                f"problems or golds of {name} in {split}.sets changed since this run was evaluated on it at "
-                f"step {row['step']}; bring the old ones back, give the new ones another name, or use "
+                f"problems or gold answers of {name} in {split}.sets changed since this run was evaluated on "
+                f"it at step {row['step']}; restore the old ones, give the new ones another name, or use "
                 "another --workdir"
             )

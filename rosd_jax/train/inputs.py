@@ -1,6 +1,6 @@
-"""What a run reads from disk, apart from the weights: model config, tokenizer, problems.
+"""What a run reads from disk, apart from the weights: model config, tokenizer, wording, problems.
 
-`read_inputs` finds every mistake in them before a device is touched.
+`read_inputs` reports any mistake in them before a device is touched.
 """
 
 from __future__ import annotations
@@ -32,34 +32,35 @@ from rosd_jax.text.wording import read_wording
 from rosd_jax.train.engines import cache_pages
 from rosd_jax.types import Problem
 
-Split = Literal["eval", "validation"]  # of what is scored, as lines of metrics.jsonl begin
-FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that is read for it
+Split = Literal["eval", "validation"]  # which sets are scored; `split` in metrics.jsonl begins with it
+FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that each one reads
 WORDINGS = {"english": ENGLISH, "gym": GYM}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads from disk, bar the weights."""
+    """What a run reads from disk, apart from the weights."""
 
     model: Qwen3Config
     tokenizer: Tokenizer
     wording: Wording
     stops: Stops | None
     train: Encoded
-    evals: dict[str, Encoded]  # eval.sets, which reports are about
-    validation: dict[str, Encoded]  # validation.sets, which choose the best step
-    overlong: dict[str, list[str]]  # set/split -> uids of the prompts that do not fit
-    found: dict[str, dict[str, int]]  # set/split -> "rows" and "crc32" of the problems as they were read
+    evals: dict[str, Encoded]  # eval.sets, by name: for the report
+    validation: dict[str, Encoded]  # validation.sets, by name: to choose the best step
+    overlong: dict[str, list[str]]  # "set/split" -> uids of prompts above data.max_prompt_tokens, left out
+    found: dict[str, dict[str, int]]  # "set/split" -> "rows" and "crc32" of the problems as read
 
     def sets(self, split: Split) -> dict[str, Encoded]:
-        """The sets that lines of this split are about."""
+        """The sets of a split, by name."""
         return self.evals if split == "eval" else self.validation
 
 
 def read_inputs(config: Settings) -> Inputs:
-    """Model config, tokenizer and problems. Raises UserError for the first thing that does not fit."""
+    """Reads and checks them all. Raises UserError for the first mistake."""
     path = model_path(config)
-    read_config(path, num_tokens=None, dtype=config.model.dtype, remat="none")  # before the tokenizer
+    # Only checks config.json, so that a wrong model directory is reported as one, not by its tokenizer.
+    read_config(path, num_tokens=None, dtype=config.model.dtype, remat="none")
     tokenizer = load_tokenizer(path)
     model = read_config(
         path,
@@ -74,7 +75,7 @@ def read_inputs(config: Settings) -> Inputs:
     stop = config.rollout.stop
     stops = make_stops(stop, tokenizer.pieces(stop)) if stop else None
     with Grader(config.rewards, config.reward_timeout) as grader:
-        grader.start()  # raises where an own reward function cannot be used
+        grader.start()  # raises if the user's reward function cannot be used
     chat_ids = partial(tokenizer.chat_ids, thinking=config.thinking.student)
     overlong: dict[str, list[str]] = {}
     found: dict[str, dict[str, int]] = {}
@@ -89,14 +90,14 @@ def read_inputs(config: Settings) -> Inputs:
         return kept[:limit] if limit else kept
 
     train = encode(config.data.train, "train", 0)
-    batch_at(train, 0, config.seed, config.batch.prompts)  # raises where there are too few
+    batch_at(train, 0, config.seed, config.batch.prompts)  # raises if there are too few problems
     check_names(config)
-    evals = {
-        set_name(name): encode(name, FILES["eval"], config.eval.limit) for name in listed(config.eval.sets)
-    }
-    validation = {
-        set_name(name): encode(name, FILES["validation"], 0) for name in listed(config.validation.sets)
-    }
+    evals: dict[str, Encoded] = {}
+    for name in listed(config.eval.sets):
+        evals[set_name(name)] = encode(name, FILES["eval"], config.eval.limit)
+    validation: dict[str, Encoded] = {}
+    for name in listed(config.validation.sets):
+        validation[set_name(name)] = encode(name, FILES["validation"], 0)
     check_known(tokenizer, train, config.data.train)
     for name, uids in overlong.items():
         logging.warning(
@@ -109,14 +110,14 @@ def read_inputs(config: Settings) -> Inputs:
 
 
 def check_known(tokenizer: Tokenizer, train: Encoded, name: str) -> None:
-    """Warns where the tokenizer does not know much of the training prompts' text."""
+    """Warns if many tokens of the training prompts are the tokenizer's unknown token."""
     share = tokenizer.unknown_share(ids for _, ids in train)
     if share > health.UNKNOWN:
         logging.warning("%s: %s", name, health.unknown_sentence(share))
 
 
 def model_path(config: Settings) -> Path:
-    """The model's directory. Raises UserError when none is named or it does not exist."""
+    """The model's directory. Raises UserError if none is named or it does not exist."""
     if not config.model.path:
         raise UserError(
             "model.path is empty; it must be a Hugging Face directory of a Qwen3, Qwen2 or Llama model, so "
@@ -125,56 +126,56 @@ def model_path(config: Settings) -> Path:
     path = Path(config.model.path)
     if not path.is_dir():
         raise UserError(
-            f"model.path is {str(path)!r}, which is no directory; pass --config.model.path=DIR of a "
+            f"model.path is {str(path)!r}, which is not a directory; pass --config.model.path=DIR of a "
             "Hugging Face model"
         )
     return path
 
 
 def listed(sets: str) -> tuple[str, ...]:
-    """The names in a field such as eval.sets."""
+    """The set names in a field such as eval.sets, which separates them by commas."""
     return tuple(name.strip() for name in sets.split(",") if name.strip())
 
 
 def check_names(config: Settings) -> None:
-    """Raises UserError where two different sets of one's own have the same name."""
-    asked: dict[str, str] = {}
+    """Raises UserError if two different sets of the user's have the same name."""
+    known: dict[str, str] = {}
     for name in (config.data.train, *listed(config.eval.sets), *listed(config.validation.sets)):
-        other = asked.setdefault(set_name(name), name)
+        other = known.setdefault(set_name(name), name)
         if not same_data(name, other, config.data.dir):
             raise UserError(
                 f"data.train, eval.sets and validation.sets name two sets {set_name(name)!r}, {other!r} and "
-                f"{name!r}; a name must stand for one set, so give each its own, or put them as "
-                "train.jsonl, validation.jsonl and test.jsonl into one folder"
+                f"{name!r}; a name must mean one set, so give each its own, or put them into one "
+                "folder as train.jsonl, validation.jsonl and test.jsonl"
             )
 
 
 def trained_on(config: Settings) -> tuple[str, ...]:
-    """What the set that training draws from is called: in data.train, then in eval.sets."""
+    """The names of the training set: that in data.train, then those of the same data in eval.sets."""
     train = config.data.train
     same = [name for name in listed(config.eval.sets) if same_data(name, train, config.data.dir)]
     return tuple(dict.fromkeys(set_name(name) for name in (train, *same)))
 
 
 def headline(inputs: Inputs, config: Settings, directory: Path, start: int) -> str:
-    """What runs, where, and from which step."""
-    begun = f"resumes after step {start}" if start else f"{config.steps} steps"
+    """The first line on the console: what is trained, from which step, and where."""
+    what = f"resumes after step {start}" if start else f"{config.steps} steps"
     name = trained_on(config)[0]
-    return f"{config.name}: {len(inputs.train)} problems of {name}, {begun}, in {directory}"
+    return f"{config.name}: {len(inputs.train)} problems of {name}, {what}, in {directory}"
 
 
 def check_kinds(config: Settings, problems: Sequence[Problem]) -> None:
-    """Raises UserError for the first problem that no built-in checker grades, where they are to grade."""
+    """Raises UserError for the first problem that needs the user's reward function, if there is none."""
     own = next((problem.uid for problem in problems if problem.kind == "own"), None)
     if own and config.rewards in get_args(Mode):
         raise UserError(
-            f"rewards is {config.rewards!r}, and the kind of problem {own} is 'own'; give rewards the "
+            f"rewards is {config.rewards!r}, and the kind of problem {own} is 'own'; set rewards to the "
             "MODULE:FUNCTION that grades it, or change the kind"
         )
 
 
 def check_lengths(config: Settings, model: Qwen3Config) -> None:
-    """Raises UserError when the longest possible sequence exceeds the model's positions, or the cache."""
+    """Raises UserError if the longest possible sequence exceeds the model's positions or the KV cache."""
     longest = {
         "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         "reflect.max_new_tokens": config.reflect.max_prompt_tokens + config.reflect.max_new_tokens,
@@ -194,5 +195,5 @@ def check_lengths(config: Settings, model: Qwen3Config) -> None:
         if longest_prompt > config.rollout.prompt_tokens // LONGEST_PAGE * LONGEST_PAGE:
             raise UserError(
                 f"rollout.prompt_tokens is {config.rollout.prompt_tokens}; a single prompt may have "
-                f"{field} = {longest_prompt}, so raise the one or lower the other"
+                f"{field} = {longest_prompt}, so raise rollout.prompt_tokens or lower {field}"
             )

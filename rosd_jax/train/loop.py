@@ -1,10 +1,10 @@
 """The run: set up or resume, step, evaluate, checkpoint, export, report.
 
-What a step writes, in this order, is what resuming relies on: rollouts/step_N.jsonl, the train line,
-the validation and evaluation lines (if due), the checkpoint (if due, or if validation finds this step the
-best). A line later than the newest checkpoint is dropped when the run is resumed, and written again; no
-other one is. history.py says when a run may resume. A run that a signal stops between two calls saves the
-last step whose lines are all written.
+A step writes, in this order: rollouts/step_N.jsonl, its train line, its validation and evaluation lines if
+due, and a checkpoint if due or if validation finds this step the best so far. Resuming relies on this order:
+a step that has a checkpoint has all its lines. A resumed run drops the lines of later steps and writes them
+again. history.py decides whether a run may resume. A signal stops the run between two device calls, and the
+last step whose lines are all written is then saved.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from rosd_jax.types import HostRollout, Params, Reflected, Stream, TrainState
 
 @dataclass(frozen=True)
 class Run:
-    """What all parts of a run need and none changes."""
+    """What all parts of a run use."""
 
     runtime: Runtime
     inputs: Inputs
     directory: Path
     log: MetricsLog
     console: Console
-    manager: Any  # Orbax's, of the checkpoints
+    manager: Any  # Orbax's checkpoint manager
     compiled: Compiled
-    meta: dict[str, Any]  # what a checkpoint says of the run
+    meta: dict[str, Any]  # saved with every checkpoint
 
     @property
     def config(self) -> Settings:
@@ -63,27 +63,33 @@ class Run:
 
 
 def train(config: Settings, directory: Path) -> None:
-    """Trains for config.steps steps in `directory`, or goes on where a run there stopped."""
+    """Trains for config.steps steps in `directory`, or resumes the run there; then exports and reports.
+
+    Raises UserError for a mistake of the user's, Stopped after a signal.
+    """
+    # Mistakes should show early, so what needs no device is checked first. `resume` drops lines of earlier
+    # starts, so it comes after everything that can fail.
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
     origins = history.origins(config, inputs)
-    compiled = Compiled()
+    compiled = Compiled()  # counts from here, so before anything is compiled
     with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         history.require_checkpoint(directory, config)
         runtime, trees = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory)
-        check_disk(directory, manager, trees, config)
+        check_disk(directory, manager, trees, config)  # before minutes are spent on reading weights
         state, start = begin(config, manager, trees, origins)
         frozen_params = trees.frozen(None if start else state)
         console = Console(config.steps, start)
         log = resume(directory, config, inputs, start, console)
         meta = checkpoint.run_meta(config, origins)
         run = Run(runtime, inputs, directory, log, console, manager, compiled, meta)
-        with jax.set_mesh(runtime.mesh), stopping.deferred(directory):  # the model lays activations along it
+        # The model reads the mesh from the context, to shard its activations.
+        with jax.set_mesh(runtime.mesh), stopping.deferred(directory):
             state = take_steps(run, state, frozen_params, start)
             stopping.check()
             export(run, learner(state.params, frozen_params, config), directory / "export", config.steps)
-            del state  # the best step's parameters take its place
+            del state  # frees device memory for the parameters of the best step
             export_best(run, trees.like, frozen_params)
             manager.close()
             console.close()
@@ -91,12 +97,12 @@ def train(config: Settings, directory: Path) -> None:
 
 
 def resume(directory: Path, config: Settings, inputs: Inputs, start: int, console: Console) -> MetricsLog:
-    """The log of a run that goes on after step `start`; what later steps left without a checkpoint goes.
+    """The log of a run that continues after step `start`. What later steps wrote is dropped.
 
-    Raises UserError, and changes nothing, where the run cannot go on as config asks.
+    Raises UserError, before it changes anything, if the run cannot continue with this config.
     """
     history.require_steps(directory, config, start)
-    if start:  # else all is made again
+    if start:  # otherwise every evaluation is made again
         history.require_same_evals(directory, inputs, start)
     last = history.last_step(directory)
     workdir.record(directory, config)
@@ -109,7 +115,7 @@ def resume(directory: Path, config: Settings, inputs: Inputs, start: int, consol
 
 
 def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -> TrainState:
-    """The state after config.steps steps."""
+    """The state after config.steps steps. Raises Stopped after saving the last complete step."""
     config = run.config
     done = start
     try:
@@ -123,25 +129,26 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
                 run.console.stage("checkpoint")
                 checkpoint.save(run.manager, state, done, run.meta)
                 checkpoint.prune(run.manager, config.checkpoint.keep, best)
-    except stopping.Stopped:  # before the next step's update, or in the scoring of this one
+    except stopping.Stopped:  # raised before the update of step done + 1, or while step `done` is scored
         save_unsaved(run, state, done)
         raise
     return state
 
 
 def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> None:
-    """What is to be scored at a step and is not yet: all of it, or what an earlier start left undone."""
+    """Scores the validation and evaluation sets that are due at a step and have not been scored."""
     config = run.config
     every_of: dict[Split, int] = {"validation": config.validation.every, "eval": config.eval.every}
     for split, every in every_of.items():
         if step == 0 or is_due(step, every, config.steps):
-            model = learner(params, frozen_params, config)  # not before: it may be brought from the host
+            model = learner(params, frozen_params, config)  # only here, since it may copy from the host
             score(run, split, unscored(run, split, step), model, step)
 
 
 def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> TrainState:
-    """Step number `step` (from 0), with its lines written under number step + 1."""
-    began, timeouts = time.perf_counter(), run.runtime.grader.timeouts
+    """Makes step number `step` (from 0) and writes its lines, under the number step + 1."""
+    began = time.perf_counter()
+    timeouts = run.runtime.grader.timeouts
     prompts = batch_at(run.inputs.train, step, run.config.seed, run.config.batch.prompts)
     state, numbers, reflected, weight_BR = train_step(
         run.runtime, state, frozen_params, prompts, step, run.console.stage
@@ -159,9 +166,10 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
 
 
 def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
-    """One readable record a rollout: what was said, what it earned, and where the loss lay."""
+    """The lines of rollouts/step_N.jsonl, one per rollout."""
     graded = reflected.graded
-    tokens_BR, length_B = graded.rollout.tokens_BR, graded.rollout.length_B
+    tokens_BR = graded.rollout.tokens_BR
+    length_B = graded.rollout.length_B
     rows = []
     for row, (text, r) in enumerate(zip(graded.texts, reflected.reflections, strict=True)):
         problem = graded.problem(row)
@@ -188,18 +196,19 @@ def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
 
 
 def score(run: Run, split: Split, names: Iterable[str], params: Params, step: int) -> None:
-    """Every set named by itself: one line in the metrics, and the raw generations in a file."""
+    """Evaluates each named set: one line in metrics.jsonl, and its generations in a file."""
     c = run.config.eval
     for name in names:
         stopping.check()
         encoded = run.inputs.sets(split)[name]
         run.console.stage(f"{split} {name}")
+        # The key depends on step and set, so the answers do not depend on which other sets are scored.
         key = jax.random.fold_in(Stream.EVAL.key(run.runtime.key), step)
         key = jax.random.fold_in(key, zlib.crc32(f"{split}/{name}".encode()))
 
         def sample(requests: Sequence[Request], key: jax.Array = key) -> HostRollout:
             rollout = run.runtime.engines.evaluation.generate(params, requests, key)
-            stopping.check()  # before the grading
+            stopping.check()  # so that a signal does not wait for grading
             return rollout
 
         numbers, generations = evaluate_set(
@@ -212,6 +221,7 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
             votes=run.runtime.grader.votes,
             samples=c.samples,
         )
+        # The line comes last: a set that has one is not scored again when the run is resumed.
         write_generations(run.directory, step, name, generations, split)
         conditions = history.conditions(run.config, run.inputs, split, name)
         run.log.replace(step, f"{split}/{name}", numbers | conditions)
@@ -222,9 +232,9 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
 
 
 def unscored(run: Run, split: Split, step: int) -> list[str]:
-    """The sets that are to be scored at a step that an earlier start may have scored.
+    """The sets of this split that have no valid scores at `step` from an earlier start.
 
-    Before the first step that is all of them: other weights may have made what is there.
+    At step 0 these are all sets: lines found there may come from other weights.
     """
     if step == 0:
         return list(run.inputs.sets(split))
@@ -232,22 +242,22 @@ def unscored(run: Run, split: Split, step: int) -> list[str]:
 
 
 def save_unsaved(run: Run, state: TrainState, step: int) -> None:
-    """Saves the state after step `step` before the run ends, unless no step was made or it is saved."""
+    """Saves the state after step `step`, unless it is saved already or no step was made."""
     if step and run.manager.latest_step() != step:
         stopping.tell(f"saving step {step}")
         checkpoint.save(run.manager, state, step, run.meta)
 
 
 def export_best(run: Run, like: TrainState, frozen_params: Params) -> None:
-    """The model of the step that validation chose, scored and exported, unless it is the first or the last.
+    """Scores and exports the model of the best step by validation, unless that is step 0 or the last.
 
-    Only steps whose checkpoint is there can be chosen.
+    Only steps that have a checkpoint can be chosen.
     """
-    saved = {0, *run.manager.all_steps()}
+    saved = {0, *run.manager.all_steps()}  # step 0 is the original model, which needs no checkpoint
     best = best_step([row for row in read_metrics(run.log.path) if row["step"] in saved])
     path = run.directory / "export_best"
     if best in (None, 0, run.config.steps):
-        shutil.rmtree(path, ignore_errors=True)  # of a shorter run in this directory
+        shutil.rmtree(path, ignore_errors=True)  # left by a shorter run in this directory
         return
     params = checkpoint.restore_params(run.manager, best, like.params)
     params = learner(params, frozen_params, run.config)
@@ -256,15 +266,15 @@ def export_best(run: Run, like: TrainState, frozen_params: Params) -> None:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Every so many steps (0: never), and at the last one."""
+    """Whether something is due after `step`: every `every` steps (0: never), and at the last one."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def evaluate_only(config: Settings, directory: Path) -> None:
-    """Evaluates the newest checkpoint in `directory`, or the model as it came where nothing was trained.
+    """Evaluates the newest checkpoint in `directory`, or the original model if nothing was trained there.
 
-    Where the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier
-    evaluation of that step are replaced by the new ones; all else stays.
+    If the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier evaluation
+    of the same step and sets are replaced; everything else stays.
     """
     exported = history.export_to_evaluate(directory, config)
     if exported:
@@ -275,31 +285,32 @@ def evaluate_only(config: Settings, directory: Path) -> None:
         runtime, trees = build(config, inputs, grader)
         manager = checkpoint.open_manager(directory)
         if exported:
-            state, at = trees.first(), history.exported_step(directory) or 0
+            state = trees.first()
+            step = history.exported_step(directory) or 0
+            what = f"{config.model.path}, the model of step {step}, since the checkpoints are gone"
         else:
             origins = history.origins(config, inputs)
-            asked = {name: origins[name] for name in ("model", "tokenizer")}  # what an evaluation depends on
-            state, at = begin(config, manager, trees, asked)
+            # To evaluate, a run need not have the weights, wording and problems that it was trained with.
+            needed = {name: origins[name] for name in ("model", "tokenizer")}
+            state, step = begin(config, manager, trees, needed)
+            what = f"the checkpoint of step {step}" if step else f"the original model in {config.model.path}"
         params = state.params
         if config.model.lora.rank:
             params = learner(params, trees.frozen(None), config)
-        console = Console(config.steps, at)
-        what = f"the checkpoint of step {at}" if at else f"the model of {config.model.path} as it came"
-        if exported:
-            what = f"{config.model.path}, the model of step {at}, since the checkpoints are gone"
+        console = Console(config.steps, step)
         console.say(f"{config.name}: evaluates {what}, in {directory}")
         log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: True)
         run = Run(runtime, inputs, directory, log, console, manager, Compiled(), {})
         with jax.set_mesh(runtime.mesh), stopping.deferred(directory):
-            score(run, "eval", inputs.evals, params, at)
+            score(run, "eval", inputs.evals, params, step)
             console.close()
             print(write_report(directory, trained_on(config)))
 
 
 def begin(config: Settings, manager: Any, trees: Trees, origins: dict[str, Any]) -> tuple[TrainState, int]:
-    """The newest checkpoint's state and step, or the first state and 0.
+    """The state and step of the newest checkpoint; without one, the initial state and 0.
 
-    Raises UserError when the checkpoint was made from anything else than `origins`.
+    Raises UserError if the checkpoint's run began with other `origins`.
     """
     restored = checkpoint.restore_latest(manager, trees.like)
     if restored is None:
@@ -310,24 +321,25 @@ def begin(config: Settings, manager: Any, trees: Trees, origins: dict[str, Any])
 
 
 def check_disk(directory: Path, manager: Any, trees: Trees, config: Settings) -> None:
-    """Raises UserError when the checkpoints still to be written and the export would not fit.
+    """Raises UserError if the disk lacks space for the checkpoints still to be written and the export.
 
-    A new checkpoint is written before the oldest goes, so there is one more than checkpoint.keep, and
-    another where validation keeps the best one.
+    A new checkpoint is written before the oldest is removed, so there can be one more than checkpoint.keep,
+    and another one if validation keeps the best step.
     """
-    there = manager.all_steps()
+    saved = manager.all_steps()
     most = config.checkpoint.keep + 1 + bool(config.validation.sets)
-    more = 0 if config.steps in there else max(1, most - len(there))
+    more = 0 if config.steps in saved else max(1, most - len(saved))
     needed = more * checkpoint.state_bytes(trees.like) + checkpoint.state_bytes(trees.base)
     checkpoint.check_space(directory, needed, f"{more} checkpoints and the exported model")
 
 
 def export(run: Run, params: Params, path: Path, step: int) -> None:
-    """The model of a step as a Hugging Face directory, with a note of the step.
+    """Writes the model of a step as a Hugging Face directory, with its step in trained_steps.txt.
 
-    Adapters are merged into it, and lie by themselves in its folder adapter/, as PEFT loads them.
+    LoRA adapters are merged into it, and also written to adapter/ for PEFT.
     """
-    source, lora = Path(run.config.model.path), run.config.model.lora
+    source = Path(run.config.model.path)
+    lora = run.config.model.lora
     if lora.rank:
         save_adapters(
             path / "adapter",

@@ -1,12 +1,11 @@
-"""What a run reports: metrics.jsonl for programs, one line a step and a progress bar for people.
+"""What a run reports: metrics.jsonl for programs; a line per step and a progress bar for people.
 
     MetricsLog(path).write(step, split, numbers)
-    MetricsLog(path).replace(step, split, numbers)      an earlier line of that step and split goes
-    MetricsLog.resume(path, keep)             the log with the lines (step, split) that `keep` keeps
+    MetricsLog(path).replace(step, split, numbers)   also removes earlier lines of that step and split
+    MetricsLog.resume(path, keep)                    the log with only the lines for which keep(step, split)
     Console(total_steps).stage(name) / .line(step, numbers) / .say(text) / .close()
 
-Order within a step, which resuming relies on: the line of training, the lines of evaluation, the
-checkpoint. So a run restored at step s keeps the lines up to s and writes every later one again.
+loop.py says in which order a step writes, which resuming relies on.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from rosd_jax.train.workdir import write_atomic
 
 RESERVED = ("step", "split")
 BAR_WIDTH = 20
-NOTED = 10  # seconds of compiling that a step says
+NOTED = 10  # seconds of compiling in a step from which on the console mentions it
 
 
 class MetricsLog:
@@ -41,12 +40,12 @@ class MetricsLog:
         self.path = path
 
     def write(self, step: int, split: str, numbers: Mapping[str, Any]) -> None:
-        """Appends one line and waits until it is on the disk.
+        """Appends one line and returns once it is on the disk.
 
-        Numbers are Python, NumPy or JAX scalars. Each is written as the shortest decimal that gives
-        the same float64 back (a float32 is widened exactly first), so equal numbers are equal text.
-        NaN and infinity, which JSON lacks, become null. Raises ValueError for a reserved key and
-        TypeError for a value that is no number.
+        Numbers are Python, NumPy or JAX scalars. Each is written as the shortest decimal that reads back as
+        the same float64 (a float32 is first widened, exactly), so equal numbers are equal text. NaN and
+        infinity, which JSON lacks, become null. Raises ValueError for a reserved key and TypeError for a
+        value that is not a number.
         """
         line = _line(step, split, numbers)
         with open(self.path, "a", encoding="ascii", newline="\n") as file:
@@ -55,17 +54,17 @@ class MetricsLog:
             os.fsync(file.fileno())
 
     def replace(self, step: int, split: str, numbers: Mapping[str, Any]) -> None:
-        """As `write`, and earlier lines of that step and split go; the file changes as a whole."""
+        """Like `write`, but removes earlier lines of that step and split. The file is replaced atomically."""
         line = _line(step, split, numbers)
         kept = _kept_lines(self.path, lambda *place: place != (step, split))
         write_atomic(self.path, [text + "\n" for text in (*kept, line)])
 
     @classmethod
     def resume(cls, path: Path, keep: Callable[[int, str], bool]) -> MetricsLog:
-        """The log with those lines that `keep(step, split)` is true of, without a torn last line.
+        """The log with only the lines for which keep(step, split) is true.
 
-        The file is replaced as a whole or not at all. Raises UserError for a broken line before the
-        last.
+        A last line that a kill cut off is dropped too. The file is replaced atomically. Raises UserError for
+        a damaged line before the last.
         """
         if path.exists():
             write_atomic(path, [line + "\n" for line in _kept_lines(path, keep)])
@@ -73,25 +72,27 @@ class MetricsLog:
 
 
 class Console:
-    """Progress for a person: on a terminal a bar with the lines above it, elsewhere plain lines.
+    """Progress for people: on a terminal lines above a progress bar, elsewhere plain lines.
 
-    Where nobody reads the stream any more, the run is asked to stop.
+    If nobody reads the stream any more, the run is asked to stop.
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
-        self.total, self.start, self.step = total_steps, start_step, start_step
+        self.total = total_steps
+        self.start = start_step
+        self.step = start_step
         self.stream = sys.stdout if stream is None else stream
         self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.began = time.monotonic()
         self.stage_name = ""
 
     def stage(self, name: str) -> None:
-        """Shows on the bar what is being done now."""
+        """Shows on the bar what the run is doing."""
         self.stage_name = name
         self._draw()
 
     def line(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """What `format_step` picks from the numbers of step `step`, and why rollouts were not taught."""
+        """Prints the line of a step, why rollouts were not taught, and a long compilation."""
         self.step = step
         self.say(format_step(step, self.total, numbers))
         for more in (format_left_out(numbers), format_compiled(numbers)):
@@ -104,7 +105,7 @@ class Console:
         self._draw()
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Erases the bar."""
         if self.live:
             self._print(ERASE)
 
@@ -113,7 +114,7 @@ class Console:
             return
         elapsed = time.monotonic() - self.began
         bar = format_bar(self.step, self.start, self.total, elapsed, self.stage_name)
-        width = shutil.get_terminal_size().columns - 1  # a full line would wrap
+        width = shutil.get_terminal_size().columns - 1  # a bar of full width would wrap
         self._print(ERASE + bar[:width])
 
     def _print(self, text: str) -> None:
@@ -124,8 +125,9 @@ class Console:
 
 
 def format_step(step: int, total: int, numbers: Mapping[str, Any]) -> str:
-    """The line of a step; a number that is missing, NaN or infinite shows as `-`."""
-    taught, rows = numbers.get("taught"), sum(left_out(numbers).values())
+    """The line of a step. A number that is missing, NaN or infinite is shown as `-`."""
+    taught = numbers.get("taught")
+    rows = sum(left_out(numbers).values())
     exact = f" exact {_show(numbers['quote_exact'], '.0%')}" if "quote_exact" in numbers else ""
     return "  ".join(
         (
@@ -141,24 +143,27 @@ def format_step(step: int, total: int, numbers: Mapping[str, Any]) -> str:
 
 
 def left_out(numbers: Mapping[str, Any]) -> dict[str, int]:
-    """Rollouts that were out of the loss, by reason."""
+    """Numbers of rollouts that were not taught, by reason."""
     return {note: int(numbers.get(f"out_{note}") or 0) for note in NOTES}
 
 
 def format_left_out(numbers: Mapping[str, Any]) -> str:
-    """`not taught: 40 group all right, 24 group all wrong`; empty where every rollout was taught."""
+    """`not taught: 40 group all right, 24 group all wrong`; empty if every rollout was taught."""
     counts = [f"{count} {NOTES[note]}" for note, count in left_out(numbers).items() if count]
     return f"not taught: {', '.join(counts)}" if counts else ""
 
 
 def format_compiled(numbers: Mapping[str, Any]) -> str:
-    """`compiled 7 programs in 81 s`; empty where that is not worth a line."""
-    programs, seconds = numbers.get("programs_compiled") or 0, numbers.get("seconds_compiling") or 0.0
-    return f"compiled {programs} programs in {seconds:.0f} s" if seconds >= NOTED else ""
+    """`compiled 7 programs in 81 s`; empty if it took less than NOTED seconds."""
+    programs = numbers.get("programs_compiled") or 0
+    seconds = numbers.get("seconds_compiling") or 0.0
+    if seconds < NOTED:
+        return ""
+    return f"compiled {programs} programs in {seconds:.0f} s"
 
 
 def format_bar(step: int, start: int, total: int, elapsed: float, stage: str) -> str:
-    """`[====>     ] 4/10  elapsed 0:12  left 0:18  rollout`; `left` goes by this run's own pace."""
+    """`[====>     ] 4/10  elapsed 0:12  left 0:18  rollout`; `left` assumes the pace since this start."""
     filled = BAR_WIDTH * min(step, total) // max(total, 1)
     left = elapsed * (total - step) / (step - start) if step > start else math.nan
     bar = ("=" * filled + ">" * (filled < BAR_WIDTH)).ljust(BAR_WIDTH)
@@ -174,12 +179,13 @@ def _line(step: int, split: str, numbers: Mapping[str, Any]) -> str:
 
 
 def _kept_lines(path: Path, keep: Callable[[int, str], bool]) -> list[str]:
-    """Those lines that `keep(step, split)` is true of; none where there is no file."""
+    """The lines for which keep(step, split) is true; none without a file. See `MetricsLog.resume`."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = text.removesuffix("\n").split("\n")
     kept = []
     for number, line in enumerate(lines, start=1):
         place = _place_of(line)
+        # A kill can cut off only the last line; any other damage is reported, not dropped.
         if place is None and number < len(lines):
             raise UserError(
                 f"{path}, line {number}: not a line of metrics, so the run cannot be resumed; "
@@ -191,6 +197,7 @@ def _kept_lines(path: Path, keep: Callable[[int, str], bool]) -> list[str]:
 
 
 def _place_of(line: str) -> tuple[int, str] | None:
+    """Step and split of a line; None if it is damaged."""
     try:
         row = json.loads(line)
         return int(row["step"]), str(row["split"])
@@ -202,7 +209,7 @@ def _plain(name: str, value: Any) -> int | float | None:
     number = np.asarray(value).item()
     if not isinstance(number, int | float):
         raise TypeError(f"metric {name} is {value!r}; it must be a number")
-    if isinstance(number, bool):
+    if isinstance(number, bool):  # JSON would have true
         return int(number)
     return number if math.isfinite(number) else None
 

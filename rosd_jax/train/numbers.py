@@ -1,4 +1,4 @@
-"""The numbers of one training step that are counted on the host; the update gives those of the loss."""
+"""The metrics of a training step that are computed on the host; the update returns those of the loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Numbers = dict[str, float]
 
 
 def of_rollouts(graded: Graded) -> Numbers:
-    """Mean reward and length, and the share of responses cut at the limit."""
+    """Mean reward, mean response length in tokens, and the share of responses truncated at the limit."""
     rollout = graded.rollout
     return dict(
         reward=float(graded.rewards_B.mean()),
@@ -22,23 +22,23 @@ def of_rollouts(graded: Graded) -> Numbers:
 
 
 def of_decoding(rollout: HostRollout | None, roofline: MemoryRoofline, seconds: float, stage: str) -> Numbers:
-    """Tokens per second, idle share of the slots, roofline fraction, and preemptions of one decoding stage.
+    """Tokens per second, idle share of the slots, roofline fraction and preemptions of a decoding stage.
 
-    The roofline fraction is the memory-bound ideal divided by the measured time. `seconds` is all the time
-    of the stage, compilation included. NaN if nothing was decoded.
+    The roofline fraction is the memory-bound ideal divided by the measured time. `seconds` is the whole time
+    of the stage, compilation included. All are NaN if nothing was decoded.
     """
-    stats = rollout and rollout.stats
-    tokens = float(np.sum(rollout.length_B)) if rollout else float("nan")
+    nan = float("nan")
+    stats = rollout.stats if rollout else None
     return {
-        f"tokens_per_second_{stage}": tokens / seconds,
-        f"idle_share_{stage}": stats.idle_share if stats else float("nan"),
-        f"roofline_{stage}": roofline.seconds(stats) / seconds if stats else float("nan"),
-        f"preempted_{stage}": float(np.sum(stats.preempted)) if stats else float("nan"),
+        f"tokens_per_second_{stage}": float(np.sum(rollout.length_B)) / seconds if rollout else nan,
+        f"idle_share_{stage}": stats.idle_share if stats else nan,
+        f"roofline_{stage}": roofline.seconds(stats) / seconds if stats else nan,
+        f"preempted_{stage}": float(np.sum(stats.preempted)) if stats else nan,
     }
 
 
 def of_reflections(reflected: Reflected, weight_BR: np.ndarray) -> Numbers:
-    """Shares of the reflection stage, with the counts behind them."""
+    """Shares of rollouts reflected, quotes found and tokens in the loss; counts of rollouts by reason."""
     counts = teacher.count(reflected, weight_BR)
     rows = len(reflected.reflections)
     tokens = int(np.sum(reflected.graded.rollout.length_B))

@@ -1,20 +1,20 @@
-"""Ctrl-C and SIGTERM: how a run is stopped without losing what it has made.
+"""Ctrl-C and SIGTERM: stops a run without losing a step.
 
-    watch()                      once, at the start of the process: a signal ends it at once
-    with deferred(directory):    in here the first signal asks, and a second ends the process at once
-        check()                  raises Stopped where a signal has asked
-    done()                       once, at the end of the process: signals are ignored from now on
-    reader_left()                nobody reads stdout any more: asks, as a signal does
-    tell(text)                   a line on stderr
+    watch()                      once, when the process starts: from now on a signal ends it at once
+    with deferred(directory):    in this block the first signal is a request; a second one ends the process
+        check()                  raises Stopped if a signal has asked the run to stop
+    done()                       once, when the process ends: from now on signals are ignored
+    reader_left()                nobody reads stdout any more: a request to stop, like a signal
+    tell(text)                   writes a line to stderr
 
-Nothing here raises out of a signal handler: an exception that arrives inside XLA or one of its callbacks
-ends the process by a segmentation fault, or is dropped. Handlers written in Python are also late: they
-wait for the main thread, which a compilation may keep for minutes. CPython's own handler is not: on
-whatever thread the signal lands, it writes the signal's number to the wake-up descriptor. A thread waits
-there, answers, and notes the request for `check`. (Blocking the signals and waiting for them with sigwait
-would do as well, but child processes inherit blocked signals.)
+No signal handler raises an exception here: one that arrives inside XLA or one of its callbacks causes a
+segmentation fault or is dropped. Handlers written in Python also come too late, because they wait for the
+main thread, which a compilation can block for minutes. CPython's own C handler does not wait: whichever
+thread receives the signal, it writes the signal's number to the wake-up descriptor. A thread reads from
+there, acknowledges the signal, and records the request for `check`. (Blocking the signals and waiting with
+sigwait would work too, but child processes inherit blocked signals.)
 
-run.py imports this module before anything slow, so it uses the standard library alone.
+run.py imports this module before all slow ones, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ if TYPE_CHECKING:
 
 WATCHED = (signal.SIGINT, signal.SIGTERM)
 REASONS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGPIPE: "nobody reads the output"}
-REPEAT_S = 0.05  # `timeout` and other launchers send a signal twice; before our answer, both are one request
-STDOUT, STDERR = 1, 2
-ERASE = "\r\x1b[K"  # to the start of the terminal's line, and clear it
+# `timeout` and other launchers send a signal twice. Those that arrive within this time are one request.
+REPEAT_S = 0.05
+STDOUT = 1
+STDERR = 2
+ERASE = "\r\x1b[K"  # moves to the start of the terminal's line and clears it
 
 
 class Stopped(Exception):
-    """A run ends because a signal asked for it. `status` is the exit status, 128 + the signal's number."""
+    """A signal has asked the run to stop. `status` is the exit status, 128 + the signal's number."""
 
     def __init__(self, number: signal.Signals, directory: Path):
         super().__init__(f"{REASONS[number]}: stopped; {_resume(directory)}")
@@ -47,47 +49,50 @@ class Stopped(Exception):
 
 
 class _Shared:
-    """What the watching thread and the run tell each other, under `lock`."""
+    """What the signal thread and the run share; `lock` guards it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.deferred = False
-        self.directory: Path | None = None  # of the run, once it has begun
-        self.asked: signal.Signals | None = None  # the signal that asked the run to stop
+        self.directory: Path | None = None  # the run's, once it has begun
+        self.asked: signal.Signals | None = None  # the signal that has asked the run to stop
 
 
 _shared = _Shared()
 
 
 def watch() -> None:
-    """Answers SIGINT and SIGTERM from now on. To be called once, on the main thread.
+    """Handles SIGINT and SIGTERM from now on. Call it once, on the main thread.
 
-    A signal that is ignored already (by nohup, or for a shell's background job) stays ignored.
+    A signal that is already ignored (by nohup, or in a shell's background job) stays ignored.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in WATCHED:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _do_nothing)  # CPython writes to the descriptor for signals with a handler
-            signal.siginterrupt(number, False)  # no system call of a C++ library fails with EINTR
+            # CPython writes to the wake-up descriptor only for signals that have a Python handler.
+            signal.signal(number, _do_nothing)
+            # Restart interrupted system calls: C++ libraries may not expect EINTR.
+            signal.siginterrupt(number, False)
     threading.Thread(target=_listen, args=(reading,), name="signals", daemon=True).start()
 
 
 def done() -> None:
-    """Nothing is left to stop: signals are ignored from here on, else one would kill Python as it ends."""
+    """Ignores signals from now on. Otherwise one could kill Python while it shuts down, after the run."""
     for number in WATCHED:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def deferred(directory: Path) -> Iterator[None]:
-    """The run in `directory` is under way: the first signal in here only asks.
+    """In this block, the first signal only asks the run in `directory` to stop.
 
-    Raises Stopped at the end where a signal has asked and no `check` has seen it.
+    Raises Stopped at the end if a signal has asked and no `check` has raised.
     """
     with _shared.lock:
-        _shared.deferred, _shared.directory = True, directory
+        _shared.deferred = True
+        _shared.directory = directory
     try:
         yield
     finally:
@@ -97,15 +102,16 @@ def deferred(directory: Path) -> Iterator[None]:
 
 
 def check() -> None:
-    """Raises Stopped where a signal has asked the run to stop. To be called where the run can stop."""
+    """Raises Stopped if a signal has asked the run to stop. Called wherever the run can stop safely."""
     with _shared.lock:
-        asked, directory = _shared.asked, _shared.directory
+        asked = _shared.asked
+        directory = _shared.directory
     if asked is not None and directory is not None:
         raise Stopped(asked, directory)
 
 
 def reader_left() -> None:
-    """Asks the run to stop; what is still printed to stdout goes nowhere, so that no flush fails again."""
+    """Asks the run to stop. Redirects stdout to /dev/null, so that no later flush fails."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, STDOUT)
     os.close(nowhere)
@@ -114,10 +120,11 @@ def reader_left() -> None:
 
 
 def tell(text: str) -> None:
-    """Writes a line to stderr, over the progress bar where one stands there.
+    """Writes a line to stderr, over a progress bar on the terminal.
 
-    It goes straight to the descriptor, since another thread may hold the lock of sys.stderr. A pipe or
-    terminal that takes nothing goes without: waiting for it would keep the next signal from its answer.
+    It writes to the descriptor itself, because another thread may hold the lock of sys.stderr. If the pipe or
+    terminal accepts nothing for half a second, the line is dropped: waiting longer would delay the answer to
+    the next signal.
     """
     with contextlib.suppress(OSError):
         terminal = os.isatty(STDERR) and os.environ.get("TERM") != "dumb"
@@ -126,7 +133,7 @@ def tell(text: str) -> None:
 
 
 def _listen(descriptor: int) -> None:
-    """Answers each signal whose number arrives; never returns."""
+    """Handles each signal whose number arrives. Never returns."""
     while True:
         number = os.read(descriptor, 1)[0]
         if number in WATCHED:
@@ -134,7 +141,7 @@ def _listen(descriptor: int) -> None:
 
 
 def _answer(number: signal.Signals, descriptor: int) -> None:
-    with _shared.lock:  # to the end, so that the run does not stop before it is said that it will
+    with _shared.lock:  # until the line below is written, so that the run does not stop before it
         if not _shared.deferred or _shared.asked is not None:
             tell(f"{REASONS[number]}: {_last_words()}")
             os._exit(128 + number)
@@ -143,8 +150,8 @@ def _answer(number: signal.Signals, descriptor: int) -> None:
         while select.select([descriptor], [], [], 0)[0]:
             os.read(descriptor, 1)
         tell(
-            f"{REASONS[number]}: the run stops once the call under way returns (compiling may take minutes); "
-            "a second signal ends it at once"
+            f"{REASONS[number]}: the run stops when the current device call returns (compiling may take "
+            "minutes); a second signal ends it at once"
         )
 
 

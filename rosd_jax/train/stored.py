@@ -1,6 +1,6 @@
-"""The config of an earlier run as a config file: --config=rosd_jax/train/stored.py:DIR/config.json.
+"""The stored config of an earlier run as a config file: --config=rosd_jax/train/stored.py:DIR/config.json.
 
-run.py takes it where --workdir names a run and --config is not given.
+run.py uses it if --workdir names a run and --config is not given.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from rosd_jax.train.workdir import flat, read_config
 
 
 def get_config(path: str) -> ConfigDict:
-    """The defaults, updated with what the file at `path` holds; flags may then override fields.
+    """The default config, updated from the file at `path`. Flags can then override fields.
 
-    Raises UserError for a file without a config, and for a field that is unknown or of another type.
+    Raises UserError for a file without a config, and for a field that is unknown or has another type.
     """
     config = default_config()
     known = dict(flat(config.to_dict()))
     for field, value in flat(read_config(Path(path))):
         try:
+            # Checked here, because ml_collections accepts null for a field of any type.
             if field not in known or (value is None and known[field] is not None):
                 raise KeyError(field)
             config.update_from_flattened_dict({field: value})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path} sets {field} to {value!r}, which this version does not take; pass --config with "
+                f"{path} sets {field} to {value!r}, which this version does not accept; pass --config with "
                 "the experiment's file, or use another --workdir"
             ) from error
     return config

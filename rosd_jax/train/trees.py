@@ -1,14 +1,16 @@
-"""The trees of a run: the state that learns and the frozen tree, as shapes and as what makes them.
+"""The train state and the frozen tree of a run: shapes, shardings and initialisation.
 
     trees = Trees(config, model, mesh, optimizer)
-    trees.like            the state as shapes with shardings; trees.frozen_like: the frozen tree
-    trees.base            the whole model as float32 shapes
-    trees.first()         -> the state before the first step, its weights read from config.model.path
-    trees.frozen(state)   -> the frozen tree: cast from such a state, or read where none is given
+    trees.like            shapes of the state, with shardings
+    trees.frozen_like     shapes of the frozen tree, with shardings
+    trees.base            float32 shapes of the whole model
+    trees.first()         -> the initial state; its weights are read from config.model.path
+    trees.frozen(state)   -> the frozen tree, cast from the initial state
+    trees.frozen(None)    -> the frozen tree, read from config.model.path
 
-The weights are read once: a new run casts its frozen tree from the state, and a run that goes on reads
-the frozen tree alone. Where adapters learn, the state holds nothing else, and every run reads the frozen
-tree, at the compute type. Each device's shard is read by itself.
+Weights are read once: a new run casts its frozen tree from the state, a resumed one reads only the frozen
+tree. With LoRA the state has only the adapters, and every run reads the frozen tree. Each device reads only
+its own shard.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from rosd_jax.types import Params, Stream, TrainState
 
 @dataclass(frozen=True)
 class Trees:
-    """Shapes, places and makers of the state and the frozen tree."""
+    """Shapes, shardings and initial values of the state and the frozen tree."""
 
     config: Settings
     model: Qwen3Config
@@ -40,23 +42,23 @@ class Trees:
 
     @cached_property
     def base(self) -> Params:
-        """The whole model's shapes."""
+        """Shapes of the whole model, in float32."""
         return jax.eval_shape(lambda: init_params(self.model, jax.random.key(0)))
 
     @cached_property
     def state(self) -> TrainState:
-        """The state's shapes."""
+        """Shapes of the state, without shardings."""
         params = jax.eval_shape(lambda: learning_params(self.config, self.model, jax.random.key(0)))
         return jax.eval_shape(lambda p: init_state(p, self.optimizer), params)
 
     @cached_property
     def shardings(self) -> TrainState:
-        """The state's shardings."""
+        """Shardings of the state."""
         return param_shardings(self.state, self.mesh)
 
     @cached_property
     def like(self) -> TrainState:
-        """The state's shapes with their shardings."""
+        """Shapes of the state, with shardings."""
 
         def place(x, sharding):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -65,37 +67,43 @@ class Trees:
 
     @property
     def frozen_shardings(self) -> Params:
-        """The frozen tree lies as the parameters do, on the devices or in the host's memory."""
+        """The frozen tree is sharded like the parameters, in device memory or pinned host memory."""
         kind = "pinned_host" if self.config.model.frozen == "host" else "device"
         places = param_shardings(self.base, self.mesh)
         return jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), places)
 
     @property
     def frozen_like(self) -> Params:
-        """The frozen tree's shapes with their shardings."""
+        """Shapes of the frozen tree in the compute type, with shardings."""
 
-        def place(x, at):
-            return jax.ShapeDtypeStruct(x.shape, self.model.dtype, sharding=at)
+        def place(x, sharding):
+            return jax.ShapeDtypeStruct(x.shape, self.model.dtype, sharding=sharding)
 
         return jax.tree.map(place, self.base, self.frozen_shardings)
 
     def first(self) -> TrainState:
         """The state before the first step."""
+
+        def from_key(key: jax.Array) -> TrainState:
+            return init_state(learning_params(self.config, self.model, key), self.optimizer)
+
+        def from_params(params: Params) -> TrainState:
+            return init_state(params, self.optimizer)
+
         if self.config.model.lora.rank:
             key = Stream.ADAPTERS.key(jax.random.key(self.config.seed))
-
-            def begin(key):
-                return init_state(learning_params(self.config, self.model, key), self.optimizer)
-
-            return jax.jit(begin, out_shardings=self.shardings)(key)
-        start = jax.jit(
-            lambda p: init_state(p, self.optimizer), out_shardings=self.shardings, donate_argnums=0
-        )
-        return start(load_params(Path(self.config.model.path), self.model, self.shardings.params))
+            return jax.jit(from_key, out_shardings=self.shardings)(key)
+        params = load_params(Path(self.config.model.path), self.model, self.shardings.params)
+        # params is donated: the state takes over its buffers instead of a copy.
+        return jax.jit(from_params, out_shardings=self.shardings, donate_argnums=0)(params)
 
     def frozen(self, first: TrainState | None) -> Params:
-        """The model as it came, at the compute type: it is never updated, so it needs no master copy."""
-        dtype, places = self.model.dtype, self.frozen_shardings
+        """The initial weights in the compute type. They are never updated, so they need no float32 copy.
+
+        first: the initial state of a new run; None: they are read from config.model.path.
+        """
+        dtype = self.model.dtype
+        places = self.frozen_shardings
         if first is None or self.config.model.lora.rank:
             return load_params(Path(self.config.model.path), self.model, places, dtype=dtype)
         cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))

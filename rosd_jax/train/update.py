@@ -175,7 +175,7 @@ def make_update(
     state_shardings: TrainState,
 ) -> Update:
     """The update of one experiment on one mesh. Compiles nothing yet."""
-    places = state_shardings.params
+    param_shardings = state_shardings.params
     replicated = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(lambda: learning_params(config, model, jax.random.key(0)))
 
@@ -209,11 +209,11 @@ def make_update(
         return state, summarise(sums, total, norm, keep, empty)
 
     return Update(
-        zeros=jax.jit(zeros, out_shardings=(places, replicated)),
+        zeros=jax.jit(zeros, out_shardings=(param_shardings, replicated)),
         teach=jax.jit(partial(teach, model=model), out_shardings=row_sharding(mesh)),
         align=jax.jit(align, static_argnums=2, out_shardings=row_sharding(mesh)),
         # grads is donated, so that the accumulated gradient is in memory once.
-        learn=jax.jit(learn, donate_argnums=2, out_shardings=(places, replicated)),
+        learn=jax.jit(learn, donate_argnums=2, out_shardings=(param_shardings, replicated)),
         # The state is donated, so that weights and moments are in memory once.
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, replicated)),
         model=model,

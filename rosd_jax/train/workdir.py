@@ -1,23 +1,22 @@
 """The directory of a run: its config, its lock, its rollouts.
 
-A run that was stopped, even by kill -9, goes on when it is started again on its directory.
+A run that was stopped, even by kill -9, continues when it is started again with the same directory.
 
-    DIR/config.json               the resolved config; a later run on DIR must agree with it but in the
-                                  steps, what is kept, the evaluation and where the model lies
+    DIR/config.json               the full config; a later run in DIR must agree with it, except in MAY_CHANGE
     DIR/rollouts/step_N.jsonl     what was sampled, graded and reflected in step N
-    DIR/.lock                     held by the process that writes to DIR
+    DIR/.lock                     locked by the process that writes to DIR
 
-    claim(workdir, config)                 `prepare` for a `with`: a start that fails leaves nothing new
-    prepare(workdir, config)               -> True where a run is being resumed
-    record(workdir, config)                settles config.json once a run is being resumed
-    read_config(path)                      -> what a config.json holds
-    flat(tree)                             -> (field, value) of nested dicts
+    claim(workdir, config)                 `prepare` as a context: a failed start leaves no new directory
+    prepare(workdir, config)               -> whether a run is being resumed
+    record(workdir, config)                writes config.json, once a resumed run has passed its checks
+    read_config(path)                      -> the fields of a config.json
+    flat(tree)                             -> (field, value) pairs of nested dicts
     default_workdir(config_name)           -> runs/<config>-<time>
-    fingerprint(config)                    -> short hash of what a resumed run must keep
+    fingerprint(config)                    -> short hash of the fields that a resumed run must keep
     write_rollouts(workdir, step, rows)    -> path
-    rollout_steps(workdir)                 -> the steps whose rollouts are there
+    rollout_steps(workdir)                 -> the steps that have a rollout file
     drop_rollouts_after(workdir, step)
-    write_atomic(path, chunks)             a reader sees the old file or the new one, never a part
+    write_atomic(path, chunks)             a reader sees the old file or the new one, never a part of it
 """
 
 from __future__ import annotations
@@ -41,25 +40,21 @@ from rosd_jax.config import UserError, default_config
 from rosd_jax.fields import from_config
 from rosd_jax.settings import Settings
 
-WRITTEN = (
-    "metrics.jsonl",
-    "checkpoints",
-    "rollouts",
-    "evals",
-    "export",
-)  # what a run leaves once it has begun
-# Between two runs; with a dot: all below.
+WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export")  # by a run that has begun
+# Fields that may differ when a run is resumed; with a dot at the end, a whole section.
 MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "validation.")
-CONFIG, LOCK, TEMPORARY = "config.json", ".lock", ".tmp"
+CONFIG = "config.json"
+LOCK = ".lock"
+TEMPORARY = ".tmp"
 ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
-ABSENT = object()
+ABSENT = object()  # stands for a field that a config does not have
 
 
 @contextlib.contextmanager
 def claim(workdir: Path, config: Settings) -> Iterator[bool]:
-    """`prepare`, whose answer it yields; takes a new workdir away again if nothing was written there.
+    """Calls `prepare` and yields its result. Removes a new workdir if the block fails before a run has begun.
 
-    So a start that fails, for want of disk space say, leaves no directory behind.
+    So a failed start, for example on a full disk, leaves no directory behind.
     """
     new = not workdir.exists()
     resuming = prepare(workdir, config)
@@ -72,11 +67,11 @@ def claim(workdir: Path, config: Settings) -> Iterator[bool]:
 
 
 def prepare(workdir: Path, config: Settings) -> bool:
-    """Makes and locks the workdir; True where a run is being resumed, whose config.json stays as it is.
+    """Makes and locks the workdir. Returns whether a run is being resumed; its config.json is not changed.
 
-    The lock lasts as long as the process. Raises UserError where the path is no directory, cannot
-    be written, holds files but no run, belongs to a run of another config that has begun (any field
-    but MAY_CHANGE), or is in use by another process. Nothing that lies there is changed in these cases.
+    The lock lasts as long as the process. Raises UserError, and changes no file, if the path is not a
+    directory, cannot be written, contains files but no run, contains a run with another config (in a field
+    not in MAY_CHANGE), or is in use by another process.
     """
     _make_directory(workdir)
     _lock(workdir)
@@ -90,25 +85,26 @@ def prepare(workdir: Path, config: Settings) -> bool:
 
 
 def record(workdir: Path, config: Settings) -> None:
-    """Writes config.json, where it holds anything else."""
-    path, here = workdir / CONFIG, _as_json(config)
+    """Writes config.json, unless it is the same already."""
+    path = workdir / CONFIG
+    here = _as_json(config)
     if not path.exists() or read_config(path) != here:
         write_atomic(path, [json.dumps(here, indent=2, sort_keys=True) + "\n"])
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of a config.json. Raises UserError where it cannot be read or holds none."""
+    """The fields of a config.json. Raises UserError if it cannot be read or contains no config."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); use another --workdir") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds no config; use another --workdir")
+        raise UserError(f"{path} contains no config; use another --workdir")
     return config
 
 
 def flat(tree: dict[str, Any], above: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Every field as section.name with its value."""
+    """Every field of nested dicts with its value, named like "section.name"."""
     for name, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flat(value, (*above, name))
@@ -117,36 +113,37 @@ def flat(tree: dict[str, Any], above: Sequence[str] = ()) -> Iterator[tuple[str,
 
 
 def default_workdir(config_name: str) -> Path:
-    """runs/<config>-<YYYYmmdd-HHMMSS>; characters that are awkward in a path become `-`."""
+    """runs/<config>-<YYYYmmdd-HHMMSS>. Characters that are awkward in a path become `-`."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", config_name).strip("-.") or "run"
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def fingerprint(config: Settings) -> str:
-    """Sixteen hex digits that are equal where `prepare` would resume one config with the other."""
+    """Sixteen hex digits, equal for two configs if `prepare` would resume a run of one with the other."""
     kept = {field: value for field, value in flat(_as_json(config)) if not _may_change(field)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_rollouts(workdir: Path, step: int, rows: Iterable[dict[str, Any]]) -> Path:
-    """Writes rollouts/step_N.jsonl, one object a row; arrays become lists.
+    """Writes rollouts/step_N.jsonl, one object per line. Arrays become lists.
 
-    Text is escaped to ASCII, so that broken Unicode (a lone surrogate) comes back as it was.
+    Text is escaped to ASCII, so that invalid Unicode (a lone surrogate) reads back unchanged.
     """
     path = workdir / "rollouts" / f"step_{step}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    write_atomic(path, (json.dumps(row, ensure_ascii=True, default=np.ndarray.tolist) + "\n" for row in rows))
+    lines = (json.dumps(row, ensure_ascii=True, default=_plain) for row in rows)
+    write_atomic(path, (line + "\n" for line in lines))
     return path
 
 
 def rollout_steps(workdir: Path) -> list[int]:
-    """The steps whose rollouts are there, in no order."""
+    """The steps that have a rollout file, in no particular order."""
     names = [ROLLOUT_NAME.fullmatch(path.name) for path in (workdir / "rollouts").glob("*")]
     return [int(name[1]) for name in names if name]
 
 
 def drop_rollouts_after(workdir: Path, step: int) -> None:
-    """Removes the files of steps above `step`, which a resumed run will write again."""
+    """Removes the rollout files of steps after `step`, which a resumed run writes again."""
     for path in list((workdir / "rollouts").glob("*" + TEMPORARY)):
         path.unlink()
     for later in rollout_steps(workdir):
@@ -155,7 +152,7 @@ def drop_rollouts_after(workdir: Path, step: int) -> None:
 
 
 def write_atomic(path: Path, chunks: Iterable[str]) -> None:
-    """Writes text to a temporary name beside `path` and renames it once it is on the disk."""
+    """Writes text to a temporary file in the same directory, syncs it to disk, then renames it to `path`."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -166,6 +163,11 @@ def write_atomic(path: Path, chunks: Iterable[str]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _plain(value: np.ndarray | np.generic) -> Any:
+    """A NumPy array or scalar as Python's own types, for JSON."""
+    return value.tolist()
 
 
 def _make_directory(workdir: Path) -> None:
@@ -180,29 +182,33 @@ def _make_directory(workdir: Path) -> None:
         ) from error
     if CONFIG not in names and names - {LOCK, CONFIG + TEMPORARY}:
         raise UserError(
-            f"workdir {workdir} holds files but no {CONFIG}, so it is no run to resume; "
+            f"workdir {workdir} contains files but no {CONFIG}, so there is no run to resume; "
             "give --workdir a new or empty directory"
         )
 
 
 def _has_begun(workdir: Path) -> bool:
-    """Whether a run wrote anything but its config; an empty directory is nothing."""
-    paths = [workdir / name for name in WRITTEN]
-    return any(any(path.iterdir()) if path.is_dir() else path.exists() for path in paths)
+    """Whether a run wrote anything except its config. An empty directory does not count."""
+    for name in WRITTEN:
+        path = workdir / name
+        is_empty_directory = path.is_dir() and not any(path.iterdir())
+        if path.exists() and not is_empty_directory:
+            return True
+    return False
 
 
 def _remove_unused(workdir: Path) -> None:
-    """Removes a workdir in which no run has begun, unless somebody else's file is there."""
+    """Removes a workdir in which no run has begun, unless it contains other files."""
     names = {path.name for path in workdir.iterdir()}
     if names <= {CONFIG, LOCK, *WRITTEN}:
         shutil.rmtree(workdir)
 
 
 def _lock(workdir: Path) -> None:
-    """Takes the lock for the life of this process; the system frees it even after kill -9.
+    """Locks the workdir until this process ends. The system releases the lock even after kill -9.
 
-    A record lock (fcntl) belongs to the process alone: no child inherits it, and the same process
-    may take it again. Closing any descriptor of the file would free it, so this one stays open.
+    A record lock (fcntl) belongs to the process: no child inherits it, and the same process may take it
+    again. Closing any descriptor of the file would release it, so this one stays open.
     """
     try:
         descriptor = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -224,28 +230,31 @@ def _lock(workdir: Path) -> None:
 
 
 def _as_json(config: Settings) -> dict[str, Any]:
-    """The config as it comes back from its file, with tuples as lists."""
+    """The config as it reads back from its file, with tuples as lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _require_same(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raises UserError naming all fields that differ; one that is not there has its default there."""
-    old, new = dict(flat(there)), dict(flat(here))
+    """Raises UserError naming all fields that differ. A field that `there` lacks has its default."""
     default = dict(flat(_as_json(from_config(default_config()))))
+    old = dict(flat(there))
+    new = dict(flat(here))
     differences = []
     for field in sorted(old.keys() | new.keys()):
-        a, b = old.get(field, default.get(field, ABSENT)), new.get(field, ABSENT)
-        if a != b and not _may_change(field):
-            differences.append(f"{field} is {_show(a)} there and {_show(b)} here")
+        before = old.get(field, default.get(field, ABSENT))
+        now = new.get(field, ABSENT)
+        if before != now and not _may_change(field):
+            differences.append(f"{field} is {_show(before)} there and {_show(now)} here")
     if differences:
         raise UserError(
-            f"workdir {workdir} holds a run of another config: {', '.join(differences)}; "
+            f"workdir {workdir} contains a run with another config: {', '.join(differences)}; "
             "use another --workdir or the same config"
         )
 
 
 def _may_change(field: str) -> bool:
-    return any(field == name or (name.endswith(".") and field.startswith(name)) for name in MAY_CHANGE)
+    sections = tuple(name for name in MAY_CHANGE if name.endswith("."))
+    return field in MAY_CHANGE or field.startswith(sections)
 
 
 def _show(value: Any) -> str:
