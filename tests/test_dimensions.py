@@ -1,4 +1,4 @@
-"""Array names end in letters of dimensions; modules of engine and kernels explain them at the head."""
+"""Array names end in letters of dimensions; modules of model, engine and kernels explain them at the head."""
 
 import ast
 import re
@@ -18,6 +18,7 @@ MODULES = sorted(
     for path in (ROOT / folder).glob("*.py")
     if path.name != "__init__.py"
 )
+MODULES += [ROOT / "rosd_jax" / "models" / name for name in ("qwen3.py", "decoder.py")]
 NAME = re.compile(r"[a-z][a-z0-9_]*_([A-Za-z0-9]*[A-Z][A-Za-z0-9]*)")
 
 

@@ -773,9 +773,9 @@ def with_torn_weights(model):
     ("spoil", "words"),
     [
         (without_tokenizer, "holds no tokenizer"),
-        (with_fewer_rows, "whose vocabulary does not fit its tokenizer"),
-        (without_weights, "holds no model.safetensors"),
-        (with_torn_weights, "is no safetensors file"),
+        (with_fewer_rows, "whose vocabulary is too small for its tokenizer"),
+        (without_weights, "contains no model.safetensors"),
+        (with_torn_weights, "is not a safetensors file"),
     ],
 )
 def test_a_model_that_does_not_fit_is_one_sentence(spoil, words, run, model, tmp_path):
@@ -847,7 +847,7 @@ def test_a_plan_without_weights_says_so_and_prints_the_rest(run, model, tmp_path
     status, printed = run(*arguments(tmp_path / "model", tmp_path / "run", mode="plan"))
     assert status == 0 and not (tmp_path / "run").exists()
     (line,) = [line for line in printed.out.splitlines() if line.startswith("weights ")]
-    assert "cannot be loaded: model.path is" in line and "holds no model.safetensors" in line
+    assert "cannot be loaded: model.path is" in line and "contains no model.safetensors" in line
     assert "64 rollouts of up to 16 tokens" in printed.out
 
 
