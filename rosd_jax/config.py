@@ -195,9 +195,9 @@ def _validate_lora(lora: LoraSettings) -> None:
     _require("model.lora.rank", lora.rank, lora.rank >= 0, "be 0 (all weights are trained) or more")
     _require("model.lora.alpha", lora.alpha, 0 < lora.alpha < float("inf"), "be above 0 and finite")
     targets = lora.targets
-    distinct = len(targets) > 0 and len(set(targets)) == len(targets)
-    known = distinct and set(targets) <= set(LAYERS)
-    _require("model.lora.targets", targets, known, f"name some of {', '.join(LAYERS)}, each once")
+    known = all(name in LAYERS and targets.count(name) == 1 for name in targets)
+    rule = f"name some of {', '.join(LAYERS)}, each once"
+    _require("model.lora.targets", targets, known and len(targets) > 0, rule)
 
 
 def _validate_sampling(settings: Settings) -> None:

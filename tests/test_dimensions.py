@@ -1,4 +1,4 @@
-"""Array names end in letters of dimensions; modules of step, engine and kernels explain them at the head."""
+"""Array names end in letters of dimensions, which modules of model, step, engine and kernels explain."""
 
 import ast
 import re
@@ -9,6 +9,8 @@ from support import ROOT
 
 WHERE = (
     "rosd_jax/types.py",
+    "rosd_jax/models/qwen3.py",
+    "rosd_jax/models/decoder.py",
     "rosd_jax/train/step.py",
     "rosd_jax/train/update.py",
     "rosd_jax/train/microbatches.py",

@@ -171,7 +171,7 @@ LINE = gym.first_error(gym.parse(TEXT), SLIPPED)
 def share(texts, rewards, reflections):
     """`quote_exact` of rollouts of one problem."""
     problem = Problem("u", "gym:chain", "gym", ({"role": "user", "content": TEXT},), "10")
-    prompts = Prompts((problem,), np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+    prompts = Prompts((problem,), ([1],))
     graded = Graded(prompts, None, tuple(texts), np.array(rewards, np.float32))
     return quote_exact(Reflected(graded, tuple(reflections)))["quote_exact"]
 

@@ -73,11 +73,11 @@ def test_gpus_are_planned_without_any():
         ("v5p", "it must be local, a TPU slice"),
         ("h100", "it must be local, a TPU slice"),
         ("", "it must be local, a TPU slice"),
-        ("h100:0", "goes the number of GPUs"),
-        ("h100:2x2", "goes the number of GPUs"),
+        ("h100:0", "it must give the number of GPUs"),
+        ("h100:2x2", "it must give the number of GPUs"),
         ("h100:2000", "plan in a new process"),
-        pytest.param("v5p:3x5", "which the TPU compiler does not take", marks=NEEDS_LIBTPU),
-        pytest.param("v6e:x", "which the TPU compiler does not take", marks=NEEDS_LIBTPU),
+        pytest.param("v5p:3x5", "which the TPU compiler does not accept", marks=NEEDS_LIBTPU),
+        pytest.param("v6e:x", "which the TPU compiler does not accept", marks=NEEDS_LIBTPU),
     ],
 )
 def test_a_slice_that_does_not_exist_is_named(name, words):
@@ -154,8 +154,8 @@ def test_what_does_not_fit_is_said_with_fields_that_help():
     job = job_of("8b", "h200:1")
     found = planned_of(job, "h200:1")
     assert found.fits is False and found.verdict == "does not fit"
-    fullest = max(found.stages, key=lambda stage: stage.held)
-    assert found.changes and all(fullest.name in change for change in found.changes)
+    largest = max(found.stages, key=lambda stage: stage.total)
+    assert found.changes and all(largest.name in change for change in found.changes)
     fields = {change.split(" to ")[0] for change in found.changes}
     assert "optimizer.mu_dtype" in fields and "batch.device_rows" not in fields
     text = printed.as_text(found)
@@ -215,7 +215,7 @@ def test_every_stage_of_the_demo_takes_what_is_planned_within_a_fifth():
     found = make_plan(job, local, (5,), None, 256, compiled=STAGES)
     assert found.fits is None
     for stage in found.stages:
-        assert sum(stage.bytes.values()) == pytest.approx(stage.held, rel=0.2), stage.name
+        assert sum(stage.bytes.values()) == pytest.approx(stage.total, rel=0.2), stage.name
     assert "unknown" in printed.as_text(found)
 
 
@@ -228,7 +228,7 @@ def test_the_student_of_8b_takes_what_is_planned_within_a_fifth():
     found = make_plan(job, chips("v5p:2x2x2"), STOP, None, ITEMS, compiled=["student"])
     student = next(stage for stage in found.stages if stage.name == "student")
     assert student.compiled is not None and not student.compiled.refused
-    assert sum(student.bytes.values()) == pytest.approx(student.held, rel=0.2)
+    assert sum(student.bytes.values()) == pytest.approx(student.total, rel=0.2)
     assert student.fits
     kinds = {c.kind for c in student.compiled.collectives or ()}
     assert {"all-gather", "all-reduce"} & kinds

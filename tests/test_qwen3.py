@@ -39,11 +39,11 @@ def full_logits(params, config, tokens_BT):
 
 
 def decoding(params, config):
-    """The decoder's weights, and an empty store: pages of 3, three for a prompt and one more a row."""
+    """The decoder's weights, an empty cache with pages of 3, and page tables: three a prompt, one more a row."""
     width = 2 * config.num_key_value_heads, config.head_dim
-    store = jnp.zeros((config.num_hidden_layers * 12, 3, *width), config.dtype)
+    cache = jnp.zeros((config.num_hidden_layers * 12, 3, *width), config.dtype)
     table = np.concatenate([np.arange(9).reshape(3, 3), np.arange(9, 12)[:, None]], axis=1)
-    return decoder.fuse(params, config), store, jnp.asarray(table, jnp.int32)
+    return decoder.fuse(params, config), cache, jnp.asarray(table, jnp.int32)
 
 
 @pytest.mark.parametrize("kv_heads,bias,tied", [(4, False, False), (2, True, False), (1, False, True)])
@@ -54,14 +54,16 @@ def test_prefill_and_decode_equal_the_full_forward_on_rows_of_unequal_length(kv_
     prompt = np.where(np.arange(7) < length_B[:, None], TOKENS[:, :7], 0)
     want = full_logits(params, config, TOKENS)
 
-    weights, store, table = decoding(params, config)
-    store = jax.jit(decoder.prefill, static_argnums=1)(weights, config, prompt, length_B, store, FIRST)
-    step = jax.jit(decoder.decode_step, static_argnums=1)
+    weights, cache, table = decoding(params, config)
+    how = decoder.Decoder(config)
+    prompts = decoder.PromptInputs(prompt, length_B, FIRST)
+    cache = jax.jit(decoder.prefill_step, static_argnums=0)(how, weights, prompts, cache)
+    step = jax.jit(decoder.decode_step, static_argnums=0)
     for i in range(-1, 4):  # from the prompts' last tokens on
         position = length_B + i
         token = np.take_along_axis(TOKENS, position[:, None], 1)[:, 0]
-        hidden, store = step(weights, config, token, position, store, table)
-        got = np.asarray(decoder.local_logits(weights, config, hidden)[0])
+        hidden, cache = step(how, weights, decoder.StepInputs(token, position, table), cache)
+        got = np.asarray(decoder.local_logits(how, weights, hidden)[0])
         np.testing.assert_allclose(got, want[np.arange(3), position], atol=1e-5)
 
 
@@ -94,17 +96,21 @@ def programs(config: Qwen3Config):
         return qwen3.hidden_states(p, config, TOKENS).sum()
 
     yield jax.make_jaxpr(jax.grad(loss))(params)
-    _, store, table = jax.eval_shape(lambda p: decoding(p, config), params)
+    _, cache, table = jax.eval_shape(lambda p: decoding(p, config), params)
 
-    def prefill(p, s):
-        return decoder.prefill(decoder.fuse(p, config), config, TOKENS, FIRST, s, FIRST)
+    how = decoder.Decoder(config)
 
-    yield jax.make_jaxpr(prefill)(params, store)
+    def prefill(p, cache):
+        prompts = decoder.PromptInputs(TOKENS, FIRST, FIRST)
+        return decoder.prefill_step(how, decoder.fuse(p, config), prompts, cache)
 
-    def step(p, s, t):
-        return decoder.decode_step(decoder.fuse(p, config), config, TOKENS[:, 0], TOKENS[:, 0], s, t)
+    yield jax.make_jaxpr(prefill)(params, cache)
 
-    yield jax.make_jaxpr(step)(params, store, table)
+    def step(p, cache, table):
+        inputs = decoder.StepInputs(TOKENS[:, 0], TOKENS[:, 0], table)
+        return decoder.decode_step(how, decoder.fuse(p, config), inputs, cache)
+
+    yield jax.make_jaxpr(step)(params, cache, table)
 
 
 @pytest.mark.parametrize("remat", ["none", "block", "attention", "offload"])
@@ -146,10 +152,11 @@ def test_every_parameter_gets_a_gradient_and_remat_gives_the_same(remat):
 
 def test_long_prompts_are_prefilled_as_short_ones(monkeypatch):
     params = params_of(SMALL)
-    weights, store, _ = decoding(params, SMALL)
-    at_once = decoder.prefill(weights, SMALL, TOKENS[:, :6], np.full(3, 6), store, FIRST)
+    weights, cache, _ = decoding(params, SMALL)
+    prompts = decoder.PromptInputs(TOKENS[:, :6], np.full(3, 6), FIRST)
+    at_once = decoder.prefill_step(decoder.Decoder(SMALL), weights, prompts, cache)
     monkeypatch.setattr(xla, "QUERIES", 2)
-    in_pieces = decoder.prefill(weights, SMALL, TOKENS[:, :6], np.full(3, 6), store, FIRST)
+    in_pieces = decoder.prefill_step(decoder.Decoder(SMALL), weights, prompts, cache)
     np.testing.assert_allclose(in_pieces, at_once, atol=5e-6, rtol=0)  # processors round differently
     assert np.abs(np.asarray(at_once)).max() > 0.1
 
@@ -161,13 +168,14 @@ def test_bfloat16_activations_stay_near_float32_and_parameters_stay_float32():
     z, exact = full_logits(params, config, TOKENS), full_logits(params, SMALL, TOKENS)
     assert z.dtype == np.float32
     assert np.abs(z - exact).max() < 0.1 * np.abs(exact).max()
-    weights, store, table = decoding(params, config)
-    store = decoder.prefill(weights, config, TOKENS[:, :7], np.full(3, 7), store, FIRST)
-    hidden, store = decoder.decode_step(
-        weights, config, TOKENS[:, 5], jnp.full(3, 5, jnp.int32), store, table
-    )
-    assert hidden.dtype == store.dtype == jnp.bfloat16
-    assert np.abs(np.asarray(decoder.local_logits(weights, config, hidden)[0]) - z[:, 5]).max() < 0.2
+    weights, cache, table = decoding(params, config)
+    how = decoder.Decoder(config)
+    prompts = decoder.PromptInputs(TOKENS[:, :7], np.full(3, 7), FIRST)
+    cache = decoder.prefill_step(how, weights, prompts, cache)
+    inputs = decoder.StepInputs(TOKENS[:, 5], jnp.full(3, 5, jnp.int32), table)
+    hidden, cache = decoder.decode_step(how, weights, inputs, cache)
+    assert hidden.dtype == cache.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(decoder.local_logits(how, weights, hidden)[0]) - z[:, 5]).max() < 0.2
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 

@@ -387,7 +387,7 @@ def test_the_workdir_alone_is_evaluated_by_its_own_config_with_what_is_asked(fin
 def test_the_workdir_alone_is_planned_and_resumed_by_its_own_config(finished, run, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     status, printed = run(f"--workdir={tmp_path / 'run'}", "--mode=plan", "--config.eval.samples=7")
-    assert status == 0 and "7 samples an item" in printed.out and "2 prompts x 32 samples" in printed.out
+    assert status == 0 and "7 samples per item" in printed.out and "2 prompts x 32 samples" in printed.out
     status, printed = run("--workdir", tmp_path / "run", "--config.steps=5")
     assert status == 2 and "steps is 5; this run has made 6 already" in printed.err
 
@@ -773,9 +773,9 @@ def with_torn_weights(model):
     ("spoil", "words"),
     [
         (without_tokenizer, "holds no tokenizer"),
-        (with_fewer_rows, "whose vocabulary does not fit its tokenizer"),
-        (without_weights, "holds no model.safetensors"),
-        (with_torn_weights, "is no safetensors file"),
+        (with_fewer_rows, "whose vocabulary is too small for its tokenizer"),
+        (without_weights, "contains no model.safetensors"),
+        (with_torn_weights, "is not a safetensors file"),
     ],
 )
 def test_a_model_that_does_not_fit_is_one_sentence(spoil, words, run, model, tmp_path):
@@ -840,7 +840,7 @@ def test_a_plan_is_printed_and_nothing_is_written(run, model, tmp_path):
     status, printed = run(*arguments(model, tmp_path / "run", mode="plan"))
     assert status == 0 and printed.err == "" and list(tmp_path.iterdir()) == []
     assert "2 prompts x 32 samples = 64 rollouts of up to 16 tokens" in printed.out
-    assert "gym:chain 8, gym:words 8; 2 samples an item" in printed.out
+    assert "gym:chain 8, gym:words 8; 2 samples per item" in printed.out
 
 
 def test_a_plan_without_weights_says_so_and_prints_the_rest(run, model, tmp_path):
@@ -849,7 +849,7 @@ def test_a_plan_without_weights_says_so_and_prints_the_rest(run, model, tmp_path
     status, printed = run(*arguments(tmp_path / "model", tmp_path / "run", mode="plan"))
     assert status == 0 and not (tmp_path / "run").exists()
     (line,) = [line for line in printed.out.splitlines() if line.startswith("weights ")]
-    assert "cannot be loaded: model.path is" in line and "holds no model.safetensors" in line
+    assert "cannot be loaded: model.path is" in line and "contains no model.safetensors" in line
     assert "64 rollouts of up to 16 tokens" in printed.out
 
 

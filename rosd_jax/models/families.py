@@ -1,8 +1,8 @@
-"""config.json in and out: the model families that are known, and which of their fields matter here.
+"""Reads and writes config.json: which model families are supported, and which of their fields matter.
 
-read_config(path, num_tokens=, dtype=, remat=)        -> Qwen3Config
-config_fields(config)                                 -> a config.json's fields
-stated_fields(config)                                 -> those that every exported config.json states
+read_config(path, num_tokens=, dtype=, remat=)    -> Qwen3Config
+config_fields(config)                             -> all fields of a config.json
+stated_fields(config)                             -> those that every exported config.json states
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ OPTIONAL = {
     "tie_word_embeddings": files.flag,
     "max_position_embeddings": files.whole_number,
 }
-ROPES = ("rope_scaling", "rope_parameters")  # read by transformers 4 and 5
+ROPES = ("rope_scaling", "rope_parameters")  # transformers 4 reads the first, transformers 5 the second
 PASS = "pass --config.model.path=DIR, a Hugging Face directory of a Qwen3, Qwen2 or Llama model"
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a model_type of Hugging Face says beyond the fields of its config.json."""
+    """What a Hugging Face model_type implies beyond the fields of its config.json."""
 
     architecture: str
     qk_norm: bool = False
-    qkv_bias: bool | None = None  # None: attention_bias says, of queries, keys, values and output
-    defaults: Fields = field(default_factory=dict)  # of fields that its files may leave out
+    qkv_bias: bool | None = None  # None: the field attention_bias decides, for q, k, v and output alike
+    defaults: Fields = field(default_factory=dict)  # values of fields that its files may leave out
 
 
 FAMILIES = {
@@ -55,14 +55,14 @@ FAMILIES = {
 
 
 def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: str) -> Qwen3Config:
-    """The architecture from config.json; `num_tokens` is the size of the tokenizer's vocabulary.
+    """The architecture in DIR/config.json; `num_tokens` is the size of the tokenizer's vocabulary.
 
-    Raises UserError where the directory is missing, where a field is missing or of the wrong kind,
-    where the model is of no known family or has a part that is not built here, and where the tokenizer
-    has more tokens than the model has rows.
+    Raises UserError if there is no such file, a field is missing or has the wrong type, the model belongs
+    to no supported family or has a part that is not implemented here, or the tokenizer has more tokens than
+    the embedding has rows.
     """
     if not str(path) or not (Path(path) / "config.json").is_file():
-        raise UserError(f"model.path is {str(path)!r}, which holds no config.json; {PASS}")
+        raise UserError(f"model.path is {str(path)!r}, which contains no config.json; {PASS}")
     file = Path(path) / "config.json"
     fields = files.read_json(file)
     family = _check_architecture(fields, file)
@@ -71,8 +71,8 @@ def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: 
     _check_heads(fields, file)
     if num_tokens is not None and num_tokens > sizes["vocab_size"]:
         raise UserError(
-            f"model.path is {str(path)!r}, a model whose vocabulary does not fit its tokenizer "
-            f"({sizes['vocab_size']} rows for {num_tokens} tokens); {PASS} with its own tokenizer"
+            f"model.path is {str(path)!r}, a model whose vocabulary is too small for its tokenizer "
+            f"({sizes['vocab_size']} embedding rows, {num_tokens} tokens); {PASS} with its own tokenizer"
         )
     biased = "attention_bias" in fields and files.flag(fields, "attention_bias", file)
     return Qwen3Config(
@@ -91,7 +91,7 @@ def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: 
 
 
 def _check_architecture(fields: Fields, file: Path) -> Family:
-    """The family. Raises UserError for what would change the forward pass and is not built here."""
+    """The family. Raises UserError for a field that asks for a forward pass not implemented here."""
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise wrong(file, "model_type", kind, "one of " + ", ".join(map(repr, FAMILIES)))
@@ -99,7 +99,7 @@ def _check_architecture(fields: Fields, file: Path) -> Family:
         raise wrong(file, "hidden_act", fields["hidden_act"], "'silu'")
     if fields.get("mlp_bias") not in (None, False):
         raise wrong(file, "mlp_bias", fields["mlp_bias"], "False")
-    if kind != "llama":  # whose programs do not read these
+    if kind != "llama":  # Llama implementations ignore the fields of sliding windows
         _check_window(fields, file)
     kinds = fields.get("layer_types")
     full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
@@ -109,27 +109,29 @@ def _check_architecture(fields: Fields, file: Path) -> Family:
         part = (files.section(fields, name, file) if name else fields).get("partial_rotary_factor")
         if part is not None and part != 1:
             where = f"{name}.partial_rotary_factor".lstrip(".")
-            raise wrong(file, where, part, "1: all of a head's dimensions turn")
+            raise wrong(file, where, part, "1: RoPE rotates all dimensions of a head")
     return FAMILIES[kind]
 
 
 def _check_window(fields: Fields, file: Path) -> None:
-    """Raises UserError where a sliding window cuts a layer's attention; layer_types is checked apart."""
+    """Raises UserError if a sliding window limits any layer's attention. layer_types is checked elsewhere."""
     used = fields.get("use_sliding_window", False)
     if used is False:
         return
-    first, layers = fields.get("max_window_layers"), fields.get("num_hidden_layers")
-    beyond = type(first) is int and type(layers) is int and first >= layers
-    nowhere = beyond or ("sliding_window" in fields and fields["sliding_window"] is None)
-    if used is not True or not nowhere:
+    first = fields.get("max_window_layers")  # the first layer with a window
+    layers = fields.get("num_hidden_layers")
+    no_layer = type(first) is int and type(layers) is int and first >= layers
+    no_window = no_layer or ("sliding_window" in fields and fields["sliding_window"] is None)
+    if used is not True or not no_window:
         raise wrong(file, "use_sliding_window", used, "False, or max_window_layers the number of layers")
 
 
 def _completed(fields: Fields, family: Family) -> Fields:
-    """With the values of what a family's programs take for granted where it is missing or null."""
+    """The fields, with the defaults that implementations of the family assume for missing or null ones."""
     if not family.defaults:
         return fields
-    heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
+    heads = fields.get("num_attention_heads")
+    width = fields.get("hidden_size")
     rope = any(isinstance(fields.get(name), dict) and "rope_theta" in fields[name] for name in ROPES)
     implied = family.defaults | {"num_key_value_heads": heads}
     if type(heads) is int and type(width) is int and heads > 0:
@@ -151,12 +153,12 @@ def _head_dim(fields: Fields, file: Path) -> int:
     implied = fields["hidden_size"] // fields["num_attention_heads"]
     head_dim = files.whole_number({"head_dim": implied} | fields, "head_dim", file)
     if head_dim % 2:
-        raise wrong(file, "head_dim", head_dim, "even, as rotary positions turn pairs of dimensions")
+        raise wrong(file, "head_dim", head_dim, "even, because RoPE rotates pairs of dimensions")
     return head_dim
 
 
 def _rope_theta(fields: Fields, file: Path) -> float:
-    """RoPE's base, from the field of transformers 5 or the older top-level one."""
+    """RoPE's base, from the older top-level field or inside the sections of transformers 4 and 5."""
     named = {}
     if fields.get("rope_theta") is not None:
         named["rope_theta"] = files.positive(fields, "rope_theta", file)
@@ -164,7 +166,8 @@ def _rope_theta(fields: Fields, file: Path) -> float:
         rope = files.section(fields, name, file)
         nested = [key for key, value in rope.items() if isinstance(value, dict)]
         if nested:
-            raise wrong(file, f"{name}.{nested[0]}", rope[nested[0]], "absent: all layers turn alike")
+            rule = "absent: all layers must have the same RoPE"
+            raise wrong(file, f"{name}.{nested[0]}", rope[nested[0]], rule)
         if "rope_theta" in rope:
             inner = f"{name}.rope_theta"
             named[inner] = files.positive({inner: rope["rope_theta"]}, inner, file)
@@ -174,7 +177,7 @@ def _rope_theta(fields: Fields, file: Path) -> float:
 
 
 def _rope_scaling(fields: Fields, file: Path) -> Llama3Scaling | None:
-    """RoPE's scaling, None for the plain type."""
+    """RoPE scaling; None if there is none. Raises UserError if the two sections differ."""
     named = {}
     for name in ROPES:
         rope = files.section(fields, name, file)
@@ -203,11 +206,12 @@ def _one_scaling(rope: Fields, name: str, file: Path) -> Llama3Scaling | None:
 
 
 def _agreed(named: dict[str, Any], file: Path) -> Any:
-    """What several fields say. Raises UserError where they differ."""
+    """The value on which several fields agree. Raises UserError if they differ."""
     first, *others = named
     for other in others:
         if named[other] != named[first]:
-            raise wrong(file, other, named[other], f"{first} = {named[first]}, since programs read either")
+            rule = f"{first} = {named[first]}, because some programs read the one and some the other"
+            raise wrong(file, other, named[other], rule)
     return named[first]
 
 
@@ -215,10 +219,10 @@ def _agreed(named: dict[str, Any], file: Path) -> Any:
 
 
 def config_fields(config: Qwen3Config) -> Fields:
-    """The fields of a config.json that transformers 4 and 5 read as this architecture."""
+    """The fields of a config.json that both transformers 4 and 5 read as this architecture."""
     return stated_fields(config) | {
         "model_type": _family_of(config),
-        "rope_parameters": _rope(config) | {"rope_theta": config.rope_theta},  # read by transformers 5
+        "rope_parameters": _rope(config) | {"rope_theta": config.rope_theta},  # for transformers 5
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "attention_dropout": 0.0,
@@ -228,25 +232,25 @@ def config_fields(config: Qwen3Config) -> Fields:
 
 
 def stated_fields(config: Qwen3Config) -> Fields:
-    """What every config.json of ours states, since each program fills in what is missing by a default."""
+    """What every exported config.json states, because programs differ in their defaults."""
     family = FAMILIES[_family_of(config)]
     fields = {name: getattr(config, name) for name in (*SIZES, "head_dim", *OPTIONAL)}
     fields |= {"architectures": [family.architecture], "rope_theta": config.rope_theta}
     if family.qkv_bias is None:
         fields["attention_bias"] = config.attention_bias
     if config.rope_scaling is not None:
-        fields["rope_scaling"] = _rope(config)  # read by transformers 4
+        fields["rope_scaling"] = _rope(config)  # for transformers 4
     return fields
 
 
 def _family_of(config: Qwen3Config) -> str:
-    """The model_type whose programs compute what the config describes."""
+    """The model_type whose implementations compute what the config describes; ValueError if none does."""
     biases = config.attention_bias, config.output_bias
     for name, family in FAMILIES.items():
         biased = biases[0] == biases[1] if family.qkv_bias is None else biases == (family.qkv_bias, False)
         if biased and config.qk_norm == family.qk_norm:
             return name
-    raise ValueError(f"no known family has qk_norm={config.qk_norm} and biases on (qkv, output)={biases}")
+    raise ValueError(f"no supported family has qk_norm={config.qk_norm} and biases on (qkv, output)={biases}")
 
 
 def _rope(config: Qwen3Config) -> Fields:

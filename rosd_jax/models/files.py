@@ -1,4 +1,4 @@
-"""The JSON files of a Hugging Face directory: every mistake in them is named by file and field."""
+"""The JSON files of a Hugging Face directory. An error names the file, the field and its value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Fields = dict[str, Any]
 
 
 def read_json(file: Path) -> Fields:
-    """The object in a JSON file. Raises UserError for a file that cannot be read or holds no object."""
+    """The object in a JSON file. Raises UserError if the file cannot be read or contains something else."""
     text = read_text(file)
     try:
         fields = json.loads(text)
@@ -27,7 +27,7 @@ def read_json(file: Path) -> Fields:
 
 
 def read_text(file: Path) -> str:
-    """A text file. Raises UserError for one that cannot be read or is not UTF-8."""
+    """The text of a file. Raises UserError if it cannot be read or is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -37,43 +37,43 @@ def read_text(file: Path) -> str:
 
 
 def write_json(file: Path, fields: Fields) -> None:
-    """Writes an object under another name and renames it when whole."""
+    """Writes an object to a temporary name and renames it once it is complete."""
     write_bytes(file, (json.dumps(fields, indent=2) + "\n").encode())
 
 
 def write_bytes(file: Path, data: bytes) -> None:
-    """Writes a file under another name and renames it when whole."""
+    """Writes a file to a temporary name and renames it once it is complete."""
     part_of(file).write_bytes(data)
     os.replace(part_of(file), file)
 
 
 def part_of(file: Path) -> Path:
-    """Where a file lies until it is whole."""
+    """The temporary name of a file that is being written."""
     return file.with_name(f".{file.name}.part")
 
 
 def wrong(file: Path, name: str, value: Any, rule: str) -> UserError:
-    """The error for a field whose value breaks its rule."""
+    """The error about a field whose value breaks its rule."""
     return UserError(f"{name} in {file} is {value!r}; it must be {rule}; {REMEDY}")
 
 
 def whole_number(fields: Fields, name: str, file: Path) -> int:
-    """A size. Raises UserError where it is missing or no whole number above 0."""
+    """A size. Raises UserError if it is missing or not a whole number above 0."""
     return _field(fields, name, file, "a whole number above 0", _is_whole)
 
 
 def positive(fields: Fields, name: str, file: Path) -> float:
-    """A quantity. Raises UserError where it is missing or no number above 0."""
+    """A quantity. Raises UserError if it is missing or not a number above 0."""
     return float(_field(fields, name, file, "a number above 0", _is_positive))
 
 
 def flag(fields: Fields, name: str, file: Path) -> bool:
-    """A switch. Raises UserError where it is missing or neither true nor false."""
+    """A switch. Raises UserError if it is missing or neither true nor false."""
     return _field(fields, name, file, "true or false", lambda value: isinstance(value, bool))
 
 
 def section(fields: Fields, name: str, file: Path) -> Fields:
-    """An object inside the file, empty where it is missing or null. Raises UserError for anything else."""
+    """An object inside the file, empty if it is missing or null. Raises UserError for anything else."""
     return _field(fields, name, file, "an object or null", _is_object_or_null) or {}
 
 

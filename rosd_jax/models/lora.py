@@ -1,13 +1,13 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): what learns in place of a base model that never changes.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a frozen base model.
 
-Next to each adapted kernel W [L, in, out] lie A [L, in, r] and B [L, r, out], and the layer gives
-x W + scale (x A) B with scale = alpha / r. The adapters are a tree nested as params are, so the model that
-learns is both trees in one: `hidden_states` and `decoder.fuse` use adapters where they find them.
+An adapted kernel W [layers, in, out] has a pair A [layers, in, r] and B [layers, r, out], and the layer
+computes x W + scale (x A) B with scale = alpha / r. The adapters are a tree nested like params, so a model
+with adapters is the two trees combined: `hidden_states` and `decoder.fuse` use adapters where they find them.
 
-    init_adapters(config, rank, targets, key)   -> adapters (float32): at first the model is the base
-    combine(base, adapters)                     -> params that hold both; no array is copied
+    init_adapters(config, rank, targets, key)   -> adapters (float32); the model starts equal to the base
+    combine(base, adapters)                     -> params that contain both; no array is copied
     merged_kernel(layer, scale, dtype)          -> W + scale A B
-    merge(params, config)                       -> params without adapters, their kernels merged
+    merge(params, config)                       -> params without adapters, which are merged into the kernels
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from rosd_jax.types import Params
 
 
 def init_adapters(config: Qwen3Config, rank: int, targets: tuple[str, ...], key: jax.Array) -> Params:
-    """A random, B zero, as PEFT begins: uniform in +-1 / sqrt(in)."""
+    """Initialised as in PEFT: A uniform in +-1 / sqrt(in), B zero.
+
+    `targets` are names of layers, such as "q_proj".
+    """
     shapes = jax.eval_shape(lambda: init_params(config, key))["blocks"]
     keys = iter(jax.random.split(key, len(targets)))
 
@@ -42,20 +45,18 @@ def init_adapters(config: Qwen3Config, rank: int, targets: tuple[str, ...], key:
 
 
 def combine(base: Params, adapters: Params) -> Params:
-    """One tree of both: what only one of them has, and what both have, combined."""
+    """The union of the two trees, recursively."""
     both = {name: combine(base[name], inner) for name, inner in adapters.items() if name in base}
     return base | adapters | both
 
 
 def merged_kernel(layer: Params, scale: float, dtype: Any) -> jax.Array:
-    """A layer's kernel with its adapter added in float32, if it has one.
-
-    Layer by layer: the product of a whole stack would be as large as its float32 kernel.
-    """
+    """A stacked kernel [layers, in, out] with its adapter, if it has one, added in float32."""
     if "lora_a" not in layer:
         return layer["kernel"].astype(dtype)
 
-    def one(parts):
+    # One layer at a time: the product for the whole stack would be as large as its float32 kernel.
+    def one(parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         kernel, a, b = parts
         change = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
         return (kernel.astype(jnp.float32) + scale * change).astype(dtype)
@@ -64,7 +65,7 @@ def merged_kernel(layer: Params, scale: float, dtype: Any) -> jax.Array:
 
 
 def merge(params: Params, config: Qwen3Config) -> Params:
-    """Params as `init_params` lays them out; kernels without an adapter stay the arrays that they are."""
+    """Params with the structure of `init_params`. Kernels without an adapter are passed through."""
     if "lora_a" in params:
         rest = {name: x for name, x in params.items() if name not in ("kernel", "lora_a", "lora_b")}
         return rest | {"kernel": merged_kernel(params, config.lora_scale, params["kernel"].dtype)}

@@ -1,4 +1,4 @@
-"""Adapters as a directory that Hugging Face's PEFT loads: adapter_config.json and safetensors.
+"""Writes adapters as a directory that Hugging Face's PEFT loads: adapter_config.json and safetensors.
 
 save_adapters(path, params, rank=, alpha=, targets=, base=)
 """
@@ -27,10 +27,10 @@ SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 def save_adapters(
     path: str | Path, params: Params, *, rank: int, alpha: float, targets: tuple[str, ...], base: str
 ) -> None:
-    """Writes the adapters among the params; `base` is where PEFT finds the model they belong to.
+    """Writes the adapters among the params; `base` tells PEFT the path of the model that they belong to.
 
-    Every leaf must be addressable from this process. Raises UserError where the directory cannot be
-    written (a full disk, say).
+    Every leaf must be addressable from this process. Raises UserError if the directory cannot be
+    written (because the disk is full, for example).
     """
     folder = Path(path)
     tensors: dict[str, np.ndarray] = {}
@@ -39,12 +39,14 @@ def save_adapters(
         if name in SUFFIX:
             module = LEAVES["/".join([*above, "kernel"])][0].removesuffix("weight")
             for layer, value in enumerate(np.asarray(leaf)):
-                stored = np.ascontiguousarray(value.T)  # [out, in], as all weights there
+                stored = np.ascontiguousarray(value.T)  # torch keeps weights as [out, in]
                 tensors[f"base_model.model.{module.format(layer)}{SUFFIX[name]}"] = stored
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, files.part_of(folder / WEIGHTS), metadata={"format": "pt"})
-        os.chmod(files.part_of(folder / WEIGHTS), 0o644)  # safetensors writes for the owner alone
+        os.chmod(
+            files.part_of(folder / WEIGHTS), 0o644
+        )  # safetensors makes files that only their owner can read
         os.replace(files.part_of(folder / WEIGHTS), folder / WEIGHTS)
         files.write_json(folder / CONFIG, _config(rank, alpha, targets, base))
     except (OSError, SafetensorError) as error:

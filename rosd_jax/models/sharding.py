@@ -1,17 +1,17 @@
-"""The mesh and where every array lies on it.
+"""The mesh (data, fsdp, tensor) and the layout of every array on it.
 
-Three axes: rows of the batch over ("data", "fsdp"), matrices over "fsdp" and, Megatron style
-(arXiv 1909.08053), over "tensor". RULES is the whole layout: the last parts of a leaf's path name
-its rule, so one function places params, optimizer moments and a whole train state alike.
+Rows of a batch are split over "data" and "fsdp"; matrices over "fsdp" and, as in Megatron
+(arXiv 1909.08053), over "tensor". RULES is the whole layout: the last names of a leaf's path select its
+rule, so one function places params, optimizer moments and a whole train state alike.
 
     make_mesh(data, fsdp, tensor)     -> Mesh
     validate_mesh_for(config, mesh)
     param_shardings(tree, mesh)       -> tree of NamedSharding
-    replicated_dims(tree, mesh)       -> sentences to log: dimensions that an axis does not divide
-    row_devices(mesh)                 -> how many shards rows are split into
+    replicated_dims(tree, mesh)       -> lines to log: dimensions that their axis does not divide
+    row_devices(mesh)                 -> number of shards that rows are split into
     row_sharding(mesh)                -> NamedSharding of arrays whose first axis is rows
-    on_device(tree)                   -> the tree in the devices' memory, wherever it lay
-    tensor_specs(params, mesh)        -> specs of params whole on every row device
+    on_device(tree)                   -> the tree in device memory
+    tensor_specs(params, mesh)        -> specs of params split along "tensor" alone, for decoding
     decoder_specs(config, mesh)       -> specs of the decoder's weights
 """
 
@@ -27,27 +27,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rosd_jax.config import UserError
-from rosd_jax.models.qwen3 import Qwen3Config
+from rosd_jax.models.qwen3 import ROW_AXES, Qwen3Config
 
 AXES = ("data", "fsdp", "tensor")
-ROW_AXES = ("data", "fsdp")  # that the rows of a batch lie along
 
-# Path suffix -> spec. The leading layer axis of stacked leaves is never split, since every device
-# runs every layer. Column kernels split their output over tensor, row kernels their input.
-# Of an adapter's pair, each has its kernel's split where it has its kernel's dimension; the rank takes fsdp
-# where nothing else does.
-COLUMN, ROW = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-ROWS = ("o_proj", "down_proj")
+# Path suffix -> spec. The leading layer axis of stacked leaves is never split, since every device runs
+# every layer. Column-parallel kernels split their output over tensor, row-parallel ones their input.
+# A and B of an adapter are split like their kernel along the dimension that they share with it; the rank is
+# split over fsdp if no other dimension is.
+COLUMN_SPEC = P(None, "fsdp", "tensor")
+ROW_SPEC = P(None, "tensor", "fsdp")
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROW_PARALLEL = ("o_proj", "down_proj")
 RULES = {
     "embed": P("tensor", "fsdp"),
     "head": P("tensor", "fsdp"),
-    **{f"{name}/kernel": COLUMN for name in COLUMNS},
-    **{f"{name}/lora_a": P(None, "fsdp", None) for name in COLUMNS},
-    **{f"{name}/lora_b": COLUMN for name in COLUMNS},
-    **{f"{name}/kernel": ROW for name in ROWS},
-    **{f"{name}/lora_a": ROW for name in ROWS},
-    **{f"{name}/lora_b": P(None, None, "fsdp") for name in ROWS},
+    **{f"{name}/kernel": COLUMN_SPEC for name in COLUMN_PARALLEL},
+    **{f"{name}/lora_a": P(None, "fsdp", None) for name in COLUMN_PARALLEL},
+    **{f"{name}/lora_b": COLUMN_SPEC for name in COLUMN_PARALLEL},
+    **{f"{name}/kernel": ROW_SPEC for name in ROW_PARALLEL},
+    **{f"{name}/lora_a": ROW_SPEC for name in ROW_PARALLEL},
+    **{f"{name}/lora_b": P(None, None, "fsdp") for name in ROW_PARALLEL},
     "q_proj/bias": P(None, "tensor"),
     "k_proj/bias": P(None, "tensor"),
     "v_proj/bias": P(None, "tensor"),
@@ -57,16 +57,17 @@ RULES = {
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices; -1 (at most once) takes what the other axes leave.
+    """The mesh over all devices; a size of -1 (at most one) is inferred from the others.
 
-    Axis types are Auto: the compiler places what no rule names. Raises UserError where the product
-    is not the number of devices.
+    Axis types are Auto: the compiler places what no rule names. Raises UserError if the product of the
+    sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    count, sizes = len(devices), [data, fsdp, tensor]
+    count = len(devices)
+    sizes = [data, fsdp, tensor]
     text = ", ".join(f"mesh.{axis}={n}" for axis, n in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-        raise UserError(f"{text}: each must be at least 1, or -1 (the rest) for one of them")
+        raise UserError(f"{text}: each must be at least 1, or -1 (inferred) for one of them")
     given = math.prod(n for n in sizes if n != -1)
     sizes = [count // given if n == -1 else n for n in sizes]
     if math.prod(sizes) != count:
@@ -74,13 +75,13 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
             f"{text}: the product must be the number of devices, {count}; "
             "set one of them to -1 and let the others divide that number"
         )
-    # An axis may lie along a part of a slice's side, as fsdp=8, tensor=2 do on 4 x 4 chips.
+    # An axis may cover only part of a side of the slice, as with fsdp=8, tensor=2 on 4 x 4 chips.
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def validate_mesh_for(config: Qwen3Config, mesh: Mesh) -> None:
-    """Raises UserError where heads would be cut in two: tensor must divide both kinds of head."""
+    """Raises UserError unless "tensor" divides both numbers of heads, so that no head is split."""
     tensor = mesh.shape["tensor"]
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name)
@@ -96,14 +97,14 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     Scalars are replicated. Raises KeyError for a leaf that no rule names.
     """
 
-    def place(path, leaf):
+    def place(path: Any, leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, _fit(_spec(path, leaf), leaf.shape, mesh)[0])
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def replicated_dims(tree: Any, mesh: Mesh) -> list[str]:
-    """One line for each dimension that stays whole because its axis does not divide it."""
+    """One line for each dimension that is not split because its axis does not divide it."""
     lines = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         for size, axis in _fit(_spec(path, leaf), leaf.shape, mesh)[1]:
@@ -113,24 +114,24 @@ def replicated_dims(tree: Any, mesh: Mesh) -> list[str]:
 
 
 def row_devices(mesh: Mesh) -> int:
-    """Shards of the rows: the devices along "data" and "fsdp"."""
+    """The number of shards of rows: the devices along "data" and "fsdp"."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """For arrays [B, ...]: rows over data and fsdp, the rest whole."""
+    """Splits arrays [rows, ...] over "data" and "fsdp"; no other axis is split."""
     return NamedSharding(mesh, P(ROW_AXES))
 
 
 def on_device(tree: Any) -> Any:
-    """The tree in the memory of the devices that its shardings name; where it lies there, itself."""
+    """The tree in the memory of the devices of its shardings. Arrays that are there are not copied."""
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
 
 
 def tensor_specs(params: Any, mesh: Mesh) -> Any:
     """Specs of params split along "tensor" alone, as decoding reads them."""
 
-    def place(path, leaf) -> P:
+    def place(path: Any, leaf: Any) -> P:
         spec, _ = _fit(_spec(path, leaf), leaf.shape, mesh)
         return P(*[axis if axis == "tensor" else None for axis in spec])
 
@@ -138,12 +139,13 @@ def tensor_specs(params: Any, mesh: Mesh) -> Any:
 
 
 def decoder_specs(config: Qwen3Config, mesh: Mesh) -> dict[str, Any]:
-    """Specs of the weights that `decoder.fuse` makes on each device of what `tensor_specs` leaves there."""
+    """Specs of the weights that `decoder.fuse` makes on each device of params placed by `tensor_specs`."""
 
-    def along(n):
-        return "tensor" if n % mesh.shape["tensor"] == 0 else None
+    def tensor_if_divisible(size: int) -> str | None:
+        return "tensor" if size % mesh.shape["tensor"] == 0 else None
 
-    vocabulary, inner = P(along(config.vocab_size), None), along(config.intermediate_size)
+    vocabulary = P(tensor_if_divisible(config.vocab_size), None)
+    inner = tensor_if_divisible(config.intermediate_size)
     blocks = dict(
         qkv=P(None, None, "tensor"),
         out=P(None, "tensor", None),
@@ -173,7 +175,7 @@ def _spec(key_path, leaf) -> P:
 
 
 def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> tuple[P, list[tuple[int, str]]]:
-    """The spec without the axes that do not divide their dimension, and those (size, axis)."""
+    """The spec without axes that do not divide their dimension, and a (size, axis) of each one dropped."""
     odd = [(n, axis) for n, axis in zip(shape, spec, strict=False) if axis and n % mesh.shape[axis]]
     kept = [a if a and not n % mesh.shape[a] else None for n, a in zip(shape, spec, strict=False)]
     return P(*kept), odd

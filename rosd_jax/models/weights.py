@@ -1,10 +1,11 @@
-"""A model in and out of a Hugging Face directory: safetensors, never pickle (config.json: families.py).
+"""Loads and saves the weights of a Hugging Face directory: safetensors, never pickle.
 
-One table, LEAVES, maps the leaves of the params tree to the names of Hugging Face; loading and
-saving both walk it. Loading, a host reads of each stacked leaf (all layers of one matrix) what its own
-devices need, one leaf at a time. Saving, it has one whole leaf and the file being filled.
+One table, LEAVES, maps the leaves of the params tree to Hugging Face's names; loading and saving both use it.
+When loading, a host reads one stacked leaf (all layers of one matrix) after another, and only what its own
+devices need. When saving, one whole leaf and the file being filled are in memory. families.py reads and
+writes config.json.
 
-    check_weights(path, config)                           raises for what load_params would refuse
+    check_weights(path, config)                           raises what load_params would raise
     load_params(path, config, shardings, dtype=)          -> params
     save_pretrained(path, params, config, source=, dtype=)
 """
@@ -34,7 +35,7 @@ from rosd_jax.models.files import wrong
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.types import Params
 
-# Leaf path -> (name at Hugging Face, transposed). "{}" is the layer: those leaves are stacked here.
+# Leaf path -> (Hugging Face's name, transposed). "{}" is the layer number: those leaves are stacked here.
 # Kernels are [in, out] here and [out, in] there.
 LEAVES = {
     "embed": ("model.embed_tokens.weight", False),
@@ -59,15 +60,15 @@ LEAVES = {
 Ranges = tuple[tuple[int, int], ...]  # [start, stop) of each dimension
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-STORED = ("F32", "BF16", "F16")  # the storage types that load
-BUFFERS = ".self_attn.rotary_emb.inv_freq"  # in old Llama files; config.json says what they are
+STORED = ("F32", "BF16", "F16")  # the storage types that can be loaded
+BUFFERS = ".self_attn.rotary_emb.inv_freq"  # in old Llama files; ignored, since config.json determines them
 
 
 # --- loading --------------------------------------------------------------------------------------
 
 
 def check_weights(path: str | Path, config: Qwen3Config) -> None:
-    """Raises UserError for what `load_params` would refuse; reads the files' headers alone."""
+    """Raises the UserError that `load_params` would raise. Reads only the headers of the files."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     with ExitStack() as stack:
         _open_tensors(stack, Path(path), config, shapes)
@@ -76,24 +77,24 @@ def check_weights(path: str | Path, config: Qwen3Config) -> None:
 def load_params(
     path: str | Path, config: Qwen3Config, shardings: Any = None, *, dtype: str = "float32"
 ) -> Params:
-    """A tree of `init_params`' structure in `dtype`; `shardings`, a tree like it, places the leaves.
+    """The weights in `dtype`, in the structure of `init_params`; `shardings`, a tree like it, places them.
 
-    Each shard is read by itself, once, and only where one of this host's devices has it. Stored bfloat16,
-    float16 and float32 are read. Every name and shape is checked before any tensor is read. Raises
-    UserError for a missing, extra or mis-shaped tensor, and for pickled weights.
+    A host reads each shard that its devices need once, and no other. Files may store float32, bfloat16 or
+    float16. Every name and shape is checked before any tensor is read. Raises UserError for a missing,
+    extra or mis-shaped tensor, and for pickled weights.
     """
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     with ExitStack() as stack:
         tensors = _open_tensors(stack, Path(path), config, shapes)
 
-        def leaf(key_path, shape, sharding=None):
+        def leaf(key_path: Any, shape: Any, sharding: Any = None) -> jax.Array:
             name = _path(key_path)
-            # Devices that have the same shard share what was read.
+            # Devices with the same shard share one read.
             read = cache(lambda *ranges: _read_shard(tensors, name, shape.shape, ranges, jnp.dtype(dtype)))
             if sharding is None:
                 return jnp.asarray(read(*((0, n) for n in shape.shape)))
 
-            def shard(index):
+            def shard(index: Any) -> np.ndarray:
                 return read(*(i.indices(n)[:2] for i, n in zip(index, shape.shape, strict=True)))
 
             return jax.make_array_from_callback(shape.shape, sharding, shard)
@@ -103,10 +104,10 @@ def load_params(
 
 
 def weights_fingerprint(path: str | Path) -> str:
-    """A checksum that tells one model directory's weights from another's, cheaply.
+    """A cheap checksum that tells the weights of one model directory from another's.
 
-    It reads each weight file's size and its first and last mebibyte, so a change of a few values in
-    the middle of a large file goes unseen.
+    It covers the size and the first and last mebibyte of each weight file, so it misses a change of a few
+    values in the middle of a large file.
     """
     check = 0
     for file in _weight_files(Path(path)):
@@ -122,17 +123,17 @@ def _path(key_path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: the single one, else those its index names."""
+    """The safetensors files of a model: the single file, or those that its index lists."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _indexed_files(folder / INDEX)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise UserError(
-            f"model.path is {str(folder)!r}, which holds pickled weights only; pickle can run "
+            f"model.path is {str(folder)!r}, which contains pickled weights only; unpickling can run "
             "code, so convert them to safetensors"
         )
-    raise UserError(f"model.path is {str(folder)!r}, which holds no {SINGLE}; {PASS}")
+    raise UserError(f"model.path is {str(folder)!r}, which contains no {SINGLE}; {PASS}")
 
 
 def _open_tensors(stack: ExitStack, folder: Path, config: Qwen3Config, shapes: Params) -> dict:
@@ -148,13 +149,13 @@ def _open_tensors(stack: ExitStack, folder: Path, config: Qwen3Config, shapes: P
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    """The files of weight_map. Raises UserError for one that is not next to the index."""
+    """The files in weight_map. Raises UserError if one is not in the directory of the index."""
     places = files.read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise wrong(index, "weight_map", places, "an object that maps each tensor to its file")
     for tensor, name in places.items():
         if not isinstance(name, str) or Path(name).name != name or not os.path.isfile(index.parent / name):
-            rule = "the name of a file next to it, so fetch the missing part of the model"
+            rule = "the name of a file in the same directory, so download the missing part of the model"
             raise wrong(index, f"weight_map[{tensor!r}]", name, rule)
     return [index.parent / name for name in sorted(set(places.values()))]
 
@@ -163,11 +164,11 @@ def _open(file: Path):
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no safetensors file ({error}); fetch it again") from error
+        raise UserError(f"{file} is not a safetensors file ({error}); download it again") from error
 
 
 def _names(path: str, shape: tuple[int, ...]) -> list[str]:
-    """The Hugging Face names of one leaf: one a layer for a stacked leaf."""
+    """The Hugging Face names of one leaf: one per layer for a stacked leaf."""
     name = LEAVES[path][0]
     return [name.format(layer) for layer in range(shape[0])] if "{}" in name else [name]
 
@@ -179,7 +180,7 @@ def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_tensors(tensors: dict, shapes: Params, folder: Path) -> None:
-    """Raises UserError for the first tensor that is missing, mis-shaped, mistyped or too many."""
+    """Raises UserError for the first tensor that is missing, mis-shaped, mistyped or not expected."""
     where = folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
     expected = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -187,28 +188,28 @@ def _check_tensors(tensors: dict, shapes: Params, folder: Path) -> None:
         expected |= dict.fromkeys(_names(path, leaf.shape), _stored_shape(path, leaf.shape))
     for name, shape in expected.items():
         if name not in tensors:
-            raise UserError(f"{where} lacks tensor {name}, which its config.json asks for; {PASS}")
+            raise UserError(f"{where} lacks tensor {name}, which its config.json requires; {PASS}")
         handle, file = tensors[name]
         stored = handle.get_slice(name)
         if tuple(stored.get_shape()) != shape:
             raise UserError(
-                f"tensor {name} in {file} is {tuple(stored.get_shape())}; its config.json asks for "
+                f"tensor {name} in {file} has shape {tuple(stored.get_shape())}; its config.json requires "
                 f"{shape}; {PASS}"
             )
         if stored.get_dtype() not in STORED:
             raise UserError(
                 f"tensor {name} in {file} is stored as {stored.get_dtype()}; it must be one of "
-                f"{', '.join(STORED)}; {PASS} without quantisation"
+                f"{', '.join(STORED)}; {PASS} that is not quantized"
             )
     for name in sorted(tensors.keys() - expected.keys()):
         file = tensors[name][1]
-        raise UserError(f"tensor {name} in {file} has no place in its config.json; {PASS}")
+        raise UserError(f"tensor {name} in {file} is not part of the model in its config.json; {PASS}")
 
 
 def _read_shard(
     tensors: dict, path: str, shape: tuple[int, ...], ranges: Ranges, dtype: np.dtype
 ) -> np.ndarray:
-    """Positions [start, stop) of each dimension of a leaf; of no tensor more than that is read."""
+    """Reads the part [start, stop) of each dimension of a leaf, and no more of any tensor."""
     name, transposed = LEAVES[path]
     stacked = "{}" in name
     inner = [slice(start, stop) for start, stop in ranges[stacked:]]
@@ -236,10 +237,10 @@ def save_pretrained(
 ) -> None:
     """Writes config.json and safetensors that `transformers` loads; equal params give equal bytes.
 
-    With `source`, its config.json is kept but for the dtype, and states what it left to defaults.
-    Every file is written under another name and renamed when whole; files of an older save are
-    removed. Every leaf must be addressable from this process. Raises UserError where the directory
-    cannot be written (a full disk, say).
+    With `source`, its config.json is copied, with the new dtype and with explicit values of what it left to
+    defaults. Every file is written to a temporary name and renamed once it is complete; files of an older
+    save are removed. Every leaf must be addressable from this process. Raises UserError if the directory
+    cannot be written (because the disk is full, for example).
     """
     folder = Path(path)
     fields = config_fields(config)
@@ -260,17 +261,18 @@ def save_pretrained(
 
 
 def _plan(params: Params, itemsize: int, limit: float) -> dict[str, list[tuple[str, int]]]:
-    """File name -> its (tensor, bytes), filled in leaf order up to `limit` bytes a file."""
-    groups, room = [[]], limit
+    """File name -> its (tensor, bytes), in leaf order and at most `limit` bytes per file."""
+    groups: list[list[tuple[str, int]]] = [[]]
+    left = limit
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = _names(_path(key_path), leaf.shape)
         size = math.prod(leaf.shape) // len(names) * itemsize
         for name in names:
-            if groups[-1] and size > room:
+            if groups[-1] and size > left:
                 groups.append([])
-                room = limit
+                left = limit
             groups[-1].append((name, size))
-            room -= size
+            left -= size
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     total = len(groups)
@@ -278,7 +280,7 @@ def _plan(params: Params, itemsize: int, limit: float) -> dict[str, list[tuple[s
 
 
 def _tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values in the order of `_plan`, one leaf on the host at a time."""
+    """Names and values in the order of `_plan`, with one leaf on the host at a time."""
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = _path(key_path)
         name, transposed = LEAVES[path]
@@ -291,8 +293,8 @@ def _write_shards(folder: Path, shards: dict, tensors: Iterator[tuple[str, np.nd
     for name, group in shards.items():
         part = files.part_of(folder / name)
         save_file(dict(islice(tensors, len(group))), part, metadata={"format": "pt"})
-        os.chmod(part, 0o644)  # safetensors writes files that only their owner may read
-    # A kill between here and the last rename leaves files missing, and no loader takes that.
+        os.chmod(part, 0o644)  # safetensors makes files that only their owner can read
+    # If the process is killed from here on, files are missing, and every loader notices that.
     old = [*folder.glob("model-?????-of-?????.safetensors"), folder / SINGLE, folder / INDEX]
     for file in old:
         file.unlink(missing_ok=True)

@@ -1,13 +1,15 @@
-"""Bytes of one chip in every stage, by kind.
+"""Memory per chip in every stage: bytes by kind.
 
-What lies in memory between stages is exact: the sizes of its shards. What else a stage holds is
-arithmetic over the arrays that it cannot do without at its fullest; XLA decides about the rest. So a plan
-is an estimate until a stage is compiled (docs/performance.md compares the two: "The plan against the
-compiler").
+What is resident between stages is exact: the sizes of its shards. What a stage needs in addition is estimated
+from the arrays that it cannot do without at its peak; XLA decides about the rest. So a plan is an estimate
+until the stage is compiled. docs/performance.md compares the two under "The plan against the compiler".
 
     resident(job)                    -> bytes by kind between the stages of an update
     decoding(job, engine, shape, capacity), teacher(job), student(job), optimizer(job)
-                                     -> bytes by kind while the stage runs, what is resident left out
+                                     -> bytes by kind that the running stage needs in addition
+
+S and T are the widths of the student's and the teacher's rows in tokens, D and F the model's outer and inner
+width, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -45,12 +47,12 @@ KINDS = (
     "activations",
     "temporaries",
 )
-BACKWARD_BLOCKS = 2  # a layer computed again, and the gradients of what it computes
+BACKWARD_BLOCKS = 2  # one layer's recomputed activations, and their gradients
 
 
 @dataclass(frozen=True)
 class Job:
-    """One experiment on one mesh, without its weights."""
+    """One run on one mesh, without its weights."""
 
     config: Settings
     model: Qwen3Config
@@ -60,42 +62,44 @@ class Job:
 
     @property
     def item(self) -> int:
-        """Bytes of a number of the compute type."""
+        """Bytes per number of the compute type."""
         return jnp.dtype(self.model.dtype).itemsize
 
     @property
     def tensor(self) -> int:
-        """Devices that split heads and widths."""
+        """Number of devices that heads and widths are split over."""
         return self.mesh.shape["tensor"]
 
     @property
     def adapters(self) -> bool:
-        """Whether adapters learn, in place of the whole model."""
+        """Whether adapters are trained instead of all weights."""
         return self.config.model.lora.rank > 0
 
     @property
     def table(self) -> int:
-        """Numbers of the embedding, or the head, on one chip where it is gathered along fsdp."""
+        """Numbers per chip in the embedding, or the head, once it is gathered along fsdp."""
         V = self.model.vocab_size
         return (V // self.tensor if V % self.tensor == 0 else V) * self.model.hidden_size
 
     @property
     def layer(self) -> int:
-        """Numbers of one layer's matrices on one chip, gathered likewise."""
+        """Numbers per chip in one layer's matrices, once they are gathered along fsdp."""
         return layer_weights(self.model) // self.tensor
 
 
 def shard_bytes(tree: Any, shardings: Any, dtype: Any = None) -> int:
-    """Of one chip's shards of a tree of arrays or shapes."""
-    sizes = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * jnp.dtype(dtype or x.dtype).itemsize, tree, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
+    """Bytes per chip of a tree of arrays or shapes; `dtype` replaces the leaves' own types."""
+
+    def leaf_bytes(x: Any, sharding: NamedSharding) -> int:
+        return math.prod(sharding.shard_shape(x.shape)) * jnp.dtype(dtype or x.dtype).itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf_bytes, tree, shardings)))
 
 
 def resident(job: Job) -> Bytes:
-    """What stays while stages come and go."""
-    state, places = job.trees.state, job.trees.shardings
+    """What is in memory between stages."""
+    state = job.trees.state
+    places = job.trees.shardings
     return {
         "parameters": shard_bytes(state.params, places.params),
         "optimizer": shard_bytes(state.opt_state, places.opt_state),
@@ -104,105 +108,115 @@ def resident(job: Job) -> Bytes:
 
 
 def gradients(job: Job) -> Bytes:
-    """The sum of gradients, which an update's micro-batches add to."""
-    params, places = job.trees.state.params, job.trees.shardings.params
+    """The accumulated gradient, to which every micro-batch of an update adds."""
+    params = job.trees.state.params
+    places = job.trees.shardings.params
     return {"gradients": shard_bytes(params, places, job.config.optimizer.grad_dtype)}
 
 
 def decoding(job: Job, engine: Engine, shape: CallShape, capacity: Capacity) -> Bytes:
-    """Rollouts, reflections or an evaluation, in a call of this shape. capacity: of a shard.
+    """Rollouts, reflections or an evaluation, in one engine call of this shape; `capacity` is one shard's.
 
-    Next to weights and cache there is either a pass over prompts or a step's logits, and a copy of the
-    table and of a layer that they are multiplied by.
+    The peak is the weights and the KV cache together with the larger of two: the activations of a prefill
+    pass, or one decoding step's logits with copies of the head and of one layer's weights.
     """
-    model, mine = job.model, shape.rows // row_devices(job.mesh)
+    model = job.model
+    rows = shape.rows // row_devices(job.mesh)
     shapes = jax.eval_shape(partial(fuse, config=model), job.trees.base)
     places = jax.tree.map(lambda spec: NamedSharding(job.mesh, spec), decoder_specs(model, job.mesh))
     positions = (capacity.prompt_pages + capacity.response_pages) * engine.limits.page
-    lasting = {
+    throughout = {
         "decoding weights": shard_bytes(shapes, places),
         "cache": positions * position_bytes(model) // job.tensor,
     }
     width = pass_widths(shape.longest)[0]
-    at_once = max(1, min(shape.prompts, PASS_TOKENS // width))
-    # Random numbers, tokens and log-probs, and the last two once more.
-    texts = 5 * 4 * mine * engine.limits.max_new
+    prompts = max(1, min(shape.prompts, PASS_TOKENS // width))  # of one prefill pass
+    # Four bytes each for random numbers, tokens and log-probs; the last two exist twice.
+    responses = 5 * 4 * rows * engine.limits.max_new
     logits = 2 * 4 * capacity.slots * job.table // model.hidden_size
-    prefill = {"activations": block_bytes(job, at_once * width) + scores_bytes(job, at_once, width)}
-    step = {"temporaries": (job.table + job.layer) * job.item + logits + texts}
-    return lasting | max(prefill, step, key=_total)
+    prefill = {"activations": block_bytes(job, prompts * width) + scores_bytes(job, prompts, width)}
+    step = {"temporaries": (job.table + job.layer) * job.item + logits + responses}
+    return throughout | max(prefill, step, key=_total)
 
 
 def teacher(job: Job) -> Bytes:
-    """One micro-batch's forward pass over teacher's rows of the greatest width, and its hidden states."""
+    """The forward pass of one micro-batch at the teacher's greatest width, and its hidden states."""
     S, T = job.update.longest
     rows = job.config.batch.device_rows
     hidden = rows * (T + S) * job.model.hidden_size * job.item
-    brought = 0 if job.config.model.frozen == "device" else frozen_bytes(job)
+    transferred = 0 if job.config.model.frozen == "device" else frozen_bytes(job)
     block = block_bytes(job, rows * T) + scores_bytes(job, rows, T)
-    return {"frozen": brought, "activations": block + hidden}
+    return {"frozen": transferred, "activations": block + hidden}
 
 
 def student(job: Job) -> Bytes:
-    """One micro-batch's forward and backward pass over the student's rows of the greatest width.
+    """The forward and backward pass of one micro-batch at the student's greatest width.
 
-    It is fullest in the loss, which holds whole tables, or in the backward pass, which holds the
-    micro-batch's gradients next to their sum.
+    The peak is either in the loss, which needs whole heads, or in the backward pass, where the gradients of
+    the micro-batch exist next to the accumulated ones.
     """
-    model, config = job.model, job.config
+    model = job.model
+    config = job.config
     S, _ = job.update.longest
-    tokens = config.batch.device_rows * S
-    stream = tokens * model.hidden_size * job.item
-    block = block_bytes(job, tokens) + scores_bytes(job, config.batch.device_rows, S)
-    attended = tokens * model.num_attention_heads * model.head_dim * job.item // job.tensor
-    kept = {
-        "none": model.num_hidden_layers * kept_bytes(job, config.batch.device_rows, S),
-        "block": model.num_hidden_layers * stream,
-        "attention": model.num_hidden_layers * (stream + attended),
-        "offload": 2 * stream,
+    rows = config.batch.device_rows
+    tokens = rows * S
+    block_input = tokens * model.hidden_size * job.item
+    block = block_bytes(job, tokens) + scores_bytes(job, rows, S)
+    attention = tokens * model.num_attention_heads * model.head_dim * job.item // job.tensor
+    saved = {
+        "none": model.num_hidden_layers * saved_bytes(job, rows, S),
+        "block": model.num_hidden_layers * block_input,
+        "attention": model.num_hidden_layers * (block_input + attention),
+        "offload": 2 * block_input,  # two layers' inputs are on the device at a time
     }[config.model.remat]
-    params, places = job.trees.state.params, job.trees.shardings.params
-    learning = params["blocks"], places["blocks"]
-    cast = 0 if job.item == 4 else shard_bytes(*learning, model.dtype)
-    # Heads of student and teacher, which adapters leave one and frozen, and the gradient of the student's.
-    head, gradient = (job.item, 0) if job.adapters else (2 * job.item, 4)
+    trained = job.trees.state.params["blocks"]
+    places = job.trees.shardings.params["blocks"]
+    cast = 0 if job.item == 4 else shard_bytes(trained, places, model.dtype)
+    if job.adapters:  # student and teacher have the same head, which is frozen
+        head = job.item
+        head_gradient = 0
+    else:
+        head = 2 * job.item
+        head_gradient = 4
     logits = min(config.loss.chunk, tokens) * job.table // model.hidden_size * (8 + job.item)
-    # Adapters are trained on the frozen tree, which is brought to the device if it is kept on the host.
+    # Adapters are trained on the frozen weights, which are transferred to the device if they are on the host.
     brought = frozen_bytes(job) if job.adapters and config.model.frozen == "host" else 0
     loss = {
         "frozen": brought,
-        "activations": kept + stream,
-        "temporaries": cast + job.table * (head + gradient) + logits,
+        "activations": saved + block_input,
+        "temporaries": cast + job.table * (head + head_gradient) + logits,
     }
     backward = {
         "frozen": brought,
-        "activations": kept + BACKWARD_BLOCKS * block,
-        "temporaries": cast + shard_bytes(*learning) + job.table * gradient,
+        "activations": saved + BACKWARD_BLOCKS * block,
+        "temporaries": cast + shard_bytes(trained, places) + job.table * head_gradient,
     }
     return max(loss, backward, key=_total)
 
 
 def optimizer(job: Job) -> Bytes:
-    """AdamW's step. XLA for TPU writes over the state that it is given; for CPU it keeps two more trees."""
+    """AdamW's step."""
+    # XLA for TPU writes the new state over the old one. For CPU it needs two more trees; GPUs are assumed
+    # to be like CPUs here, which nothing has confirmed.
     if job.mesh.devices.flat[0].platform == "tpu":
         return {"temporaries": 0}
     return {"temporaries": 2 * shard_bytes(job.trees.state.params, job.trees.shardings.params)}
 
 
 def frozen_bytes(job: Job) -> int:
-    """Of the frozen tree's shards."""
+    """Bytes per chip of the frozen weights."""
     return shard_bytes(job.trees.base, job.trees.frozen_shardings, job.model.dtype)
 
 
 def block_bytes(job: Job, tokens: int) -> int:
-    """The arrays of one layer's forward pass that are there together, of so many tokens."""
+    """Bytes per chip of one layer's activations at the peak of its forward pass over `tokens` tokens."""
     D, F, heads = widths(job)
     norm = 4 * D  # float32
     return tokens * (2 * D * job.item + norm + max(heads, 3 * F) * job.item)
 
 
 def widths(job: Job) -> tuple[int, int, int]:
-    """Of the model, and on one chip of the inner layer and of queries, keys, values and output together."""
+    """D; and per chip F, and the width of queries, keys, values and attention output together."""
     model = job.model
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     inner = model.intermediate_size // job.tensor
@@ -210,17 +224,20 @@ def widths(job: Job) -> tuple[int, int, int]:
 
 
 def scores_bytes(job: Job, rows: int, T: int) -> int:
-    """Of a block of queries, where attention has no kernel: in float32 (kernels/flash_attention)."""
+    """Bytes per chip of the attention scores of one block of queries, and their softmax.
+
+    Only float32 needs them: in bfloat16 attention is a kernel (kernels/flash_attention).
+    """
     if job.item < 4:
         return 0
     return 2 * 4 * rows * (job.model.num_attention_heads // job.tensor) * min(T, QUERIES) * T
 
 
-def kept_bytes(job: Job, rows: int, T: int) -> int:
-    """What one layer keeps for its backward pass where nothing is computed again."""
+def saved_bytes(job: Job, rows: int, T: int) -> int:
+    """Bytes per chip that one layer saves for its backward pass if nothing is recomputed."""
     D, F, heads = widths(job)
     return rows * T * (8 * D + 2 * heads + 5 * F) * job.item + scores_bytes(job, rows, T)
 
 
-def _total(some: Bytes) -> int:
-    return sum(some.values())
+def _total(by_kind: Bytes) -> int:
+    return sum(by_kind.values())

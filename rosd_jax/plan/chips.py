@@ -1,16 +1,16 @@
-"""What chips can do, and the slices of them that a plan may be made for.
+"""Memory and peak rates of chips, and the slices of them that a plan can be made for.
 
-One table, CHIPS. Of a TPU `memory` is what its compiler gives a program, as it says when one does not fit
-(libtpu 0.0.52, 2026-11-27). JAX takes three quarters of a GPU's memory unless XLA_CLIENT_MEM_FRACTION says
-otherwise; `memory` is 95 % of what the driver shows. `links` is what a chip sends to all its neighbours
-together, one way: half of the bidirectional bandwidth that the makers state. Sources:
+One table, CHIPS. A TPU's `memory` is what its compiler lets a program use, according to its own message when
+one does not fit (libtpu 0.0.52, 2026-11-27). A GPU's is 95 % of what the driver shows; JAX reserves 75 %
+unless XLA_CLIENT_MEM_FRACTION is set. `links` is the bandwidth from one chip to all its neighbours together,
+one way: half of the bidirectional figure that vendors state. Sources:
 
 v5e, v5p, v6e   docs.cloud.google.com/tpu/docs/v5e, .../v5p-training, .../v6e: peak compute (bf16), HBM
                 bandwidth, bidirectional ICI bandwidth per chip
 h100, h200      NVIDIA's data sheets of the SXM modules: bfloat16 without sparsity, memory bandwidth, NVLink;
                 nvidia-smi shows 81,559 MiB and 143,771 MiB
 
-    read_topology(name)  -> Slice; name: "local", "v5p:2x2x2", "h100:8"
+    read_topology(name)  -> Slice; the name is "local", "v5p:2x2x2" or "h100:8", for example
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ import jax
 from rosd_jax.config import UserError
 
 GIB = 2**30
-COMPILE_ONLY = {  # libtpu compiles for chips that are not there, and asks no metadata server about them
+# Lets libtpu compile for absent chips without asking a metadata server about them.
+COMPILE_ONLY = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v6e-4",  # any: it complains of none, and takes the slice that it is asked for
+    "TPU_ACCELERATOR_TYPE": "v6e-4",  # must be set, to anything; the topology's name overrides it
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Bytes, bytes a second and floating-point operations a second of one chip."""
+    """One chip's memory in bytes, and its peak rates."""
 
     name: str
     platform: str
-    kinds: tuple[str, ...]  # how JAX calls it
+    kinds: tuple[str, ...]  # JAX's device_kind of it
     memory: int  # bytes that a program may use
-    bandwidth: float  # of that memory
-    flops: float  # bfloat16 products
-    links: float  # to other chips
+    bandwidth: float  # bytes per second of that memory
+    flops: float  # bfloat16 FLOPs per second
+    links: float  # bytes per second to other chips
 
 
 CHIPS = {
@@ -63,48 +64,52 @@ FORMS = "local, a TPU slice such as v5p:2x2x2, or a number of GPUs such as h100:
 
 @dataclass(frozen=True)
 class Slice:
-    """Devices that a plan is made for.
+    """The devices that a plan is made for.
 
-    Of a TPU slice they are its own, which the compiler knows; of GPUs that are not there they are CPU
-    devices in their place, for which nothing is compiled.
+    For a TPU slice they are the compiler's descriptions of its chips. Absent GPUs are represented by CPU
+    devices, for which nothing is compiled.
     """
 
     name: str
-    chip: Chip | None  # None: not in the table, so that no memory and no speed is known
+    chip: Chip | None  # None: not in the table, so memory and speed are not known
     devices: Sequence[Any]
-    platform: str  # that programs are lowered for: "tpu", "cuda", "cpu"
-    compiles: bool
+    platform: str  # programs are lowered for it: "tpu", "cuda" or "cpu"
+    compiles: bool  # whether the compiler of these chips is available
 
 
 def read_topology(name: str) -> Slice:
-    """The slice of that name. Raises UserError for one that does not exist."""
+    """The slice of that name. Raises UserError if it does not exist."""
     if name == "local":
         return _local()
     kind, _, shape = name.partition(":")
     chip = CHIPS.get(kind)
     if chip is None or not shape:
-        raise UserError(f"--topology is {name!r}; it must be {FORMS}, of the chips {', '.join(CHIPS)}")
-    jax.config.update("jax_platforms", "cpu")  # a plan for other chips leaves this machine's alone
+        raise UserError(f"--topology is {name!r}; it must be {FORMS}; known chips are {', '.join(CHIPS)}")
+    jax.config.update("jax_platforms", "cpu")  # do not occupy this machine's accelerators
     return _gpus(chip, name, shape) if chip.platform == "gpu" else _tpus(chip, name)
 
 
 def _local() -> Slice:
     devices = jax.devices()
-    kind, platform = devices[0].device_kind, devices[0].platform
+    kind = devices[0].device_kind
+    platform = devices[0].platform
     chip = next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
     return Slice("local", chip, devices, "cuda" if platform == "gpu" else platform, compiles=True)
 
 
 def _gpus(chip: Chip, name: str, count: str) -> Slice:
     if not re.fullmatch(r"[1-9]\d{0,3}", count):
-        raise UserError(f"--topology is {name!r}; behind {chip.name}: goes the number of GPUs, as in h100:8")
-    with contextlib.suppress(RuntimeError):  # JAX has started, with as many devices as it has
+        raise UserError(
+            f"--topology is {name!r}; after {chip.name}: it must give the number of GPUs, at most 9999, "
+            "as in h100:8"
+        )
+    with contextlib.suppress(RuntimeError):  # JAX is already initialized; the number is checked below
         jax.config.update("jax_num_cpu_devices", int(count))
     devices = jax.devices("cpu")[: int(count)]
     if len(devices) < int(count):
         raise UserError(
-            f"--topology is {name!r}; JAX has started with {len(devices)} CPU devices to stand for them, so "
-            "plan in a new process, without JAX_NUM_CPU_DEVICES"
+            f"--topology is {name!r}, but JAX has already started with only {len(devices)} CPU devices to "
+            "represent the GPUs; plan in a new process, without JAX_NUM_CPU_DEVICES"
         )
     return Slice(name, chip, devices, "cuda", compiles=False)
 
@@ -115,10 +120,10 @@ def _tpus(chip: Chip, name: str) -> Slice:
     os.environ.update(COMPILE_ONLY)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # libtpu is missing, or refuses the name: its errors have no type of their own
+    except Exception as error:  # libtpu is missing or rejects the name; its errors have no type of their own
         raise UserError(
-            f"--topology is {name!r}, which the TPU compiler does not take ({_first_line(error)}); give a "
-            "slice such as v5p:2x2x2, v6e:4x4 or v5e:8x8, and install libtpu where it is missing"
+            f"--topology is {name!r}, which the TPU compiler does not accept ({_first_line(error)}); give a "
+            "slice such as v5p:2x2x2, v6e:4x4 or v5e:8x8, and install libtpu if it is missing"
         ) from error
     return Slice(name, chip, devices, "tpu", compiles=True)
 

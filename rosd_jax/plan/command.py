@@ -1,15 +1,16 @@
-"""What a run would hold in memory and compute on chips that need not be there, stage by stage.
+"""What a run would keep in memory and compute, stage by stage, on chips that need not be present.
 
-Bytes are arithmetic until a stage is compiled (`--compile`), and the compiler's from then on; seconds are
-the least that the chips' peaks allow (plan/roofline.py). Nothing is written but what is printed, no
-weights are read and nothing runs on a device.
+Bytes are estimates; for a stage that is compiled (`--compile`) they are the compiler's. Times are lower
+bounds from the chips' peak rates (plan/roofline.py). The plan is only printed: no file is written, no weights
+are read and nothing runs on a device.
 
-    plan(config, directory, Asked(...))    prints the plan of one experiment
-    make_plan(job, slice, ...)             -> Plan, without any data
+    plan(config, directory, Asked(...))    prints the plan of one run
+    make_plan(job, slice, ...)             -> Plan; needs no data
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from rosd_jax.settings import Settings
 from rosd_jax.train.devices import split_cpu
 from rosd_jax.train.inputs import Inputs, headline, read_inputs
 
-# Fields that make a stage smaller, and what they are set to where it does not fit.
+# Fields that save memory, and the value that is tried for each if a stage does not fit.
 LEVERS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     ("batch.device_rows", lambda n: 1),
     ("model.remat", lambda remat: "block"),
@@ -50,7 +51,7 @@ LEVERS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line asks of a plan."""
+    """The flags of `--mode=plan`."""
 
     topology: str = "local"
     compile: tuple[str, ...] = ()  # names of stages, or "all"
@@ -58,14 +59,17 @@ class Asked:
 
 
 def plan(config: Settings, directory: Path, asked: Asked) -> None:
-    """Prints the plan. Raises UserError for an unknown slice or stage, or a mesh that does not fit."""
+    """Prints the plan.
+
+    Raises UserError for an unknown slice or stage, and if the mesh does not fit the slice or the model.
+    """
     wanted = compiled_stages(asked.compile)
     if asked.topology == "local":
-        split_cpu(config)  # before JAX starts
+        split_cpu(config)  # before JAX is initialized
     chips = read_topology(asked.topology)
     inputs = read_inputs(config)
     job = make_job(config, inputs.model, chips.devices)
-    found = make_plan(job, chips, inputs.tokenizer.stop_ids, inputs.stops, _most_items(inputs), wanted)
+    found = make_plan(job, chips, inputs.tokenizer.stop_ids, inputs.stops, _largest_set(inputs), wanted)
     if asked.json:
         print(printed.as_json(found))
         return
@@ -73,7 +77,7 @@ def plan(config: Settings, directory: Path, asked: Asked) -> None:
 
 
 def compiled_stages(names: Sequence[str]) -> tuple[str, ...]:
-    """The stages that --compile names. Raises UserError for one that does not exist."""
+    """The stages that --compile names. Raises UserError if one does not exist."""
     for name in names:
         if name not in (*STAGES, "all"):
             raise UserError(f"--compile names {name!r}; it must be all, or some of {', '.join(STAGES)}")
@@ -88,32 +92,38 @@ def make_plan(
     evaluated: int,
     compiled: Sequence[str] = (),
 ) -> Plan:
-    """The plan of all stages, lowered where the chips' compiler is available; those named are compiled.
+    """The plan of all stages.
 
-    Raises UserError where stages are to be compiled for GPUs that are not there.
+    Stages are lowered if the chips' compiler is available, and those in `compiled` are compiled. `evaluated`
+    is the number of items of the largest evaluation set. Raises UserError if stages are to be compiled for
+    GPUs that are absent.
     """
     if compiled and not chips.compiles:
         raise UserError(
-            f"--compile needs the compiler of {chips.name}, which is only where such GPUs are; leave it out, "
-            "or plan there with --topology=local"
+            f"--compile needs the compiler of {chips.name}, which is only available on a machine with such "
+            "GPUs; leave it out, or plan there with --topology=local"
         )
-    lengths = at_limits(job.config), realistic(job.config)
-    done = []
+    lengths = (at_limits(job.config), realistic(job.config))
+    planned = []
     for stage in stages(job, stop_ids, stops, evaluated):
-        made = _lower(stage, job, chips, stage.name in compiled) if chips.compiles else (None, None)
-        done.append(_stage_plan(stage, chips, *made, {n.name: stage.work(n) for n in lengths}))
-    settled = Plan(job, chips, lengths, tuple(done), ())
-    if settled.fits is False:
-        return Plan(job, chips, lengths, tuple(done), tuple(_changes(job, stop_ids, stops, evaluated, done)))
-    return settled
+        seconds = None
+        program = None
+        if chips.compiles:
+            seconds, program = _lower(stage, job, chips, stage.name in compiled)
+        work = {n.name: stage.work(n) for n in lengths}
+        planned.append(_stage_plan(stage, chips, seconds, program, work))
+    found = Plan(job, chips, lengths, tuple(planned), ())
+    if found.fits is False:
+        return dataclasses.replace(found, changes=_changes(job, stop_ids, stops, evaluated, planned))
+    return found
 
 
 def _lower(stage: Stage, job: Job, chips: Slice, compiled: bool) -> tuple[float, Program | None]:
-    """Seconds that lowering took, and the compiled stage where it is asked for."""
+    """Seconds that lowering took, and the compiled program if it is asked for."""
     logging.info("lowering %s", stage.name)
-    began = time.perf_counter()
+    start = time.perf_counter()
     program = lower(stage, job)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     return seconds, compile_stage(program, chips.platform) if compiled else None
 
 
@@ -121,19 +131,22 @@ def _stage_plan(
     stage: Stage, chips: Slice, lowered: float | None, compiled: Program | None, work: dict[str, Work]
 ) -> StagePlan:
     limit = None if chips.chip is None else chips.chip.memory
-    held = sum(stage.bytes.values())
+    total = sum(stage.bytes.values())
     if compiled is not None and not compiled.refused:
-        held = sum(stage.resident.values()) + compiled.working
-    fits = None if limit is None else held <= limit and not (compiled and compiled.refused)
-    return StagePlan(stage.name, stage.bytes, held, fits, lowered, compiled, work)
+        total = sum(stage.resident.values()) + compiled.working
+    fits = None if limit is None else total <= limit and not (compiled and compiled.refused)
+    return StagePlan(stage.name, stage.bytes, total, fits, lowered, compiled, work)
 
 
 def _changes(
-    job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int, done: Sequence[StagePlan]
-) -> list[str]:
-    """Fields to change, those first that leave the fullest stage the least; only such as help it."""
-    fullest = max((plan for plan in done if plan.fits is False), key=lambda plan: plan.held)
-    before = sum(fullest.bytes.values())
+    job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int, planned: Sequence[StagePlan]
+) -> tuple[str, ...]:
+    """Fields to change, one sentence each: those that make the largest stage smaller, the best first.
+
+    Each change is tried alone, by arithmetic.
+    """
+    largest = max((plan for plan in planned if plan.fits is False), key=lambda plan: plan.total)
+    before = sum(largest.bytes.values())
     found: list[tuple[int, str]] = []
     for field, change in LEVERS:
         config = _changed(job.config, field, change)
@@ -141,36 +154,36 @@ def _changes(
             continue
         model = job.model.replace(remat=config.model.remat)
         try:
-            smaller = make_job(config, model, job.mesh.devices.flatten().tolist())
-            others = {stage.name: stage for stage in stages(smaller, stop_ids, stops, evaluated)}
+            changed = make_job(config, model, job.mesh.devices.flatten().tolist())
+            others = {stage.name: stage for stage in stages(changed, stop_ids, stops, evaluated)}
         except UserError:  # the change would break another rule
             continue
-        after = sum(others[fullest.name].bytes.values())
+        after = sum(others[largest.name].bytes.values())
         if after < before:
-            gain = f"{fullest.name} at {after / 1e9:.1f} GB a chip for {before / 1e9:.1f}"
+            gain = f"{largest.name} takes {after / 1e9:.1f} GB per chip instead of {before / 1e9:.1f}"
             found.append((after, f"{field} to {value(config, field)}: {gain}"))
-    return [sentence for _, sentence in sorted(found)]
+    return tuple(sentence for _, sentence in sorted(found))
 
 
 def _changed(config: Settings, field: str, change: Callable[[Any], Any]) -> Settings | None:
-    """The config with that change, or None where the field has that value already."""
+    """The config with that change; None if the field has the new value already."""
     new = change(value(config, field))
     if new == value(config, field):
         return None
     changed = replace(config, field, new)
-    if field == "mesh.tensor" and changed.mesh.data != -1:  # at the cost of row devices
+    if field == "mesh.tensor" and changed.mesh.data != -1:  # more tensor devices leave fewer row devices
         changed = replace(changed, "mesh.fsdp", -1)
     return changed
 
 
-def _most_items(inputs: Inputs) -> int:
-    """Of the sets that are evaluated."""
+def _largest_set(inputs: Inputs) -> int:
+    """Number of items of the largest evaluation or validation set; 1 if there are none."""
     sets = [*inputs.evals.values(), *inputs.validation.values()]
     return max(map(len, sets), default=1)
 
 
 def _about(config: Settings, inputs: Inputs) -> str:
-    """What a run would read and do."""
+    """The lines about weights, data and sizes."""
     try:
         check_weights(config.model.path, inputs.model)
         weights = "can be loaded"
@@ -182,6 +195,6 @@ def _about(config: Settings, inputs: Inputs) -> str:
         f"weights     {weights}\n"
         f"a step      {config.batch.prompts} prompts x {config.batch.samples} samples = {rows} rollouts of "
         f"up to {config.rollout.max_new_tokens} tokens\n"
-        f"evaluation  {sets}; {config.eval.samples} samples an item\n"
-        f"left out    {sum(map(len, inputs.overlong.values()))} prompts above data.max_prompt_tokens"
+        f"evaluation  {sets}; {config.eval.samples} samples per item\n"
+        f"left out    {sum(map(len, inputs.overlong.values()))} prompts longer than data.max_prompt_tokens"
     )

@@ -18,48 +18,45 @@ from rosd_jax.plan.collectives import KINDS as COLLECTIVES
 from rosd_jax.plan.programs import Program
 from rosd_jax.plan.roofline import Lengths, Work
 
-GPU_NOTE = (
-    "JAX takes 75 % of a GPU's memory unless told otherwise: set XLA_CLIENT_MEM_FRACTION=0.95, as is "
-    "counted here"
-)
+GPU_NOTE = "By default JAX uses only 75 % of a GPU's memory; this plan assumes XLA_CLIENT_MEM_FRACTION=0.95"
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of a plan; bytes are those of one chip."""
+    """One stage of a plan. Bytes are per chip."""
 
     name: str
-    bytes: Bytes  # by kind, by arithmetic
-    held: int  # in all: by the compiler where the stage is compiled, else by arithmetic
+    bytes: Bytes  # by kind, estimated
+    total: int  # from the compiler if the stage is compiled, otherwise estimated
     fits: bool | None  # None: the chip's memory is not known
-    lowered: float | None  # seconds; None: not lowered
+    lowered: float | None  # seconds that lowering took; None: not lowered
     compiled: Program | None
-    work: dict[str, Work]  # of one step, by the lengths' name
+    work: dict[str, Work]  # of one step, by name of the lengths
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages of one experiment on one slice."""
+    """All stages of one run on one slice."""
 
     job: Job
     chips: Slice
     lengths: Sequence[Lengths]
     stages: Sequence[StagePlan]
-    changes: Sequence[str]  # fields to change where it does not fit
+    changes: Sequence[str]  # fields to change if it does not fit
 
     @property
     def fits(self) -> bool | None:
-        """Whether every stage fits; None where the chip's memory is not known."""
+        """Whether every stage fits; None if the chip's memory is not known."""
         each = [stage.fits for stage in self.stages]
         return None if None in each else all(each)
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """`fits` in words."""
         return {None: "unknown", True: "fits", False: "does not fit"}[self.fits]
 
     def seconds(self, lengths: Lengths) -> dict[str, float]:
-        """The least that each stage of a step can take, and their sum; empty where the chip is not known."""
+        """Lower bounds on the time of each stage and of a step; empty if the chip is not known."""
         chip = self.chips.chip
         if chip is None:
             return {}
@@ -68,7 +65,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Of the model."""
+        """Number of parameters of the model, without adapters."""
         return sum(x.size for x in jax.tree.leaves(self.job.trees.base))
 
 
@@ -95,7 +92,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
     return dict(
         name=stage.name,
         bytes=stage.bytes,
-        held=stage.held,
+        held=stage.total,
         counted_by="arithmetic" if _by_arithmetic(stage) else "compiler",
         fits=stage.fits,
         lower_seconds=stage.lowered,
@@ -109,14 +106,15 @@ def _by_arithmetic(stage: StagePlan) -> bool:
 
 
 def as_text(plan: Plan) -> str:
-    """For people."""
+    """Tables and a verdict."""
     parts = [_head(plan), _memory(plan), *(_roofline(plan, lengths) for lengths in plan.lengths)]
     parts += [_compiling(plan), _verdict(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
 def _head(plan: Plan) -> str:
-    chip, mesh = plan.chips.chip, plan.job.mesh.shape
+    chip = plan.chips.chip
+    mesh = plan.job.mesh.shape
     kind = plan.chips.platform if chip is None else f"{chip.name}, {chip.memory / 1e9:.1f} GB each"
     note = f"\n{GPU_NOTE}" if chip is not None and chip.platform == "gpu" else ""
     return (
@@ -128,78 +126,79 @@ def _head(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     kinds = [kind for kind in KINDS if any(kind in stage.bytes for stage in plan.stages)]
-    rows = [["GB of one chip", *kinds, "in all", "counted by"]]
+    rows = [["GB per chip", *kinds, "total", "according to"]]
     for stage in plan.stages:
         numbers = [f"{stage.bytes.get(kind, 0) / 1e9:.3g}" for kind in kinds]
         by = "arithmetic" if _by_arithmetic(stage) else "compiler"
-        rows.append([stage.name, *numbers, f"{stage.held / 1e9:.3g}", by])
+        rows.append([stage.name, *numbers, f"{stage.total / 1e9:.3g}", by])
     return _table(rows)
 
 
 def _roofline(plan: Plan, lengths: Lengths) -> str:
     seconds = plan.seconds(lengths)
-    rows = [[lengths.name, "TFLOP", "GB moved", "GB sent", "seconds at least"]]
+    rows = [[lengths.name, "TFLOP", "GB of memory traffic", "GB sent", "seconds, lower bound"]]
     for stage in plan.stages:
         work = stage.work[lengths.name]
-        at_least = f"{seconds[stage.name]:.3g}" if seconds else "-"
-        rows.append(
-            [
-                stage.name,
-                *(f"{n:.3g}" for n in (work.flops / 1e12, work.bytes / 1e9, work.sent / 1e9)),
-                at_least,
-            ]
-        )
+        numbers = [f"{n:.3g}" for n in (work.flops / 1e12, work.bytes / 1e9, work.sent / 1e9)]
+        bound = f"{seconds[stage.name]:.3g}" if seconds else "-"
+        rows.append([stage.name, *numbers, bound])
     if seconds:
         rows.append(["step", "", "", "", f"{seconds['step']:.3g}"])
-    rule = "every response taught in full; evaluation is of eval.batch rows, and not part of the step"
-    return f"One chip, one step, {lengths}; {rule}\n{_table(rows)}"
+    note = "Every response is taught in full. Evaluation is of eval.batch rows and not part of a step."
+    title = {"limits": "at the length limits", "realistic": "at realistic lengths"}[lengths.name]
+    return f"Per chip and step, {title}: {lengths}.\n{note}\n{_table(rows)}"
 
 
 def _compiling(plan: Plan) -> str:
     lines = []
     for stage in plan.stages:
-        lowered = "not lowered" if stage.lowered is None else f"lowered in {stage.lowered:.1f} s"
-        lines.append(f"{stage.name:12}{lowered}{_compiled(stage.compiled)}")
+        if stage.lowered is None:
+            text = "not lowered or compiled, so communication is not counted"
+        else:
+            text = f"lowered in {stage.lowered:.1f} s{_compiled(stage.compiled)}"
+        lines.append(f"{stage.name:12}{text}")
     return "\n".join(lines)
 
 
 def _compiled(compiled: Program | None) -> str:
     if compiled is None:
-        return ", not compiled: communication is not counted"
+        return ", not compiled, so communication is not counted"
     if compiled.refused:
-        return f", refused after {compiled.seconds:.0f} s: {compiled.refused}"
+        return f", rejected by the compiler after {compiled.seconds:.0f} s: {compiled.refused}"
     text = f", compiled in {compiled.seconds:.1f} s"
     if compiled.collectives is None:
-        return f"{text}; the program's text is not available, so communication is not counted"
+        return f"{text}; communication is not counted, because the program's text is not available"
     sums = []
     for kind in COLLECTIVES:
         mine = [c for c in compiled.collectives if c.kind == kind]
         if mine:
             largest = max(mine, key=lambda c: c.bytes)
             sums.append(
-                f"{kind} {sum(c.count for c in mine)} of {sum(c.total for c in mine) / 1e9:.3g} GB "
+                f"{sum(c.count for c in mine)} {kind}, {sum(c.total for c in mine) / 1e9:.3g} GB in total "
                 f"(largest {largest.bytes / 1e6:.3g} MB)"
             )
     loops = any(c.data_loop for c in compiled.collectives)
-    note = " (loops whose length depends on data are counted once)" if loops else ""
-    return f"{text}; communication: {', '.join(sums) or 'none'}{note}"
+    note = " (one iteration is counted of loops whose trip count depends on data)" if loops else ""
+    return f"{text}; communication: {'; '.join(sums) or 'none'}{note}"
 
 
 def _verdict(plan: Plan) -> str:
     if plan.fits is None:
-        return "verdict     unknown: the memory of this device is not in the table (rosd_jax/plan/chips.py)"
-    full = max(plan.stages, key=lambda stage: stage.held)
+        return "verdict     unknown: rosd_jax/plan/chips.py does not list the memory of this device"
+    largest = max(plan.stages, key=lambda stage: stage.total)
     chip = plan.chips.chip
     assert chip is not None
-    line = (
-        f"verdict     {plan.verdict}: {full.name} takes {full.held / 1e9:.1f} of {chip.memory / 1e9:.1f} GB"
-    )
-    return "\n".join([line, *(f"            change {change}" for change in plan.changes)])
+    used = f"{largest.name} takes {largest.total / 1e9:.1f} of {chip.memory / 1e9:.1f} GB"
+    lines = [f"verdict     {plan.verdict}: {used}"]
+    lines += [f"            change {change}" for change in plan.changes]
+    return "\n".join(lines)
 
 
 def _table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
+    """Columns of one width; the first is left-aligned, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)

@@ -1,8 +1,10 @@
-"""Every compiled stage of a run, from its config alone: what it holds, what it works, how it is lowered.
+"""Every compiled stage of a run, from its config alone: its memory, its work and its lowered program.
 
-make_job(config, model, devices)              -> Job
-stages(job, stop_ids, stops, evaluated)       -> a Stage each, in the order of a step
-lower(stage, job)                             -> jax.stages.Lowered; no weights, no device
+    make_job(config, model, devices)              -> Job
+    stages(job, stop_ids, stops, evaluated)       -> one Stage each, in the order of a step
+    lower(stage, job)                             -> jax.stages.Lowered; needs no weights and no device
+
+Dimensions: B rows. S and T are the widths of the student's and the teacher's rows in tokens.
 """
 
 from __future__ import annotations
@@ -36,23 +38,23 @@ STAGES = ("rollouts", "reflections", "evaluation", "teacher", "student", "optimi
 
 @dataclass(frozen=True)
 class Stage:
-    """One compiled stage at its largest."""
+    """One compiled stage at its largest shapes. Bytes are per chip."""
 
     name: str
-    resident: Bytes  # what lies in memory whatever the stage does
-    working: Bytes  # what it holds in addition, by arithmetic
+    resident: Bytes  # in memory before and after the stage too
+    working: Bytes  # needed in addition while it runs, estimated
     work: Callable[[Lengths], Work]  # of one chip in one step
-    lower: Callable[[], Any]  # -> jax.stages.Lowered, under the job's mesh
+    lower: Callable[[], Any]  # -> jax.stages.Lowered; call it under the job's mesh
 
     @property
     def bytes(self) -> Bytes:
-        """By kind, all together."""
+        """Both together, by kind."""
         both = {kind: self.resident.get(kind, 0) + self.working.get(kind, 0) for kind in budget.KINDS}
         return {kind: n for kind, n in both.items() if n}
 
 
 def make_job(config: Settings, model: Qwen3Config, devices: Sequence[Any]) -> Job:
-    """The experiment on these devices. Raises UserError where the mesh does not fit them or the model."""
+    """The run on these devices. Raises UserError if the mesh does not fit the devices or the model."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     validate_mesh_for(model, mesh)
     check_rows(config, row_devices(mesh))
@@ -62,15 +64,15 @@ def make_job(config: Settings, model: Qwen3Config, devices: Sequence[Any]) -> Jo
 
 
 def stages(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int) -> list[Stage]:
-    """All stages. evaluated: items of the largest set that is evaluated."""
+    """All stages; `evaluated` is the number of items of the largest evaluation set."""
     return [*_decoding(job, stop_ids, stops, evaluated), *_updating(job)]
 
 
 def lower(stage: Stage, job: Job) -> Any:
-    """The stage's program, as a run makes it (train/loop.py, train/build.py); needs no weights."""
+    """The stage's program, lowered in the same context as in a run (train/loop.py, train/build.py)."""
     precision = "highest" if job.model.dtype == "float32" else None
-    promoted = jax.numpy_dtype_promotion("standard")  # JAX's default, whatever the caller has
-    with jax.set_mesh(job.mesh), jax.default_matmul_precision(precision), promoted:
+    promotion = jax.numpy_dtype_promotion("standard")  # JAX's default; tests set another
+    with jax.set_mesh(job.mesh), jax.default_matmul_precision(precision), promotion:
         return stage.lower()
 
 
@@ -83,14 +85,14 @@ class LargestCall:
 
     name: str
     engine: Engine
-    samples: int  # responses to a prompt
+    samples: int  # responses per prompt
     shape: CallShape
     spec: DecodeSpec
-    frozen: bool  # whose weights
+    frozen: bool  # whether the frozen weights decode, not the trained ones
 
     @property
     def capacity(self) -> Capacity:
-        """Of one shard."""
+        """The capacity of one shard."""
         shape = self.shape
         return self.spec.capacity(shape.prompts, shape.longest, shape.rows // self.engine.shards)
 
@@ -100,7 +102,7 @@ def _decoding(job: Job, stop_ids, stops, evaluated: int) -> list[Stage]:
 
 
 def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[LargestCall]:
-    """The engines of train/engines.py as train/step.py and train/loop.py call them."""
+    """The largest calls of the engines (train/engines.py) by train/step.py and train/loop.py."""
     c = job.config
     rows = c.batch.prompts * c.batch.samples
     engines = make_engines(c, job.model, job.mesh, Ends(stop_ids, stops))
@@ -108,18 +110,18 @@ def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[Larg
     def call(name: str, engine: Engine, requests: int, samples: int, frozen: bool) -> LargestCall:
         return LargestCall(name, engine, samples, *engine.largest(requests, samples), frozen)
 
-    answers, frozen = evaluated * c.eval.samples, c.reflect.weights == "frozen"
+    frozen_reflector = c.reflect.weights == "frozen"
     return [
         call("rollouts", engines.rollouts, rows, c.batch.samples, False),
-        call("reflections", engines.reflections, rows, 1, frozen),
-        call("evaluation", engines.evaluation, answers, c.eval.samples, False),
+        call("reflections", engines.reflections, rows, 1, frozen_reflector),
+        call("evaluation", engines.evaluation, evaluated * c.eval.samples, c.eval.samples, False),
     ]
 
 
 def _decoding_stage(job: Job, call: LargestCall) -> Stage:
     resident = budget.resident(job)
     if (call.frozen or job.adapters) and job.config.model.frozen == "host":
-        resident["frozen"] = budget.frozen_bytes(job)  # brought to the devices for as long
+        resident["frozen"] = budget.frozen_bytes(job)  # transferred to the devices for this stage
 
     def work(lengths: Lengths) -> Work:
         prompt, length_B = {
@@ -127,11 +129,12 @@ def _decoding_stage(job: Job, call: LargestCall) -> Stage:
             "reflections": (lengths.reflector, lengths.reflection_B),
             "evaluation": (lengths.prompt, lengths.evaluated_B),
         }[call.name]
-        mine, capacity = len(length_B) // call.engine.shards, call.capacity
+        capacity = call.capacity
         mean = sum(length_B) / len(length_B)
         fitting = int(capacity.response_pages * call.engine.limits.page / mean)
         at_once = max(1, min(capacity.slots, fitting))
-        prompts = -(-mine // call.samples)
+        shard_rows = len(length_B) // call.engine.shards
+        prompts = -(-shard_rows // call.samples)
         return roofline.decode_work(job.model, split(job), prompts, prompt, length_B, at_once)
 
     return Stage(
@@ -155,7 +158,7 @@ def _lower_decoding(job: Job, call: LargestCall) -> Any:
 
 
 def split(job: Job) -> Split:
-    """The mesh as the roofline wants it."""
+    """The sizes of the job's mesh and of its compute type, for the roofline."""
     return Split(row_devices(job.mesh), job.tensor, job.mesh.shape["fsdp"], job.item)
 
 
@@ -164,11 +167,15 @@ def split(job: Job) -> Split:
 
 def _updating(job: Job) -> list[Stage]:
     resident = budget.resident(job) | budget.gradients(job)
-    trees, (S, T) = job.trees, job.update.longest
-    programs = cache(lambda: job.update.trace(trees.like, trees.frozen_like, S, T))
+    trees = job.trees
+    S, T = job.update.longest
 
-    def stage(name, held, work, function):
-        return Stage(name, resident, held, partial(work, job), lambda: programs()[function].lower())
+    @cache  # the three stages share one trace
+    def programs() -> dict[str, Any]:
+        return job.update.trace(trees.like, trees.frozen_like, S, T)
+
+    def stage(name: str, working: Bytes, work: Callable[[Job, Lengths], Work], function: str) -> Stage:
+        return Stage(name, resident, working, partial(work, job), lambda: programs()[function].lower())
 
     return [
         stage("teacher", budget.teacher(job), _teaching, "teach"),
@@ -178,12 +185,13 @@ def _updating(job: Job) -> list[Stage]:
 
 
 def microbatch_widths(job: Job, lengths: Lengths) -> list[tuple[int, int, int]]:
-    """Student's width, teacher's width and active tokens of a row device, micro-batch by micro-batch.
+    """The student's width, the teacher's width and a row device's active tokens, for each micro-batch.
 
-    Every response is taught in full, the most that can be.
+    Every response is taught in full, which is the most work.
     """
     response_B = np.array(lengths.response_B)
-    student_B, teacher_B = (prompt + response_B - 1 for prompt in (lengths.prompt, lengths.teacher))
+    student_B = lengths.prompt + response_B - 1
+    teacher_B = lengths.teacher + response_B - 1
     groups = group_rows(student_B, teacher_B, job.update.rows, job.update.longest)
     return [(S, T, -(-int(response_B[rows].sum()) // row_devices(job.mesh))) for rows, S, T in groups]
 
@@ -195,7 +203,8 @@ def _teaching(job: Job, lengths: Lengths) -> Work:
 
 
 def _learning(job: Job, lengths: Lengths) -> Work:
-    rows, remat = job.config.batch.device_rows, job.config.model.remat
+    rows = job.config.batch.device_rows
+    remat = job.config.model.remat
     grads = budget.gradients(job)["gradients"]
     microbatches = (
         roofline.learn_work(job.model, split(job), rows, S, active, remat, grads, job.adapters)
@@ -205,5 +214,6 @@ def _learning(job: Job, lengths: Lengths) -> Work:
 
 
 def _applying(job: Job, lengths: Lengths) -> Work:
-    kept = budget.resident(job)
-    return roofline.apply_work(kept["parameters"] + kept["optimizer"], budget.gradients(job)["gradients"])
+    resident = budget.resident(job)
+    state_bytes = resident["parameters"] + resident["optimizer"]
+    return roofline.apply_work(state_bytes, budget.gradients(job)["gradients"])
