@@ -1,24 +1,23 @@
-"""Decoding side by side with tunix's Sampler and transformers' generate: same random weights, same CPU.
+"""Decoding compared with tunix's Sampler and transformers' generate: same random weights, same CPU.
 
     JAX_PLATFORMS=cpu python -m benchmarks.decode --out=DIR [--tunix-python=FILE] [--hf-python=FILE]
         [--cases=fixed,ragged,evaluation,prompts,top_p] [--rounds=3] [--batches=16,32,64]
 
-The peers' dependencies clash, so each runs in an interpreter of its own as a worker that waits for its
-turn; one without an interpreter is left out. Greedy tokens of all must agree first.
+The peers' dependencies conflict, so each runs as a worker process with an interpreter of its own; a peer
+without an interpreter is left out. First, the greedy tokens of all must agree.
 
-    fixed       every row of one batch gets the same number of tokens
-    ragged      lognormal lengths, the same for everybody: we are stopped at each row's own; a peer runs
-                every batch until its longest row, with a cache for the most that a row might get
-    evaluation  many short rows of few prompts: slots that are refilled against batch after batch
-    prompts     prompts of lognormal lengths and one token each, against all padded to the longest
-    top_p       the nucleus of a large vocabulary by bisection, against sorting it
+    fixed       one batch, the same number of tokens for every row
+    ragged      lognormal lengths, the same for every contestant. Ours stops each row at its own length; a
+                peer runs a batch until its longest row is done, with a cache for the longest possible row
+    evaluation  many short rows of few prompts: slots that are refilled, compared with static batches
+    prompts     prompts of lognormal lengths and one token each, compared with all padded to the limit
+    top_p       the nucleus of a large vocabulary by bisection, compared with sorting
 
-We run one engine on each of DEVICES CPU devices, as run.py does where rows lie along mesh.data, and once
-more all rows on a single one. The peers share their operations among the cores; tunix lays nothing over
-several CPU devices. They take the batch size that is fastest for them. Times are the whole call's,
-prompts included; contestants take turns, and their first call, which compiles, is reported by itself.
-Processor seconds are given too, for runs on a machine that does other things too. DIR gets
-decode.json and decode.md.
+Ours runs one engine on each of DEVICES CPU devices, as run.py does with mesh.data=-1, and once more with all
+rows on one device. The peers use the cores within each operation; tunix does not use several CPU devices.
+They run at the batch size that is fastest for them. Times are of whole calls, prefill included. Contestants
+take turns; their first call, which compiles, is reported separately. CPU seconds are reported too, for runs
+on a machine that is not idle. DIR gets decode.json and decode.md.
 """
 
 import argparse
@@ -26,7 +25,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,10 +48,13 @@ from rosd_jax.rollout.sampler import Sampling, invert_cdf, sample
 from rosd_jax.train.devices import cpu_devices
 from rosd_jax.types import HostRollout, Params
 
-OURS, ONE, STATIC = "ours", "ours, one device", "ours, static batches"
-PADDED, SORTING = "ours, prompts padded", "sorting"
-DEVICES = cpu_devices(32, 16)  # the fewest rows of a batch below, and what divides all
-GOALS = {
+OURS = "ours"
+ONE = "ours, one device"
+STATIC = "ours, static batches"
+PADDED = "ours, prompts padded"
+SORTING = "sorting"
+DEVICES = cpu_devices(32, 16)  # the smallest batch below has 32 rows, and 16 divides all
+GOALS = {  # how many times as long as ours
     ("fixed", "tunix"): 1.5,
     ("ragged", "tunix"): 4.0,
     ("ragged", "transformers"): 5.0,
@@ -64,7 +66,7 @@ TOP_P = 0.95
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model and of the cases. Lengths are in tokens; a mean is that of the uncut lognormal."""
+    """The sizes of the model and the cases. Lengths are in tokens, means those of the uncut lognormal."""
 
     model: Qwen3Config = Qwen3Config(4096, 256, 768, 8, 4, 2, 64, tie_word_embeddings=True)
     prompt: int = 64
@@ -88,7 +90,7 @@ SIZES = Sizes()
 
 
 class Contest(NamedTuple):
-    """Contestants, each of which yields the `wanted` tokens."""
+    """Contestants, each of which generates the `wanted` tokens."""
 
     calls: dict[str, Call]
     wanted: int
@@ -96,14 +98,14 @@ class Contest(NamedTuple):
 
 
 def main(argv: list[str] | None = None, sizes: Sizes = SIZES) -> None:
-    """Runs what the arguments say; both files are complete after every case."""
+    """Runs the cases. Both files are rewritten after each case."""
     parser = argparse.ArgumentParser(description="Decoding against tunix and transformers")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tunix-python")
     parser.add_argument("--hf-python")
     parser.add_argument("--cases", default="fixed,ragged,evaluation,prompts,top_p")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", default="16,32,64", help="rows of a peer's ragged batch: the best wins")
+    parser.add_argument("--batches", default="16,32,64", help="batch sizes of which a peer gets the fastest")
     args = parser.parse_args(argv)
     params = random_params(sizes.model)
     with tempfile.TemporaryDirectory() as folder:
@@ -138,19 +140,21 @@ def main(argv: list[str] | None = None, sizes: Sizes = SIZES) -> None:
 
 
 def random_params(model: Qwen3Config) -> Params:
-    """Matrices so large that greedy text does not repeat one id."""
+    """Random weights, with matrices so large that greedy decoding does not repeat one id."""
     params = init_params(model, jax.random.key(0))
     return jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, params)
 
 
 def prompts(sizes: Sizes, rows: int, length: int | None = None) -> np.ndarray:
-    """Random ids [rows, length]; None: sizes.prompt."""
-    shape = rows, length or sizes.prompt
+    """Random ids [rows, length]; the default length is sizes.prompt."""
+    shape = (rows, length or sizes.prompt)
     return np.random.default_rng(0).integers(2, sizes.model.vocab_size, shape, np.int32)
 
 
-def engine(sizes: Sizes, params: Params, limits: Limits, temperature: float = 1.0):
-    """Ours: requests -> a rollout."""
+def engine(
+    sizes: Sizes, params: Params, limits: Limits, temperature: float = 1.0
+) -> Callable[[Sequence[Request]], HostRollout]:
+    """Ours, as a function from requests to a rollout."""
     mesh = make_mesh(-1, 1, 1, jax.devices()[: sizes.devices])
     params = jax.device_put(params, param_shardings(params, mesh))
     ours = Engine(sizes.model, mesh, limits, Sampling(temperature))
@@ -162,30 +166,32 @@ def engine(sizes: Sizes, params: Params, limits: Limits, temperature: float = 1.
 
 
 def asked(ids: np.ndarray, prompt_of_B: np.ndarray, limit_B: np.ndarray) -> list[Request]:
-    """A request a row, for a response of `limit_B` tokens to a prompt of `ids`."""
+    """One request per row, for a response of limit_B tokens to prompt prompt_of_B in `ids`."""
     rows = zip(prompt_of_B.tolist(), limit_B.tolist(), strict=True)
     return [Request(ids[n].tolist(), uid, limit) for uid, (n, limit) in enumerate(rows)]
 
 
 def check_greedy(sizes: Sizes, params: Params, peers: dict[str, Peer]) -> dict[str, Any]:
-    """Raises ValueError unless the peers' greedy tokens are ours."""
-    ids, new = prompts(sizes, 4), min(64, sizes.fixed[1])
+    """Raises ValueError unless the peers' greedy tokens equal ours."""
+    ids = prompts(sizes, 4)
+    new = min(64, sizes.fixed[1])
     run = engine(sizes, params, Limits(new, sizes.prompt), temperature=0.0)
     wanted = run(asked(ids, np.arange(4), np.full(4, new))).tokens_BR
     for name, peer in peers.items():
         got = np.array(peer.generate(ids, new, sizes.prompt + new, greedy=True)["tokens"])
         if not np.array_equal(got, wanted):
-            raise ValueError(f"{name}: {np.mean(got != wanted):.1%} of its greedy tokens are not ours")
+            raise ValueError(f"{name}: {np.mean(got != wanted):.1%} of its greedy tokens differ from ours")
     return {"tokens": wanted.size, "different ids": len(np.unique(wanted)), "equal": list(peers)}
 
 
 def fixed(sizes: Sizes, params: Params, peers: dict[str, Peer]) -> Contest:
     """One batch, one length."""
     rows, new = sizes.fixed
-    ids, limit_B = prompts(sizes, rows), np.full(rows, new, np.int32)
-    limits, requests = Limits(new, sizes.prompt), asked(ids, np.arange(rows), limit_B)
+    ids = prompts(sizes, rows)
+    limits = Limits(new, sizes.prompt)
+    requests = asked(ids, np.arange(rows), np.full(rows, new, np.int32))
 
-    def run(sizes):
+    def run(sizes: Sizes) -> Call:
         return here(engine(sizes, params, limits), requests)
 
     calls = {OURS: run(sizes), ONE: run(replace(sizes, devices=1))}
@@ -194,13 +200,15 @@ def fixed(sizes: Sizes, params: Params, peers: dict[str, Peer]) -> Contest:
 
 
 def ragged(sizes: Sizes, params: Params, peers: dict[str, Peer], batches: list[int]) -> Contest:
-    """One set of rows, in the peer's best batch."""
-    rows, most = sizes.ragged_rows, sizes.ragged_most
-    ids, limit_B = prompts(sizes, rows), lengths(rows, sizes.ragged_mean, most, seed=1)
+    """One set of rows; peers at their fastest batch size."""
+    rows = sizes.ragged_rows
+    most = sizes.ragged_most
+    ids = prompts(sizes, rows)
+    limit_B = lengths(rows, sizes.ragged_mean, most, seed=1)
     limits = Limits(most, sizes.prompt, slots=sizes.slots)
     requests = asked(ids, np.arange(rows), limit_B)
 
-    def run(sizes):
+    def run(sizes: Sizes) -> Call:
         return here(engine(sizes, params, limits), requests)
 
     calls = {OURS: run(sizes), ONE: run(replace(sizes, devices=1))}
@@ -212,15 +220,17 @@ def ragged(sizes: Sizes, params: Params, peers: dict[str, Peer], batches: list[i
 
 
 def evaluation(sizes: Sizes, params: Params) -> Contest:
-    """Ours alone: one queue, or as many rows at a time as there are slots."""
-    rows, slots = sizes.questions * sizes.samples, sizes.slots
-    ids, prompt_of_B = prompts(sizes, sizes.questions), np.arange(rows) // sizes.samples
+    """Ours only: one queue, or static batches of as many rows as there are slots."""
+    rows = sizes.questions * sizes.samples
+    slots = sizes.slots
+    ids = prompts(sizes, sizes.questions)
     limit_B = lengths(rows, sizes.short_mean, sizes.short_most, seed=2)
-    limits, requests = Limits(sizes.short_most, sizes.prompt), asked(ids, prompt_of_B, limit_B)
+    limits = Limits(sizes.short_most, sizes.prompt)
+    requests = asked(ids, np.arange(rows) // sizes.samples, limit_B)
     refilled = engine(sizes, params, replace(limits, slots=slots))
     static = engine(sizes, params, limits)
 
-    def in_batches():
+    def in_batches() -> None:
         for at in range(0, rows, slots):
             static(requests[at : at + slots])
 
@@ -229,9 +239,11 @@ def evaluation(sizes: Sizes, params: Params) -> Contest:
 
 
 def ragged_prompts(sizes: Sizes, params: Params) -> Contest:
-    """Ours alone: prompts of their own lengths, or all as long as the longest may be."""
-    rows, most = sizes.prompt_rows, sizes.prompt_most
-    ids, length_N = prompts(sizes, rows, most), lengths(rows, sizes.prompt_mean, most, seed=3)
+    """Ours only: prompts of ragged lengths, or all padded to the limit."""
+    rows = sizes.prompt_rows
+    most = sizes.prompt_most
+    ids = prompts(sizes, rows, most)
+    length_N = lengths(rows, sizes.prompt_mean, most, seed=3)
     run = engine(sizes, params, Limits(1, most))
     padded = [Request(row.tolist(), uid) for uid, row in enumerate(ids)]
     ragged = [Request(r.prompt[:n], r.uid) for r, n in zip(padded, length_N.tolist(), strict=True)]
@@ -240,22 +252,26 @@ def ragged_prompts(sizes: Sizes, params: Params) -> Contest:
 
 
 def top_p(sizes: Sizes, peers: dict[str, Peer], folder: str) -> Contest:
-    """One token a row. The peers sort too."""
+    """One token per row. The peers sort too."""
     file = f"{folder}/logits.npy"
     np.save(file, (3 * np.random.default_rng(0).normal(size=sizes.top_p)).astype(np.float32))
-    args = jnp.asarray(np.load(file)), jnp.linspace(0.01, 0.99, sizes.top_p[0])
-    bisected = jax.jit(lambda z_BV, u_B: sample(z_BV, u_B, temperature=1.0, top_p=TOP_P)[0])
+    logits_BV = jnp.asarray(np.load(file))
+    u_B = jnp.linspace(0.01, 0.99, sizes.top_p[0])
 
-    def wait(call):
-        return here(lambda: call(*args).block_until_ready())
+    def by_bisection(logits_BV: jax.Array, u_B: jax.Array) -> jax.Array:
+        return sample(logits_BV, u_B, temperature=1.0, top_p=TOP_P)[0]
 
-    calls = {OURS: wait(bisected), SORTING: wait(jax.jit(by_sorting))}
+    def call_of(pick: Callable[[jax.Array, jax.Array], jax.Array]) -> Call:
+        compiled = jax.jit(pick)
+        return here(lambda: compiled(logits_BV, u_B).block_until_ready())
+
+    calls = {OURS: call_of(by_bisection), SORTING: call_of(by_sorting)}
     calls |= {name: partial(peer.ask, "top_p", logits=file, top_p=TOP_P) for name, peer in peers.items()}
     return Contest(calls, sizes.top_p[0])
 
 
 def by_sorting(logits_BV: jax.Array, u_B: jax.Array) -> jax.Array:
-    """Sorts values alone, which is cheaper than to sort ids with them."""
+    """Top-p by sorting. It sorts values without their ids, which is cheaper."""
     weight_BV = jax.nn.softmax(logits_BV)
     sorted_BV = -jnp.sort(-weight_BV)
     last_B = jnp.sum(jnp.cumsum(sorted_BV, axis=-1) < TOP_P, axis=-1)
@@ -264,12 +280,12 @@ def by_sorting(logits_BV: jax.Array, u_B: jax.Array) -> jax.Array:
 
 
 def measure(contest: Contest, rounds: int) -> dict[str, Any]:
-    """Every contestant's first call, then the rounds; raises what a contestant raises."""
+    """The first call of each contestant, then the rounds. Raises what a contestant raises."""
     first = {name: seconds(call) for name, call in contest.calls.items()}
     cpu_s: dict[str, list[float]] = {name: [] for name in first}
 
-    def turn(name):
-        return cpu_s[name].append(contest.calls[name]()["cpu_s"])
+    def turn(name: str) -> None:
+        cpu_s[name].append(contest.calls[name]()["cpu_s"])
 
     ms, errors = interleaved({name: partial(turn, name) for name in first}, warmups=0, reps=rounds)
     for error in errors.values():
@@ -282,7 +298,7 @@ def measure(contest: Contest, rounds: int) -> dict[str, Any]:
 
 
 def render(record: dict[str, Any]) -> str:
-    """One row a case and contestant."""
+    """A table with one row per case and contestant."""
     head = [
         "case",
         "contestant",
@@ -298,12 +314,23 @@ def render(record: dict[str, Any]) -> str:
     ]
     rows = []
     for case, found in record["cases"].items():
-        ours_s, ours_cpu_s = (np.median(found["results"][OURS][key]) for key in ("s", "cpu_s"))
+        ours = found["results"][OURS]
         for name, result in found["results"].items():
-            s, cpu_s = (np.median(result[key]) for key in ("s", "cpu_s"))
-            numbers = f"{found['wanted'] / s:.0f}", f"{cpu_s:.3f}", f"{result['first_s']:.1f}"
-            ratios = f"{s / ours_s:.2f}", f"{cpu_s / ours_cpu_s:.2f}", f"{GOALS.get((case, name), '')}"
-            rows.append([case, name, *cells(summary(result["s"]), 3), *numbers, *ratios])
+            s = np.median(result["s"])
+            cpu_s = np.median(result["cpu_s"])
+            rows.append(
+                [
+                    case,
+                    name,
+                    *cells(summary(result["s"]), 3),
+                    f"{found['wanted'] / s:.0f}",
+                    f"{cpu_s:.3f}",
+                    f"{result['first_s']:.1f}",
+                    f"{s / np.median(ours['s']):.2f}",
+                    f"{cpu_s / np.median(ours['cpu_s']):.2f}",
+                    f"{GOALS.get((case, name), '')}",
+                ]
+            )
     load = ", ".join(f"{load[0]:.1f}" for load in record["load"])
     return f"{record['date']}, load before and after each case {load}:\n\n{table(head, rows)}"
 

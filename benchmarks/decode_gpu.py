@@ -2,13 +2,16 @@
 
     python -m benchmarks.decode_gpu --implementation=pallas_gpu --out=FILE [--rows=128] [--context=2048] ...
 
-Weights are random bfloat16, every row is `context` tokens long, and a step feeds back its greedy token at
-the same position, so all steps do the same work. The roofline is the bytes that a step must read (weights,
-without the embedding of which it takes a few rows, and live keys and values) over the bandwidth of a
-large copy on the same device. One implementation a process, since the allocator's peak is that of the
-process; null where a device does not tell it. Before anything is timed, the attention of a few rows of
-many lengths is compared with the definition. With the defaults, weights and KV cache take 44 GiB;
-`pallas_gpu` needs a Hopper GPU. This script was tried on CPU, at small sizes, only.
+Weights are random bfloat16. Every row is `context` tokens long, and every step feeds its greedy token back at
+the same position, so all steps do the same work. The roofline fraction is the memory-bound ideal divided by
+the measured time. The ideal reads the weights (except the embedding, of which a step reads a few rows) and
+the live keys and values at the bandwidth of a large copy on the same device.
+
+Each process measures one implementation, because the peak memory is the process's; it is null if the device
+does not report it. First, attention is compared with its definition on a few rows of different lengths. With
+the defaults, weights and KV cache take 44 GiB; `pallas_gpu` needs a Hopper GPU.
+
+Dimensions: B rows, V vocabulary, K key-value heads, E head width, P positions per page, M pages per table.
 """
 
 import argparse
@@ -35,14 +38,15 @@ RUN = dict(rows=128, context=2048, page=64, copy_mib=4096, rounds=10, steps=10)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures what the arguments say and writes one JSON object."""
-    parser = argparse.ArgumentParser(description="One decoding step against the memory roofline")
+    """Measures one implementation and writes one JSON object."""
+    parser = argparse.ArgumentParser(description="One decoding step compared with the memory roofline")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--implementation", choices=("xla", "pallas_gpu"), required=True)
     for name, value in (QWEN3_4B | RUN).items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
     args = parser.parse_args(argv)
-    chosen, device = {name: getattr(args, name) for name in QWEN3_4B | RUN}, jax.devices()[0]
+    chosen = {name: getattr(args, name) for name in QWEN3_4B | RUN}
+    device = jax.devices()[0]
     model = Qwen3Config(*(chosen[name] for name in QWEN3_4B), tie_word_embeddings=True, dtype="bfloat16")
     record = {
         "date": time.strftime("%Y-%m-%d"),
@@ -59,21 +63,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def timed(call: Callable[[], Any], rounds: int, calls: int) -> list[float]:
-    """Seconds per call, for each round of `calls` calls that are waited for together; two calls warm up."""
+    """Seconds per call in each round of `calls` calls, which are waited for together; two calls warm up."""
+    jax.block_until_ready([call() for _ in range(2)][-1])
     times = []
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         start = time.perf_counter()
-        results = [call() for _ in range(calls if turn else 2)]
+        results = [call() for _ in range(calls)]
         jax.block_until_ready(results[-1])
         times.append((time.perf_counter() - start) / calls)
-    return times[1:]
+    return times
 
 
 def attention_error(args: argparse.Namespace) -> float:
-    """Largest difference from the definition, over rows that are idle, short, and end at or near a page."""
-    P, K, E = args.page, args.kv_heads, args.width
+    """Largest difference from the definition, for rows that are idle, short, or end near a page's end."""
+    P = args.page
+    K = args.kv_heads
+    E = args.width
     lengths = np.array([0, 1, P - 1, P, P + 1, args.context], np.int32)
-    B, M = len(lengths), -(-max(args.context, P + 1) // P)
+    B = len(lengths)
+    M = -(-max(args.context, P + 1) // P)
     q_key, kv_key, cache_key = jax.random.split(jax.random.key(0), 3)
     k_BKE, v_BKE = jax.random.normal(kv_key, (2, B, K, E), jnp.bfloat16)
     operands = Operands(
@@ -88,21 +96,22 @@ def attention_error(args: argparse.Namespace) -> float:
     ours = jax.jit(partial(write_and_attend, implementation=args.implementation))
     pairs = zip(ours(*operands), jax.jit(xla.reference)(operands), strict=True)
 
-    def wide(x):
-        return np.asarray(x, np.float32)
+    def difference(got: jax.Array, want: jax.Array) -> float:
+        return float(np.max(np.abs(np.asarray(got, np.float32) - np.asarray(want, np.float32))))
 
-    return max(float(np.max(np.abs(wide(got) - wide(want)))) for got, want in pairs)
+    return max(difference(got, want) for got, want in pairs)
 
 
 def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> dict[str, Any]:
-    """Milliseconds a step, and the share of them that reading at the copy's bandwidth would take."""
-    # As `fuse` gives them, without float32 parameters ever being there.
+    """Milliseconds per step, and the roofline fraction at the copy's bandwidth (bytes per second)."""
+    # The shapes of `fuse`'s weights, filled directly: float32 parameters would not fit next to them.
     shapes = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
     weights = random_weights(shapes)
     pages = -(-args.context // args.page)
-    shape = model.num_hidden_layers * args.rows * pages, args.page, 2 * model.num_key_value_heads
-    shape = *shape, model.head_dim
-    page = jax.random.normal(jax.random.key(1), shape[1:], jnp.bfloat16)
+    page = jax.random.normal(
+        jax.random.key(1), (args.page, 2 * model.num_key_value_heads, model.head_dim), jnp.bfloat16
+    )
+    shape = (model.num_hidden_layers * args.rows * pages, *page.shape)
     cache = jax.jit(partial(jnp.broadcast_to, shape=shape))(page)
     table_BM = jnp.arange(args.rows * pages, dtype=jnp.int32).reshape(args.rows, pages)
     position_B = jnp.full(args.rows, args.context - 1, jnp.int32)
@@ -117,7 +126,7 @@ def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> d
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
 
     state = [jnp.zeros(args.rows, jnp.int32), cache]
-    del cache  # the state's is donated
+    del cache  # the step's argument is donated
 
     def call() -> jax.Array:
         state[:] = step(weights, *state)

@@ -1,13 +1,13 @@
-"""256 rows of ragged lengths on one GPU: the engine, or transformers with a static cache and torch.compile.
+"""256 rows of ragged lengths on one GPU: our engine, or transformers with a static cache and torch.compile.
 
     python -m benchmarks.decode_gpu_ragged --contestant=ours --out=FILE [--share=0.25] [--rows=256] ...
     python -m benchmarks.decode_gpu_ragged --contestant=transformers --out=FILE [--batch=256] ...
 
-The shapes are Qwen3-4B's, the weights random bfloat16; every `samples` rows have a prompt in common, and
-lengths are lognormal, the same for both. Ours stops at each row's own and gets a KV cache of `share` of
-the bytes of a dense cache, [rows, prompt + most]; transformers runs batches of `batch` rows, each until its
-longest row, and its static cache is dense. Times are of the whole call, prompts included, after a first one
-that compiles. One contestant a process, since each takes the device's memory for itself.
+The shapes are Qwen3-4B's, the weights random bfloat16. Each prompt has `samples` rows, and the lognormal
+lengths are the same for both contestants. Ours stops each row at its own length and gets a KV cache of
+`share` times the size of a dense one, [rows, prompt + most]. transformers runs batches of `batch` rows, each
+until its longest row is done, with a dense static cache. Times are of whole calls, prefill included, after a
+first one that compiles. Each process measures one contestant, because each reserves the device's memory.
 """
 
 # pyright: reportMissingImports=false
@@ -45,13 +45,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prompts(args: argparse.Namespace) -> np.ndarray:
-    """Ids of the different prompts, [rows / samples, prompt]."""
-    shape = args.rows // args.samples, args.prompt
+    """Ids of the distinct prompts, [rows / samples, prompt]."""
+    shape = (args.rows // args.samples, args.prompt)
     return np.random.default_rng(1).integers(2, args.vocab, shape).astype(np.int32)
 
 
 def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) -> dict[str, Any]:
-    """Seconds of the engine, and what of the memory and of its bandwidth it took."""
+    """Seconds of the engine, its memory and its roofline fraction."""
     import jax
 
     from rosd_jax.models.qwen3 import Qwen3Config, init_params
@@ -63,7 +63,7 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
 
     sizes = (getattr(args, name) for name in QWEN3_4B)
     model = Qwen3Config(*sizes, tie_word_embeddings=True, dtype="bfloat16")
-    # In bfloat16: neither contestant keeps float32 weights.
+    # bfloat16, since neither contestant needs float32 weights.
     params = random_weights(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
     dense = args.rows * (args.prompt + args.most)  # positions
     pages = int(args.share * dense) // args.page
@@ -74,10 +74,11 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
     requests = [Request(ids[row], row, int(length)) for row, length in enumerate(length_B)]
     rollouts = []
 
-    def call():
-        return rollouts.append(engine.generate(params, requests, jax.random.key(0)))
+    def call() -> None:
+        rollouts.append(engine.generate(params, requests, jax.random.key(0)))
 
-    times, rollout = [seconds(call) for _ in range(args.rounds + 1)], rollouts[-1]
+    times = [seconds(call) for _ in range(args.rounds + 1)]
+    rollout = rollouts[-1]
     np.testing.assert_array_equal(rollout.length_B, length_B)
     assert np.isfinite(rollout.logp_BR).all()
     stats = jax.tree.map(lambda x: float(np.sum(x)), rollout.stats)
@@ -97,7 +98,7 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
 
 
 def transformers(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) -> dict[str, Any]:
-    """Seconds of `generate`, which compiles its decoding step where there is a GPU."""
+    """Seconds of `generate`, which compiles its decoding step on a GPU."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -121,9 +122,10 @@ def transformers(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.n
     @torch.inference_mode()
     def call(most: int = args.most) -> None:
         for at in range(0, args.rows, args.batch):
-            some, new = ids[at : at + args.batch], min(most, int(length_B[at : at + args.batch].max()))
+            some = ids[at : at + args.batch]
+            new = min(most, int(length_B[at : at + args.batch].max()))
 
-            def full(text, _, new=new):
+            def done(text: torch.Tensor, _: Any, new: int = new) -> torch.Tensor:
                 return text.new_full((len(text),), text.shape[1] >= args.prompt + new, dtype=torch.bool)
 
             out = net.generate(
@@ -137,13 +139,13 @@ def transformers(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.n
                 cache_implementation="static",
                 max_new_tokens=args.most,
                 min_new_tokens=new,
-                stopping_criteria=[full],
+                stopping_criteria=[done],
             )
             assert out.shape[1] == args.prompt + new, out.shape
         if gpu:
             torch.cuda.synchronize()
 
-    first = seconds(lambda: call(16))  # compiles, for the cache of the whole call
+    first = seconds(lambda: call(16))  # compiles; the cache is as large as in the calls that are timed
     print(f"the first 16 tokens took {first:.0f} s", flush=True)
     times = [seconds(call) for _ in range(args.rounds)]
     return {

@@ -1,15 +1,15 @@
-"""The peers of the decoding benchmark, each in an interpreter of its own, and the handle to them.
+"""The peers of the decoding benchmark as worker processes, each with its own interpreter, and their handle.
 
     PYTHON -m benchmarks.decode_peers {tunix,transformers} MODEL_DIR
 
-loads the weights, then answers each JSON line on stdin by one on stdout, marked so that nothing else
-there is taken for it; every answer holds the processor seconds that it took.
+loads the weights and then answers each JSON line on stdin with one on stdout, which starts with a mark to
+tell it from other output. Every answer contains the CPU seconds that it took, "cpu_s".
 
     {"task": "generate", "prompts": [[id, ...], ...], "new": 128, "cache": 192, "greedy": false}
-        -> {"tokens": the new ids, greedy only}; prompts have one length, and no row ends early
+        -> {"tokens": the new ids, if greedy}; all prompts have one length, and no row ends early
     {"task": "top_p", "logits": FILE.npy, "top_p": 0.95}    -> {} once every row has a token
 
-A worker needs NumPy and its peer; this project may be absent there.
+A worker needs NumPy and the peer's packages, not this project's.
 """
 
 # pyright: reportMissingImports=false
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from benchmarks.timing import seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "@@"
-Call = Callable[[], dict[str, Any]]  # returns when its work is done, with the processor seconds "cpu_s"
+Call = Callable[[], dict[str, Any]]  # returns {"cpu_s": CPU seconds} once its work is done
 
 
 class Peer:
-    """A worker process, which runs `module`, and the versions of what it uses."""
+    """A worker process that runs `module`, and the versions of its packages."""
 
     def __init__(self, name: str, python: str, folder: str, module: str = "benchmarks.decode_peers") -> None:
         self.process = subprocess.Popen(
@@ -51,7 +51,7 @@ class Peer:
         self.versions = self._answer()
 
     def ask(self, task: str, **request: Any) -> dict[str, Any]:
-        """Sends a request and waits for its answer; raises RuntimeError where the worker ended."""
+        """Sends a request and waits for the answer. Raises RuntimeError if the worker has ended."""
         assert self.process.stdin
         self.process.stdin.write(json.dumps({"task": task} | request) + "\n")
         self.process.stdin.flush()
@@ -67,36 +67,38 @@ class Peer:
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return json.loads(line[len(MARK) :])
-        raise RuntimeError(f"the worker ended with {self.process.wait()}; its last words are above")
+        raise RuntimeError(f"the worker ended with status {self.process.wait()}; its output is above")
 
     def generate(self, ids: np.ndarray, new: int, cache: int, greedy: bool = False) -> dict[str, Any]:
-        """`new` tokens for every prompt [rows, length], with a cache of that many positions a row."""
+        """Generates `new` tokens for each prompt of [rows, length]; `cache` is its positions per row."""
         return self.ask("generate", prompts=ids.tolist(), new=int(new), cache=cache, greedy=greedy)
 
     def in_batches(self, ids: np.ndarray, new_B: np.ndarray, cache: int, size: int) -> dict[str, Any]:
-        """Each row's own number of tokens, or more: a batch goes on until its longest row has them."""
+        """Generates in batches of `size` rows, each until its longest row is done."""
         cpu = 0.0
         for at in range(0, len(ids), size):
             here = slice(at, at + size)
             cpu += self.generate(ids[here], new_B[here].max(), cache)["cpu_s"]
         return {"cpu_s": cpu}
 
-    def best_batch(self, ids: np.ndarray, new_B: np.ndarray, cache: int, sizes: list[int]):
-        """The fastest of these batch sizes, and the wall time in seconds of each after its first call."""
+    def best_batch(
+        self, ids: np.ndarray, new_B: np.ndarray, cache: int, sizes: list[int]
+    ) -> tuple[int, dict[int, float]]:
+        """The fastest of these batch sizes, and the seconds of each one's second call."""
         if len(sizes) == 1:
             return sizes[0], {}
-
-        def call(size):
-            return self.in_batches(ids, new_B, cache, size)
-
-        took = {size: [seconds(lambda size=size: call(size)) for _ in range(2)][1] for size in sizes}
+        took: dict[int, float] = {}
+        for size in sizes:
+            call = partial(self.in_batches, ids, new_B, cache, size)
+            call()  # compiles
+            took[size] = seconds(call)
         return min(sizes, key=lambda size: took[size]), took
 
 
 def here(call: Callable[..., object], *args: Any) -> Call:
-    """A call in this process, in a peer's form."""
+    """A call in this process, in the form of a peer's."""
 
-    def run():
+    def run() -> dict[str, Any]:
         start = time.process_time()
         call(*args)
         return {"cpu_s": time.process_time() - start}
@@ -105,7 +107,7 @@ def here(call: Callable[..., object], *args: Any) -> Call:
 
 
 class Ids:
-    """What tunix asks of a tokenizer, where a text is ids in decimal."""
+    """A tokenizer for tunix whose texts are decimal ids."""
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
@@ -117,17 +119,17 @@ class Ids:
         return ""
 
     def bos_id(self) -> int:
-        return 0  # false, so that none is added
+        return 0  # falsy, so that tunix adds none
 
     def eos_id(self) -> int:
-        return self.vocab + 7  # out of reach, as is padding: Sampler masks ids that look like it
+        return self.vocab + 7  # outside the vocabulary, like padding: Sampler masks ids that equal it
 
     def pad_id(self) -> int:
         return self.vocab + 8
 
 
 def tunix_config(path: str | Path) -> Any:
-    """tunix's form of a Hugging Face directory's config.json, in float32."""
+    """A Hugging Face directory's config.json as tunix's config, in float32."""
     import jax.numpy as jnp
     from tunix.models.qwen3 import model
 
@@ -148,8 +150,8 @@ def tunix_config(path: str | Path) -> Any:
     )
 
 
-def tunix(path: str):
-    """(generate, top_p, versions) of tunix."""
+def tunix(path: str) -> tuple[Callable[..., np.ndarray], Callable[..., None], list[str]]:
+    """tunix's functions generate and top_p, and the packages that they use."""
     import jax
     import jax.numpy as jnp
     from tunix.generate import sampler
@@ -159,32 +161,34 @@ def tunix(path: str):
     net = params.create_model_from_safe_tensors(path, config, dtype=jnp.float32)
 
     @cache
-    def sampler_of(size: int):
+    def sampler_of(size: int) -> Any:
         shape = sampler.CacheConfig(size, config.num_layers, config.num_kv_heads, config.head_dim)
         return sampler.Sampler(net, Ids(config.vocab_size), shape)
 
-    def generate(prompts, new, cache, greedy):
+    def generate(prompts: list[list[int]], new: int, cache: int, greedy: bool) -> np.ndarray:
         text = [" ".join(map(str, row)) for row in prompts]
-        how = {} if greedy else dict(temperature=1.0, top_p=1.0)
+        sampling = {} if greedy else dict(temperature=1.0, top_p=1.0)
         out = sampler_of(cache)(
-            text, max_generation_steps=new, max_prompt_length=len(prompts[0]), seed=0, **how
+            text, max_generation_steps=new, max_prompt_length=len(prompts[0]), seed=0, **sampling
         )
         return np.asarray(out.tokens)
 
-    def draw(z, key, p):
-        return sampler.sample_top_p(z[:, None], key, 1.0, p, None)[0]
+    @partial(jax.jit, static_argnums=2)
+    def nucleus(logits: jax.Array, key: jax.Array, p: float) -> jax.Array:
+        return sampler.sample_top_p(logits[:, None], key, 1.0, p, None)[0]
 
-    nucleus = jax.jit(draw, static_argnums=2)
-    load = cache(lambda file: jnp.asarray(np.load(file)))
+    @cache
+    def load(file: str) -> jax.Array:
+        return jnp.asarray(np.load(file))
 
-    def top_p(logits, top_p):
+    def top_p(logits: str, top_p: float) -> None:
         nucleus(load(logits), jax.random.key(0), top_p).block_until_ready()
 
     return generate, top_p, ["google-tunix", "jax"]
 
 
-def transformers(path: str):
-    """(generate, top_p, versions) of transformers."""
+def transformers(path: str) -> tuple[Callable[..., np.ndarray], Callable[..., None], list[str]]:
+    """The functions generate and top_p of transformers, and the packages that they use."""
     import torch
     from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
@@ -192,20 +196,27 @@ def transformers(path: str):
     no_ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
 
     @torch.inference_mode()
-    def generate(prompts, new, cache, greedy):  # its cache grows with the text
-        ids = torch.tensor(prompts)
-        how = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
+    def generate(prompts: list[list[int]], new: int, cache: int, greedy: bool) -> np.ndarray:
+        ids = torch.tensor(prompts)  # `cache` is not needed: its KV cache grows with the text
+        random = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
         out = net.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, **no_ids, **how
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            **no_ids,
+            **(dict(do_sample=False) if greedy else random),
         )
         return out[:, ids.shape[1] :].numpy()
 
-    load = cache(lambda file: torch.from_numpy(np.load(file)))
+    @cache
+    def load(file: str) -> torch.Tensor:
+        return torch.from_numpy(np.load(file))
 
     @torch.inference_mode()
-    def top_p(logits, top_p):
-        z = TopPLogitsWarper(top_p)(None, load(logits))
-        torch.multinomial(torch.softmax(z, -1), 1)
+    def top_p(logits: str, top_p: float) -> None:
+        warped = TopPLogitsWarper(top_p)(None, load(logits))
+        torch.multinomial(torch.softmax(warped, -1), 1)
 
     return generate, top_p, ["transformers", "torch"]
 
@@ -214,19 +225,21 @@ def main() -> None:
     """The worker."""
     generate, top_p, packages = {"tunix": tunix, "transformers": transformers}[sys.argv[1]](sys.argv[2])
 
-    def emit(answer):
-        return print(MARK + json.dumps(answer), flush=True)
+    def emit(answer: dict[str, Any]) -> None:
+        print(MARK + json.dumps(answer), flush=True)
 
     emit({name: importlib.metadata.version(name) for name in packages})
     for line in sys.stdin:
         request = json.loads(line)
-        start, answer = time.process_time(), {}
+        start = time.process_time()
+        answer = {}
         if request.pop("task") == "top_p":
             top_p(**request)
         else:
             tokens = generate(**request)
             assert tokens.shape == (len(request["prompts"]), request["new"]), tokens.shape
-            answer = {"tokens": tokens.tolist()} if request["greedy"] else {}
+            if request["greedy"]:
+                answer["tokens"] = tokens.tolist()
         emit(answer | {"cpu_s": time.process_time() - start})
 
 

@@ -2,10 +2,10 @@ r"""Error rates of the mathematics checker: right answers that it rejects and wr
 
     ROSD_DATA_DIR=DIR python -m benchmarks.grading [--list]
 
-Gold answers of MATH-500, AIME 24 and 25, AMC 23 and Minerva are rewritten in ways that leave them right,
-and changed in ways that make them wrong; each pair is graded as `\boxed{...}` by Grader("fixed"). Prints a
-line a way: pairs, mistakes, share; with --list every mistake. A way takes each gold that it applies to, so
-the numbers are the same in every run. docs/grading.md has them, dated.
+Gold answers of MATH-500, AIME 24 and 25, AMC 23 and Minerva are rewritten in ways that keep them right, and
+changed in ways that make them wrong. Grader("fixed") grades each pair of prediction, as `\boxed{...}`, and
+gold answer. One line per way is printed: pairs, mistakes, share; with --list every mistake. A way is used on
+every gold answer that it applies to, so the numbers are the same in every run. docs/grading.md has them, dated.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from rosd_jax.rewards import Grader
 from rosd_jax.types import Problem
 
 Pair = tuple[str, str]  # prediction, gold
-Way = Callable[
-    [str], str | Pair | None
-]  # of a gold: a prediction, or both rewritten; None where it does not apply
+# From a gold answer: a prediction, or prediction and gold both rewritten; None if the way does not apply.
+Way = Callable[[str], str | Pair | None]
 
 SETS = ("math500", "aime24", "aime25", "amc23", "minerva_math")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -34,16 +33,17 @@ BOX = re.compile(r"\\boxed\s*")
 
 
 def golds(directory: Path) -> list[str]:
-    """The different gold answers of all sets, in order."""
+    """The distinct gold answers of all sets, in order."""
     found: dict[str, None] = {}
     for name in SETS:
         for line in (directory / f"{name}.jsonl").read_text().splitlines():
             row = json.loads(line)
             found[str(row["answer"]) if "answer" in row else _last_box(row["solution"])] = None
-    return [gold for gold in found if gold != "np.arcsin(10/13)"]  # no mathematics but code
+    return [gold for gold in found if gold != "np.arcsin(10/13)"]  # code, not mathematics
 
 
 def _last_box(text: str) -> str:
+    r"""The content of the last \boxed{...}. Raises ValueError if there is none."""
     start = text.rindex("\\boxed") + len("\\boxed")
     start = text.index("{", start)
     depth = 0
@@ -58,7 +58,7 @@ def _last_box(text: str) -> str:
 
 
 def changed(pattern: str, replacement: str | Callable[[re.Match[str]], str]) -> Way:
-    """A way that replaces a pattern wherever it stands, and applies where it stands at all."""
+    """Replaces every match of a pattern; applies to golds that have one."""
 
     def way(gold: str) -> str | None:
         text = re.sub(pattern, replacement, gold)
@@ -68,14 +68,18 @@ def changed(pattern: str, replacement: str | Callable[[re.Match[str]], str]) -> 
 
 
 def of_number(spell: Callable[[str], str | Pair | None]) -> Way:
+    """Applies to golds that are a decimal number, and passes on its text."""
     return lambda gold: spell(gold) if NUMBER.fullmatch(gold) else None
 
 
 def of_integer(spell: Callable[[int], str | Pair | None]) -> Way:
+    """Applies to golds that are an integer of at most 15 digits."""
     return lambda gold: spell(int(gold)) if re.fullmatch(r"-?\d{1,15}", gold) else None
 
 
 def of_word(spell: Callable[[str], str]) -> Way:
+    r"""Applies to golds that are one word in \text{...}."""
+
     def way(gold: str) -> str | None:
         word = re.fullmatch(r"\\text\{([A-Za-z]{3,})\}", gold)
         return spell(word[1]) if word else None
@@ -84,11 +88,12 @@ def of_word(spell: Callable[[str], str]) -> Way:
 
 
 def spaced(gap: str) -> Way:
+    """Separates the thousands of an integer."""
     return of_integer(lambda n: f"{n:,}".replace(",", gap) if abs(n) >= 1000 else None)
 
 
 def as_gold(spell: Callable[[str], str]) -> Way:
-    """The gold is rewritten, the prediction is the plain one."""
+    """Rewrites the gold; the prediction is the gold as it was."""
     return lambda gold: (gold, spell(gold))
 
 
@@ -112,6 +117,7 @@ TYPED = {
 
 
 def typed(gold: str) -> str | None:
+    """Unicode characters instead of LaTeX commands."""
     text = gold
     for sign, character in TYPED.items():
         text = text.replace(sign, character)
@@ -119,6 +125,7 @@ def typed(gold: str) -> str | None:
 
 
 def decimal_of_fraction(gold: str) -> str | None:
+    """The decimal of a fraction that has a finite one."""
     match = re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", gold)
     if not match:
         return None
@@ -127,6 +134,7 @@ def decimal_of_fraction(gold: str) -> str | None:
 
 
 def recurring_decimal(gold: str) -> str | None:
+    """Six decimals, the last one or two overlined, of a fraction whose decimal recurs after at most six."""
     match = re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(3|6|9|11|12|18)\}", gold)
     if not match:
         return None
@@ -139,6 +147,7 @@ def recurring_decimal(gold: str) -> str | None:
 
 
 def swapped_terms(gold: str) -> str | None:
+    """A sum or difference of two terms in the other order."""
     match = re.fullmatch(r"([A-Za-z0-9\\{}^ ]+?) *(?<!e)([+-]) *([A-Za-z0-9\\{}^ ]+)", gold)
     if not match or r"\\" in gold or match[1].count("{") != match[1].count("}"):
         return None
@@ -146,12 +155,14 @@ def swapped_terms(gold: str) -> str | None:
 
 
 def reversed_list(gold: str) -> str | None:
+    """A list of small integers backwards."""
     items = gold.split(",")
     plain = all(re.fullmatch(r"\s*-?\d{1,2}\s*", item) for item in items)
     return ", ".join(reversed(items)) if len(items) > 1 and plain else None
 
 
 def with_lines(gold: str) -> str | None:
+    """A list of small integers, one per line of LaTeX."""
     return " \\\\ ".join(gold.split(",")) if reversed_list(gold) else None
 
 
@@ -208,20 +219,22 @@ RIGHT: dict[str, Way] = {
 
 
 def last_digit(gold: str) -> str | None:
-    places = [match.start() for match in re.finditer(r"\d", gold)]
-    if not places:
+    """Another last digit."""
+    positions = [match.start() for match in re.finditer(r"\d", gold)]
+    if not positions:
         return None
-    at = places[-1]
+    at = positions[-1]
     return f"{gold[:at]}{(int(gold[at]) + 1) % 10}{gold[at + 1 :]}"
 
 
 def first_digit(gold: str) -> str | None:
+    """Another first nonzero digit."""
     at = re.search(r"[1-9]", gold)
     return f"{gold[: at.start()]}{int(at[0]) % 9 + 1}{gold[at.end() :]}" if at else None
 
 
 def other_case(gold: str) -> str | None:
-    """Every variable in the other case; words and commands stay."""
+    """Every variable in the other case; words and commands are kept."""
     if re.search(r"\\text|\\mbox|\^\{\\prime", gold):
         return None
     pieces = re.split(r"(\\begin\{.*|\\[A-Za-z]+|\d[eE]-?\d)", gold)
@@ -230,28 +243,31 @@ def other_case(gold: str) -> str | None:
 
 
 def greek_case(gold: str) -> str | None:
+    """A capital Greek letter instead of a small one."""
     match = re.search(r"\\(omega|theta|delta|lambda|gamma|pi|sigma)(?![a-z])", gold)
     return gold.replace(match[0], "\\" + match[1].capitalize()) if match else None
 
 
 def other_sign(gold: str) -> str | None:
+    """The negative of a single nonzero value."""
     match = re.fullmatch(r"(-?)(\.?\d.*|\\d?frac.*|\\sqrt.*)", gold)
-    if (
-        not match
-        or gold == "0"
-        or re.search(r"[-+,=_a-zA-Z ]|\\pm|%", re.sub(r"\\[a-z]+|\^\\circ", "", match[2]))
-    ):
+    if not match or gold == "0":
+        return None
+    without_commands = re.sub(r"\\[a-z]+|\^\\circ", "", match[2])
+    if re.search(r"[-+,=_a-zA-Z ]|\\pm|%", without_commands):
         return None
     return match[2] if match[1] else "-" + gold
 
 
 def entries(gold: str) -> tuple[str, list[str], str] | None:
+    """Opening parenthesis, entries and closing parenthesis of a tuple; None for anything else."""
     match = re.fullmatch(r"(\\left\(|\()(.*[^\\])(\\right\)|\))", gold)
     parts = match[2].split(",") if match and r"\cup" not in gold else []
     return (match[1], parts, match[3]) if match and len(parts) > 1 else None
 
 
 def swapped_entries(gold: str) -> str | None:
+    """A tuple with its first two entries, if they differ, exchanged."""
     found = entries(gold)
     if not found or found[1][0].strip() == found[1][1].strip():
         return None
@@ -260,6 +276,7 @@ def swapped_entries(gold: str) -> str | None:
 
 
 def dropped_entry(gold: str) -> str | None:
+    """A tuple or list without its first entry."""
     found = entries(gold)
     if found:
         return found[0] + ",".join(found[1][1:]) + found[2]
@@ -267,33 +284,40 @@ def dropped_entry(gold: str) -> str | None:
 
 
 def other_bracket(gold: str) -> str | None:
+    """A tuple, or an open interval, with a square bracket on the left."""
     found = entries(gold)
     return "[" + ",".join(found[1]) + found[2].replace("\\right", "") if found else None
 
 
 def plus_one(gold: str) -> str | None:
-    """Of what is one expression without a unit."""
+    """One more than a single expression without a unit."""
     plain = re.fullmatch(r"(?:[^,_=()\[\]\\]|\\(?:d?frac|sqrt|pi|omega|theta|cos|sin))*", gold)
     return f"{gold} + 1" if plain and not gold[-1:].isspace() else None
 
 
 def rounded(gold: str) -> str | None:
+    """Three decimals of a fraction that has more."""
     match = re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", gold)
     value = Fraction(int(match[2]), int(match[3])) if match else Fraction(1)
     return f"{match[1] if match else ''}{float(value):.3f}" if (value * 1000).denominator > 1 else None
 
 
 def tiny(gold: str) -> Pair | None:
+    """Different numbers of the order of 1e-19."""
     if not re.fullmatch(r"[1-9]\d*", gold):
         return None
     return rf"{int(gold) + 1} \times 10^{{-19}}", rf"{gold} \times 10^{{-19}}"
 
 
 def tiny_entry(gold: str) -> Pair | None:
-    return (f"({int(gold) + 1}e-12, 1)", f"({gold}e-12, 1)") if re.fullmatch(r"[1-9]\d{0,3}", gold) else None
+    """Pairs whose first entries, of the order of 1e-12, differ."""
+    if not re.fullmatch(r"[1-9]\d{0,3}", gold):
+        return None
+    return f"({int(gold) + 1}e-12, 1)", f"({gold}e-12, 1)"
 
 
 def small_power(gold: str) -> Pair | None:
+    """Different high powers of a small fraction."""
     if not re.fullmatch(r"[2-9]\d?", gold):
         return None
     return rf"\left(\frac{{1}}{{{gold}}}\right)^{{25}}", rf"\left(\frac{{1}}{{{gold}}}\right)^{{24}}"
@@ -340,14 +364,15 @@ WRONG: dict[str, Way] = {
 
 
 def main() -> None:
+    """Prints both tables."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--list", action="store_true", help="print every mistake")
     show = parser.parse_args().list
     answers = golds(Path(os.environ["ROSD_DATA_DIR"]) / "eval")
-    print(f"{len(answers)} different gold answers\n")
+    print(f"{len(answers)} distinct gold answers\n")
     with Grader("fixed") as grader:
-        grade(grader, [("1.0", "1")])  # the workers start here
-        began = time.perf_counter()
+        grade(grader, [("1.0", "1")])  # starts the worker processes
+        start = time.perf_counter()
         total = 0
         for title, ways, want in (
             ("right answers rejected", RIGHT, 1.0),
@@ -356,13 +381,14 @@ def main() -> None:
             print(f"{title:28} pairs mistakes share")
             total += report(grader, answers, ways, want, show)
             print()
-        seconds = time.perf_counter() - began
-        print(f"{total} pairs in {seconds:.1f} s; {grader.timeouts} ran out of time")
+        seconds = time.perf_counter() - start
+        print(f"{total} pairs in {seconds:.1f} s; {grader.timeouts} exceeded the time limit")
 
 
 def report(grader: Grader, answers: list[str], ways: dict[str, Way], want: float, show: bool) -> int:
-    """Prints a line a way and their sum; gives the number of pairs."""
-    pairs_in_all = mistakes_in_all = 0
+    """Prints one line per way and their sum. Returns the number of pairs."""
+    total = 0
+    mistakes = 0
     for name, way in ways.items():
         made = [(way(gold), gold) for gold in answers]
         pairs = [pair if isinstance(pair, tuple) else (pair, gold) for pair, gold in made if pair is not None]
@@ -371,14 +397,15 @@ def report(grader: Grader, answers: list[str], ways: dict[str, Way], want: float
         print(f"{name:28} {len(pairs):5} {len(wrong):8} {len(wrong) / max(len(pairs), 1):5.1%}")
         if show:
             for prediction, gold in wrong:
-                print(f"    {prediction!r} for {gold!r}")
-        pairs_in_all += len(pairs)
-        mistakes_in_all += len(wrong)
-    print(f"{'all':28} {pairs_in_all:5} {mistakes_in_all:8} {mistakes_in_all / pairs_in_all:5.1%}")
-    return pairs_in_all
+                print(f"    {prediction!r}, gold {gold!r}")
+        total += len(pairs)
+        mistakes += len(wrong)
+    print(f"{'all':28} {total:5} {mistakes:8} {mistakes / total:5.1%}")
+    return total
 
 
 def grade(grader: Grader, pairs: list[Pair]) -> list[float]:
+    """The score of each pair, 1 for a right answer."""
     problems = [Problem("grading", "grading", "math", (), gold) for _, gold in pairs]
     grades = grader.grade_all([rf"\boxed{{{prediction}}}" for prediction, _ in pairs], problems)
     return [grade.score for grade in grades]

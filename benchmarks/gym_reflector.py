@@ -1,10 +1,11 @@
-"""How good the gym's base model is before any ROSD: exact error quotes, and solving with and without help.
+"""How good the gym's base model is before any ROSD: exact error quotes, and solving with and without an idea.
 
     python -m benchmarks.gym_reflector [--model=models/gym] [--problems=512]
 
-Problems are held out from every training text. The reflector decodes greedily, the solver at
-temperature 1, as the quickstart has them. `exact` is the share of wrong attempts whose quote is exactly
-the first wrong line; `idea` the share solved when shown one right line of the solution.
+The problems occur in no training text. The reflector decodes greedily and the solver at temperature 1, as in
+the quickstart. Prints shares as JSON: for each family, problems that are solved; `idea`, those solved with
+one right line of the solution in the prompt; `exact`, wrong attempts whose quote is exactly the first wrong
+line.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from rosd_jax.train.step import decode
 
 
 def main() -> None:
+    """Prints the shares as JSON."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--model", default="models/gym")
     parser.add_argument("--problems", type=int, default=512)
@@ -34,7 +36,7 @@ def main() -> None:
 
 
 def measure(path: str, count: int) -> dict[str, float]:
-    """Shares over `count` held-out problems each."""
+    """The shares, over `count` held-out problems each."""
     tokenizer = load_tokenizer(path)
     model = read_config(path, num_tokens=tokenizer.num_tokens, dtype="float32", remat="none")
     params = load_params(path, model)
@@ -52,8 +54,8 @@ def measure(path: str, count: int) -> dict[str, float]:
 
     def solved(chains: list[problems.Chain], responses: list[str]) -> float:
         answers = [problems.respond(problems.solve(chain)).split("\n")[-1] for chain in chains]
-        ends = [response.endswith(answer) for response, answer in zip(responses, answers, strict=True)]
-        return float(np.mean(ends))
+        right = [response.endswith(answer) for response, answer in zip(responses, answers, strict=True)]
+        return float(np.mean(right))
 
     result = {}
     for family in problems.STEPS:

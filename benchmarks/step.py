@@ -1,18 +1,19 @@
-"""One update side by side with plain Flax, tunix and TRL on one CPU, and a whole step stage by stage.
+"""One update compared with plain Flax, tunix and TRL on one CPU, and a whole step stage by stage.
 
     JAX_PLATFORMS=cpu python -m benchmarks.step --out=DIR [--tunix-python=FILE] [--trl-python=FILE]
         [--cases=update,stages] [--preset=span] [--rows=24] [--rounds=3] [--contestants=ours,plain,tunix,trl]
 
-    update   the same random weights and rows for all: whole updates with forward, backward, clip and AdamW.
-             Every contestant is a process of its own (benchmarks/step_peers.py says what each computes);
-             one without an interpreter is left out
-    stages   rollouts, reflections and update of ours (benchmarks/step_stages.py)
+    update   whole updates with forward, backward, clipping and AdamW, on the same random weights and rows
+             for all. Every contestant runs in a process of its own (benchmarks/step_peers.py says what each
+             computes); one without an interpreter is left out
+    stages   our rollouts, reflections and update (benchmarks/step_stages.py)
 
-Rows are drawn at an eighth of the paper's lengths (benchmarks/step_rows.py). For `update` they are those of
-one step of 32 x 8 that have a token with loss, or `--rows` of them in even steps from the longest to the
-shortest: so who pads to the longest, pads as it would for all. The losses of the first update must be ours
-within `TOLERANCE`; those of the next, which see the gradient, are reported. Then contestants take turns; the
-first update, which compiles, is reported by itself. DIR gets step.json and step.md.
+Rows are drawn at an eighth of the paper's lengths (benchmarks/step_rows.py). `update` takes the rows with
+loss of one step of 32 x 8, or `--rows` of them, evenly spaced from the longest to the shortest. So a
+contestant that pads to the longest row pads as much as it would for all of them. The losses of the first
+update must agree with ours within `TOLERANCE`; the next ones, which depend on the gradients, are reported.
+Then contestants take turns. The first update, which compiles, is reported separately. DIR gets step.json and
+step.md.
 
 The peers were google-tunix 0.1.7 with jax 0.10.2, and trl 1.16.0 with torch 2.13.0, each in an environment
 of its own under Python 3.11.
@@ -43,42 +44,51 @@ from rosd_jax.models.sharding import make_mesh
 from rosd_jax.models.weights import save_pretrained
 
 CONTESTANTS = ("ours", "plain", "tunix", "trl")
-GOAL = 3.0  # times as long as ours
+GOAL = 3.0  # how many times as long as ours
 TOLERANCE = 1e-3  # of the first losses, relative
 
 
 @dataclass(frozen=True)
 class Contest:
-    """The model, the rows, and what all contestants are told."""
+    """The model, the rows, and the settings of all contestants."""
 
     model: Qwen3Config = Qwen3Config(8192, 256, 768, 4, 4, 2, 64, tie_word_embeddings=True)
     sizes: Sizes = Sizes().scaled(1 / 8, prompts=32)
-    micro: int = 4  # rows of a forward and backward pass of a contestant that pads
-    devices: int = 2  # of ours
-    chunk: int = 128  # tokens of our loss at a time
+    micro: int = 4  # rows per forward and backward pass of a contestant that pads
+    devices: int = 2  # CPU devices of ours
+    chunk: int = 128  # tokens per chunk of our loss
     k: int = 100
     lr: float = 1e-4
-    slots: int = 64  # of decoding
+    slots: int = 64  # for decoding
 
     def settings(self) -> dict[str, Any]:
-        """What settings.json holds."""
-        how = dict(k=self.k, cap=2.0, rows=self.micro, devices=self.devices, chunk=self.chunk)
-        how |= dict(limits=self.sizes.limits)
-        return how | dict(lr=self.lr, b2=0.999, weight_decay=0.01, clip=1.0)
+        """The contents of settings.json."""
+        return dict(
+            k=self.k,
+            cap=2.0,
+            rows=self.micro,
+            devices=self.devices,
+            chunk=self.chunk,
+            limits=self.sizes.limits,
+            lr=self.lr,
+            b2=0.999,
+            weight_decay=0.01,
+            clip=1.0,
+        )
 
 
 CONTEST = Contest()
 
 
 def main(argv: list[str] | None = None, contest: Contest = CONTEST) -> None:
-    """Runs what the arguments say."""
-    parser = argparse.ArgumentParser(description="The update against plain Flax, tunix and TRL")
+    """Runs the cases. Both files are rewritten after each case."""
+    parser = argparse.ArgumentParser(description="The update compared with plain Flax, tunix and TRL")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tunix-python")
     parser.add_argument("--trl-python")
     parser.add_argument("--cases", default="update,stages")
     parser.add_argument("--preset", choices=PRESETS, default="span")
-    parser.add_argument("--rows", type=int, default=24, help="of the taught ones; 0: all")
+    parser.add_argument("--rows", type=int, default=24, help="number of taught rows; 0: all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contestants", default=",".join(CONTESTANTS))
     args = parser.parse_args(argv)
@@ -100,7 +110,7 @@ def main(argv: list[str] | None = None, contest: Contest = CONTEST) -> None:
 
 
 def update(contest: Contest, args: argparse.Namespace) -> dict[str, Any]:
-    """The contest."""
+    """Updates of all contestants."""
     pythons = {"ours": sys.executable, "plain": sys.executable}
     pythons |= {"tunix": args.tunix_python, "trl": args.trl_python}
     lengths = taught_rows(contest, args.preset, args.rows)
@@ -121,7 +131,8 @@ def update(contest: Contest, args: argparse.Namespace) -> dict[str, Any]:
 
 def stages(contest: Contest, args: argparse.Namespace) -> dict[str, Any]:
     """A whole step of 32 x 8 rows."""
-    config, sizes = default_config(), contest.sizes
+    config = default_config()
+    sizes = contest.sizes
     config.mesh.update(data=-1, fsdp=1)
     config.model.update(dtype="float32", remat="none")
     config.loss.topk = contest.k
@@ -132,23 +143,23 @@ def stages(contest: Contest, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def taught_rows(contest: Contest, preset: Preset, rows: int) -> Lengths:
-    """Rows that have a token with loss, the longest first; `rows` of them in even steps, 0: all.
+    """Rows that have a token with loss, the longest first: `rows` of them, evenly spaced, or all if it is 0.
 
-    As many as are a multiple of a padding contestant's. Raises ValueError where they are too few.
+    Their number is rounded down to a multiple of `contest.micro`. Raises ValueError if there are too few.
     """
     lengths = draw(contest.sizes, preset, seed=0)
     taught = np.flatnonzero(lengths.active_B)
     taught = taught[np.argsort(-lengths.response_B[taught], kind="stable")]
     rows = (rows or len(taught)) // contest.micro * contest.micro
     if not 0 < rows <= len(taught):
-        raise ValueError(f"{len(taught)} rows of a step are taught, for {rows}")
+        raise ValueError(f"{len(taught)} rows of a step are taught; {rows} were asked for")
     return lengths.only(taught[np.linspace(0, len(taught) - 1, rows).round().astype(int)])
 
 
 def write_inputs(folder: Path, contest: Contest, lengths: Lengths) -> None:
-    """What the workers read."""
+    """The files that the workers read."""
     params = init_params(contest.model, jax.random.key(0))
-    # Matrices so large that a teacher who sees more says something else.
+    # Matrices so large that the teacher's longer prompt changes its distribution.
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, params)
     save_pretrained(folder / "model", params, contest.model)
     np.savez(folder / "rows.npz", allow_pickle=False, **padded(lengths, contest.model.vocab_size))
@@ -156,7 +167,7 @@ def write_inputs(folder: Path, contest: Contest, lengths: Lengths) -> None:
 
 
 def describe(lengths: Lengths) -> dict[str, float]:
-    """What a reader wants to know of the rows."""
+    """Number of rows and tokens, and the longest of each kind."""
     longest = dict(response=lengths.response_B, prompt=lengths.prompt_B, teacher=lengths.teacher_prompt_B)
     return {
         "rows": len(lengths.prompt_B),
@@ -167,17 +178,18 @@ def describe(lengths: Lengths) -> dict[str, float]:
 
 
 def measure(peers: dict[str, Peer], rounds: int) -> dict[str, Any]:
-    """First updates, which must agree, and then the rounds."""
+    """First updates, whose losses must agree with the first contestant's, and then the rounds."""
     answers: dict[str, list[dict[str, float]]] = {name: [] for name in peers}
 
-    def turn(name):
-        return answers[name].append(peers[name].ask("step"))
+    def turn(name: str) -> None:
+        answers[name].append(peers[name].ask("step"))
 
     first = {name: seconds(partial(turn, name)) for name in peers}
+    wanted = answers[next(iter(peers))][0]["loss"]
     for name in peers:
-        ours, theirs = (answers[who][0]["loss"] for who in (next(iter(peers)), name))
-        if not np.isclose(theirs, ours, rtol=TOLERANCE, atol=0):
-            raise ValueError(f"{name}: its first loss is {theirs}, for {ours}")
+        loss = answers[name][0]["loss"]
+        if not np.isclose(loss, wanted, rtol=TOLERANCE, atol=0):
+            raise ValueError(f"{name}: its first loss is {loss} instead of {wanted}")
     ms, errors = interleaved({name: partial(turn, name) for name in peers}, warmups=0, reps=rounds)
     for error in errors.values():
         raise error
@@ -194,12 +206,10 @@ def measure(peers: dict[str, Peer], rounds: int) -> dict[str, Any]:
 
 
 def render(record: dict[str, Any]) -> str:
-    """Both tables."""
+    """The tables of the cases."""
     load = ", ".join(f"{load[0]:.1f}" for load in record["load"])
     rate = record["matmul_flops_s"] / 1e9
-    parts = [
-        f"{record['date']}, {record['preset']}; load {load}; a matrix product reaches {rate:.0f} GFLOP/s"
-    ]
+    parts = [f"{record['date']}, {record['preset']}; load {load}; a large matmul reaches {rate:.0f} GFLOP/s"]
     if "update" in record:
         parts.append(render_update(record["update"]))
     if "stages" in record:
@@ -208,7 +218,7 @@ def render(record: dict[str, Any]) -> str:
 
 
 def render_update(found: dict[str, Any]) -> str:
-    """One row a contestant."""
+    """A table with one row per contestant."""
     head = [
         "contestant",
         "s",
@@ -217,35 +227,33 @@ def render_update(found: dict[str, Any]) -> str:
         f"x ours (goal {GOAL:g})",
         "CPU s",
         "x ours in CPU s",
-        "GFLOP/s of the ideal's",
+        "ideal's FLOPs, GFLOP/s",
         "first update s",
         "peak GB",
         "losses",
     ]
 
-    def medians(result):
-        return [float(np.median(result[key])) for key in ("s", "cpu_s")]
-
-    base = medians(next(iter(found["results"].values())))
+    ours = next(iter(found["results"].values()))
     rows = []
     for name, result in found["results"].items():
-        s, cpu_s = medians(result)
+        s = np.median(result["s"])
+        cpu_s = np.median(result["cpu_s"])
         losses = ", ".join(f"{loss:.6f}" for loss in result["losses"][:3])
         rows.append(
             [
                 name,
                 *cells(summary(result["s"]), 2),
-                f"{s / base[0]:.2f}",
+                f"{s / np.median(ours['s']):.2f}",
                 f"{cpu_s:.1f}",
-                f"{cpu_s / base[1]:.2f}",
+                f"{cpu_s / np.median(ours['cpu_s']):.2f}",
                 f"{found['ideal_flops'] / s / 1e9:.1f}",
                 f"{result['first_s']:.1f}",
                 f"{result['peak_bytes'] / 1e9:.2f}",
                 losses,
             ]
         )
-    what = ", ".join(f"{name} {n}" for name, n in found["rows"].items())
-    return f"{what}\n\n{table(head, rows)}"
+    about = ", ".join(f"{name} {n}" for name, n in found["rows"].items())
+    return f"{about}\n\n{table(head, rows)}"
 
 
 if __name__ == "__main__":

@@ -3,10 +3,17 @@
     JAX_PLATFORMS=cpu python -m benchmarks.step_flops [--model=8b] [--draws=20] [--devices=1,4,8,16,64]
 
 The ideal cuts each row at its last token with loss, pads nothing, computes half of the T x T products of
+<<<<<<< HEAD
 attention, and multiplies by the heads only for tokens with loss. It costs three forward passes of the student
 (one forward, two backward; one more where the backward pass recomputes activations) and one of the teacher.
 Nothing is compiled: the micro-batches are counted that the update would make of rows drawn at the paper's
 lengths (benchmarks/step_rows.py says how).
+=======
+attention, and computes logits only for tokens with loss. It costs one forward pass of the teacher and three
+of the student (the backward pass counts as two), four if the backward pass recomputes activations. Nothing is
+compiled: the script counts the trips that the update would make on rows drawn at the paper's lengths
+(benchmarks/step_rows.py says how).
+>>>>>>> w-models
 """
 
 import argparse
@@ -31,42 +38,50 @@ QWEN3 = {
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one forward pass of each model, and of the heads' four products with their gradients."""
+    """FLOPs of one forward pass of each model, and of the four matmuls with the heads and their gradients."""
 
     student: float
     teacher: float
     heads: float
 
     def total(self, remat: bool, lora: bool = False) -> float:
-        """FLOPs of an update with its backward pass; with adapters, without the matrices' gradients."""
+        """FLOPs of an update, backward pass included. With `lora` no gradients of matrices are computed."""
         passes = (2 if lora else 3) + remat
         return passes * self.student + self.teacher + (0.75 if lora else 1.0) * self.heads
 
 
 def forward(model: Qwen3Config, tokens: np.ndarray | int) -> np.ndarray:
-    """FLOPs of the layers for rows of this many tokens."""
-    c = model
+    """FLOPs of all layers for rows of `tokens` tokens."""
     T = np.asarray(tokens, np.float64)
-    heads = c.num_attention_heads * c.head_dim
-    weights = c.hidden_size * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
-    causal = 2 * heads * T  # queries by keys and weights by values, half of each
-    return c.num_hidden_layers * T * (2 * weights + causal)
+    q_width = model.num_attention_heads * model.head_dim
+    kv_width = 2 * model.num_key_value_heads * model.head_dim
+    weights = model.hidden_size * (2 * q_width + kv_width + 3 * model.intermediate_size)
+    causal = 2 * q_width * T  # half of q @ k and of scores @ v, two FLOPs each
+    return model.num_hidden_layers * T * (2 * weights + causal)
 
 
 def heads(model: Qwen3Config, tokens: float) -> float:
-    """FLOPs of the loss's products: both models' logits, and the student's two gradients."""
+    """FLOPs of the loss's matmuls: the logits of both models, and the student's two gradients."""
     return 8.0 * model.hidden_size * model.vocab_size * tokens
 
 
 def ideal(model: Qwen3Config, lengths: Lengths) -> Flops:
     """The FLOPs that no update can do without."""
-    student, teacher = (float(forward(model, need_B).sum()) for need_B in needs(lengths))
+    student_B, teacher_B = needs(lengths)
+    student = float(forward(model, student_B).sum())
+    teacher = float(forward(model, teacher_B).sum())
     return Flops(student, teacher, heads(model, int(lengths.active_B.sum())))
 
 
+<<<<<<< HEAD
 def planned(model: Qwen3Config, microbatches: list[MicroBatch], rows: int, lengths: Lengths) -> Flops:
     """What these micro-batches compute, `rows` rows each."""
     widths = np.array([(batch.student_BS.shape[1], batch.teacher_BT.shape[1]) for batch in microbatches])
+=======
+def planned(model: Qwen3Config, trips: list[Trip], rows: int, lengths: Lengths) -> Flops:
+    """The FLOPs of these trips, `rows` rows each."""
+    widths = np.array([(trip.student_BS.shape[1], trip.teacher_BT.shape[1]) for trip in trips])
+>>>>>>> w-models
     student, teacher = rows * forward(model, widths).sum(axis=0)
     return Flops(float(student), float(teacher), heads(model, int(lengths.active_B.sum())))
 
@@ -74,23 +89,35 @@ def planned(model: Qwen3Config, microbatches: list[MicroBatch], rows: int, lengt
 def waste(
     model: Qwen3Config, preset: Preset, devices: int, draws: int, device_rows: int = 1
 ) -> tuple[float, float, float]:
+<<<<<<< HEAD
     """Planned FLOPs over the ideal's, without and with rematerialisation, and micro-batches: means."""
+=======
+    """Planned FLOPs over the ideal's, without and with remat, and trips: means over `draws` steps."""
+>>>>>>> w-models
     found = []
     longest = longest_rows(validate(default_config()))
     for seed in range(draws):
         lengths = draw(Sizes(), preset, seed)
+<<<<<<< HEAD
         microbatches = plan_microbatches(lesson(lengths, model.vocab_size), devices * device_rows, longest)
         least = ideal(model, lengths)
         plan = planned(model, microbatches, devices * device_rows, lengths)
         ratios = [plan.total(remat) / least.total(remat) for remat in (False, True)]
         found.append((*ratios, len(microbatches)))
+=======
+        trips = plan_trips(lesson(lengths, model.vocab_size), devices * device_rows, longest)
+        best = ideal(model, lengths)
+        plan = planned(model, trips, devices * device_rows, lengths)
+        ratios = [plan.total(remat) / best.total(remat) for remat in (False, True)]
+        found.append((*ratios, len(trips)))
+>>>>>>> w-models
     plain, remat, count = np.mean(found, axis=0)
     return float(plain), float(remat), float(count)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description="FLOPs of the update over the ideal's")
+    """Prints a table with one row per number of devices."""
+    parser = argparse.ArgumentParser(description="Planned FLOPs of the update over the ideal's")
     parser.add_argument("--model", choices=QWEN3, default="8b")
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--devices", default="1,4,8,16,64", help="row devices")

@@ -1,20 +1,21 @@
-"""Attention, updates and a whole step at real shapes on one GPU, with random weights: one run of minutes.
+"""Attention, updates and a whole step at real shapes and with random weights on one GPU, in a few minutes.
 
     python -m benchmarks.step_gpu --out=DIR
         [--parts=attention,update-0.6b,update-1.7b,update-4b-lora,loss,step-4b-lora]
         [--scale=0.25] [--prompts=32] [--minutes=9] [--tiny]
 
-    attention    `cudnn_gpu` and `xla` against `reference`: how far each is from float32, and times
+    attention    `cudnn_gpu`, `xla` and `reference`: times, and errors relative to float32
     update-*     one update of rows of 8,192 tokens: MFU, compile seconds, peak memory
-    loss         benchmarks/topk_jsd.py with 2560 x 16384: against torch and Liger, where installed
-    step-*       rollouts, reflections and update of `prompts` x 8 rows at `scale` of the paper's lengths:
+    loss         benchmarks/topk_jsd.py with 2560 x 16384: also torch and Liger, if installed
+    step-*       rollouts, reflections and update of `prompts` x 8 rows at `scale` times the paper's lengths:
                  seconds and share of each stage, roofline fraction of decoding, MFU
 
-`*` is 0.6b, 1.7b, 4b or 8b, with `-lora` appended for adapters of rank 64 in place of all parameters. By
-arithmetic 0.6b takes some 15 GB, 1.7b 40 to 50, 4b 100 and with adapters 40.
+`*` is 0.6b, 1.7b, 4b or 8b; `-lora` trains adapters of rank 64 instead of all parameters. The estimated
+memory is 15 GB for 0.6b, 40 to 50 for 1.7b, 100 for 4b, and 40 for 4b with adapters.
 
-Each part is a process of its own, so that its peak memory is its own and a failure stops no other; DIR's
-step_gpu.json and step_gpu.md are written again after each. `--tiny` shrinks everything, to try it on a CPU.
+Each part runs in a process of its own, so that its peak memory is measured and a failure does not stop the
+others. step_gpu.json and step_gpu.md in DIR are rewritten after each part. `--tiny` shrinks everything for a
+trial on CPU.
 """
 
 import argparse
@@ -45,14 +46,14 @@ from rosd_jax.settings import Settings
 from rosd_jax.train.update import make_optimizer, make_update
 
 TINY = Qwen3Config(512, 64, 96, 2, 4, 2, 16, tie_word_embeddings=True)
-RANK = 64  # of adapters
-PROMPT = 512  # of a row of the update
+RANK = 64  # of the adapters
+PROMPT = 512  # prompt tokens of a row of the update
 PARTS = "attention,update-0.6b,update-1.7b,update-4b-lora,loss,step-4b-lora"
 Record = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the parts, or the one that this process is for."""
+    """Runs the parts, each in a new process; with --part, measures one part in this process."""
     args = parse(argv)
     if args.part:
         record = run_part(args.part, args)
@@ -69,20 +70,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options."""
+    """The command-line options."""
     parser = argparse.ArgumentParser(description="The update and a whole step on one GPU")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=PARTS)
-    parser.add_argument("--scale", type=float, default=0.25, help="of the step's lengths to the paper's")
-    parser.add_argument("--prompts", type=int, default=32, help="of the step")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no part goes on after these")
+    parser.add_argument("--scale", type=float, default=0.25, help="the step's lengths over the paper's")
+    parser.add_argument("--prompts", type=int, default=32, help="number of prompts of the step")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit for all parts together")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def work(part: str, args: argparse.Namespace, left: float) -> Record:
-    """One part in a process of its own; a failure is a record too."""
+    """Runs one part in a new process, for at most `left` seconds. A failure gives a record too."""
     command = [sys.executable, "-m", "benchmarks.step_gpu", f"--part={part}", f"--out={args.out.absolute()}"]
     command += [f"--prompts={args.prompts}", f"--scale={args.scale}", *["--tiny"] * args.tiny]
     env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
@@ -97,24 +98,27 @@ def work(part: str, args: argparse.Namespace, left: float) -> Record:
 
 
 def run_part(part: str, args: argparse.Namespace) -> Record:
-    """What one part measures."""
+    """Measures one part in this process."""
     kind, _, which = part.partition("-")
-    name, _, lora = which.partition("-")
-
-    def model():
-        return TINY if args.tiny else QWEN3[name]
-
-    parts: dict[str, Callable[[], Record]] = {
-        "attention": lambda: attention(args.tiny),
-        "update": lambda: update(model(), bool(lora), args.tiny),
-        "step": lambda: whole_step(model(), bool(lora), args.scale, args.prompts, args.tiny),
-        "loss": lambda: loss(args.out, args.tiny),
-    }
-    return parts[kind]()
+    if kind == "attention":
+        return attention(args.tiny)
+    if kind == "loss":
+        return loss(args.out, args.tiny)
+    name, _, suffix = which.partition("-")
+    model = TINY if args.tiny else QWEN3[name]
+    lora = suffix == "lora"
+    if kind == "update":
+        return update(model, lora, args.tiny)
+    if kind == "step":
+        return whole_step(model, lora, args.scale, args.prompts, args.tiny)
+    raise ValueError(f"there is no part {part!r}; see --help for the default parts")
 
 
 def attention(tiny: bool) -> Record:
-    """Values, gradients and times of each implementation, one row of 8,192 tokens of Qwen3-4B and 8B."""
+    """Values, gradients and times of each implementation, for one row of 8,192 tokens of Qwen3-4B or 8B.
+
+    T tokens, H query heads, K key-value heads, E head width.
+    """
     T, H, K, E = (96, 4, 2, 16) if tiny else (8192, 32, 8, 128)
     names: tuple[Any, ...] = (
         ("xla", "reference") if jax.default_backend() == "cpu" else ("cudnn_gpu", "xla", "reference")
@@ -128,7 +132,7 @@ def attention(tiny: bool) -> Record:
     def with_grads(name: Any) -> Callable[..., Any]:
         out = partial(causal_attention, implementation=name)
 
-        def scalar(*qkv):
+        def scalar(*qkv: jax.Array) -> jax.Array:
             return jnp.vdot(out(*qkv).astype(jnp.float32), weight.astype(jnp.float32))
 
         return jax.jit(lambda *qkv: (out(*qkv), *jax.grad(scalar, argnums=(0, 1, 2))(*qkv)))
@@ -136,25 +140,25 @@ def attention(tiny: bool) -> Record:
     with jax.default_matmul_precision("highest"):
         exact = with_grads("reference")(*(x.astype(jnp.float32) for x in operands))
     found: Record = {"device": jax.devices()[0].device_kind, "shape": [1, T, H, K, E]}
-    products = 4 * T * T * H * E / 2  # causal, forward; backward as implemented takes 2.5 times that
+    forward_flops = 4 * T * T * H * E / 2  # causal; the backward pass takes 2.5 times as many
     for name in names:
         forward = jax.jit(partial(causal_attention, implementation=name))
         both = with_grads(name)
         pairs = zip("out dq dk dv".split(), both(*operands), exact, strict=True)
         errors = {what: relative_error(got, want) for what, got, want in pairs}
         times = {"forward_ms": timed(forward, operands), "forward_backward_ms": timed(both, operands)}
-        rate = 3.5 * products / times["forward_backward_ms"]["median"] * 1e3
+        rate = 3.5 * forward_flops / times["forward_backward_ms"]["median"] * 1e3
         found[name] = {"error": errors, **times, "flops_s": rate}
     return found
 
 
 def relative_error(got: jax.Array, want: jax.Array) -> float:
-    """Norm of the difference over the norm."""
+    """Norm of the difference divided by the norm of `want`."""
     return float(jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want))
 
 
 def timed(call: Callable[..., Any], operands: list[jax.Array]) -> dict[str, float]:
-    """Milliseconds of ten calls, after one."""
+    """Milliseconds of ten calls, after one that compiles."""
     times = [1e3 * seconds(lambda: jax.block_until_ready(call(*operands))) for _ in range(11)]
     return summary(times[1:])
 
@@ -162,7 +166,7 @@ def timed(call: Callable[..., Any], operands: list[jax.Array]) -> dict[str, floa
 def settings(
     model: Qwen3Config, lora: bool, tiny: bool, limits: dict[str, int] | None = None
 ) -> tuple[Settings, Qwen3Config]:
-    """The paper's preset on one device, and the model as it asks for it."""
+    """The paper's preset on one device, and the model with its compute type, remat and adapters."""
     config = default_config()
     if lora:
         config.model.lora.rank = RANK
@@ -174,9 +178,10 @@ def settings(
 
 
 def update(model: Qwen3Config, lora: bool, tiny: bool, rows: int = 4, rounds: int = 3) -> Record:
-    """Whole updates of rows that need 8,192 positions, the last quarter of them with loss."""
+    """Whole updates of rows that need 8,192 positions, with loss on the last quarter."""
     config, model = settings(model, lora, tiny)
-    need, prompt = (96, 16) if tiny else (8192, PROMPT)
+    need = 96 if tiny else 8192
+    prompt = 16 if tiny else PROMPT
     last = np.full(rows, need - prompt + 1)
     prompt_B = np.full(rows, prompt)
     lengths = Lengths(prompt_B, prompt_B, last, last - need // 4, last)
@@ -184,7 +189,8 @@ def update(model: Qwen3Config, lora: bool, tiny: bool, rows: int = 4, rounds: in
     optimizer = make_optimizer(config)
     state, frozen, trees = step_stages.random_trees(config, model, mesh, optimizer)
     run = make_update(config, model, optimizer, mesh, trees.shardings)
-    given, losses = lesson(lengths, model.vocab_size), []
+    given = lesson(lengths, model.vocab_size)
+    losses = []
 
     def turn() -> None:
         nonlocal state
@@ -193,7 +199,8 @@ def update(model: Qwen3Config, lora: bool, tiny: bool, rows: int = 4, rounds: in
         jax.block_until_ready(state)
         losses.append(float(metrics["loss"]))
 
-    first, times = seconds(turn), [seconds(turn) for _ in range(rounds)]
+    first = seconds(turn)
+    times = [seconds(turn) for _ in range(rounds)]
     if not np.isfinite(losses).all():
         raise ValueError(f"the losses are {losses}")
     took = float(np.median(times))
@@ -219,7 +226,7 @@ def whole_step(model: Qwen3Config, lora: bool, scale: float, prompts: int, tiny:
 
 
 def loss(out: Path, tiny: bool) -> Record:
-    """The loss kernel's own benchmark, in files of its own."""
+    """Runs the benchmark of the loss kernel, which writes its own files under DIR/loss."""
     quick = ["--quick", "--masks=1,0.3", "--minutes=3", "--only=time", f"--out={out / 'loss'}"]
     small = ["--tiny", "--sizes=16x64"] if tiny else ["--sizes=2560x16384"]
     ran = subprocess.run([sys.executable, "-m", "benchmarks.topk_jsd", *quick, *small], capture_output=True)
@@ -227,7 +234,7 @@ def loss(out: Path, tiny: bool) -> Record:
 
 
 def render(results: Record) -> str:
-    """A section a part."""
+    """One section per part."""
     lines = [f"{results['date']}, {results['versions']}"]
     for part, found in results["parts"].items():
         lines.append(f"\n## {part}, {found['wall_s']:.0f} s\n")
@@ -243,7 +250,7 @@ def render(results: Record) -> str:
 
 
 def render_attention(found: Record) -> str:
-    """One row an implementation."""
+    """A table with one row per implementation."""
     head = ["attention", "forward ms", "with backward ms", "TFLOP/s", "error of out, dq, dk, dv"]
     rows = []
     for name, got in found.items():

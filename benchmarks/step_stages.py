@@ -1,11 +1,11 @@
-"""A whole step with random weights, stage by stage: rollouts, reflections, update.
+"""A whole training step with random weights, stage by stage: rollouts, reflections, update.
 
     measure(workload, config, model, rounds)   -> a record
     render(record)                             -> a table
 
-The stages are those of train/step.py without its text: prompts are random ids, rows end at drawn lengths
-(benchmarks/step_rows.py), and reflections answer prompts that hold the problem, the response and one that
-is right. What the update learns from are the rollouts' own tokens and log-probs.
+The stages are those of train/step.py without its text. Prompts are random ids, and rows end at lengths that
+are drawn (benchmarks/step_rows.py). The prompt of a reflection consists of the problem, the response and
+another response. The update uses the rollouts' own tokens and log-probs.
 """
 
 import resource
@@ -44,15 +44,15 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows of a step, and the mean length of a reflection."""
+    """The rows of a step, and the lengths of its reflections."""
 
     sizes: Sizes
     preset: Preset = "span"
-    answer: float = 200.0
+    answer: float = 200.0  # mean tokens of a reflection
     most_answer: int = 1024
 
     def lengths(self) -> Lengths:
-        """The same for every step."""
+        """The lengths of all rows, the same in every step."""
         return draw(self.sizes, self.preset, seed=0)
 
 
@@ -60,12 +60,14 @@ class Step:
     """The compiled stages of one step, and the trees that they work on."""
 
     def __init__(self, workload: Workload, config: Settings, model: Qwen3Config) -> None:
-        self.workload, self.config, self.model = workload, config, model
+        self.workload = workload
+        self.config = config
+        self.model = model
         self.lengths = workload.lengths()
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         optimizer = make_optimizer(config)
         self.state, self.frozen, trees = random_trees(config, model, self.mesh, optimizer)
-        sizes, lengths = workload.sizes, self.lengths
+        sizes = workload.sizes
         rows = sizes.rows
         self.sample = Engine(
             model,
@@ -73,7 +75,7 @@ class Step:
             limits_of(config, sizes.most, sizes.prompt_limits[1], rows=rows, prompts=sizes.prompts),
             Sampling(1.0),
         )
-        longest = longest_question(sizes, lengths)
+        longest = longest_question(sizes, self.lengths)
         self.reflect = Engine(
             model,
             self.mesh,
@@ -86,12 +88,12 @@ class Step:
         def ids(count: int) -> list[int]:
             return rng.integers(2, model.vocab_size, count).tolist()
 
-        G = workload.sizes.samples
+        G = sizes.samples
         self.prompts = [prompt for n in self.lengths.prompt_B[::G] for prompt in [ids(n)] * G]
         self.teacher_prompts = [ids(n) for n in self.lengths.teacher_prompt_B]
 
     def rollouts(self) -> HostRollout:
-        """One response a row."""
+        """One response per row."""
         student = learner(self.state.params, self.frozen, self.config)
         limits = self.lengths.response_B.tolist()
         rows = enumerate(zip(self.prompts, limits, strict=True))
@@ -99,7 +101,7 @@ class Step:
         return self.sample.generate(student, requests, jax.random.key(0))
 
     def reflections(self, rollout: HostRollout) -> HostRollout:
-        """The frozen model's answers about the taught rows."""
+        """The frozen model's reflections on the taught rows."""
         rows = np.flatnonzero(self.lengths.active_B).tolist()
         texts = [tokens[:n].tolist() for tokens, n in zip(rollout.tokens_BR, rollout.length_B, strict=True)]
         frame = [1] * self.workload.sizes.frame
@@ -111,10 +113,11 @@ class Step:
         return self.reflect.generate(self.frozen, requests, jax.random.key(1))
 
     def learn(self, rollout: HostRollout) -> float:
-        """One update; its loss."""
-        lengths, R = self.lengths, rollout.tokens_BR.shape[1]
-        at_BR = np.arange(R)
-        taught_BR = (lengths.first_B[:, None] <= at_BR) & (at_BR < lengths.last_B[:, None])
+        """Makes one update and returns its loss."""
+        first_B1 = self.lengths.first_B[:, None]
+        last_B1 = self.lengths.last_B[:, None]
+        at_R = np.arange(rollout.tokens_BR.shape[1])
+        taught_BR = (first_B1 <= at_R) & (at_R < last_B1)
         lesson = Lesson(
             self.prompts,
             self.teacher_prompts,
@@ -129,16 +132,16 @@ class Step:
 
 
 def longest_question(sizes: Sizes, lengths: Lengths) -> int:
-    """Tokens of the longest prompt that the reflector is asked about a taught row."""
-    own_B, other_B = lengths.response_B, np.roll(lengths.response_B, 1)
-    asked_B = lengths.prompt_B + sizes.frame + own_B + other_B
+    """Tokens of the longest prompt of a reflection on a taught row."""
+    other_B = np.roll(lengths.response_B, 1)
+    asked_B = lengths.prompt_B + sizes.frame + lengths.response_B + other_B
     return int(asked_B[lengths.active_B > 0].max())
 
 
 def random_trees(
     config: Settings, model: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Params, Trees]:
-    """A first state and a frozen tree of random weights, made where they lie."""
+    """A train state and a frozen tree of random weights, created in their shardings."""
     trees = Trees(config, model, mesh, optimizer)
 
     def start(key: jax.Array) -> TrainState:
@@ -153,7 +156,7 @@ def random_trees(
 
 
 def measure(workload: Workload, config: Settings, model: Qwen3Config, rounds: int = 1) -> dict[str, Any]:
-    """Seconds of each stage, in a first step that compiles and in `rounds` more, and what they amount to."""
+    """Seconds of each stage in a first step, which compiles, and in `rounds` more, and rates from them."""
     step = Step(workload, config, model)
     device = jax.devices()[0]
     spent: dict[str, list[float]] = {stage: [] for stage in STAGES}
@@ -198,7 +201,7 @@ def measure(workload: Workload, config: Settings, model: Qwen3Config, rounds: in
 
 
 def describe_decoding(rollout: HostRollout, roofline: MemoryRoofline, took: float) -> dict[str, float]:
-    """Tokens, and the roofline fraction: the memory-bound ideal over the measured time."""
+    """Tokens, and the roofline fraction: the memory-bound ideal divided by the measured time."""
     assert rollout.stats is not None
     tokens = int(np.sum(rollout.length_B))
     fraction = roofline.seconds(rollout.stats) / took
@@ -206,13 +209,16 @@ def describe_decoding(rollout: HostRollout, roofline: MemoryRoofline, took: floa
 
 
 def describe_update(step: Step, took: float) -> dict[str, float]:
-    """Tokens that the student must read, and the share of the peak that the ideal's FLOPs are."""
+    """Tokens that the student must read, and model FLOPs utilization."""
     tokens = int(needs(step.lengths)[0].sum())
     return {"tokens": tokens, "tokens_s": tokens / took} | mfu(step.model, step.lengths, took, step.mesh)
 
 
 def mfu(model: Qwen3Config, lengths: Lengths, took: float, mesh: Mesh) -> dict[str, float]:
-    """The ideal's FLOPs a second over those of the mesh: a matrix product's, and the vendor's figure."""
+    """Model FLOPs utilization, over the measured rate of a large matmul and over the vendor's peak.
+
+    The FLOPs are those of the ideal in benchmarks/step_flops.py, without recomputation.
+    """
     rate = ideal(model, lengths).total(remat=False, lora=model.lora_scale > 0) / took
     found = {"flops_s": rate, "mfu_of_measured": rate / matmul_rate(model.dtype, mesh)}
     kind = mesh.devices.flat[0].device_kind
@@ -221,7 +227,7 @@ def mfu(model: Qwen3Config, lengths: Lengths, took: float, mesh: Mesh) -> dict[s
 
 
 def matmul_rate(dtype: str, mesh: Mesh, rounds: int = 5) -> float:
-    """FLOP/s of a large product on each device, all devices together; the best of some rounds."""
+    """FLOP/s of a large matmul on all devices together; the best of `rounds`."""
     size = 8192 if mesh.devices.flat[0].platform == "gpu" else 1024
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     x = jax.device_put(jnp.ones((mesh.size * size, size), dtype), rows)
@@ -232,13 +238,13 @@ def matmul_rate(dtype: str, mesh: Mesh, rounds: int = 5) -> float:
 
 
 def peak_bytes() -> int:
-    """The most memory so far, of the first device, or of the process where the device does not say."""
+    """Peak memory of the first device so far; of the process if the device does not report it."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def render(record: dict[str, Any]) -> str:
-    """One row a stage."""
+    """A table with one row per stage."""
     head = [
         "stage",
         "s",

@@ -1,4 +1,4 @@
-"""Strict numerics for every test: no silent dtype promotion, eight simulated CPU devices."""
+"""JAX's configuration for all tests: strict dtype promotion, eight simulated CPU devices, few XLA passes."""
 
 import os
 import signal
@@ -17,27 +17,28 @@ import pytest  # noqa: E402
 
 from rosd_jax.train.compiling import processor  # noqa: E402
 
-jax.devices()  # reads the flags, of which the TPU compiler, which reads them later, may not know all
+# This reads XLA_FLAGS. The TPU compiler reads them later, and may not know QUICK_FLAGS.
+jax.devices()
 os.environ["XLA_FLAGS"] = FLAGS
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# As QUICK does for runs.
+# In runs, QUICK of support.py sets this.
 jax.config.update("jax_disable_most_optimizations", True)
 
-# A shell's background job starts with Ctrl-C ignored, and so would the runs that tests start.
+# A background job of a shell ignores Ctrl-C, and the runs that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, so that the workers of pytest-xdist end at about the same time."""
+    """Runs files with slow tests first, so that the workers of pytest-xdist end at about the same time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: slow[item.path], reverse=True)
 
 
 @pytest.fixture(autouse=True)
 def optimized_programs(request):
-    """All of XLA's passes for the tests that are marked `optimized`."""
+    """Enables all XLA passes for tests marked `optimized`."""
     jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -45,7 +46,7 @@ def optimized_programs(request):
 
 @pytest.fixture(autouse=True)
 def own_matmul_precision():
-    """A run of a float32 model raises it for its process, which the tests share."""
+    """Restores the matmul precision, which a run of a float32 model raises for the whole process."""
     before = jax.config.jax_default_matmul_precision
     yield
     jax.config.update("jax_default_matmul_precision", before)
@@ -53,7 +54,7 @@ def own_matmul_precision():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """Environment under which runs keep their compiled programs, where a test is not about compiling."""
+    """Environment that lets runs share compiled programs, for tests that are not about compiling."""
     return dict(
         JAX_COMPILATION_CACHE_DIR=str(shared_dir(tmp_path_factory) / "compiled" / processor()),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",

@@ -1,4 +1,4 @@
-"""Where tests find golden vectors and real data, what they share, and how they start the command."""
+"""Where tests find golden vectors and real data, what they share, and the environment of their runs."""
 
 import fcntl
 import importlib.util
@@ -12,28 +12,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_LIBTPU = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs; its wheel is Linux x86-64's"
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (wheels for Linux x86-64 only)"
 )
 
-# Most programs take longer to compile than to run here, so XLA leaves most of its passes out.
-# Its generator of code for fusions takes two thirds of the time that is left; later versions have no other.
+# Most programs of the tests take longer to compile than to run, so XLA skips most of its passes.
+# The fusion emitters take two thirds of the remaining compile time; later versions have no alternative.
 QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": QUICK_FLAGS}
 
 
 def run_environment(**changes: str) -> dict[str, str]:
-    """Environment of a run on one CPU device that compiles quickly."""
+    """The environment of a run on CPU that compiles quickly."""
     return os.environ | {"JAX_PLATFORMS": "cpu"} | QUICK | changes
 
 
 def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The session's temporary directory that all workers of pytest-xdist have in common."""
+    """The session's temporary directory, shared by all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def made_once(path: Path, make: Callable[[Path], object]) -> Path:
-    """The directory that `make` fills, called by the first worker that needs it; others wait for it."""
+    """The directory that `make` fills. The first worker that needs it calls `make`; others wait."""
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
@@ -51,8 +51,8 @@ def golden_dir() -> Path:
 
 
 def data_dir(*parts: str) -> Path:
-    """A file or folder of the real data under $ROSD_DATA_DIR; skips the test where it is absent."""
+    """A file or folder of the real data under $ROSD_DATA_DIR; skips the test if it is missing."""
     path = Path(os.environ.get("ROSD_DATA_DIR", ROOT.parent / "shared" / "data")).joinpath(*parts)
     if not path.exists():
-        pytest.skip(f"real data not at hand: {path} (set ROSD_DATA_DIR)")
+        pytest.skip(f"no real data at {path} (set ROSD_DATA_DIR)")
     return path

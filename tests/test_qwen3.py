@@ -39,7 +39,7 @@ def full_logits(params, config, tokens_BT):
 
 
 def decoding(params, config):
-    """The decoder's weights, an empty cache with pages of 3, and page tables: three a prompt, one more a row."""
+    """The decoder's weights, an empty cache with pages of 3, and tables: three pages a prompt, one a row."""
     width = 2 * config.num_key_value_heads, config.head_dim
     cache = jnp.zeros((config.num_hidden_layers * 12, 3, *width), config.dtype)
     table = np.concatenate([np.arange(9).reshape(3, 3), np.arange(9, 12)[:, None]], axis=1)

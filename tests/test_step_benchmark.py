@@ -75,7 +75,7 @@ def test_a_sample_of_the_rows_has_the_longest_and_the_shortest():
     assert len(everything.prompt_B) % 4 == 0 and len(some.prompt_B) == 24
     assert some.response_B[0] == everything.response_B.max()
     assert some.response_B.mean() == pytest.approx(everything.response_B.mean(), rel=0.15)
-    with pytest.raises(ValueError, match="for 10000"):
+    with pytest.raises(ValueError, match="10000 were asked for"):
         step.taught_rows(step.CONTEST, "span", 10000)
 
 
@@ -136,7 +136,7 @@ def test_a_contestant_with_another_loss_is_refused():
         def ask(self, task):
             return {"loss": self.loss, "cpu_s": 0.0, "peak_bytes": 1}
 
-    with pytest.raises(ValueError, match="b: its first loss is 0.11, for 0.1"):
+    with pytest.raises(ValueError, match="b: its first loss is 0.11 instead of 0.1"):
         step.measure({"a": Other(0.1), "b": Other(0.11)}, rounds=1)
 
 

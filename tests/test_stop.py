@@ -289,7 +289,7 @@ def test_a_run_stopped_while_it_exports_or_reports_is_made_whole(delay, finished
     run = Run(command, tmp_path, **cache)
     wait_for_lines(run, 1)
     time.sleep(delay)
-    if "every setting" in run.out.read_text():  # the report's last line: the next test's moment
+    if "all settings of the run" in run.out.read_text():  # the report's last line: the next test's moment
         run.end()
         return
     send(run, signal.SIGINT)
@@ -303,7 +303,7 @@ def test_a_run_stopped_while_it_exports_or_reports_is_made_whole(delay, finished
 def test_a_signal_while_python_ends_leaves_a_good_run_a_good_one(finished, model, cache, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     run = Run(arguments(model, tmp_path / "run"), tmp_path, **cache)
-    wait_until(lambda: "every setting" in run.out.read_text(), 300)
+    wait_until(lambda: "all settings of the run" in run.out.read_text(), 300)
     time.sleep(0.05)  # for main to return
     run.signal(signal.SIGINT)
     assert run.end()[0] == 0

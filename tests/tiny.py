@@ -1,8 +1,8 @@
 """A hand-made Qwen3 directory that answers in the gym's form without any training.
 
-It is a bigram model: one dimension a token, so that the head alone says which token follows which.
-Small random blocks make it look a little at the rest of the context, so student and teacher differ.
-Sampled, it now and then answers right; greedy, it writes a whole reflection whose quote is "=".
+It is a bigram model: every token has its own dimension, so the head alone determines which token follows
+which. Small random blocks add a little of the rest of the context, so student and teacher differ. Sampling
+sometimes gives a right answer; greedy decoding gives a complete reflection that quotes "=".
 """
 
 from pathlib import Path
@@ -28,11 +28,11 @@ FOLLOWS = {
     "<answer>": NUMBERS,
     "</answer>": {"<|im_end|>": 1.0},
 } | {name: {"</answer>": 0.65, "=": 0.35} for name in NUMBERS}
-RARE = 1e-4  # of everything else
+RARE = 1e-4  # probability of every other next token, before normalisation
 
 
 def model_config(tokenizer) -> Qwen3Config:
-    """One dimension a token, and a few padding rows."""
+    """A model with one dimension per token, and a few padding rows in the embedding."""
     return Qwen3Config(
         vocab_size=96,
         hidden_size=96,
@@ -49,27 +49,28 @@ def model_config(tokenizer) -> Qwen3Config:
 
 
 def make_params(config: Qwen3Config, tokenizer):
-    """Random blocks between an identity and a table of log-probabilities."""
+    """Random blocks between an identity as the embedding and a table of log-probabilities as the head."""
     params = jax.device_get(init_params(config, jax.random.key(0)))
     chance = np.full((96, 96), RARE)
     for word, following in FOLLOWS.items():
         for other, p in following.items():
             chance[tokenizer.token_to_id(word), tokenizer.token_to_id(other)] = p
-    width = np.sqrt(96)  # the norms give every hidden state this length
-    for name, scale in (("attention", "o_proj"), ("down_proj", None)):
-        leaf = params["blocks"][name][scale] if scale else params["blocks"][name]
-        leaf["kernel"] = 4 * leaf["kernel"]
-    params["embed"] = (width * np.eye(96)).astype(np.float32)
-    params["head"] = (np.log(chance).T / width).astype(np.float32)
+    length = np.sqrt(96)  # of every hidden state, because of the norms
+    blocks = params["blocks"]
+    for layer in (blocks["attention"]["o_proj"], blocks["down_proj"]):
+        layer["kernel"] = 4 * layer["kernel"]
+    params["embed"] = (length * np.eye(96)).astype(np.float32)
+    params["head"] = (np.log(chance).T / length).astype(np.float32)
     return params
 
 
 def model_dir(tmp_path_factory) -> Path:
-    """The directory, written once a session."""
+    """The model's directory, written once per session."""
     return made_once(shared_dir(tmp_path_factory) / "tiny-model", write)
 
 
 def write(path: Path) -> None:
+    """Writes config, weights and tokenizer to `path`."""
     tokenizer = pretrain.build_tokenizer()
     config = model_config(tokenizer)
     pretrain.write(path, make_params(config, tokenizer), config, tokenizer)
