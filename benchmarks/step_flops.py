@@ -3,17 +3,10 @@
     JAX_PLATFORMS=cpu python -m benchmarks.step_flops [--model=8b] [--draws=20] [--devices=1,4,8,16,64]
 
 The ideal cuts each row at its last token with loss, pads nothing, computes half of the T x T products of
-<<<<<<< HEAD
-attention, and multiplies by the heads only for tokens with loss. It costs three forward passes of the student
-(one forward, two backward; one more where the backward pass recomputes activations) and one of the teacher.
-Nothing is compiled: the micro-batches are counted that the update would make of rows drawn at the paper's
-lengths (benchmarks/step_rows.py says how).
-=======
 attention, and computes logits only for tokens with loss. It costs one forward pass of the teacher and three
 of the student (the backward pass counts as two), four if the backward pass recomputes activations. Nothing is
-compiled: the script counts the trips that the update would make on rows drawn at the paper's lengths
+compiled: the script counts the microbatches that the update would make on rows drawn at the paper's lengths
 (benchmarks/step_rows.py says how).
->>>>>>> w-models
 """
 
 import argparse
@@ -73,15 +66,9 @@ def ideal(model: Qwen3Config, lengths: Lengths) -> Flops:
     return Flops(student, teacher, heads(model, int(lengths.active_B.sum())))
 
 
-<<<<<<< HEAD
 def planned(model: Qwen3Config, microbatches: list[MicroBatch], rows: int, lengths: Lengths) -> Flops:
-    """What these micro-batches compute, `rows` rows each."""
+    """The FLOPs of these micro-batches, `rows` rows each."""
     widths = np.array([(batch.student_BS.shape[1], batch.teacher_BT.shape[1]) for batch in microbatches])
-=======
-def planned(model: Qwen3Config, trips: list[Trip], rows: int, lengths: Lengths) -> Flops:
-    """The FLOPs of these trips, `rows` rows each."""
-    widths = np.array([(trip.student_BS.shape[1], trip.teacher_BT.shape[1]) for trip in trips])
->>>>>>> w-models
     student, teacher = rows * forward(model, widths).sum(axis=0)
     return Flops(float(student), float(teacher), heads(model, int(lengths.active_B.sum())))
 
@@ -89,28 +76,16 @@ def planned(model: Qwen3Config, trips: list[Trip], rows: int, lengths: Lengths) 
 def waste(
     model: Qwen3Config, preset: Preset, devices: int, draws: int, device_rows: int = 1
 ) -> tuple[float, float, float]:
-<<<<<<< HEAD
-    """Planned FLOPs over the ideal's, without and with rematerialisation, and micro-batches: means."""
-=======
-    """Planned FLOPs over the ideal's, without and with remat, and trips: means over `draws` steps."""
->>>>>>> w-models
+    """Planned FLOPs over the ideal's, without and with remat, and micro-batches: means over `draws` steps."""
     found = []
     longest = longest_rows(validate(default_config()))
     for seed in range(draws):
         lengths = draw(Sizes(), preset, seed)
-<<<<<<< HEAD
         microbatches = plan_microbatches(lesson(lengths, model.vocab_size), devices * device_rows, longest)
-        least = ideal(model, lengths)
-        plan = planned(model, microbatches, devices * device_rows, lengths)
-        ratios = [plan.total(remat) / least.total(remat) for remat in (False, True)]
-        found.append((*ratios, len(microbatches)))
-=======
-        trips = plan_trips(lesson(lengths, model.vocab_size), devices * device_rows, longest)
         best = ideal(model, lengths)
-        plan = planned(model, trips, devices * device_rows, lengths)
+        plan = planned(model, microbatches, devices * device_rows, lengths)
         ratios = [plan.total(remat) / best.total(remat) for remat in (False, True)]
-        found.append((*ratios, len(trips)))
->>>>>>> w-models
+        found.append((*ratios, len(microbatches)))
     plain, remat, count = np.mean(found, axis=0)
     return float(plain), float(remat), float(count)
 
