@@ -37,7 +37,7 @@ def cpu_devices(most: int, divisor: int) -> int:
     XLA for CPU computes attention row by row in one thread per device, so more devices use more cores.
     """
     most = max(1, min(cores(), most))
-    largest_power = 1 << most.bit_length() - 1
+    largest_power = 1 << (most.bit_length() - 1)
     dividing_power = divisor & -divisor  # the lowest set bit
     return min(dividing_power, largest_power)
 

@@ -1,8 +1,8 @@
 """Cuts the rows of a lesson and groups them into micro-batches, each one forward and backward pass.
 
-    takes  a Lesson of B rows (host) and the number of rows in a micro-batch
-    gives  micro-batches (host), longest first: every row with an active token is in exactly one
-    right  when each active token keeps its position, its prediction and all that it attends to
+    input    a Lesson of B rows (host) and the number of rows in a micro-batch
+    output   micro-batches (host), longest first: every row with an active token is in exactly one
+    correct  when each active token keeps its position, its prediction and all that it attends to
 
 Attention is causal, so nothing after a row's last active token reaches the loss: the row is cut there, and
 a row without active tokens is left out. Rows of similar length share a micro-batch, which is as wide as its

@@ -1,8 +1,8 @@
 """The update: one optimizer step from one lesson, with gradients accumulated over micro-batches.
 
-    takes  a TrainState, the frozen tree, a Lesson (host)
-    gives  the next TrainState and a dict of float32 scalars
-    right  when loss and gradients depend neither on the micro-batches nor on the number of devices
+    input    a TrainState, the frozen tree, a Lesson (host)
+    output   the next TrainState and a dict of float32 scalars
+    correct  when loss and gradients depend neither on the micro-batches nor on the number of devices
 
 The host groups the rows into micro-batches (train/microbatches.py) and calls four compiled functions: the
 first three for every micro-batch, the last once.
