@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.decode_shared import QWEN3_4B, random_weights
 from benchmarks.timing import summary, versions
 from rosd_jax.kernels.paged_attention import Operands, write_and_attend, xla
-from rosd_jax.models.decoder import Decoder, StepInputs, decode_step, fuse, local_logits
+from rosd_jax.models.decoder import Decoder, StepInputs, Weights, decode_step, fuse, local_logits
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.rollout.bandwidth import copy_bandwidth, read_each_step
 from rosd_jax.rollout.engine import GPU_OPTIONS
@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> d
     options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
 
     @partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
-    def step(weights, token_B, cache):
+    def step(weights: Weights, token_B: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden_BD, cache = decode_step(decoder, weights, StepInputs(token_B, position_B, table_BM), cache)
         logits_BV, _ = local_logits(decoder, weights, hidden_BD)
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache

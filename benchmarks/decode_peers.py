@@ -115,7 +115,7 @@ class Ids:
     def encode(self, text: str, **_) -> list[int]:
         return [int(word) for word in text.split()]
 
-    def decode(self, ids, **_) -> str:
+    def decode(self, ids: Any, **_) -> str:
         return ""
 
     def bos_id(self) -> int:

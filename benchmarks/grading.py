@@ -5,7 +5,8 @@ r"""Error rates of the mathematics checker: right answers that it rejects and wr
 Gold answers of MATH-500, AIME 24 and 25, AMC 23 and Minerva are rewritten in ways that keep them right, and
 changed in ways that make them wrong. Grader("fixed") grades each pair of prediction, as `\boxed{...}`, and
 gold answer. One line per way is printed: pairs, mistakes, share; with --list every mistake. A way is used on
-every gold answer that it applies to, so the numbers are the same in every run. docs/grading.md has them, dated.
+every gold answer that it applies to, so the numbers are the same in every run. docs/grading.md has them with
+their dates.
 """
 
 from __future__ import annotations

@@ -125,9 +125,9 @@ def attention(tiny: bool) -> Record:
     )
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = ((1, T, H, E), (1, T, K, E), (1, T, K, E), (1, T, H, E))
-    *operands, weight = (
-        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
-    )
+    arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+    operands = arrays[:3]
+    weight = arrays[3]
 
     def with_grads(name: Any) -> Callable[..., Any]:
         out = partial(causal_attention, implementation=name)

@@ -177,7 +177,8 @@ def measure(workload: Workload, config: Settings, model: Qwen3Config, rounds: in
         answers = timed("reflections", partial(step.reflections, rollout))
         return rollout, answers, timed("update", partial(step.learn, rollout))
 
-    *_, (rollout, answers, loss) = [whole_step() for _ in range(rounds + 1)]
+    steps = [whole_step() for _ in range(rounds + 1)]
+    rollout, answers, loss = steps[-1]
     if not np.isfinite(loss):
         raise ValueError(f"the loss is {loss}")
     times = {stage: float(np.median(some[1:])) for stage, some in spent.items()}

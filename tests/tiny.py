@@ -9,10 +9,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+from tokenizers import Tokenizer
 
 from rosd_jax.gym import pretrain
 from rosd_jax.gym import problems as gym
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.types import Params
 from support import made_once, shared_dir
 
 NUMBERS = {str(n): 1 / gym.MODULUS for n in range(gym.MODULUS)}
@@ -31,7 +34,7 @@ FOLLOWS = {
 RARE = 1e-4  # probability of every other next token, before normalisation
 
 
-def model_config(tokenizer) -> Qwen3Config:
+def model_config(tokenizer: Tokenizer) -> Qwen3Config:
     """A model with one dimension per token, and a few padding rows in the embedding."""
     return Qwen3Config(
         vocab_size=96,
@@ -48,7 +51,7 @@ def model_config(tokenizer) -> Qwen3Config:
     )
 
 
-def make_params(config: Qwen3Config, tokenizer):
+def make_params(config: Qwen3Config, tokenizer: Tokenizer) -> Params:
     """Random blocks between an identity as the embedding and a table of log-probabilities as the head."""
     params = jax.device_get(init_params(config, jax.random.key(0)))
     chance = np.full((96, 96), RARE)
@@ -64,7 +67,7 @@ def make_params(config: Qwen3Config, tokenizer):
     return params
 
 
-def model_dir(tmp_path_factory) -> Path:
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model's directory, written once per session."""
     return made_once(shared_dir(tmp_path_factory) / "tiny-model", write)
 

@@ -121,7 +121,9 @@ def decode_step(
     config = decoder.config
     pages = cache_XPWE.shape[0] // config.num_hidden_layers
 
-    def paged(q_BHE, k_BKE, v_BKE, cache_XPWE, layer):
+    def paged(
+        q_BHE: jax.Array, k_BKE: jax.Array, v_BKE: jax.Array, cache_XPWE: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return write_and_attend(
             q_BHE,
             k_BKE,
@@ -153,7 +155,9 @@ def prefill_step(
     # Padding gets an index beyond the cache, which the scatter drops.
     at_NT = jnp.where(t < length_N[:, None], first_N[:, None] * P + t, X * P)
 
-    def fill(q_NTHE, k_NTKE, v_NTKE, cache_XPWE, layer):
+    def fill(
+        q_NTHE: jax.Array, k_NTKE: jax.Array, v_NTKE: jax.Array, cache_XPWE: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         kv_NTWE = jnp.stack([k_NTKE, v_NTKE], axis=3).reshape(N, T, W, E)
         # Position by position: if whole pages were written, XLA for TPU would keep a second cache.
         flat = cache_XPWE.reshape(X * P, W, E).at[at_NT + layer * pages * P].set(kv_NTWE, mode="drop")
@@ -207,8 +211,8 @@ def _layers(
         down = (jax.nn.silu(gate) * up) @ w["down"]
         return (x + _summed(down, gate.shape[-1], config.intermediate_size, axis), cache_XPWE), None
 
-    scanned = weights["blocks"], jnp.arange(config.num_hidden_layers)
-    return lax.scan(block, (x, cache_XPWE), scanned)[0]
+    layers = (weights["blocks"], jnp.arange(config.num_hidden_layers))
+    return lax.scan(block, (x, cache_XPWE), layers)[0]
 
 
 def kv_heads(qkv: jax.Array, config: Qwen3Config) -> int:
@@ -252,7 +256,7 @@ def _embed(decoder: Decoder, weights: Weights, token: jax.Array) -> jax.Array:
         return embed_VD[token]
     assert axis is not None
     local = token - lax.axis_index(axis) * V
-    mine = (local >= 0) & (local < V)
+    mine = (local >= 0) & (local < V)  # the other devices add zeros
     return lax.psum(jnp.where(mine[..., None], embed_VD[jnp.clip(local, 0, V - 1)], 0), axis)
 
 

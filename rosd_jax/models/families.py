@@ -194,11 +194,12 @@ def _one_scaling(rope: Fields, name: str, file: Path) -> Llama3Scaling | None:
         return None
     inner = {f"{name}.{key}": value for key, value in rope.items()}
     length = files.whole_number(inner, f"{name}.original_max_position_embeddings", file)
-    factor, low, high = (
-        files.positive(inner, f"{name}.{key}", file)
-        for key in ("factor", "low_freq_factor", "high_freq_factor")
+    scaling = Llama3Scaling(
+        factor=files.positive(inner, f"{name}.factor", file),
+        low_freq_factor=files.positive(inner, f"{name}.low_freq_factor", file),
+        high_freq_factor=files.positive(inner, f"{name}.high_freq_factor", file),
+        original_max_position_embeddings=length,
     )
-    scaling = Llama3Scaling(factor, low, high, length)
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         rule = f"above low_freq_factor = {scaling.low_freq_factor}"
         raise wrong(file, f"{name}.high_freq_factor", scaling.high_freq_factor, rule)

@@ -164,7 +164,8 @@ def decoder_specs(config: Qwen3Config, mesh: Mesh) -> dict[str, Any]:
     return dict(tables, final_norm=P(), blocks=blocks)
 
 
-def _spec(key_path, leaf) -> P:
+def _spec(key_path: Any, leaf: Any) -> P:
+    """The rule of a leaf. Raises KeyError if there is none."""
     if leaf.ndim == 0:
         return P()
     parts = jax.tree_util.keystr(key_path, simple=True, separator="/").split("/")

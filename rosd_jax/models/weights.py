@@ -118,7 +118,7 @@ def weights_fingerprint(path: str | Path) -> str:
     return f"{check:08x}"
 
 
-def _path(key_path) -> str:
+def _path(key_path: Any) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
@@ -160,7 +160,8 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(places.values()))]
 
 
-def _open(file: Path):
+def _open(file: Path) -> Any:
+    """A safetensors file, to be closed by the caller. Raises UserError if it is not one."""
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:

@@ -99,7 +99,7 @@ def _trip_count(line: str, condition: list[str]) -> int | None:
     """Iterations of a loop; None if they depend on data."""
     if known := _TRIP_COUNT.search(line):
         return int(known[1])
-    # XLA annotates not every loop that counts to a constant; then its condition has that constant alone.
+    # XLA does not annotate every loop with a constant trip count, which is then in the loop's condition.
     bounds = {int(n) for text in condition for n in _BOUND.findall(text)}
     return bounds.pop() if len(bounds) == 1 else None
 

@@ -97,11 +97,11 @@ class LargestCall:
         return self.spec.capacity(shape.prompts, shape.longest, shape.rows // self.engine.shards)
 
 
-def _decoding(job: Job, stop_ids, stops, evaluated: int) -> list[Stage]:
+def _decoding(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int) -> list[Stage]:
     return [_decoding_stage(job, call) for call in _calls(job, stop_ids, stops, evaluated)]
 
 
-def _calls(job: Job, stop_ids, stops: Stops | None, evaluated: int) -> list[LargestCall]:
+def _calls(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int) -> list[LargestCall]:
     """The largest calls of the engines (train/engines.py) by train/step.py and train/loop.py."""
     c = job.config
     rows = c.batch.prompts * c.batch.samples
