@@ -1,12 +1,20 @@
 """A run whose adapters learn: it resumes exactly, is evaluated again, and exports one model in two ways."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_lora import numpy_merge
-from test_run import arguments, assert_same_run, finish, model, numbers  # noqa: F401  (model: a fixture)
+from test_run import (  # noqa: F401  (model: a fixture)
+    Run,
+    arguments,
+    assert_same_run,
+    finish,
+    model,
+    numbers,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,6 +47,14 @@ def test_adapters_are_trained_resumed_evaluated_and_exported(model, cache, tmp_p
     scored = numbers(whole)
     finish(arguments(model, whole, mode="eval", **FIELDS, steps=2), tmp_path, **cache)
     assert numbers(whole) == scored
+
+    other = tmp_path / "other"  # of the same shapes
+    shutil.copytree(model, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.5 * x for name, x in weights.items()}, other / "model.safetensors")
+    refused = Run(arguments(other, whole, mode="eval", **FIELDS, steps=2), tmp_path, **cache)
+    status, said = refused.end()
+    assert status == 2 and "the weights of" in said
 
     before, after = (load_file(path / "model.safetensors") for path in (model, whole / "export"))
     moved = {name for name in before if (before[name] != after[name]).any()}

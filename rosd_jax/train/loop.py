@@ -290,9 +290,10 @@ def evaluate_only(config: Settings, directory: Path) -> None:
             what = f"{config.model.path}, the model of step {step}, since the checkpoints are gone"
         else:
             origins = history.origins(config, inputs)
-            # To evaluate, a run need not have the weights, wording and problems that it was trained with.
-            needed = {name: origins[name] for name in ("model", "tokenizer")}
-            state, step = begin(config, manager, trees, needed)
+            # An evaluation does not need the wording and problems of the training, nor the weights that it
+            # began from, unless the checkpoint has only adapters of them.
+            names = ["model", "tokenizer"] + ["weights"] * (config.model.lora.rank > 0)
+            state, step = begin(config, manager, trees, {name: origins[name] for name in names})
             what = f"the checkpoint of step {step}" if step else f"the original model in {config.model.path}"
         params = state.params
         if config.model.lora.rank:
