@@ -44,7 +44,7 @@ class Stage:
     resident: Bytes  # in memory before and after the stage too
     working: Bytes  # needed in addition while it runs, estimated
     work: Callable[[Lengths], Work]  # of one chip in one step
-    lower: Callable[[], Any]  # -> jax.stages.Lowered; call it under the job's mesh
+    lower: Callable[[], jax.stages.Lowered]  # call it under the job's mesh
 
     @property
     def bytes(self) -> Bytes:
@@ -68,7 +68,7 @@ def stages(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: 
     return [*_decoding(job, stop_ids, stops, evaluated), *_updating(job)]
 
 
-def lower(stage: Stage, job: Job) -> Any:
+def lower(stage: Stage, job: Job) -> jax.stages.Lowered:
     """The stage's program, lowered in the same context as in a run (train/loop.py, train/build.py)."""
     precision = "highest" if job.model.dtype == "float32" else None
     promotion = jax.numpy_dtype_promotion("standard")  # JAX's default; tests set another
@@ -146,7 +146,7 @@ def _decoding_stage(job: Job, call: LargestCall) -> Stage:
     )
 
 
-def _lower_decoding(job: Job, call: LargestCall) -> Any:
+def _lower_decoding(job: Job, call: LargestCall) -> jax.stages.Lowered:
     frozen = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("device")),
         job.trees.frozen_like,

@@ -129,7 +129,7 @@ class Engine:
         shape = CallShape(rows, prompts, limits.max_prompt)
         return shape, self._sized(rows, rounded_pages(pages, limits.page), mine)
 
-    def lower(self, params: Params, shape: CallShape, spec: DecodeSpec) -> Any:
+    def lower(self, params: Params, shape: CallShape, spec: DecodeSpec) -> jax.stages.Lowered:
         """jax.stages.Lowered of a call; params are shapes with shardings, and no device need be there."""
         place = None if self.mesh is None else NamedSharding(self.mesh, WHOLE)
 

@@ -117,12 +117,6 @@ class Tokenizer:
     source: Path  # the directory that it was read from
 
     @property
-    def pad_id(self) -> int:
-        """The padding token, or the first stop token if the model names none."""
-        pad = self.inner.pad_token_id
-        return self.stop_ids[0] if pad is None else int(pad)
-
-    @property
     def num_tokens(self) -> int:
         """The number of ids in use. Further rows of the embedding are padding and never sampled."""
         return len(self.inner)

@@ -41,6 +41,7 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Runtime, Tr
         logging.warning("not sharded, because the mesh does not divide it: %s", leaf)
     ends = Ends(inputs.tokenizer.stop_ids, inputs.stops)
     longest = max(len(ids) for _, ids in inputs.train)
+    kinds = {problem.kind for problem, _ in inputs.train}
     runtime = Runtime(
         config=config,
         model=model,
@@ -53,7 +54,7 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Runtime, Tr
         key=jax.random.key(config.seed),
         roofline=measure_roofline(model, mesh.shape["tensor"]),
         engines=make_engines(config, model, mesh, ends, longest),
-        task_metrics=TASK_METRICS.get(inputs.train[0][0].kind),
+        task_metrics=TASK_METRICS.get(kinds.pop()) if len(kinds) == 1 else None,
         update=make_update(config, model, optimizer, mesh, trees.shardings),
     )
     return runtime, trees

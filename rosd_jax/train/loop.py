@@ -20,12 +20,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from rosd_jax.data.pipeline import batch_at
 from rosd_jax.evals.evaluate import evaluate_set, write_generations
 from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
-from rosd_jax.evals.report import write_report
+from rosd_jax.evals.report import Z, write_report
 from rosd_jax.fields import replace
 from rosd_jax.models.lora import merge
 from rosd_jax.models.peft_files import save_adapters
@@ -53,7 +54,7 @@ class Run:
     directory: Path
     log: MetricsLog
     console: Console
-    manager: Any  # Orbax's checkpoint manager
+    manager: ocp.CheckpointManager
     compiled: Compiled
     meta: dict[str, Any]  # saved with every checkpoint
 
@@ -140,9 +141,11 @@ def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> 
     config = run.config
     every_of: dict[Split, int] = {"validation": config.validation.every, "eval": config.eval.every}
     for split, every in every_of.items():
-        if step == 0 or is_due(step, every, config.steps):
+        due = step == 0 or is_due(step, every, config.steps)
+        names = unscored(run, split, step) if due else []
+        if names:
             model = learner(params, frozen_params, config)  # only here, since it may copy from the host
-            score(run, split, unscored(run, split, step), model, step)
+            score(run, split, names, model, step)
 
 
 def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> TrainState:
@@ -226,7 +229,7 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
         conditions = history.conditions(run.config, run.inputs, split, name)
         run.log.replace(step, f"{split}/{name}", numbers | conditions)
         run.console.say(
-            f"{split} {name}: avg@{c.samples} {numbers['avg']:.3f} +- {1.96 * numbers['avg_se']:.3f}"
+            f"{split} {name}: avg@{c.samples} {numbers['avg']:.3f} +- {Z * numbers['avg_se']:.3f}"
             f"  pass {numbers['pass']:.3f}  maj {numbers['maj']:.3f}"
         )
 
@@ -308,7 +311,9 @@ def evaluate_only(config: Settings, directory: Path) -> None:
             print(write_report(directory, trained_on(config)))
 
 
-def begin(config: Settings, manager: Any, trees: Trees, origins: dict[str, Any]) -> tuple[TrainState, int]:
+def begin(
+    config: Settings, manager: ocp.CheckpointManager, trees: Trees, origins: dict[str, Any]
+) -> tuple[TrainState, int]:
     """The state and step of the newest checkpoint; without one, the initial state and 0.
 
     Raises UserError if the checkpoint's run began with other `origins`.
@@ -321,7 +326,7 @@ def begin(config: Settings, manager: Any, trees: Trees, origins: dict[str, Any])
     return state, int(kept["step"])
 
 
-def check_disk(directory: Path, manager: Any, trees: Trees, config: Settings) -> None:
+def check_disk(directory: Path, manager: ocp.CheckpointManager, trees: Trees, config: Settings) -> None:
     """Raises UserError if the disk lacks space for the checkpoints still to be written and the export.
 
     A new checkpoint is written before the oldest is removed, so there can be one more than checkpoint.keep,
