@@ -53,6 +53,8 @@ def serve(descriptor: int, module: str, given: Sequence[str]) -> None:
         signal.signal(
             number, lambda *_: None
         )  # processes that a reward function starts would inherit SIG_IGN
+    # A child inherits what its parent ignores, and libraries (libtpu for one) ignore the timer's signal.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     pipe = Connection(descriptor)
     try:
         answer = importlib.import_module(module).answerer(*given)
