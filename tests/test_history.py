@@ -26,7 +26,7 @@ def line(step, split="train", **numbers):
 
 
 def left(tmp_path, steps, *, checkpoints="removed", exported=None):
-    """A workdir with the lines and rollouts of so many steps."""
+    """A workdir with the lines and rollouts of that many steps."""
     rows = [line(0, "eval/a"), *(line(step) for step in range(1, steps + 1))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in range(1, steps + 1):

@@ -39,7 +39,7 @@ def find_python(version):
     for place in places:
         if place and subprocess.run([place, "-c", ""], capture_output=True).returncode == 0:
             return str(place)
-    pytest.skip(f"no Python {version} at hand")
+    pytest.skip(f"no Python {version} is installed")
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def locked(version):
 
 @pytest.fixture(scope="module")
 def resolving():
-    """A pip for each Python at hand, all at work together: they wait for the index, not for the CPU."""
+    """A pip for each installed Python, all at the same time: they wait for the index, not for the CPU."""
     # All lines at once: versions that suit their union suit each of them.
     packages = {word for line, _ in LINES for word in shlex.split(line) if word.startswith("jax[")}
     options = ["--dry-run", "--ignore-installed", "--use-feature=fast-deps"]
@@ -110,7 +110,7 @@ def test_the_readmes_lines_resolve(version, resolving):
 )
 def test_the_demo_runs_on_the_accelerator_that_is_there(accelerators, asked, platforms, tmp_path):
     if shutil.which("make") is None:
-        pytest.skip("make is not at hand")
+        pytest.skip("make is not installed")
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "platforms=$JAX_PLATFORMS"\n')
     python.chmod(0o755)

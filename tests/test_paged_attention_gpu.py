@@ -161,7 +161,7 @@ def test_is_the_default_on_hopper_gpus_for_bfloat16(dtype, capability, ours, mon
     where = array(jnp.int32, 2, 4), array(jnp.int32, 2), array(jnp.int32)
 
     def attend(*operands):
-        return write_and_attend(*operands)  # a function of its own, which is traced anew
+        return write_and_attend(*operands)  # a function of its own, which is traced again
 
     assert ("mosaic_gpu" in lowered(attend, *given, *where)) == ours
 

@@ -136,7 +136,7 @@ def test_tooluse_compares_calls_pairwise(as_text):
         "Action: f\nAction Input: []",
         "Action: f\nAction Input: null",
         "Action: f",
-        "Action: f\nAction Input: {}\nAction: g",  # half a call beside a right one
+        "Action: f\nAction Input: {}\nAction: g",  # half a call next to a right one
         "Action: f\nAction Input: {}\nAction Input: {}",
         "Action: f-v2\nAction Input: {}",
         "Action: f\nAction Input: " + '{"a":' * 5000 + "1" + "}" * 5000,

@@ -263,7 +263,7 @@ def test_the_export_is_the_trained_model(finished, model):
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(finished, model, tmp_path):
-    finish(arguments(model, tmp_path / "run"), tmp_path)  # compiled anew
+    finish(arguments(model, tmp_path / "run"), tmp_path)  # compiled again
     assert_same_run(tmp_path / "run", finished[0])
 
 

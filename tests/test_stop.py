@@ -55,7 +55,7 @@ def wait_for_watch(run):
 
 
 def wait_for_lines(run, count):
-    """Returns once the run has printed so many lines; for none, once it heeds signals."""
+    """Returns once the run has printed that many lines; for 0, once it handles signals."""
     if count == 0:
         return wait_for_watch(run)
     wait_until(lambda: run.process.poll() is not None or run.out.read_text().count("\n") >= count, 300)
@@ -258,7 +258,7 @@ def test_workers_leave_the_signals_to_the_run(number):
 
 
 def moments(seed, count):
-    """So many signals, each a while after so many printed lines; two in three are Ctrl-C."""
+    """`count` signals, each some time after a number of printed lines; two in three are Ctrl-C."""
     chance = random.Random(seed)
     for number in range(count):
         lines = number % 4  # the modules load; set-up is done; evaluated or resumed; one step on

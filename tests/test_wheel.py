@@ -22,7 +22,7 @@ print(rosd_jax.__file__)
 
 @pytest.mark.slow
 def test_the_wheel_works_from_another_directory(tmp_path):
-    source = tmp_path / "source"  # a copy: building writes beside the code
+    source = tmp_path / "source"  # a copy: building writes next to the code
     kept = shutil.ignore_patterns(".*", "build", "*.egg-info", "golden", "runs")
     shutil.copytree(ROOT, source, symlinks=True, ignore=kept)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
