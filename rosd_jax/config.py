@@ -203,7 +203,9 @@ def _validate_lora(lora: LoraSettings) -> None:
 def _validate_sampling(settings: Settings) -> None:
     for field in ("rollout.temperature", "eval.temperature", "reflect.temperature"):
         temperature = value(settings, field)
-        _require(field, temperature, temperature >= 0, "be 0 (greedy) or more")
+        # Below and above, logits over the temperature leave float32.
+        usable = temperature == 0 or 1e-6 <= temperature <= 1e6
+        _require(field, temperature, usable, "be 0 (greedy) or lie in [1e-6, 1e6]")
     temperature = settings.rollout.temperature
     rule = "be above 0, since rollouts of one prompt must differ"
     _require("rollout.temperature", temperature, temperature > 0, rule)
@@ -225,7 +227,7 @@ def _validate_training(settings: Settings) -> None:
         decay = value(settings, field)
         _require(field, decay, 0 <= decay < 1, "lie in [0, 1)")
     decay = settings.optimizer.weight_decay
-    _require("optimizer.weight_decay", decay, decay >= 0, "be 0 or more")
+    _require("optimizer.weight_decay", decay, 0 <= decay < float("inf"), "be 0 or more and finite")
     for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         devices = value(settings, field)
         _require(
@@ -264,7 +266,7 @@ def fields_page() -> str:
 def _as_flag(x: Any) -> str:
     """A value as it is written on the command line."""
     if isinstance(x, tuple):
-        return ",".join(x) or "()"
+        return repr(x)
     if isinstance(x, str):
         return x or '""'
     return json.dumps(x)

@@ -95,7 +95,7 @@ def _converted(hint: Any, given: Any, name: str) -> Any:
         return _section(hint, given, f"{name}.")
     if allowed := _choices(hint):
         if given not in allowed:
-            raise UserError(f"{name} is {given!r}; it must be one of {', '.join(map(str, allowed))}")
+            raise UserError(f"{name} is {given!r}; it must be one of {_type_name(hint)}")
         return given
     if get_origin(hint) is tuple:
         if not isinstance(given, list | tuple):

@@ -136,3 +136,19 @@ def test_rows_are_padded_on_the_right_to_a_bucket():
     for row_T, length, row in zip(tokens_NT, length_N, ids, strict=True):
         assert length == len(row)
         assert (row_T[:length] == 7).all() and not row_T[length:].any()
+
+
+@pytest.mark.parametrize(
+    "request_, words",
+    [
+        (Request([], 3), "the prompt of request 3 is empty"),
+        (Request([1, 16], 3), "request 3 has ids outside"),
+        (Request([-1], 3), "request 3 has ids outside"),
+        (Request([1], 2**31), "uid is 2147483648"),
+        (Request([1], 3, max_new=-1), "max_new of request 3 is -1"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_refused(request_, words):
+    engine = Engine(MODEL, None, Limits(3, 80), Sampling(0.0))
+    with pytest.raises(ValueError, match=words):
+        engine.generate({}, [Request([1], 0), request_], jax.random.key(0))

@@ -39,7 +39,7 @@ def test_settings_hold_what_the_config_file_set():
         (lambda c: c.model.update(remat="all"), "model.remat is 'all'; it must be one of none, block"),
         (
             lambda c: c.rollout.update(attention="cudnn"),
-            "rollout.attention is 'cudnn'; it must be one of None",
+            "rollout.attention is 'cudnn'; it must be one of null",
         ),
         (lambda c: c.update(seed=True), "seed is True; it must be of type int"),
     ],

@@ -54,10 +54,13 @@ class Turn(NamedTuple):
 def pack(requests: Sequence[Request], limits: Limits, shards: int) -> list[Turn]:
     """The calls that answer the requests, in their order, all of one shape.
 
-    Raises ValueError where there is no request or a prompt is longer than limits.max_prompt.
+    Raises ValueError if there is no request, a prompt is empty or longer than limits.max_prompt, or a uid or
+    a token limit does not fit int32.
     """
     if not requests:
         raise ValueError("there is no request to pack")
+    for request in requests:
+        _check(request)
     number: dict[tuple[int, ...], int] = {}
     prompt_of_M = np.array([number.setdefault(tuple(r.prompt), len(number)) for r in requests])
     uid_M = np.array([r.uid for r in requests])
@@ -102,6 +105,15 @@ def bucket_length(n: int, maximum: int) -> int:
         raise ValueError(f"{n} tokens do not fit the maximum of {maximum}")
     bucket = max(16, 1 << (n - 1).bit_length()) if n <= SHORT else -(-n // 256) * 256
     return min(bucket, maximum)
+
+
+def _check(request: Request) -> None:
+    if len(request.prompt) == 0:
+        raise ValueError(f"the prompt of request {request.uid} is empty; it must have at least one token")
+    if not 0 <= request.uid < 2**31:
+        raise ValueError(f"uid is {request.uid}; it must be at least 0 and below 2**31")
+    if request.max_new is not None and not 0 <= request.max_new < 2**31:
+        raise ValueError(f"max_new of request {request.uid} is {request.max_new}; it must be 0 or more")
 
 
 def call_rows(requests: int, limits: Limits, shards: int) -> int:

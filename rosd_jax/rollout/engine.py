@@ -82,8 +82,13 @@ class Engine:
         """One response a request, in their order.
 
         Its tokens depend on params, its prompt, its uid and the key alone, beyond rounding. Params keep the
-        sharding that they come with. Raises ValueError where there is no request or a prompt is too long.
+        sharding that they come with. Raises ValueError if there is no request, or a prompt is empty, too long or
+        has ids outside the vocabulary.
         """
+        V = self.model.num_tokens or self.model.vocab_size
+        for request in requests:
+            if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < V:
+                raise ValueError(f"the prompt of request {request.uid} has ids outside [0, {V})")
         parts = []
         for batch, row_M in pack(requests, self.limits, self.shards):
             self.before_call()
