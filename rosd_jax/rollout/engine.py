@@ -82,8 +82,8 @@ class Engine:
         """One response a request, in their order.
 
         Its tokens depend on params, its prompt, its uid and the key alone, beyond rounding. Params keep the
-        sharding that they come with. Raises ValueError if there is no request, or a prompt is empty, too long or
-        has ids outside the vocabulary.
+        sharding that they come with. Raises ValueError if there is no request, or if a prompt is empty, too
+        long, or has ids outside the vocabulary.
         """
         V = self.model.num_tokens or self.model.vocab_size
         for request in requests:
