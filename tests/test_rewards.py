@@ -249,6 +249,29 @@ def test_a_comparison_without_end_costs_only_itself():
         assert grader.timeouts == 1
 
 
+IGNORING = r"""
+import signal, time
+from rosd_jax.rewards import Grader
+from rosd_jax.types import Problem
+
+signal.signal(signal.SIGPROF, signal.SIG_IGN)  # as libtpu does, and children inherit it
+problem = Problem("m/0", "m", "math", ({"role": "user", "content": ""},), "5")
+with Grader("official", timeout_s=1) as grader:
+    grader.start()
+    began = time.monotonic()
+    grader.grade_all([r"\boxed{$9^{9^{9^{9}}}$}"], [problem])
+    print(grader.timeouts, time.monotonic() - began)
+"""
+
+
+def test_the_limit_holds_in_a_process_that_ignores_the_timers_signal():
+    run = subprocess.run(
+        [sys.executable, "-c", IGNORING], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    timeouts, seconds = run.stdout.split()
+    assert timeouts == "1" and float(seconds) < 45  # else the parent ends the worker, after a minute
+
+
 def test_a_worker_that_died_between_batches_costs_nothing(grader):
     assert _score(grader, "math", "\\boxed{5.0}", "5") == 1
     worker = grader._pool._idle.queue[-1]
