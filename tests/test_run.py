@@ -727,7 +727,7 @@ FIELD_MISTAKES = {
     "small prompt room": (dict(rollout__prompt_tokens=100), "may have reflect.max_prompt_tokens = 128, so"),
     "unknown attention": (
         dict(rollout__attention="cudnn"),
-        "'cudnn'; it must be one of None, xla, ragged_tpu",
+        "'cudnn'; it must be one of null, xla, ragged_tpu",
     ),
     "small cache": (dict(rollout__cache_tokens=16), "cache_tokens is 16; a response of 16 tokens needs 32"),
     "no slot": (dict(rollout__slots=0), "rollout.slots is 0; it must be at least 1"),
