@@ -242,7 +242,8 @@ def _require(field: str, given: Any, is_met: bool, rule: str) -> None:
 
 PAGE = """# Fields of a config
 
-Each field is also a flag: `--config.FIELD=VALUE`. A field of the method has a value in each preset (paper /
+Each field is also a flag: `--config.FIELD=VALUE`. (`null` is None, which a config file may set and a flag
+may not.) A field of the method has a value in each preset (paper /
 span / official), or a single one if all three are equal. `python -m rosd_jax.config` writes this page from
 rosd_jax/settings.py.
 
@@ -264,7 +265,7 @@ def fields_page() -> str:
 
 
 def _as_flag(x: Any) -> str:
-    """A value as it is written on the command line."""
+    """A value as a flag takes it; `null` is None, which no flag gives."""
     if isinstance(x, tuple):
         return repr(x)
     if isinstance(x, str):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh
-from rosd_jax.rollout.batching import Request, bucket_length, pack, pad_rows, split
+from rosd_jax.rollout.batching import Request, bucket_length, check, pack, pad_rows, split
 from rosd_jax.rollout.engine import Engine
 from rosd_jax.rollout.limits import LONGEST_PAGE as PAGE
 from rosd_jax.rollout.limits import Limits
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="70 tokens do not fit the maximum of 64"):
         pack(REQUESTS, Limits(max_new=3, max_prompt=64), 1)
     with pytest.raises(ValueError, match="no request"):
-        pack([], Limits(max_new=3, max_prompt=64), 1)
+        check([], 16)
 
 
 def test_every_call_of_the_devices_is_preceded_by_the_check():

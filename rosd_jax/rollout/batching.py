@@ -3,6 +3,7 @@
 Equal prompts are prefilled once on each shard of the rows. Every shard gets an equal share of the requests,
 neighbours together. Where a shard's distinct prompts do not fit, the requests take several turns.
 
+    check(requests, vocab)             raises ValueError for one that cannot be answered
     pack(requests, limits, shards)     -> a Turn each
     prompt_pages(batch, page, shards)  -> pages that a call's prompts take on a shard
 
@@ -54,13 +55,8 @@ class Turn(NamedTuple):
 def pack(requests: Sequence[Request], limits: Limits, shards: int) -> list[Turn]:
     """The calls that answer the requests, in their order, all of one shape.
 
-    Raises ValueError if there is no request, a prompt is empty or longer than limits.max_prompt, or a uid or
-    a token limit does not fit int32.
+    Raises ValueError for a prompt longer than limits.max_prompt. `check` finds every other mistake.
     """
-    if not requests:
-        raise ValueError("there is no request to pack")
-    for request in requests:
-        _check(request)
     number: dict[tuple[int, ...], int] = {}
     prompt_of_M = np.array([number.setdefault(tuple(r.prompt), len(number)) for r in requests])
     uid_M = np.array([r.uid for r in requests])
@@ -107,9 +103,22 @@ def bucket_length(n: int, maximum: int) -> int:
     return min(bucket, maximum)
 
 
-def _check(request: Request) -> None:
+def check(requests: Sequence[Request], vocab: int) -> None:
+    """Raises ValueError if there is no request, or for the first that cannot be answered.
+
+    The prompt must not be empty, its ids must be in [0, vocab), and uid and token limit must fit int32.
+    """
+    if not requests:
+        raise ValueError("there is no request")
+    for request in requests:
+        _check_one(request, vocab)
+
+
+def _check_one(request: Request, vocab: int) -> None:
     if len(request.prompt) == 0:
         raise ValueError(f"the prompt of request {request.uid} is empty; it must have at least one token")
+    if not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
+        raise ValueError(f"the prompt of request {request.uid} has ids outside [0, {vocab})")
     if not 0 <= request.uid < 2**31:
         raise ValueError(f"uid is {request.uid}; it must be at least 0 and below 2**31")
     if request.max_new is not None and not 0 <= request.max_new < 2**31:

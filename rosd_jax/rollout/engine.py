@@ -26,7 +26,7 @@ from rosd_jax.kernels.paged_attention import Implementation
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import row_devices, row_sharding
 from rosd_jax.rollout import decode_loop
-from rosd_jax.rollout.batching import Batch, Request, call_rows, pack, prompt_pages, rounded_pages
+from rosd_jax.rollout.batching import Batch, Request, call_rows, check, pack, prompt_pages, rounded_pages
 from rosd_jax.rollout.decode_loop import WHOLE, DecodeSpec, slots_for
 from rosd_jax.rollout.limits import Limits, own_pages
 from rosd_jax.rollout.sampler import Sampling
@@ -85,10 +85,7 @@ class Engine:
         sharding that they come with. Raises ValueError if there is no request, or if a prompt is empty, too
         long, or has ids outside the vocabulary.
         """
-        V = self.model.num_tokens or self.model.vocab_size
-        for request in requests:
-            if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < V:
-                raise ValueError(f"the prompt of request {request.uid} has ids outside [0, {V})")
+        check(requests, self.model.num_tokens or self.model.vocab_size)
         parts = []
         for batch, row_M in pack(requests, self.limits, self.shards):
             self.before_call()

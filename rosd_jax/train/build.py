@@ -1,4 +1,4 @@
-"""Builds what a run works with from settings and inputs: mesh, engines, update. Loads no weights yet."""
+"""Sets up JAX and its devices, and builds what every step uses: mesh, engines, update. Loads no weights."""
 
 from __future__ import annotations
 

@@ -295,7 +295,9 @@ def evaluate_only(config: Settings, directory: Path) -> None:
             origins = history.origins(config, inputs)
             # An evaluation does not need the wording and problems of the training, nor the weights that it
             # began from, unless the checkpoint has only adapters of them.
-            names = ["model", "tokenizer"] + ["weights"] * (config.model.lora.rank > 0)
+            names = ["model", "tokenizer"]
+            if config.model.lora.rank:
+                names.append("weights")
             state, step = begin(config, manager, trees, {name: origins[name] for name in names})
             what = f"the checkpoint of step {step}" if step else f"the original model in {config.model.path}"
         params = state.params

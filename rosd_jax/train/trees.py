@@ -59,11 +59,7 @@ class Trees:
     @cached_property
     def like(self) -> TrainState:
         """Shapes of the state, with shardings."""
-
-        def place(x, sharding):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        return jax.tree.map(place, self.state, self.shardings)
+        return shapes_at(self.state, self.shardings)
 
     @property
     def frozen_shardings(self) -> Params:
@@ -75,11 +71,7 @@ class Trees:
     @property
     def frozen_like(self) -> Params:
         """Shapes of the frozen tree in the compute type, with shardings."""
-
-        def place(x, sharding):
-            return jax.ShapeDtypeStruct(x.shape, self.model.dtype, sharding=sharding)
-
-        return jax.tree.map(place, self.base, self.frozen_shardings)
+        return shapes_at(self.base, self.frozen_shardings, self.model.dtype)
 
     def first(self) -> TrainState:
         """The state before the first step."""
@@ -108,3 +100,12 @@ class Trees:
             return load_params(Path(self.config.model.path), self.model, places, dtype=dtype)
         cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
         return jax.device_put(cast(first.params), places)
+
+
+def shapes_at(tree: Params, shardings: Params, dtype: str | None = None) -> Params:
+    """The tree's shapes with these shardings, in its own types or in one type."""
+
+    def place(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree, shardings)

@@ -4,9 +4,10 @@
     output   the next TrainState and a dict of float32 scalars
     correct  when loss and gradients depend neither on the micro-batches nor on the number of devices
 
-The host groups the rows into micro-batches (train/microbatches.py) and calls four compiled functions: the
-first three for every micro-batch, the last once.
+The host groups the rows into micro-batches (train/microbatches.py) and calls five compiled functions: the
+first and the last once, the others for every micro-batch.
 
+    zeros()                                                     -> grads, sums
     teach(frozen, teacher_BT)                                   -> hidden_BTD
     align(hidden_BTD, shift_B, S)                               -> hidden_BSD, at the student's positions
     learn(params, frozen, grads, sums, hidden_BSD, microbatch)  -> grads, sums
