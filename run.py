@@ -6,8 +6,12 @@
 
 The same command on the same DIR resumes the run there. Without --config it uses the config stored in DIR.
 
+On several hosts, start the same command on each (docs/pods.md). A TPU slice, SLURM and Open MPI are recognised;
+elsewhere add --coordinator=HOST:PORT --processes=N --process=I.
+
 Exit status
 0        done
+1        a fault of the program, with a traceback; or another host of the run failed, which is named
 2        a mistake in config, model or data, named in one sentence
 128 + N  stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM. The first signal lets the current device call
          return and saves the last complete step; a second one ends the run at once. Neither loses what is
@@ -27,6 +31,7 @@ import errno  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 # Silence start-up messages of XLA, transformers and gRPC. They read these variables when they are imported.
@@ -38,6 +43,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from rosd_jax.config import UserError, validate  # noqa: E402
+from rosd_jax.hosts import place, supervisor  # noqa: E402
 from rosd_jax.settings import Settings  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/quickstart.py")
@@ -48,6 +54,11 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _COMPILE = flags.DEFINE_list("compile", [], "Stages that the plan compiles, separated by commas, or all")
 _JSON = flags.DEFINE_bool("json", False, "Print the plan as one JSON object")
+flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, on several hosts that no launcher describes"
+)
+flags.DEFINE_integer("processes", None, "How many processes, one per host, take part")
+flags.DEFINE_integer("process", None, "Which of them this is, from 0")
 
 STORED = Path(__file__).resolve().parent / "rosd_jax" / "train" / "stored.py"
 MISSING = (
@@ -64,7 +75,10 @@ def main(argv: list[str]) -> int:
     """Runs the command and returns its exit status."""
     logging.set_verbosity(logging.WARNING)
     try:
-        obey(argv)
+        here = supervisor.given()
+        if here is None and (here := place_of(argv)):
+            return supervisor.supervise(here)
+        obey(argv, here)
     except stopping.Stopped as stopped:
         stopping.tell(str(stopped))
         return stopped.status
@@ -80,13 +94,33 @@ def main(argv: list[str]) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return fail(f"the disk of {name} is full; free some space and run the same command to resume")
+    except Exception as error:
+        traceback.print_exc()
+        supervisor.report_failure(f"failed, with a traceback in its output: {error!r}", 1)
+        return 1
     return 0
 
 
-def obey(argv: list[str]) -> None:
+def place_of(argv: list[str]) -> place.Place | None:
+    """This process's place among those of several hosts; None for a run of one process, and for a plan."""
+    given = flags.FlagValues()
+    for name in ("coordinator", "mode"):
+        flags.DEFINE_string(name, None, "", flag_values=given)
+    for name in ("processes", "process"):
+        flags.DEFINE_integer(name, None, "", flag_values=given)
+    try:
+        given(argv, known_only=True)
+    except flags.Error as error:
+        raise UserError(explain(error)) from error
+    if given["mode"].value == "plan":
+        return None
+    return place.find(given["coordinator"].value, given["processes"].value, given["process"].value)
+
+
+def obey(argv: list[str], here: place.Place | None) -> None:
     """Does what the command line asks for. Raises BrokenPipeError if nobody reads stdout any more."""
     try:
-        run(validate(read_flags(argv)))
+        run(validate(read_flags(argv)), here)
     finally:
         # Also after --help, which raises SystemExit: a closed pipe must raise here, not as Python shuts down.
         sys.stdout.flush()
@@ -140,13 +174,14 @@ def explain(error: BaseException) -> str:
     return f"the command line does not parse: {' '.join(str(error).split())}"
 
 
-def run(config: Settings) -> None:
+def run(config: Settings, here: place.Place | None) -> None:
     """Trains, evaluates or plans."""
     # Imported here, after the flags are parsed, so that --help and mistakes in flags are answered quickly.
     from rosd_jax.plan import command
     from rosd_jax.train import loop, workdir
 
-    directory = Path(_WORKDIR.value or workdir.default_workdir(config.name))
+    hosts = place.join(here)
+    directory = Path(_WORKDIR.value or hosts.once("workdir", lambda: workdir.default_workdir(config.name)))
     asked = command.Asked(_TOPOLOGY.value, tuple(_COMPILE.value), _JSON.value)
     if _MODE.value == "plan":
         command.plan(config, directory, asked)
@@ -156,18 +191,20 @@ def run(config: Settings) -> None:
             "--topology, --compile and --json are for --mode=plan; leave them out, or add that mode"
         )
     if _MODE.value == "train":
-        loop.train(config, directory)
+        loop.train(config, directory, hosts)
     else:
-        loop.evaluate_only(config, directory)
+        loop.evaluate_only(config, directory, hosts)
 
 
 def fail(sentence: str) -> int:
     """Prints an error to stderr and returns the exit status of a user's mistake."""
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    supervisor.report_failure(sentence, 2)
     return 2
 
 
 if __name__ == "__main__":
     status = main(sys.argv)
     stopping.done()
+    supervisor.report_end(status)
     sys.exit(status)

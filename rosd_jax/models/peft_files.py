@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from rosd_jax.config import UserError
 from rosd_jax.models import files
+from rosd_jax.models.sharding import fetch
 from rosd_jax.models.weights import LEAVES
 from rosd_jax.types import Params
 
@@ -29,8 +30,8 @@ def save_adapters(
 ) -> None:
     """Writes the adapters among the params; `base` tells PEFT the path of the model that they belong to.
 
-    Every leaf must be addressable from this process. Raises UserError if the directory cannot be
-    written (because the disk is full, for example).
+    Of several processes all must call it; only the first one writes. Raises UserError if the directory cannot
+    be written (because the disk is full, for example).
     """
     folder = Path(path)
     tensors: dict[str, np.ndarray] = {}
@@ -38,9 +39,11 @@ def save_adapters(
         *above, name = jax.tree_util.keystr(key_path, simple=True, separator="/").split("/")
         if name in SUFFIX:
             module = LEAVES["/".join([*above, "kernel"])][0].removesuffix("weight")
-            for layer, value in enumerate(np.asarray(leaf)):
+            for layer, value in enumerate(fetch(leaf)):
                 stored = np.ascontiguousarray(value.T)  # torch keeps weights as [out, in]
                 tensors[f"base_model.model.{module.format(layer)}{SUFFIX[name]}"] = stored
+    if jax.process_index() != 0:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, files.part_of(folder / WEIGHTS), metadata={"format": "pt"})

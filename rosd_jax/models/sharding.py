@@ -10,6 +10,8 @@ rule, so one function places params, optimizer moments and a whole train state a
     replicated_dims(tree, mesh)       -> lines to log: dimensions that their axis does not divide
     row_devices(mesh)                 -> number of shards that rows are split into
     row_sharding(mesh)                -> NamedSharding of arrays whose first axis is rows
+    place_rows(tree, mesh)            -> arrays of the host with this sharding
+    fetch(x)                          -> a whole array on the host
     on_device(tree)                   -> the tree in device memory
     tensor_specs(params, mesh)        -> specs of params split along "tensor" alone, for decoding
     decoder_specs(config, mesh)       -> specs of the decoder's weights
@@ -22,12 +24,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rosd_jax.config import UserError
 from rosd_jax.models.qwen3 import ROW_AXES, Qwen3Config
+from rosd_jax.types import Array
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -121,6 +125,23 @@ def row_devices(mesh: Mesh) -> int:
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Splits arrays [rows, ...] over "data" and "fsdp"; no other axis is split."""
     return NamedSharding(mesh, P(ROW_AXES))
+
+
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+    """Arrays [rows, ...] of the host on the devices. Every process has them whole, and sends its own rows."""
+    sharding = row_sharding(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(x: Array) -> np.ndarray:
+    """The whole array on the host. All processes must call it if its shards are on several."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def on_device(tree: Any) -> Any:

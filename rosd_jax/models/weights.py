@@ -33,6 +33,7 @@ from rosd_jax.models import files
 from rosd_jax.models.families import PASS, config_fields, stated_fields
 from rosd_jax.models.files import wrong
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.sharding import fetch
 from rosd_jax.types import Params
 
 # Leaf path -> (Hugging Face's name, transposed). "{}" is the layer number: those leaves are stacked here.
@@ -240,8 +241,8 @@ def save_pretrained(
 
     With `source`, its config.json is copied, with the new dtype and with explicit values of what it left to
     defaults. Every file is written to a temporary name and renamed once it is complete; files of an older
-    save are removed. Every leaf must be addressable from this process. Raises UserError if the directory
-    cannot be written (because the disk is full, for example).
+    save are removed. Of several processes all must call it; only the first one writes. Raises UserError if
+    the directory cannot be written (because the disk is full, for example).
     """
     folder = Path(path)
     fields = config_fields(config)
@@ -251,9 +252,14 @@ def save_pretrained(
         fields = given | {name: value for name, value in stated.items() if given.get(name) is None}
     fields.pop("torch_dtype", None)  # the older name of the same field
     shards = _plan(params, jnp.dtype(dtype).itemsize, max_shard_bytes)
+    tensors = _tensors(params, dtype)
+    if jax.process_index() != 0:
+        for _ in tensors:  # takes part in fetching the leaves
+            pass
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_shards(folder, shards, _tensors(params, dtype))
+        _write_shards(folder, shards, tensors)
         files.write_json(folder / "config.json", fields | {"dtype": dtype})
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -285,7 +291,7 @@ def _tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = _path(key_path)
         name, transposed = LEAVES[path]
-        host = np.asarray(leaf).astype(jnp.dtype(dtype))
+        host = fetch(leaf).astype(jnp.dtype(dtype))
         for tensor, value in zip(_names(path, host.shape), host if "{}" in name else host[None], strict=True):
             yield tensor, np.ascontiguousarray(value.T if transposed else value)
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from rosd_jax.kernels.paged_attention import Implementation
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.models.sharding import row_devices, row_sharding
+from rosd_jax.models.sharding import row_devices
 from rosd_jax.rollout import decode_loop
 from rosd_jax.rollout.batching import Batch, Request, call_rows, check, pack, prompt_pages, rounded_pages
 from rosd_jax.rollout.decode_loop import WHOLE, DecodeSpec, slots_for
@@ -47,7 +47,7 @@ class CallShape(NamedTuple):
     longest: int
 
 
-def no_check() -> None:
+def no_check(what: str) -> None:
     """Goes on."""
 
 
@@ -66,7 +66,8 @@ class Engine:
     sampling: Sampling
     stops: Stops | None = None  # stop strings
     attention: Implementation | None = None  # of a decoding step; None: the best for the device
-    before_call: Callable[[], None] = no_check  # called before each call of the devices; may raise
+    # Called before each call of the devices, with its shapes in words; may raise.
+    before_call: Callable[[str], None] = no_check
 
     def __post_init__(self) -> None:
         needed, given = own_pages(self.limits.page, self.limits.max_new), self.limits.response_pages
@@ -88,13 +89,14 @@ class Engine:
         check(requests, self.model.num_tokens or self.model.vocab_size)
         parts = []
         for batch, row_M in pack(requests, self.limits, self.shards):
-            self.before_call()
+            sizes = *batch.prompt_NT.shape, len(batch.limit_B), self.spec(batch).first_slots
+            self.before_call(f"decode {sizes}")
             rollout: HostRollout = jax.device_get(self.call(params, batch, key))
             parts.append(pick(rollout, row_M))
         return join(parts)
 
     def call(self, params: Params, batch: Batch[np.ndarray], key: jax.Array) -> DeviceRollout:
-        """One call of the devices, whose B rows lie along the mesh's "data" and "fsdp" axes.
+        """One call of the devices. Its B rows are decoded along the mesh's "data" and "fsdp" axes.
 
         It is traced once for each combination of shapes, of pages for its prompts (powers of two) and of the
         number of slots that suffice for the rows with a limit above 0.
@@ -109,7 +111,8 @@ class Engine:
         return jax.jit(
             decode_loop.generate,
             static_argnames="spec",
-            out_shardings=None if mesh is None else row_sharding(mesh),
+            # Whole on every device, so that each process of several can read all rows.
+            out_shardings=None if mesh is None else NamedSharding(mesh, WHOLE),
             compiler_options=GPU_OPTIONS if on == "gpu" else None,
         )
 

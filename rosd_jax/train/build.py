@@ -6,6 +6,7 @@ import jax
 from absl import logging
 
 from rosd_jax.gym.metric import quote_exact
+from rosd_jax.hosts import Hosts
 from rosd_jax.models.sharding import make_mesh, replicated_dims, row_devices, validate_mesh_for
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.bandwidth import measure_roofline
@@ -21,7 +22,7 @@ from rosd_jax.train.update import make_optimizer, make_update
 TASK_METRICS = {"gym": quote_exact}  # by the kind of the training problems
 
 
-def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Runtime, Trees]:
+def build(config: Settings, inputs: Inputs, grader: Grader, hosts: Hosts) -> tuple[Runtime, Trees]:
     """The runtime of a run, and the `Trees` that load or initialise its weights.
 
     Raises UserError if the mesh does not suit the devices, the model or the batch.
@@ -30,7 +31,8 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Runtime, Tr
         # By default, accelerators round the operands of float32 matmuls to 10 bits of mantissa or fewer.
         jax.config.update("jax_default_matmul_precision", "highest")
     keep_programs(config.compile_cache)
-    split_cpu(config)  # before make_mesh, which starts JAX
+    if hosts.count == 1:
+        split_cpu(config)  # before make_mesh, which starts JAX
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = inputs.model
     validate_mesh_for(model, mesh)
@@ -51,6 +53,7 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Runtime, Tr
         wording=inputs.wording,
         mesh=mesh,
         grader=grader,
+        hosts=hosts,
         key=jax.random.key(config.seed),
         roofline=measure_roofline(model, mesh.shape["tensor"]),
         engines=make_engines(config, model, mesh, ends, longest),

@@ -9,10 +9,13 @@ last step whose lines are all written is then saved.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,10 +31,11 @@ from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
 from rosd_jax.evals.report import Z, write_report
 from rosd_jax.fields import replace
+from rosd_jax.hosts import Hosts
 from rosd_jax.models.lora import merge
 from rosd_jax.models.peft_files import save_adapters
 from rosd_jax.models.weights import check_weights, save_pretrained
-from rosd_jax.rewards import Grader
+from rosd_jax.rewards import Grade, Grader
 from rosd_jax.rollout.batching import Request
 from rosd_jax.settings import Settings
 from rosd_jax.train import checkpoint, history, stopping, workdir
@@ -39,10 +43,11 @@ from rosd_jax.train.build import build
 from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.inputs import Inputs, Split, headline, read_inputs, trained_on
 from rosd_jax.train.metrics import Console, MetricsLog
+from rosd_jax.train.numbers import Numbers
 from rosd_jax.train.step import Runtime, train_step
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import learner
-from rosd_jax.types import HostRollout, Params, Reflected, Stream, TrainState
+from rosd_jax.types import HostRollout, Params, Problem, Reflected, Stream, TrainState
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,12 @@ class Run:
     def config(self) -> Settings:
         return self.runtime.config
 
+    @property
+    def hosts(self) -> Hosts:
+        return self.runtime.hosts
 
-def train(config: Settings, directory: Path) -> None:
+
+def train(config: Settings, directory: Path, hosts: Hosts) -> None:
     """Trains for config.steps steps in `directory`, or resumes the run there; then exports and reports.
 
     Raises UserError for a mistake of the user's, Stopped after a signal.
@@ -73,28 +82,60 @@ def train(config: Settings, directory: Path) -> None:
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
     origins = history.origins(config, inputs)
+    require_same_inputs(hosts, config, inputs, origins)
     compiled = Compiled()  # counts from here, so before anything is compiled
-    with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
+    with claim(hosts, directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         history.require_checkpoint(directory, config)
-        runtime, trees = build(config, inputs, grader)
+        runtime, trees = build(config, inputs, grader, hosts)
         manager = checkpoint.open_manager(directory)
-        check_disk(directory, manager, trees, config)  # before minutes are spent on reading weights
+        # Before minutes are spent on reading weights.
+        hosts.once("disk", lambda: check_disk(directory, manager, trees, config))
         state, start = begin(config, manager, trees, origins)
         frozen_params = trees.frozen(None if start else state)
-        console = Console(config.steps, start)
-        log = resume(directory, config, inputs, start, console)
+        console = open_console(hosts, config, start)
+        log = hosts.once("resume", lambda: resume(directory, config, inputs, start, console))
         meta = checkpoint.run_meta(config, origins)
         run = Run(runtime, inputs, directory, log, console, manager, compiled, meta)
         # The model reads the mesh from the context, to shard its activations.
-        with jax.set_mesh(runtime.mesh), stopping.deferred(directory):
+        with jax.set_mesh(runtime.mesh), stopping.deferred(directory, agreed(hosts)):
             state = take_steps(run, state, frozen_params, start)
-            stopping.check()
+            stopping.check("export")
             export(run, learner(state.params, frozen_params, config), directory / "export", config.steps)
             del state  # frees device memory for the parameters of the best step
             export_best(run, trees.like, frozen_params)
             manager.close()
             console.close()
-            print(write_report(directory, trained_on(config)))
+            if hosts.first:
+                print(write_report(directory, trained_on(config)))
+
+
+def require_same_inputs(hosts: Hosts, config: Settings, inputs: Inputs, origins: dict[str, Any]) -> None:
+    """Raises UserError if the hosts got different commands or read different files."""
+    hosts.require_same("the config", config)
+    hosts.require_same("what the run starts from", origins)
+    hosts.require_same("the problems", inputs.found)
+
+
+@contextlib.contextmanager
+def claim(hosts: Hosts, directory: Path, config: Settings) -> Iterator[None]:
+    """`workdir.claim` by the first process, for all."""
+    with workdir.claim(directory, config) if hosts.first else contextlib.nullcontext():
+        hosts.exchange("claim", None)
+        yield
+
+
+def open_console(hosts: Hosts, config: Settings, start: int) -> Console:
+    """The console. Only that of the first process prints."""
+    return Console(config.steps, start, None if hosts.first else open(os.devnull, "w"))
+
+
+def agreed(hosts: Hosts) -> stopping.Agree:
+    """How the processes agree to stop: all do so if one of them was asked to."""
+
+    def agree(what: str, asked: signal.Signals | None) -> signal.Signals | None:
+        return next((some for some in hosts.exchange(f"check: {what}", asked) if some is not None), None)
+
+    return agree
 
 
 def resume(directory: Path, config: Settings, inputs: Inputs, start: int, console: Console) -> MetricsLog:
@@ -125,7 +166,7 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
             state = one_step(run, state, frozen_params, step)
             done = step + 1
             score_if_due(run, state.params, frozen_params, done)
-            best = best_step(read_metrics(run.log.path))
+            best = run.hosts.once("best step", lambda: best_step(read_metrics(run.log.path)))
             if is_due(done, config.checkpoint.every, config.steps) or done == best:
                 run.console.stage("checkpoint")
                 checkpoint.save(run.manager, state, done, run.meta)
@@ -142,7 +183,7 @@ def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> 
     every_of: dict[Split, int] = {"validation": config.validation.every, "eval": config.eval.every}
     for split, every in every_of.items():
         due = step == 0 or is_due(step, every, config.steps)
-        names = unscored(run, split, step) if due else []
+        names = run.hosts.once("unscored", partial(unscored, run, split, step)) if due else []
         if names:
             model = learner(params, frozen_params, config)  # only here, since it may copy from the host
             score(run, split, names, model, step)
@@ -156,16 +197,23 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
     state, numbers, reflected, weight_BR = train_step(
         run.runtime, state, frozen_params, prompts, step, run.console.stage
     )
-    workdir.write_rollouts(run.directory, step + 1, rollout_rows(reflected, weight_BR))
-    numbers["grader_timeouts"] = run.runtime.grader.timeouts - timeouts
+    timeouts = run.runtime.grader.timeouts - timeouts
+    numbers["grader_timeouts"] = sum(run.hosts.exchange("timeouts", timeouts))
     numbers["seconds"] = time.perf_counter() - began
     numbers["programs_compiled"], numbers["seconds_compiling"] = run.compiled.since()
-    run.log.write(step + 1, "train", numbers)
-    run.console.line(step + 1, numbers)
+    if run.hosts.first:
+        write_step(run, step + 1, numbers, rollout_rows(reflected, weight_BR))
+    return state
+
+
+def write_step(run: Run, step: int, numbers: Numbers, rows: list[dict]) -> None:
+    """Writes what a step leaves."""
+    workdir.write_rollouts(run.directory, step, rows)
+    run.log.write(step, "train", numbers)
+    run.console.line(step, numbers)
     train_rows = [row for row in read_metrics(run.log.path) if row["split"] == "train"]
     for sentence in new_findings(train_rows):
         run.console.say(f"warning: {sentence}")
-    return state
 
 
 def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
@@ -202,7 +250,7 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
     """Evaluates each named set: one line in metrics.jsonl, and its generations in a file."""
     c = run.config.eval
     for name in names:
-        stopping.check()
+        stopping.check(f"{split} {name}")
         encoded = run.inputs.sets(split)[name]
         run.console.stage(f"{split} {name}")
         # The key depends on step and set, so the answers do not depend on which other sets are scored.
@@ -211,7 +259,7 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
 
         def sample(requests: Sequence[Request], key: jax.Array = key) -> HostRollout:
             rollout = run.runtime.engines.evaluation.generate(params, requests, key)
-            stopping.check()  # so that a signal does not wait for grading
+            stopping.check("before grading")  # so that a signal does not wait for it
             return rollout
 
         numbers, generations = evaluate_set(
@@ -219,11 +267,13 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
             [problem for problem, _ in encoded],
             [ids for _, ids in encoded],
             sample,
-            partial(run.runtime.grader.grade_all, thinking_open=run.runtime.student_thinking_open),
+            partial(grade_all, run),
             run.runtime.tokenizer.decode,
-            votes=run.runtime.grader.votes,
+            votes=partial(votes, run),
             samples=c.samples,
         )
+        if not run.hosts.first:
+            continue
         # The line comes last: a set that has one is not scored again when the run is resumed.
         write_generations(run.directory, step, name, generations, split)
         conditions = history.conditions(run.config, run.inputs, split, name)
@@ -232,6 +282,21 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
             f"{split} {name}: avg@{c.samples} {numbers['avg']:.3f} +- {Z * numbers['avg_se']:.3f}"
             f"  pass {numbers['pass']:.3f}  maj {numbers['maj']:.3f}"
         )
+
+
+def grade_all(run: Run, texts: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
+    """The grades of responses. Each host grades a part of them."""
+
+    def grade(pairs: Sequence[tuple[str, Problem]]) -> list[Grade]:
+        some, asked = zip(*pairs, strict=True)
+        return run.runtime.grader.grade_all(some, asked, thinking_open=run.runtime.student_thinking_open)
+
+    return run.hosts.share("grade", grade, list(zip(texts, problems, strict=True)))
+
+
+def votes(run: Run, predictions: Sequence[str], problems: Sequence[Problem]) -> list[str]:
+    """`Grader.votes`. It compares answers with each other, so one host does it for all."""
+    return run.hosts.once("votes", lambda: run.runtime.grader.votes(predictions, problems))
 
 
 def unscored(run: Run, split: Split, step: int) -> list[str]:
@@ -246,7 +311,7 @@ def unscored(run: Run, split: Split, step: int) -> list[str]:
 
 def save_unsaved(run: Run, state: TrainState, step: int) -> None:
     """Saves the state after step `step`, unless it is saved already or no step was made."""
-    if step and run.manager.latest_step() != step:
+    if step and run.hosts.once("newest", run.manager.latest_step) != step:
         stopping.tell(f"saving step {step}")
         checkpoint.save(run.manager, state, step, run.meta)
 
@@ -256,16 +321,23 @@ def export_best(run: Run, like: TrainState, frozen_params: Params) -> None:
 
     Only steps that have a checkpoint can be chosen.
     """
-    saved = {0, *run.manager.all_steps()}  # step 0 is the original model, which needs no checkpoint
-    best = best_step([row for row in read_metrics(run.log.path) if row["step"] in saved])
+    best = run.hosts.once("best saved step", lambda: best_saved_step(run))
     path = run.directory / "export_best"
     if best in (None, 0, run.config.steps):
-        shutil.rmtree(path, ignore_errors=True)  # left by a shorter run in this directory
+        if run.hosts.first:
+            shutil.rmtree(path, ignore_errors=True)  # left by a shorter run in this directory
         return
     params = checkpoint.restore_params(run.manager, best, like.params)
     params = learner(params, frozen_params, run.config)
-    score(run, "eval", unscored(run, "eval", best), params, best)
+    names = run.hosts.once("unscored", partial(unscored, run, "eval", best))
+    score(run, "eval", names, params, best)
     export(run, params, path, best)
+
+
+def best_saved_step(run: Run) -> int | None:
+    """The best step by validation of those that have a checkpoint, and step 0, which needs none."""
+    saved = {0, *run.manager.all_steps()}
+    return best_step([row for row in read_metrics(run.log.path) if row["step"] in saved])
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -273,7 +345,7 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def evaluate_only(config: Settings, directory: Path) -> None:
+def evaluate_only(config: Settings, directory: Path, hosts: Hosts) -> None:
     """Evaluates the newest checkpoint in `directory`, or the original model if nothing was trained there.
 
     If the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier evaluation
@@ -284,15 +356,16 @@ def evaluate_only(config: Settings, directory: Path) -> None:
         config = replace(config, "model.path", str(directory / "export"))
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
-    with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
-        runtime, trees = build(config, inputs, grader)
+    origins = history.origins(config, inputs)
+    require_same_inputs(hosts, config, inputs, origins)
+    with claim(hosts, directory, config), Grader(config.rewards, config.reward_timeout) as grader:
+        runtime, trees = build(config, inputs, grader, hosts)
         manager = checkpoint.open_manager(directory)
         if exported:
             state = trees.first()
             step = history.exported_step(directory) or 0
             what = f"{config.model.path}, the model of step {step}, since the checkpoints are gone"
         else:
-            origins = history.origins(config, inputs)
             # An evaluation does not need the wording and problems of the training, nor the weights that it
             # began from, unless the checkpoint has only adapters of them.
             names = ["model", "tokenizer"]
@@ -303,14 +376,16 @@ def evaluate_only(config: Settings, directory: Path) -> None:
         params = state.params
         if config.model.lora.rank:
             params = learner(params, trees.frozen(None), config)
-        console = Console(config.steps, step)
+        console = open_console(hosts, config, step)
         console.say(f"{config.name}: evaluates {what}, in {directory}")
-        log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: True)
+        path = directory / "metrics.jsonl"
+        log = hosts.once("log", lambda: MetricsLog.resume(path, lambda step, split: True))
         run = Run(runtime, inputs, directory, log, console, manager, Compiled(), {})
-        with jax.set_mesh(runtime.mesh), stopping.deferred(directory):
+        with jax.set_mesh(runtime.mesh), stopping.deferred(directory, agreed(hosts)):
             score(run, "eval", inputs.evals, params, step)
             console.close()
-            print(write_report(directory, trained_on(config)))
+            if hosts.first:
+                print(write_report(directory, trained_on(config)))
 
 
 def begin(
@@ -359,5 +434,6 @@ def export(run: Run, params: Params, path: Path, step: int) -> None:
         )
         params = jax.jit(partial(merge, config=run.inputs.model))(params)
     save_pretrained(path, params, run.inputs.model, source=source, dtype=run.config.model.dtype)
-    run.inputs.tokenizer.save(path)
-    workdir.write_atomic(path / history.EXPORTED, [f"{step}\n"])
+    if run.hosts.first:
+        run.inputs.tokenizer.save(path)
+        workdir.write_atomic(path / history.EXPORTED, [f"{step}\n"])

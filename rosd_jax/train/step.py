@@ -12,7 +12,7 @@ Dimensions: B rows of a step's batch, R response tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,9 +21,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rosd_jax.distill import reflect, teacher
+from rosd_jax.hosts import Hosts
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import on_device
-from rosd_jax.rewards import Grader
+from rosd_jax.rewards import Grade, Grader
 from rosd_jax.rollout.bandwidth import MemoryRoofline
 from rosd_jax.rollout.batching import Request
 from rosd_jax.settings import Settings
@@ -38,6 +39,7 @@ from rosd_jax.types import (
     HostRollout,
     Lesson,
     Params,
+    Problem,
     Prompts,
     Reflected,
     Stream,
@@ -55,6 +57,7 @@ class Runtime:
     wording: Wording
     mesh: Mesh
     grader: Grader
+    hosts: Hosts
     key: jax.Array
     roofline: MemoryRoofline  # of decoding
     engines: Engines
@@ -95,6 +98,7 @@ def train_step(
     with clock("lesson"):
         reflected, lesson = make_lesson(runtime, reflected)
     with clock("update"):
+        runtime.hosts.exchange(f"update {runtime.update.widths(lesson)}", None)
         state, metrics = runtime.update(state, frozen_params, lesson)
         # Waits for the devices, so that the stage's time includes the update itself.
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
@@ -116,12 +120,19 @@ def sample_rollouts(runtime: Runtime, params: Params, prompts: Prompts, step: in
 
 
 def grade(runtime: Runtime, prompts: Prompts, rollout: HostRollout) -> Graded:
-    """Decodes every response to text and grades it."""
-    texts = decode(runtime.tokenizer, rollout)
+    """Decodes every response to text and grades it. Each host does so for a part of the rows."""
     problems = [problem for problem in prompts.problems for _ in range(runtime.config.batch.samples)]
-    grades = runtime.grader.grade_all(texts, problems, thinking_open=runtime.student_thinking_open)
+
+    def read(rows: Sequence[tuple[np.ndarray, Problem]]) -> list[tuple[str, Grade]]:
+        texts = [runtime.tokenizer.decode(tokens) for tokens, _ in rows]
+        asked = [problem for _, problem in rows]
+        grades = runtime.grader.grade_all(texts, asked, thinking_open=runtime.student_thinking_open)
+        return list(zip(texts, grades, strict=True))
+
+    rows = list(zip(responses(rollout), problems, strict=True))
+    texts, grades = zip(*runtime.hosts.share("grade", read, rows), strict=True)
     rewards_B = np.array([g.score for g in grades], np.float32)
-    return Graded(prompts, rollout, tuple(texts), rewards_B, runtime.student_thinking_open)
+    return Graded(prompts, rollout, texts, rewards_B, runtime.student_thinking_open)
 
 
 def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int) -> Reflected:
@@ -181,8 +192,12 @@ def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Less
 
 def decode(tokenizer: Tokenizer, rollout: HostRollout) -> list[str]:
     """The text of every response, special tokens removed."""
-    rows = zip(rollout.tokens_BR, rollout.length_B, strict=True)
-    return [tokenizer.decode(tokens[:length]) for tokens, length in rows]
+    return [tokenizer.decode(tokens) for tokens in responses(rollout)]
+
+
+def responses(rollout: HostRollout) -> list[np.ndarray]:
+    """The tokens of every response."""
+    return [tokens[:length] for tokens, length in zip(rollout.tokens_BR, rollout.length_B, strict=True)]
 
 
 class Clock:
@@ -197,7 +212,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        stopping.check()
+        stopping.check(name)
         self._stage(name)
         began = time.perf_counter()
         yield

@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM: stops a run without losing a step.
 
     watch()                      once, when the process starts: from now on a signal ends it at once
-    with deferred(directory):    in this block the first signal is a request; a second one ends the process
-        check()                  raises Stopped if a signal has asked the run to stop
+    with deferred(directory, hosts):    in this block the first signal is a request; a second one ends the process
+        check(what)              raises Stopped if a signal has asked the run to stop
     done()                       once, when the process ends: from now on signals are ignored
     reader_left()                nobody reads stdout any more: a request to stop, like a signal
     tell(text)                   writes a line to stderr
@@ -25,7 +25,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,6 +48,14 @@ class Stopped(Exception):
         self.status = 128 + number
 
 
+# What any process of the run was asked, from what this one was. `what` names the place in the program.
+Agree = Callable[[str, signal.Signals | None], signal.Signals | None]
+
+
+def _alone(what: str, asked: signal.Signals | None) -> signal.Signals | None:
+    return asked
+
+
 class _Shared:
     """What the signal thread and the run share; `lock` guards it."""
 
@@ -56,6 +64,7 @@ class _Shared:
         self.deferred = False
         self.directory: Path | None = None  # the run's, once it has begun
         self.asked: signal.Signals | None = None  # the signal that has asked the run to stop
+        self.agree: Agree = _alone
 
 
 _shared = _Shared()
@@ -85,28 +94,36 @@ def done() -> None:
 
 
 @contextlib.contextmanager
-def deferred(directory: Path) -> Iterator[None]:
+def deferred(directory: Path, agree: Agree = _alone) -> Iterator[None]:
     """In this block, the first signal only asks the run in `directory` to stop.
 
-    Raises Stopped at the end if a signal has asked and no `check` has raised.
+    agree: of several processes, all stop at the same `check` if one of them was asked to. Raises Stopped at the end if a signal has asked and no `check` has raised.
     """
     with _shared.lock:
         _shared.deferred = True
         _shared.directory = directory
+        _shared.agree = agree
     try:
         yield
     finally:
         with _shared.lock:
             _shared.deferred = False
-    check()
+    check("the end")
 
 
-def check() -> None:
-    """Raises Stopped if a signal has asked the run to stop. Called wherever the run can stop safely."""
+def check(what: str) -> None:
+    """Raises Stopped if a signal has asked the run to stop. Called wherever the run can stop safely.
+
+    what: names the place in the program, for several processes that must be there at the same time.
+    """
     with _shared.lock:
         asked = _shared.asked
         directory = _shared.directory
-    if asked is not None and directory is not None:
+        agree = _shared.agree
+    if directory is None:
+        return
+    asked = agree(what, asked)
+    if asked is not None:
         raise Stopped(asked, directory)
 
 

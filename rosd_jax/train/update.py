@@ -39,9 +39,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
 from rosd_jax.models import qwen3
 from rosd_jax.models.lora import combine, init_adapters
-from rosd_jax.models.sharding import AXES, on_device, row_devices, row_sharding
+from rosd_jax.models.sharding import AXES, on_device, place_rows, row_devices, row_sharding
 from rosd_jax.settings import Settings
-from rosd_jax.train.microbatches import MicroBatch, plan_microbatches
+from rosd_jax.train.microbatches import MicroBatch, group_rows, needs, plan_microbatches
 from rosd_jax.types import Array, Lesson, Params, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -145,6 +145,11 @@ class Update:
             "apply": self.apply.trace(like, grads, sums, total),
         }
 
+    def widths(self, lesson: Lesson) -> list[tuple[int, int]]:
+        """Positions of a student's and of a teacher's row in each micro-batch, which select the programs."""
+        groups = group_rows(*needs(lesson), self.rows, self.longest)
+        return [(S, T) for _, S, T in groups]
+
     def __call__(
         self, state: TrainState, frozen_params: Params, lesson: Lesson
     ) -> tuple[TrainState, Metrics]:
@@ -153,7 +158,7 @@ class Update:
         grads, sums = self.zeros()
         for microbatch in plan_microbatches(lesson, self.rows, self.longest):
             previous_sums = sums
-            microbatch = jax.device_put(scaled(microbatch, total), row_sharding(self.mesh))
+            microbatch = place_rows(scaled(microbatch, total), self.mesh)
             teacher_BTD = self.teach(frozen_params, microbatch.teacher_BT)
             teacher_BSD = self.align(teacher_BTD, microbatch.shift_B, microbatch.student_BS.shape[1])
             grads, sums = self.learn(state.params, frozen_params, grads, sums, teacher_BSD, microbatch)

@@ -1,0 +1,124 @@
+"""How the processes of a run agree, and share the work of a host.
+
+    hosts = Hosts()                       one process: nothing is exchanged
+    hosts = Hosts(index, count, store)    as place.py makes it
+    hosts.exchange(what, value)           -> every process's value, in their order
+    hosts.once(what, work)                -> the result of work(), which only the first process calls
+    hosts.share(what, work, items)        -> work(items), of which each process does a part
+    hosts.require_same(what, value)       raises if the processes' values differ
+
+These are the only ways for processes to depend on each other, apart from programs on the devices. All
+processes must make the same calls in the same order: each call carries its number and `what`, and processes
+that do not match end with an error, not with a deadlock.
+
+Values travel through the key-value store of JAX's coordination service. The first process collects them and
+publishes the list, so that N processes make 2N requests.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count as numbers
+from typing import Any, Protocol, TypeVar
+
+from rosd_jax.config import UserError
+from rosd_jax.train import stopping
+
+T = TypeVar("T")
+X = TypeVar("X")
+WAIT_MS = 60_000  # after which the first process says for whom it waits
+
+
+class Store(Protocol):
+    """The part of JAX's coordination service that is used here."""
+
+    def key_value_set_bytes(self, key: str, value: bytes, /) -> Any: ...
+
+    def blocking_key_value_get_bytes(self, key: str, timeout_ms: int, /) -> bytes: ...
+
+    def key_value_delete(self, key: str, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The processes of a run, one per host, as one of them sees them."""
+
+    index: int = 0  # of this process
+    count: int = 1
+    store: Store | None = None
+    _calls: Iterator[int] = field(default_factory=numbers)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.index == 0
+
+    def exchange(self, what: str, value: T) -> list[T]:
+        """Every process's value, in the order of the processes. Values must pickle.
+
+        what: names the place in the program. Raises RuntimeError if the processes are at different places.
+        """
+        if self.store is None:
+            return [value]
+        call = next(self._calls)
+        mine = pickle.dumps((what, value))
+        if self.first:
+            parts = [mine, *(self._await(f"{call}/{i}", what, i) for i in range(1, self.count))]
+            self.store.key_value_set_bytes(_key(f"{call}/all"), pickle.dumps(parts))
+            # All have sent their part of this call, so all have read the list of the one before.
+            self.store.key_value_delete(_key(f"{call - 1}/"))
+        else:
+            self.store.key_value_set_bytes(_key(f"{call}/{self.index}"), mine)
+            parts = pickle.loads(self._await(f"{call}/all", what, 0))
+        found = [pickle.loads(part) for part in parts]
+        places = [place for place, _ in found]
+        if set(places) != {what}:
+            apart = next(i for i, place in enumerate(places) if place != places[0])
+            raise RuntimeError(
+                f"the processes have diverged: in exchange {call}, process 0 is at {places[0]!r} and process "
+                f"{apart} at {places[apart]!r}; this is a bug, please report it"
+            )
+        return [value for _, value in found]
+
+    def once(self, what: str, work: Callable[[], T]) -> T:
+        """The result of `work`, which the first process calls; it must pickle.
+
+        If it raises, only the first process does: its supervisor ends the others.
+        """
+        return self.exchange(what, work() if self.first else None)[0]  # type: ignore[return-value]
+
+    def share(self, what: str, work: Callable[[Sequence[X]], Sequence[T]], items: Sequence[X]) -> list[T]:
+        """One result per item. Each process calls `work` with a part of the items, neighbours together."""
+        start = len(items) * self.index // self.count
+        stop = len(items) * (self.index + 1) // self.count
+        mine = items[start:stop]
+        parts = self.exchange(what, list(work(mine)) if mine else [])
+        return [result for part in parts for result in part]
+
+    def require_same(self, what: str, value: Any) -> None:
+        """Raises UserError naming the first process whose value differs from the first one's."""
+        values = self.exchange(what, value)
+        for i, other in enumerate(values):
+            if other != values[0]:
+                raise UserError(
+                    f"{what} of process {i} is not that of process 0 ({other!r} and {values[0]!r}); all hosts "
+                    "must read the same files and get the same command"
+                )
+
+    def _await(self, key: str, what: str, sender: int) -> bytes:
+        """A value, however long it takes: a supervisor ends this process if the sender fails."""
+        assert self.store is not None
+        while True:
+            try:
+                return self.store.blocking_key_value_get_bytes(_key(key), WAIT_MS)
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+                if self.first:
+                    stopping.tell(f"waits for process {sender}, which has not finished {what!r}")
+
+
+def _key(name: str) -> str:
+    return f"rosd_jax/{name}"

@@ -1,0 +1,301 @@
+"""A parent process on each host of a run, so that a host that fails ends all of them with a sentence.
+
+JAX notices a dead process late, and then aborts the others without saying which host it was. A process that
+waits for another inside a program on the devices can notice nothing at all. So the command starts the run as a
+child process. The parents are connected to the first host's parent by TCP. Each watches its child, and when
+one fails, all print why and kill theirs.
+
+    supervise(place)        in the parent: runs the same command as its child -> exit status
+    given()                 in the child: its place; None in a process without a supervisor
+    report_end(status)      in the child: the run ends in good order, as on all hosts
+    report_failure(text, status)   in the child: the run failed; does not return
+
+Messages are lines of JSON. A child sends {"ended": status} or {"failed": text, "status": n} to its parent. A
+parent sends {"process": i, "host": name} to the first host's parent, and later {"ended": status} or {"failed":
+the fields of a Failure}; that one sends every failure on to all others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rosd_jax.hosts.place import PATIENCE_S, Place
+
+PLACE = "ROSD_JAX_PLACE"  # environment variable of the child: its place and its pipe to the parent
+LAST_WORDS_S = 20  # how long a failure waits for a connection to the first host
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+USERS_MISTAKE = 2
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process failed."""
+
+    process: int
+    host: str
+    text: str
+    status: int
+
+    def sentence(self, processes: int) -> str:
+        """What the other hosts print."""
+        return f"error: process {self.process} of {processes}, on host {self.host}: {self.text}"
+
+
+# --- in the child -------------------------------------------------------------------------------------------
+
+
+def given() -> Place | None:
+    """The place that the parent passed on. From then on, this process ends if its parent dies."""
+    if PLACE not in os.environ:
+        return None
+    fields = json.loads(os.environ[PLACE])["place"]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    devices = fields.pop("devices")
+    return Place(**fields, devices=None if devices is None else tuple(devices))
+
+
+def report_end(status: int) -> None:
+    """Tells the parent, if there is one, that the run ends with this exit status."""
+    _report({"ended": status})
+
+
+def report_failure(text: str, status: int) -> None:
+    """Tells the parent, if there is one, which then kills this process."""
+    if PLACE in os.environ:
+        _report({"failed": text, "status": status})
+        time.sleep(LAST_WORDS_S)  # JAX would wait for the other processes at exit, for minutes
+
+
+def _report(message: dict[str, Any]) -> None:
+    if PLACE in os.environ:
+        pipe = json.loads(os.environ[PLACE])["pipe"]
+        os.write(pipe, json.dumps(message).encode() + b"\n")
+
+
+# --- in the parent ------------------------------------------------------------------------------------------
+
+
+def supervise(place: Place) -> int:
+    """Runs this process's command line as a child that knows its place. Returns the exit status for the host.
+
+    It is the child's, or 1 if another host failed (2 if that was a user's mistake).
+    """
+    reading, writing = os.pipe()
+    environment = os.environ | {PLACE: json.dumps({"place": asdict(place), "pipe": writing})}
+    child = subprocess.Popen(
+        [sys.executable, *sys.orig_argv[1:]],
+        pass_fds=[writing],
+        env=environment,
+        process_group=0,  # signals reach it through `_forward` alone, once
+    )
+    os.close(writing)
+    _forward(child)
+    supervisor = _Supervisor(place, child, reading)
+    try:
+        return supervisor.run()
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _forward(child: subprocess.Popen[bytes]) -> None:
+    """Passes Ctrl-C and SIGTERM on to the child; it decides when the run stops."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: child.send_signal(number))
+
+
+class _Link:
+    """One end of a connection, or of the child's pipe: complete messages in the order of their arrival."""
+
+    def __init__(self, end: socket.socket | int):
+        self.end = end
+        self.rest = b""
+        self.process: int | None = None  # at the other end
+        self.host = ""
+        self.ended = False
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """The messages that have arrived; None if the other end is closed."""
+        try:
+            data = os.read(self.end, 1 << 16) if isinstance(self.end, int) else self.end.recv(1 << 16)
+        except OSError:  # a connection that timed out or was reset
+            return None
+        if not data:
+            return None
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def send(self, message: dict[str, Any]) -> None:
+        assert isinstance(self.end, socket.socket)
+        try:
+            self.end.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:  # its end is found by `read`
+            pass
+
+
+class _Supervisor:
+    """What a parent knows: its child, its connections, who has ended, who has failed."""
+
+    def __init__(self, place: Place, child: subprocess.Popen[bytes], pipe: int):
+        self.place = place
+        self.child = child
+        self.host = socket.gethostname()
+        self.selector = selectors.DefaultSelector()
+        self.pipe = _Link(pipe)
+        self.selector.register(pipe, selectors.EVENT_READ, self.pipe)
+        self.links: list[_Link] = []  # in the first host's parent to all others, elsewhere to the first
+        self.status: int | None = None  # of a child that ended in good order
+        self.own: Failure | None = None
+        self.others: Failure | None = None
+        self.until = time.monotonic() + PATIENCE_S  # the time by which all must be connected
+        if place.process == 0:
+            server = socket.create_server(("", place.address[1] + 1), backlog=place.processes)
+            self.selector.register(server, selectors.EVENT_READ, server)
+
+    def run(self) -> int:
+        """Returns the exit status once the child has ended everywhere, or failed anywhere."""
+        while True:
+            self._connect()
+            for key, _ in self.selector.select(0.5):
+                if isinstance(key.data, _Link):
+                    self._read(key.data)
+                else:
+                    self._accept(key.data)
+            if self.own and self._complete():
+                return self.own.status
+            if self.others and not self.own:
+                print(self.others.sentence(self.place.processes), file=sys.stderr, flush=True)
+                return USERS_MISTAKE if self.others.status == USERS_MISTAKE else 1
+            if self.status is not None and self._all_ended():
+                return self.child.wait()
+            if not self._complete() and time.monotonic() > self.until:
+                return self._incomplete()
+
+    def _complete(self) -> bool:
+        """Whether all connections of this parent are made."""
+        return len(self.links) == (self.place.processes - 1 if self.place.process == 0 else 1)
+
+    def _all_ended(self) -> bool:
+        """Whether nobody needs this parent any more, once its child has ended."""
+        return self._complete() and (self.place.process > 0 or all(link.ended for link in self.links))
+
+    def _incomplete(self) -> int:
+        """Those that never came are the failure."""
+        if self.own:
+            return self.own.status
+        if self.place.process:
+            text = (
+                f"process 0 does not answer at {self.place.coordinator}; start it, or correct --coordinator"
+            )
+        else:
+            here = {link.process for link in self.links}
+            missing = [str(i) for i in range(1, self.place.processes) if i not in here]
+            text = (
+                f"no sign of process {', '.join(missing)} after {PATIENCE_S} s; start the same command on every "
+                "host"
+            )
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        self._publish(Failure(self.place.process, self.host, text, 1))
+        return 1
+
+    def _connect(self) -> None:
+        """One attempt to reach the first host's parent, if this is another's."""
+        if self.place.process == 0 or self.links:
+            return
+        host, port = self.place.address
+        try:
+            end = socket.create_connection((host, port + 1), timeout=2)
+        except OSError:
+            return
+        self._add(end)
+        self.links[0].process = 0
+        self.links[0].host = host
+        self.links[0].send({"process": self.place.process, "host": self.host})
+        if self.own:
+            self._publish(self.own)
+
+    def _accept(self, server: socket.socket) -> None:
+        self._add(server.accept()[0])
+        if self.own:
+            self.links[-1].send({"failed": asdict(self.own)})
+
+    def _add(self, end: socket.socket) -> None:
+        end.settimeout(None)
+        # A host that lost its power or network closes nothing, and is noticed after half a minute.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, option):
+                end.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        link = _Link(end)
+        self.links.append(link)
+        self.selector.register(end, selectors.EVENT_READ, link)
+
+    def _read(self, link: _Link) -> None:
+        messages = link.read()
+        if messages is None:
+            self.selector.unregister(link.end)
+            self._closed(link)
+            return
+        for message in messages:
+            if "process" in message:
+                link.process = message["process"]
+                link.host = message["host"]
+            elif "ended" in message:
+                link.ended = True
+                if link is self.pipe:
+                    self.status = message["ended"]
+                    self._send(message)
+            elif link is self.pipe:
+                self._fail(message["failed"], message["status"])
+            else:
+                self.others = Failure(**message["failed"])
+                self._publish(self.others)
+
+    def _closed(self, link: _Link) -> None:
+        """The other end is gone: in good order, or not."""
+        if link.ended:
+            return
+        if link is not self.pipe:
+            text = "its connection was lost; the host may be down or cut off, or the process was killed"
+            self.others = Failure(link.process or 0, link.host or "unknown", text, 1)
+            self._publish(self.others)
+        elif self.own is None:
+            self._fail(*_death(self.child.wait()))
+
+    def _fail(self, text: str, status: int) -> None:
+        """The own child failed."""
+        self.own = Failure(self.place.process, self.host, text, status)
+        self.until = time.monotonic() + LAST_WORDS_S
+        self._publish(self.own)
+
+    def _publish(self, failure: Failure) -> None:
+        self._send({"failed": asdict(failure)})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """To the first host's parent; from there, failures to all others."""
+        for link in self.links:
+            if self.place.process or "failed" in message:
+                link.send(message)
+
+
+def _death(status: int) -> tuple[str, int]:
+    """What a child's exit status says, and that of its parent."""
+    if status == -signal.SIGKILL:
+        return "was killed by SIGKILL; if nobody sent it, the host was out of memory", 128 + signal.SIGKILL
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}", 128 - status
+    return f"ended alone, with exit status {status}; its own output says why", status or 1
