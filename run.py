@@ -6,8 +6,8 @@
 
 The same command on the same DIR resumes the run there. Without --config it uses the config stored in DIR.
 
-On several hosts, start the same command on each (docs/pods.md). A TPU slice, SLURM and Open MPI are recognised;
-elsewhere add --coordinator=HOST:PORT --processes=N --process=I.
+On several hosts, start the same command on each (docs/pods.md). A TPU slice, SLURM and Open MPI are
+recognised; elsewhere add --coordinator=HOST:PORT --processes=N --process=I.
 
 Exit status
 0        done
@@ -54,9 +54,7 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _COMPILE = flags.DEFINE_list("compile", [], "Stages that the plan compiles, separated by commas, or all")
 _JSON = flags.DEFINE_bool("json", False, "Print the plan as one JSON object")
-flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, on several hosts that no launcher describes"
-)
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, on several hosts without a known launcher")
 flags.DEFINE_integer("processes", None, "How many processes, one per host, take part")
 flags.DEFINE_integer("process", None, "Which of them this is, from 0")
 

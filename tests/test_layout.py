@@ -16,7 +16,7 @@ FLOORS = [
     {"data", "gym", "rollout", "rewards"},
     {"distill"},
     {"evals"},
-    {"train"},
+    {"train", "hosts"},
     {"plan"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

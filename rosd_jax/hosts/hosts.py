@@ -97,14 +97,16 @@ class Hosts:
         parts = self.exchange(what, list(work(mine)) if mine else [])
         return [result for part in parts for result in part]
 
-    def require_same(self, what: str, value: Any) -> None:
-        """Raises UserError naming the first process whose value differs from the first one's."""
-        values = self.exchange(what, value)
-        for i, other in enumerate(values):
-            if other != values[0]:
+    def require_same(self, what: str, fields: dict[str, Any]) -> None:
+        """Raises UserError naming the first process whose fields differ from the first one's, and where."""
+        first, *others = self.exchange(what, fields)
+        for i, other in enumerate(others, start=1):
+            apart = [name for name in first | other if first.get(name) != other.get(name)]
+            if apart:
+                name = apart[0]
                 raise UserError(
-                    f"{what} of process {i} is not that of process 0 ({other!r} and {values[0]!r}); all hosts "
-                    "must read the same files and get the same command"
+                    f"{what} of process {i} differs from that of process 0: {name} is {other.get(name)!r} "
+                    f"and {first.get(name)!r}; give all hosts the same command and the same files"
                 )
 
     def _await(self, key: str, what: str, sender: int) -> bytes:

@@ -1,8 +1,8 @@
 """A parent process on each host of a run, so that a host that fails ends all of them with a sentence.
 
 JAX notices a dead process late, and then aborts the others without saying which host it was. A process that
-waits for another inside a program on the devices can notice nothing at all. So the command starts the run as a
-child process. The parents are connected to the first host's parent by TCP. Each watches its child, and when
+waits for another inside a program on the devices can notice nothing at all. So the command starts the run as
+a child process. The parents are connected to the first host's parent by TCP. Each watches its child, and when
 one fails, all print why and kill theirs.
 
     supervise(place)        in the parent: runs the same command as its child -> exit status
@@ -10,9 +10,9 @@ one fails, all print why and kill theirs.
     report_end(status)      in the child: the run ends in good order, as on all hosts
     report_failure(text, status)   in the child: the run failed; does not return
 
-Messages are lines of JSON. A child sends {"ended": status} or {"failed": text, "status": n} to its parent. A
-parent sends {"process": i, "host": name} to the first host's parent, and later {"ended": status} or {"failed":
-the fields of a Failure}; that one sends every failure on to all others.
+Messages are lines of JSON. A child sends {"ended": status} or {"failed": text, "status": n} to its parent.
+A parent sends {"process": i, "host": name} to the first host's parent, and later {"ended": status} or
+{"failed": the fields of a Failure}; that one sends every failure on to all others.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ class _Supervisor:
             here = {link.process for link in self.links}
             missing = [str(i) for i in range(1, self.place.processes) if i not in here]
             text = (
-                f"no sign of process {', '.join(missing)} after {PATIENCE_S} s; start the same command on every "
-                "host"
+                f"no sign of process {', '.join(missing)} after {PATIENCE_S} s; start the same command on "
+                "every host"
             )
         print(f"error: {text}", file=sys.stderr, flush=True)
         self._publish(Failure(self.place.process, self.host, text, 1))

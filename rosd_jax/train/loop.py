@@ -10,6 +10,7 @@ last step whose lines are all written is then saved.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -111,9 +112,8 @@ def train(config: Settings, directory: Path, hosts: Hosts) -> None:
 
 def require_same_inputs(hosts: Hosts, config: Settings, inputs: Inputs, origins: dict[str, Any]) -> None:
     """Raises UserError if the hosts got different commands or read different files."""
-    hosts.require_same("the config", config)
-    hosts.require_same("what the run starts from", origins)
-    hosts.require_same("the problems", inputs.found)
+    hosts.require_same("the config", dict(workdir.flat(dataclasses.asdict(config))))
+    hosts.require_same("the model directory or data", origins | inputs.found)
 
 
 @contextlib.contextmanager

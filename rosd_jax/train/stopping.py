@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: stops a run without losing a step.
 
     watch()                      once, when the process starts: from now on a signal ends it at once
-    with deferred(directory, hosts):    in this block the first signal is a request; a second one ends the process
+    with deferred(directory):    in this block the first signal is a request; a second one ends the process
         check(what)              raises Stopped if a signal has asked the run to stop
     done()                       once, when the process ends: from now on signals are ignored
     reader_left()                nobody reads stdout any more: a request to stop, like a signal
@@ -97,7 +97,8 @@ def done() -> None:
 def deferred(directory: Path, agree: Agree = _alone) -> Iterator[None]:
     """In this block, the first signal only asks the run in `directory` to stop.
 
-    agree: of several processes, all stop at the same `check` if one of them was asked to. Raises Stopped at the end if a signal has asked and no `check` has raised.
+    agree: of several processes, all stop at the same `check` if one of them was asked to.
+    Raises Stopped at the end if a signal has asked and no `check` has raised.
     """
     with _shared.lock:
         _shared.deferred = True

@@ -1,0 +1,354 @@
+"""How the processes of several hosts agree and share work, and how a host that fails ends all."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rosd_jax.config import UserError
+from rosd_jax.hosts import Hosts, hosts, place
+from support import ROOT
+
+
+class Memory:
+    """The store of JAX's coordination service, in one process."""
+
+    def __init__(self):
+        self.values = {}
+        self.changed = threading.Condition()
+
+    def key_value_set_bytes(self, key, value):
+        with self.changed:
+            assert key not in self.values  # as the service demands
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def blocking_key_value_get_bytes(self, key, timeout_ms):
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, timeout_ms / 1000):
+                raise RuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
+            return self.values[key]
+
+    def key_value_delete(self, key):
+        with self.changed:
+            for name in [name for name in self.values if name.startswith(key)]:
+                del self.values[name]
+
+
+def on_each(count, program, store=None):
+    """program(hosts) on every process, each a thread: the results, or what the first one raised."""
+    store = store or Memory()
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(program, Hosts(i, count, store)) for i in range(count)]
+    return [future.result() for future in futures]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_values_are_exchanged_in_the_order_of_the_processes(count):
+    def program(hosts):
+        late = 0.02 * (count - hosts.index)
+        time.sleep(late)
+        return [hosts.exchange("a", hosts.index), hosts.exchange("b", {"from": [hosts.index]})]
+
+    expected = [list(range(count)), [{"from": [i]} for i in range(count)]]
+    assert on_each(count, program) == [expected] * count
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("items", [0, 1, 2, 3, 10])
+def test_shared_work_is_done_once_and_known_to_all(count, items):
+    done = []
+
+    def program(hosts):
+        def work(some):
+            done.extend(some)
+            return [item * item for item in some]
+
+        return hosts.share("squares", work, range(items))
+
+    assert on_each(count, program) == [[i * i for i in range(items)]] * count
+    assert sorted(done) == list(range(items))
+
+
+def test_only_the_first_process_works_for_all():
+    callers = []
+
+    def program(hosts):
+        def work():
+            callers.append(hosts.index)
+            return "result"
+
+        return hosts.once("work", work)
+
+    assert on_each(3, program) == ["result"] * 3 and callers == [0]
+
+
+def test_processes_at_different_places_end_with_an_error_that_names_them():
+    def program(hosts):
+        hosts.exchange("same", None)
+        hosts.exchange("decode (16, 64)" if hosts.index < 2 else "decode (32, 64)", None)
+
+    with pytest.raises(
+        RuntimeError, match=r"process 0 is at 'decode \(16, 64\)' and process 2 at 'decode \(32, 64\)'"
+    ):
+        on_each(3, program)
+
+
+def test_inputs_that_differ_are_named():
+    def program(hosts):
+        hosts.require_same("the problems", {"rows": 5 + (hosts.index == 1)})
+
+    words = "the problems of process 1 differs from that of process 0: rows is 6 and 5"
+    with pytest.raises(UserError, match=words):
+        on_each(2, program)
+
+
+def test_the_first_process_says_for_whom_it_waits(monkeypatch):
+    said = []
+    monkeypatch.setattr(hosts, "WAIT_MS", 50)
+    monkeypatch.setattr(hosts.stopping, "tell", said.append)
+
+    def program(hosts):
+        time.sleep(0.3 * hosts.index)
+        return hosts.exchange("grade", hosts.index)
+
+    assert on_each(2, program) == [[0, 1]] * 2
+    assert set(said) == {"waits for process 1, which has not finished 'grade'"}
+
+
+def test_the_store_does_not_grow():
+    store = Memory()
+
+    def program(hosts):
+        for number in range(20):
+            hosts.exchange("turn", number)
+
+    on_each(3, program, store)
+    assert len(store.values) <= 8
+
+
+# --- the place of a process ------------------------------------------------------------------------------
+
+
+def test_a_single_process_needs_no_flags(monkeypatch):
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert place.find(None, None, None) is None
+    assert place.find("localhost:1234", 1, 0) is None
+    assert place.join(None).count == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("h:1", 2, None), "go together"),
+        ((None, 2, 0), "go together"),
+        (("h", 2, 0), "HOST:PORT"),
+        (("h:x", 2, 0), "HOST:PORT"),
+        (("h:65535", 2, 0), "HOST:PORT"),
+        (("h:80", 2, 2), "from 0 to N - 1"),
+        (("h:80", 2, -1), "from 0 to N - 1"),
+        (("h:80", 0, 0), "from 0 to N - 1"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        place.find(*flags)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (
+            dict(
+                SLURM_JOB_ID="77",
+                SLURM_STEP_NODELIST="node[01-03]",
+                SLURM_NTASKS="3",
+                SLURM_PROCID="2",
+                SLURM_LOCALID="0",
+            ),
+            (3, 2, "node01"),
+        ),
+        (
+            dict(
+                OMPI_MCA_orte_hnp_uri="1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+                OMPI_COMM_WORLD_SIZE="4",
+                OMPI_COMM_WORLD_RANK="1",
+                OMPI_COMM_WORLD_LOCAL_RANK="0",
+            ),
+            (4, 1, "10.96.0.1"),
+        ),
+    ],
+    ids=["slurm", "openmpi"],
+)
+def test_launchers_are_recognised(environment, expected, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = place.find(None, None, None)
+    assert found is not None
+    assert (found.processes, found.process, found.address[0]) == expected
+
+
+def test_one_task_of_slurm_is_a_single_process(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert place.find(None, None, None) is None
+
+
+# --- supervisors -----------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys, time
+from rosd_jax.hosts import supervisor
+from rosd_jax.hosts.place import Place
+here = supervisor.given()
+if here is None:
+    sys.exit(supervisor.supervise(Place("127.0.0.1:PORT", COUNT, int(sys.argv[1]))))
+print("child", os.getpid(), flush=True)
+process = here.process
+"""
+WAITS = "time.sleep(60)\n"
+
+
+def free_port():
+    """A port that is free, as is the next one."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(code, count): that many supervised processes that run the code."""
+    started = []
+
+    def begin(code, count=2, which=None, before=""):
+        path = tmp_path / "script.py"
+        script = SCRIPT.replace("PORT", str(free_port())).replace("COUNT", str(count))
+        path.write_text(script.replace("here =", f"{before}here =", 1) + code)
+        for i in range(count) if which is None else which:
+            command = [sys.executable, str(path), str(i)]
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            pipe = subprocess.PIPE
+            run = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+            started.append(run)
+        return started
+
+    yield begin
+    for run in started:
+        run.kill()
+        run.communicate()
+
+
+def child_of(run):
+    return int(run.stdout.readline().split()[1])
+
+
+def ends(run, seconds=20):
+    """Exit status and stderr."""
+    _, printed = run.communicate(timeout=seconds)
+    return run.returncode, printed
+
+
+def test_a_good_end_is_everyones(start):
+    first, second = start("time.sleep(0.2 * process)\nsupervisor.report_end(0)\n")
+    assert ends(first) == ends(second) == (0, "")
+
+
+def test_an_agreed_stop_keeps_its_status(start):
+    runs = start("supervisor.report_end(143)\nsys.exit(143)\n", count=3)
+    assert [ends(run) for run in runs] == [(143, "")] * 3
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_mistake_on_one_host_is_told_on_all(start, failing):
+    code = f"if process == {failing}:\n    supervisor.report_failure('no file x.jsonl; copy it', 2)\n{WAITS}"
+    runs = start(code, count=3)
+    name = socket.gethostname()
+    for i, run in enumerate(runs):
+        sentence = f"error: process {failing} of 3, on host {name}: no file x.jsonl; copy it\n"
+        assert ends(run) == (2, "" if i == failing else sentence)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_process_that_dies_ends_all(start, dying):
+    code = f"time.sleep(0.5)\nif process == {dying}:\n    os.kill(os.getpid(), signal.SIGKILL)\n{WAITS}"
+    runs = start(code)
+    status, printed = ends(runs[1 - dying])
+    assert status == 1
+    assert printed.startswith(f"error: process {dying} of 2, on host ") and "SIGKILL" in printed
+    assert ends(runs[dying]) == (128 + signal.SIGKILL, "")
+
+
+def test_a_process_that_exits_without_a_word_ends_all(start):
+    runs = start(f"if process == 1:\n    sys.exit(7)\n{WAITS}")
+    status, printed = ends(runs[0])
+    assert (status, "exit status 7" in printed) == (1, True)
+    assert ends(runs[1])[0] == 7
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_supervisor_ends_its_own_child_and_all_others(start, killed):
+    runs = start(WAITS)
+    children = [child_of(run) for run in runs]
+    time.sleep(0.5)  # for the connection
+    runs[killed].kill()
+    status, printed = ends(runs[1 - killed])
+    assert status == 1 and f"process {killed} of 2" in printed and "connection was lost" in printed
+    deadline = time.monotonic() + 5
+    while any(os.path.exists(f"/proc/{pid}") and not is_zombie(pid) for pid in children):
+        assert time.monotonic() < deadline
+
+
+def is_zombie(pid):
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+
+
+def test_signals_reach_the_child_once(start):
+    code = (
+        "got = []\nsignal.signal(signal.SIGTERM, lambda *_: got.append(1))\nprint('ready', flush=True)\n"
+        "while not got:\n    time.sleep(0.01)\ntime.sleep(0.3)\nsupervisor.report_end(100 + len(got))\n"
+        "sys.exit(100 + len(got))\n"
+    )
+    runs = start(code)
+    for run in runs:
+        child_of(run)
+        assert run.stdout.readline() == "ready\n"
+        run.terminate()
+    assert [ends(run) for run in runs] == [(101, "")] * 2
+
+
+@pytest.mark.parametrize(
+    ("process", "words"), [(0, "no sign of process 1 after"), (1, "process 0 does not answer at 127.0.0.1")]
+)
+def test_a_process_that_never_comes_is_named(start, process, words):
+    (run,) = start(WAITS, which=[process], before="supervisor.PATIENCE_S = 1\n")
+    status, printed = ends(run)
+    assert status == 1 and words in printed
+
+
+def test_a_place_survives_the_way_to_the_child(start):
+    code = "print(here, flush=True)\nsupervisor.report_end(0)\n"
+    for i, run in enumerate(start(code)):
+        child_of(run)
+        printed = run.stdout.readline()
+        assert printed.startswith("Place(coordinator='127.0.0.1:")
+        assert printed.endswith(f"processes=2, process={i}, devices=None)\n")
