@@ -37,7 +37,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
-from rosd_jax.config import UserError, validate  # noqa: E402
+from rosd_jax.config import validate  # noqa: E402
+from rosd_jax.errors import UserError  # noqa: E402
 from rosd_jax.settings import Settings  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/quickstart.py")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.gym import pretrain, texts
 from rosd_jax.gym import problems as gym
 from rosd_jax.gym.metric import quote_exact

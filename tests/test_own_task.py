@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rosd_jax.config import UserError, default_config, validate
+from rosd_jax.config import default_config, validate
 from rosd_jax.data.builders import load_problems
 from rosd_jax.distill.teacher import repeats_gold
+from rosd_jax.errors import UserError
 from rosd_jax.rewards import Grade, Grader, check, workers
 from rosd_jax.text import prompts
 from rosd_jax.text.wording import read_wording

@@ -12,7 +12,8 @@ from test_run import run  # noqa: F401  (a fixture)
 import tiny
 from benchmarks.step_flops import QWEN3
 from configs import quickstart, qwen3_science
-from rosd_jax.config import UserError, validate
+from rosd_jax.config import validate
+from rosd_jax.errors import UserError
 from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params
 from rosd_jax.models.sharding import row_devices

@@ -7,8 +7,9 @@ from test_reflect import Letters, graded_rows
 
 from configs import quickstart, qwen3_science
 from oracles.token_weights import aggregate_weights
-from rosd_jax.config import METHOD, PRESETS, UserError, default_config, use_preset, validate
+from rosd_jax.config import METHOD, PRESETS, default_config, use_preset, validate
 from rosd_jax.distill import reflect, teacher
+from rosd_jax.errors import UserError
 from rosd_jax.kernels.topk_jsd import topk_jsd_from_logits
 
 # Fields of these sections that say how a run is carried out, not what it computes.

@@ -29,8 +29,8 @@ from worded import (
     written_out,
 )
 
-from rosd_jax.config import UserError
 from rosd_jax.data import sources
+from rosd_jax.errors import UserError
 from rosd_jax.evals.evaluate import scores
 from rosd_jax.gym.problems import load as gym_problems
 from rosd_jax.models.families import read_config

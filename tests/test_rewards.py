@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.rewards import Grade, Grader, mcq, tooluse
 from rosd_jax.rewards.maths import checker
 from rosd_jax.types import Problem

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.rewards import tooluse
 
 GOLD = [{"Action": "getWeather", "Action_Input": '{"city": "Paris", "days": 3}'}]

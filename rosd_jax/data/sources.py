@@ -25,7 +25,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.rewards import tooluse
 
 FIELDS = ("uid", "dataset", "kind", "system", "user", "answer", "extra")

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.rewards.grade import SUCCESS, Grade
 from rosd_jax.rollout.batching import Request
 from rosd_jax.types import HostRollout, Problem

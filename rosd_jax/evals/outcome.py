@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.evals.evaluate import generations_path
 
 Row = dict[str, Any]  # one line of metrics.jsonl

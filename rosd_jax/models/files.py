@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 
 REMEDY = "correct that file, or pass --config.model.path=DIR of another model"
 Fields = dict[str, Any]

@@ -26,7 +26,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models.qwen3 import ROW_AXES, Qwen3Config
 
 AXES = ("data", "fsdp", "tensor")

@@ -28,7 +28,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models import files
 from rosd_jax.models.families import PASS, config_fields, stated_fields
 from rosd_jax.models.files import wrong

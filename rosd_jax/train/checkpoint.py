@@ -36,7 +36,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import rosd_jax
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.settings import Settings
 from rosd_jax.train.workdir import fingerprint, write_atomic
 from rosd_jax.types import Params, TrainState

@@ -23,8 +23,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import UserError
 from rosd_jax.data.sources import set_name
+from rosd_jax.errors import UserError
 from rosd_jax.evals.outcome import PROBLEMS, Row, read_metrics
 from rosd_jax.models.weights import weights_fingerprint
 from rosd_jax.settings import Settings

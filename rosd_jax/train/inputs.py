@@ -13,10 +13,10 @@ from typing import Literal, get_args
 
 from absl import logging
 
-from rosd_jax.config import UserError
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.data.sources import same_data, set_name
+from rosd_jax.errors import UserError
 from rosd_jax.evals import health
 from rosd_jax.fields import value
 from rosd_jax.gym.texts import WORDING as GYM

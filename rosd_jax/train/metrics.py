@@ -22,8 +22,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from rosd_jax.config import UserError
 from rosd_jax.distill.reflect import NOTES
+from rosd_jax.errors import UserError
 from rosd_jax.train import stopping
 from rosd_jax.train.stopping import ERASE
 from rosd_jax.train.workdir import write_atomic

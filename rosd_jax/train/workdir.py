@@ -36,7 +36,8 @@ from typing import Any
 
 import numpy as np
 
-from rosd_jax.config import UserError, default_config
+from rosd_jax.config import default_config
+from rosd_jax.errors import UserError
 from rosd_jax.fields import from_config
 from rosd_jax.settings import Settings
 
