@@ -6,7 +6,6 @@ module depends neither on the model nor on the tokenizer.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from rosd_jax import atomic
 from rosd_jax.errors import UserError
 from rosd_jax.rewards.grade import SUCCESS, Grade
 from rosd_jax.rollout.batching import Request
@@ -125,15 +125,10 @@ def write_generations(
     Raises UserError if it cannot be written.
     """
     path = generations_path(workdir, step, set_name, split)
-    aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="ascii") as file:
-            file.writelines(json.dumps(row, ensure_ascii=True) + "\n" for row in rows)
-        aside.replace(path)
+        atomic.write_text(path, (json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise UserError(
             f"{path} cannot be written ({error.strerror}); free space there or choose another --workdir"
         ) from error

@@ -5,15 +5,15 @@ save_adapters(path, params, rank=, alpha=, targets=, base=)
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from rosd_jax import atomic
 from rosd_jax.errors import UserError
 from rosd_jax.models import files
 from rosd_jax.models.weights import LEAVES
@@ -43,11 +43,7 @@ def save_adapters(
                 tensors[f"base_model.model.{module.format(layer)}{SUFFIX[name]}"] = stored
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, files.part_of(folder / WEIGHTS), metadata={"format": "pt"})
-        os.chmod(
-            files.part_of(folder / WEIGHTS), 0o644
-        )  # safetensors makes files that only their owner can read
-        os.replace(files.part_of(folder / WEIGHTS), folder / WEIGHTS)
+        atomic.write_bytes(folder / WEIGHTS, [save(tensors, metadata={"format": "pt"})])
         files.write_json(folder / CONFIG, _config(rank, alpha, targets, base))
     except (OSError, SafetensorError) as error:
         raise UserError(

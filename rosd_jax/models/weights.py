@@ -28,6 +28,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rosd_jax import atomic
 from rosd_jax.errors import UserError
 from rosd_jax.models import files
 from rosd_jax.models.families import PASS, config_fields, stated_fields
@@ -292,7 +293,7 @@ def _tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
 
 def _write_shards(folder: Path, shards: dict, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
     for name, group in shards.items():
-        part = files.part_of(folder / name)
+        part = atomic.temporary(folder / name)
         save_file(dict(islice(tensors, len(group))), part, metadata={"format": "pt"})
         os.chmod(part, 0o644)  # safetensors makes files that only their owner can read
     # If the process is killed from here on, files are missing, and every loader notices that.
@@ -300,7 +301,7 @@ def _write_shards(folder: Path, shards: dict, tensors: Iterator[tuple[str, np.nd
     for file in old:
         file.unlink(missing_ok=True)
     for name in shards:
-        os.replace(files.part_of(folder / name), folder / name)
+        os.replace(atomic.temporary(folder / name), folder / name)
     if len(shards) > 1:
         size = sum(size for group in shards.values() for _, size in group)
         places = {tensor: name for name, group in shards.items() for tensor, _ in group}

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rosd_jax.models.files import Fields, read_json, read_text, write_bytes, write_json, wrong
+from rosd_jax import atomic
+from rosd_jax.models.files import Fields, read_json, read_text, write_json, wrong
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
@@ -116,7 +117,7 @@ def copy_files(source: Path, target: Path) -> None:
     """Makes the tokenizer's files in `target` equal to those of `source`. Other files are not touched."""
     for name in (*OBJECTS, *TEXTS):
         if (source / name).exists():
-            write_bytes(target / name, (source / name).read_bytes())
+            atomic.write_bytes(target / name, [(source / name).read_bytes()])
         else:
             (target / name).unlink(missing_ok=True)
     if (source / MORE_TEMPLATES).is_dir():

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rosd_jax import atomic
 from rosd_jax.data.pipeline import batch_at
 from rosd_jax.evals.evaluate import evaluate_set, write_generations
 from rosd_jax.evals.health import new_findings
@@ -360,4 +361,4 @@ def export(run: Run, params: Params, path: Path, step: int) -> None:
         params = jax.jit(partial(merge, config=run.inputs.model))(params)
     save_pretrained(path, params, run.inputs.model, source=source, dtype=run.config.model.dtype)
     run.inputs.tokenizer.save(path)
-    workdir.write_atomic(path / history.EXPORTED, [f"{step}\n"])
+    atomic.write_text(path / history.EXPORTED, [f"{step}\n"])
