@@ -20,7 +20,7 @@ from rosd_jax.models.weights import LEAVES
 from rosd_jax.types import Params
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
@@ -44,7 +44,7 @@ def save_adapters(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(folder / WEIGHTS, [save(tensors, metadata={"format": "pt"})])
-        files.write_json(folder / CONFIG, _config(rank, alpha, targets, base))
+        files.write_json(folder / ADAPTER_CONFIG, _config(rank, alpha, targets, base))
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} cannot be written ({error}); free disk space or choose another directory"

@@ -61,7 +61,7 @@ LEAVES = {
 Ranges = tuple[tuple[int, int], ...]  # [start, stop) of each dimension
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-STORED = ("F32", "BF16", "F16")  # the storage types that can be loaded
+STORED_TYPES = ("F32", "BF16", "F16")  # the storage types that can be loaded
 BUFFERS = ".self_attn.rotary_emb.inv_freq"  # in old Llama files; ignored, since config.json determines them
 
 
@@ -198,10 +198,10 @@ def _check_tensors(tensors: dict, shapes: Params, folder: Path) -> None:
                 f"tensor {name} in {file} has shape {tuple(stored.get_shape())}; its config.json requires "
                 f"{shape}; {PASS}"
             )
-        if stored.get_dtype() not in STORED:
+        if stored.get_dtype() not in STORED_TYPES:
             raise UserError(
                 f"tensor {name} in {file} is stored as {stored.get_dtype()}; it must be one of "
-                f"{', '.join(STORED)}; {PASS} that is not quantized"
+                f"{', '.join(STORED_TYPES)}; {PASS} that is not quantized"
             )
     for name in sorted(tensors.keys() - expected.keys()):
         file = tensors[name][1]

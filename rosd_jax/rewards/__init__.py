@@ -62,7 +62,7 @@ class Grader:
         return (self._own or self._pool).timeouts
 
     def grade_all(
-        self, responses: Sequence[str], problems: Sequence[Problem], *, thinking_open: bool = False
+        self, responses: Sequence[str], problems: Sequence[Problem], *, thinking_open: bool
     ) -> list[Grade]:
         """Grades response i against problem i.
 

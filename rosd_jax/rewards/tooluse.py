@@ -43,9 +43,7 @@ _FENCE = re.compile(r"(?:```+|~~~+)\s*\w*")
 _TAG = re.compile(r"</?(?:b|i|em|strong|code)>", re.IGNORECASE)
 
 
-def grade(
-    response: str, answer: str | list[dict[str, Any]], *, mode: Mode, thinking_open: bool = False
-) -> Grade:
+def grade(response: str, answer: str | list[dict[str, Any]], *, mode: Mode, thinking_open: bool) -> Grade:
     """Grades the calls of a response.
 
     answer: as for `gold_calls`; raises UserError for a malformed one. thinking_open: the prompt ended inside

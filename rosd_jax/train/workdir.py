@@ -44,7 +44,7 @@ from rosd_jax.settings import Settings
 WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export")  # by a run that has begun
 # Fields that may differ when a run is resumed; with a dot at the end, a whole section.
 MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "validation.")
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 LOCK = ".lock"
 ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
 ABSENT = object()  # stands for a field that a config does not have
@@ -75,7 +75,7 @@ def prepare(workdir: Path, config: Settings) -> bool:
     """
     _make_directory(workdir)
     _lock(workdir)
-    path = workdir / CONFIG
+    path = workdir / CONFIG_FILE
     resuming = path.exists() and _has_begun(workdir)
     if resuming:
         _require_same(workdir, read_config(path), _as_json(config))
@@ -86,7 +86,7 @@ def prepare(workdir: Path, config: Settings) -> bool:
 
 def record(workdir: Path, config: Settings) -> None:
     """Writes config.json, unless it is the same already."""
-    path = workdir / CONFIG
+    path = workdir / CONFIG_FILE
     here = _as_json(config)
     if not path.exists() or read_config(path) != here:
         atomic.write_text(path, [json.dumps(here, indent=2, sort_keys=True) + "\n"])
@@ -166,9 +166,9 @@ def _make_directory(workdir: Path) -> None:
         raise UserError(
             f"workdir {workdir} cannot be made or read ({error.strerror}); use another --workdir"
         ) from error
-    if CONFIG not in names and names - {LOCK, CONFIG + atomic.TEMPORARY}:
+    if CONFIG_FILE not in names and names - {LOCK, CONFIG_FILE + atomic.TEMPORARY}:
         raise UserError(
-            f"workdir {workdir} contains files but no {CONFIG}, so there is no run to resume; "
+            f"workdir {workdir} contains files but no {CONFIG_FILE}, so there is no run to resume; "
             "give --workdir a new or empty directory"
         )
 
@@ -186,7 +186,7 @@ def _has_begun(workdir: Path) -> bool:
 def _remove_unused(workdir: Path) -> None:
     """Removes a workdir in which no run has begun, unless it contains other files."""
     names = {path.name for path in workdir.iterdir()}
-    if names <= {CONFIG, LOCK, *WRITTEN}:
+    if names <= {CONFIG_FILE, LOCK, *WRITTEN}:
         shutil.rmtree(workdir)
 
 
