@@ -28,7 +28,7 @@ def _differences(cases, grades, flag_is_inverted=False):
 
 
 def _official(checker):
-    return lambda response, answer: checker.grade(response, answer, mode="official")
+    return lambda response, answer: checker.grade(response, answer, mode="official", thinking_open=False)
 
 
 @pytest.mark.parametrize(
