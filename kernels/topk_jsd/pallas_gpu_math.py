@@ -19,7 +19,7 @@ from jax import lax
 from .row_math import bucket, small_expm1
 
 TILE = 512  # tokens of a tile, 4 for each thread of a block
-KEY_OF_MINUS_INF = np.int32(-0x7F800001)
+KEY_OF_MINUS_INF = np.int32(-0x7F800001)  # the bits of -inf, all but the sign flipped
 
 
 class Choice(NamedTuple):

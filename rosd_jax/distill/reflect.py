@@ -63,6 +63,7 @@ def choose(
         rewards = [float(rewards_B[row]) for row in siblings]
         solved = [row for row, reward in zip(siblings, rewards, strict=True) if reward >= SUCCESS]
         if solution == "shortest":
+            # The sort is stable, so of equally short ones the earliest comes first.
             solved.sort(key=lambda row: int(length_B[row]))
         mixed = 0 < len(solved) < len(siblings)
         asked = mixed or (uniform_groups and bool(solved))
@@ -241,6 +242,7 @@ def _first_exact(text: str, quote: str | None) -> spans.Located | None:
 def _token_span(char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenizer, how: str) -> Span:
     if how == "offsets":
         return spans.chars_to_tokens(char_span, tokenizer.offsets(ids))
+    # As in the released code. The text encoded again may have more tokens than were sampled, hence the bound.
     start, stop = (spans.official_token_start(tokenizer.encode, text, at) for at in char_span)
     return min(start, len(ids)), min(stop, len(ids))
 
