@@ -26,13 +26,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .operands import Operands
-from .tpu import ranks
+from .tpu import VMEM_LIMIT, ranks
 from .xla import MINUS
 
 GROUPS = 2
 WAVE_BYTES = 512 << 10  # of pages copied at a time
 WAVES = 4  # buffers: one is worked on, the others are on their way
-VMEM_LIMIT = 32 << 20
 
 
 def write_and_attend(

@@ -1,8 +1,8 @@
 """The terms of one chunk's rows on NVIDIA GPUs from Hopper on: a Pallas (Mosaic GPU) kernel.
 
-A block of 128 threads takes a row, in tiles of `TILE` tokens, and passes over it twice:
+A block of 128 threads takes a row, in tiles of `TILE_TOKENS` tokens, and passes over it twice:
 
-    survey    online exponent sums of both models and, per lane (token id modulo `TILE`), the `DEPTH`
+    survey    online exponent sums of both models and, per lane (token id modulo `TILE_TOKENS`), the `DEPTH`
               largest student scores with the teacher's of the same tokens. What drops out of those
               goes to sums of its own, so that the tail is summed and never a difference. Threshold,
               masses and divergence then come from registers (`pallas_gpu_terms.py`).
@@ -21,7 +21,7 @@ sort, scan, gather or scatter. Division is Mosaic GPU's, good to 2 units in the 
 temperature other than 1, ties that rounding makes or breaks may be decided differently than in XLA.
 Checked in the interpreter and on an H200.
 
-Inside the kernel, arrays are [TILE] unless called otherwise.
+Inside the kernel, arrays are [TILE_TOKENS] unless called otherwise.
 
 Dimensions: C rows, V vocabulary, F fields of a row (its scalar inputs or results), N rows in the fields of
 a record.
@@ -42,7 +42,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from . import pallas_gpu_math as calc
-from .pallas_gpu_math import TILE
+from .pallas_gpu_math import TILE_TOKENS
 from .pallas_gpu_terms import RowTerms, row_sums
 from .pallas_gpu_tiles import RowSpec, for_tiles, load_tile, scores_of, tile_start
 from .records import LossAux, Options, Rows
@@ -93,9 +93,9 @@ def _row_terms(options, grad_dtype, interpret, student_CV, teacher_CV, rows_C, l
 
     # A row shorter than a tile is padded to one; the spec's limit keeps the padding out.
     def widen(x_CV):
-        return jnp.pad(x_CV, ((0, 0), (0, max(TILE - vocab, 0))))
+        return jnp.pad(x_CV, ((0, 0), (0, max(TILE_TOKENS - vocab, 0))))
 
-    spec = RowSpec(options, options.top_k(vocab), max(vocab, TILE), options.num_tokens or vocab)
+    spec = RowSpec(options, options.top_k(vocab), max(vocab, TILE_TOKENS), options.num_tokens or vocab)
     out_type = [jax.ShapeDtypeStruct((5, n_rows), jnp.float32)]
     if grad_dtype is not None:
         out_type.append(jax.ShapeDtypeStruct((n_rows, spec.vocab), grad_dtype))
@@ -152,7 +152,7 @@ def _kernel(spec: RowSpec, student_ref, teacher_ref, given_ref, stats_ref, *grad
     def write_gradient(grad_ref, values):
         def put(i, ragged, tile, carry):
             # Where the last tile overlaps the one before, both write the same values.
-            at = pl.ds(tile_start(spec, i, ragged), TILE)
+            at = pl.ds(tile_start(spec, i, ragged), TILE_TOKENS)
             scores = scores_of(spec, i, ragged, tile, again=True)
             grad_ref[row, at] = values(*scores).astype(grad_ref.dtype)
             return carry

@@ -1,7 +1,7 @@
 """Survey, threshold and sums of one row in the GPU row kernel.
 
-`load(i, ragged)` gives a tile of the row. Arrays are [TILE], one number per lane; scalars are float32 or
-int32. `pallas_gpu.py` describes the passes.
+`load(i, ragged)` gives a tile of the row. Arrays are [TILE_TOKENS], one number per lane; scalars are float32
+or int32. `pallas_gpu.py` describes the passes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from . import pallas_gpu_math as calc
-from .pallas_gpu_math import TILE, Choice
+from .pallas_gpu_math import TILE_TOKENS, Choice
 from .pallas_gpu_tiles import RowSpec, for_tiles, scores_of
 from .row_math import TAIL_FLOOR, tail_bucket
 
@@ -136,7 +136,7 @@ def _tie_cutoff(spec: RowSpec, load: Callable, key: Any, wanted: Any) -> Any:
         student, _, ids = scores_of(spec, i, True, load(i, True))
         return (student == calc.float_of(key)) & (ids < spec.limit), ids
 
-    last = np.int32(-(-spec.limit // TILE) - 1)  # bounds a row that has too few, for its NaNs
+    last = np.int32(-(-spec.limit // TILE_TOKENS) - 1)  # bounds a row that has too few, for its NaNs
 
     def short(state):
         i, before, here = state
@@ -153,7 +153,7 @@ def _tie_cutoff(spec: RowSpec, load: Callable, key: Any, wanted: Any) -> Any:
     def count(probes):
         return [calc.count_true(tie & (ids >= probe)) for probe in probes]
 
-    bracket = calc.Bracket(i * TILE, (i + 1) * TILE + 1, here)
+    bracket = calc.Bracket(i * TILE_TOKENS, (i + 1) * TILE_TOKENS + 1, here)
     return calc.search(count, bracket, before + here - wanted, depth=1).low
 
 

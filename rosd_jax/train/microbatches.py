@@ -39,7 +39,7 @@ class MicroBatch:
     sampler_logp_BS: Array  # float32; its log-prob as the sampler reported it, 0 if none
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """The rows of a lesson that form one micro-batch, and its widths."""
 
     chosen: list[int]
@@ -76,7 +76,7 @@ def needs(lesson: Lesson, cut_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def group_rows(
     student_B: np.ndarray, teacher_B: np.ndarray, rows: int, longest: tuple[int, int]
-) -> list[Group]:
+) -> list[RowGroup]:
     """Groups of up to `rows` rows of similar length, each with its widths S and T, most expensive first.
 
     student_B, teacher_B: the positions that `needs` gives; rows that need none are left out.
@@ -96,7 +96,7 @@ def group_rows(
         chosen = order[first : first + rows]
         S = max(S_of[row] for row in chosen)
         T = max(T_of[row] for row in chosen)
-        groups.append(Group(chosen, S, T))
+        groups.append(RowGroup(chosen, S, T))
     return groups
 
 
@@ -108,7 +108,7 @@ def width(positions: int, longest: int) -> int:
     return min(max(least, SHORTEST), longest)
 
 
-def make_microbatch(lesson: Lesson, cut_B: np.ndarray, group: Group, rows: int) -> MicroBatch:
+def make_microbatch(lesson: Lesson, cut_B: np.ndarray, group: RowGroup, rows: int) -> MicroBatch:
     """The rows of a group, each cut after cut_B[row] response tokens, filled up with rows of weight 0."""
     _, S, T = group
     student_BS = np.zeros((rows, S), np.int32)
