@@ -37,7 +37,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
-from rosd_jax.config import UserError, validate  # noqa: E402
+from rosd_jax.config import validate  # noqa: E402
+from rosd_jax.errors import UserError  # noqa: E402
 from rosd_jax.settings import Settings  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/quickstart.py")
@@ -49,7 +50,7 @@ _TOPOLOGY = flags.DEFINE_string(
 _COMPILE = flags.DEFINE_list("compile", [], "Stages that the plan compiles, separated by commas, or all")
 _JSON = flags.DEFINE_bool("json", False, "Print the plan as one JSON object")
 
-STORED = Path(__file__).resolve().parent / "rosd_jax" / "train" / "stored.py"
+STORED_CONFIG = Path(__file__).resolve().parent / "rosd_jax" / "train" / "stored.py"
 MISSING = (
     "--config is missing; pass a file, such as --config=configs/quickstart.py, or the --workdir of an "
     "earlier run"
@@ -120,7 +121,7 @@ def with_stored_config(argv: list[str]) -> list[str]:
     path = Path(given["workdir"].value or "", "config.json")
     if given["config"].value is not None or given["workdir"].value is None or not path.is_file():
         return argv
-    return [argv[0], f"--config={STORED}:{path}", *argv[1:]]
+    return [argv[0], f"--config={STORED_CONFIG}:{path}", *argv[1:]]
 
 
 def explain(error: BaseException) -> str:

@@ -15,8 +15,9 @@ from typing import Any, TypeAlias, TypeVar
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from rosd_jax.errors import UserError
 from rosd_jax.fields import defaults, describe, from_config, value
-from rosd_jax.settings import LAYERS, LoraSettings, Settings, UserError
+from rosd_jax.settings import LAYERS, LoraSettings, Settings
 
 T = TypeVar("T")
 Draft: TypeAlias = Any  # a ConfigDict that config files and flags may still change, until `validate`

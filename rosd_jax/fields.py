@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 from ml_collections import ConfigDict
 
-from rosd_jax.settings import Settings, UserError
+from rosd_jax.errors import UserError
+from rosd_jax.settings import Settings
 
 Section = TypeVar("Section")
 

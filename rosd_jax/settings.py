@@ -17,10 +17,6 @@ Dtype = Literal["float32", "bfloat16"]
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class UserError(ValueError):
-    """A mistake the user can correct: one sentence naming field, value, rule and remedy."""
-
-
 @dataclass(frozen=True)
 class MeshSettings:
     """How devices are laid out. One of the three may be -1: all remaining devices."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models import families, qwen3, weights
 from rosd_jax.models.qwen3 import Llama3Scaling
 from rosd_jax.models.sharding import make_mesh, param_shardings, validate_mesh_for

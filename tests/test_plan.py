@@ -12,7 +12,8 @@ from test_run import run  # noqa: F401  (a fixture)
 import tiny
 from benchmarks.step_flops import QWEN3
 from configs import quickstart, qwen3_science
-from rosd_jax.config import UserError, validate
+from rosd_jax.config import validate
+from rosd_jax.errors import UserError
 from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params
 from rosd_jax.models.sharding import row_devices
@@ -140,7 +141,7 @@ def test_with_adapters_a_frozen_tree_on_the_host_is_brought_to_every_stage_but_t
 
 
 def test_adapters_take_no_gradients_of_the_weights():
-    model, one = MODELS["8b"], roofline.Split(shards=1, tensor=1, fsdp=1, item=2)
+    model, one = MODELS["8b"], roofline.MeshSplit(shards=1, tensor=1, fsdp=1, item=2)
     learn = partial(
         roofline.learn_work, model, one, rows=1, width=4096, active=1000, remat="block", grad_bytes=0
     )
@@ -276,7 +277,7 @@ def test_flops_are_those_of_a_compiled_forward_pass():
 def test_flops_of_8b_by_hand():
     """Six FLOPs a parameter and token of the usual estimate, two of them again; heads for active tokens."""
     model, T = MODELS["8b"], 10240
-    one = roofline.Split(shards=1, tensor=1, fsdp=1, item=2)
+    one = roofline.MeshSplit(shards=1, tensor=1, fsdp=1, item=2)
     matrices = PARAMETERS["8b"] - 2 * 151936 * 4096
     attention = 2 * 36 * 32 * 128 * T**2  # half of 4 x layers x heads x width x T x T
     work = roofline.learn_work(model, one, rows=1, width=T, active=0, remat="block", grad_bytes=0)
@@ -292,7 +293,7 @@ def test_flops_of_8b_by_hand():
 
 
 def test_decoding_reads_the_weights_every_step_and_each_live_position():
-    model, one = MODELS["8b"], roofline.Split(shards=1, tensor=1, fsdp=1, item=2)
+    model, one = MODELS["8b"], roofline.MeshSplit(shards=1, tensor=1, fsdp=1, item=2)
     prefill = roofline.prefill_work(model, one, prompts=1, prompt=100)
     work = roofline.decode_work(model, one, 1, 100, [50, 10], at_once=2)
     positions = 50 * (100 + 25) + 10 * (100 + 5)

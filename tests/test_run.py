@@ -584,7 +584,7 @@ def test_an_answer_in_thinking_that_the_template_opens_earns_nothing(model, cach
     gold = {problem.uid: problem.answer for problem in problems}
     for folder in ("rollouts", "evals"):
         rows = [row for path in (tmp_path / "run" / folder).rglob("*.jsonl") for row in read_lines(path)]
-        drafts = [mcq.grade_gym(row["response"], gold[row["uid"]]).score for row in rows]
+        drafts = [mcq.grade_gym(row["response"], gold[row["uid"]], thinking_open=False).score for row in rows]
         assert any(drafts) and not any(row["reward"] for row in rows)
 
 

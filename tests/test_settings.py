@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from rosd_jax.config import UserError, default_config, fields_page, validate
+from rosd_jax.config import default_config, fields_page, validate
+from rosd_jax.errors import UserError
 from rosd_jax.fields import describe, replace, value
 from support import ROOT
 

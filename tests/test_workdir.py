@@ -11,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from rosd_jax.config import UserError, default_config, validate
+from rosd_jax.config import default_config, validate
+from rosd_jax.errors import UserError
 from rosd_jax.settings import Settings
 from rosd_jax.train import workdir
 from support import ROOT

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models import files
 from rosd_jax.models.files import Fields, wrong
 from rosd_jax.models.qwen3 import Llama3Scaling, Qwen3Config

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 
 GIB = 2**30
 # Lets libtpu compile for absent chips without asking a metadata server about them.

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import logging
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.fields import replace, value
 from rosd_jax.models.weights import check_weights
 from rosd_jax.plan import printed

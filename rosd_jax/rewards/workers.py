@@ -20,7 +20,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 
 _START_S = 120.0  # for a worker to import its module on a busy machine
 _GRACE_S = 60.0  # beyond the worker's own limit on CPU time, after which the parent kills it

@@ -87,6 +87,7 @@ class Engine:
         """
         check(requests, self.model.num_tokens or self.model.vocab_size)
         parts = []
+        # All calls have one shape. What may differ are pages and slots, in few sizes (`call`).
         for batch, row_M in pack(requests, self.limits, self.shards):
             self.before_call()
             rollout: HostRollout = jax.device_get(self.call(params, batch, key))

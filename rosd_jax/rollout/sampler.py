@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LANES = 128  # ids a block
+BLOCK_IDS = 128  # ids of a block: as many as a TPU's vector has lanes
 ONE_BITS = 0x3F800000  # the bit pattern of 1 in float32
 
 
@@ -95,7 +95,7 @@ def invert_cdf(weight_BV: jax.Array, u_B: jax.Array, axis: str | None = None) ->
     Weights are float32, at least 0 and not normalised; an id of weight 0 is never returned.
     """
     V = weight_BV.shape[1]
-    lanes_BNL = jnp.pad(weight_BV, ((0, 0), (0, -V % LANES))).reshape(len(weight_BV), -1, LANES)
+    lanes_BNL = jnp.pad(weight_BV, ((0, 0), (0, -V % BLOCK_IDS))).reshape(len(weight_BV), -1, BLOCK_IDS)
     block_BN = jnp.sum(lanes_BNL, axis=-1)
     ends_BN = jnp.cumsum(block_BN, axis=-1)
     if axis is None:
@@ -116,7 +116,7 @@ def _invert(lanes_BNL: jax.Array, block_BN: jax.Array, ends_BN: jax.Array, targe
     block_of_B = _first_over(ends_BN, block_BN, target_B)
     lane_BL = jnp.take_along_axis(lanes_BNL, block_of_B[:, None, None], axis=1)[:, 0]
     rest_B = target_B - (_pick(ends_BN, block_of_B) - _pick(block_BN, block_of_B))
-    return block_of_B * LANES + _first_over(jnp.cumsum(lane_BL, axis=-1), lane_BL, rest_B)
+    return block_of_B * BLOCK_IDS + _first_over(jnp.cumsum(lane_BL, axis=-1), lane_BL, rest_B)
 
 
 def _first_over(ends_BN: jax.Array, weight_BN: jax.Array, target_B: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import fields
 from pathlib import Path
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.text.prompts import Wording
 from rosd_jax.text.spans import IDEA_TAGS, QUOTE_TAG
 

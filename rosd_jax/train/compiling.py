@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from jax import monitoring
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 
 # Names of JAX's monitoring events. REQUEST comes for every program, HIT also for one that the cache had.
 REQUEST = "/jax/core/compile/backend_compile_duration"

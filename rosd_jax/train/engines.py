@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from jax.sharding import Mesh
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.rollout.engine import Engine
 from rosd_jax.rollout.limits import Limits, own_pages, page_length

@@ -13,10 +13,10 @@ from typing import Literal, get_args
 
 from absl import logging
 
-from rosd_jax.config import UserError
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.data.sources import same_data, set_name
+from rosd_jax.errors import UserError
 from rosd_jax.evals import health
 from rosd_jax.fields import value
 from rosd_jax.gym.texts import WORDING as GYM
@@ -32,7 +32,7 @@ from rosd_jax.text.wording import read_wording
 from rosd_jax.train.engines import cache_pages
 from rosd_jax.types import Problem
 
-Split = Literal["eval", "validation"]  # which sets are scored; `split` in metrics.jsonl begins with it
+ScoredSplit = Literal["eval", "validation"]  # which sets are scored; `split` in metrics.jsonl begins with it
 FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that each one reads
 WORDINGS = {"english": ENGLISH, "gym": GYM}
 
@@ -51,7 +51,7 @@ class Inputs:
     overlong: dict[str, list[str]]  # "set/split" -> uids of prompts above data.max_prompt_tokens, left out
     found: dict[str, dict[str, int]]  # "set/split" -> "rows" and "crc32" of the problems as read
 
-    def sets(self, split: Split) -> dict[str, Encoded]:
+    def sets(self, split: ScoredSplit) -> dict[str, Encoded]:
         """The sets of a split, by name."""
         return self.evals if split == "eval" else self.validation
 

@@ -168,9 +168,10 @@ def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Less
         thinking=config.thinking.teacher,
         wording=runtime.wording,
     )
-    R = graded.rollout.tokens_BR.shape[1]
+    R = graded.rollout.tokens_BR.shape[1]  # the token limit, whatever the responses' lengths
     lesson = Lesson(
         prompts=[prompt for prompt in graded.prompts.ids for _ in range(graded.group_size)],
+        # A row without a teacher prompt has no weight, and micro-batches leave it out.
         teacher_prompts=[prompt or [] for prompt in ids],
         response_BR=graded.rollout.tokens_BR,
         weight_BR=teacher.region_weights(reflected, config.lesson, R),

@@ -180,6 +180,7 @@ def make_update(
     replicated = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(lambda: learning_params(config, model, jax.random.key(0)))
 
+    # Under jit and with shardings, so that each device allocates its own shard of the gradient only.
     def zeros() -> tuple[Params, Metrics]:
         grads = jax.tree.map(lambda x: jnp.zeros(x.shape, config.optimizer.grad_dtype), shapes)
         return grads, dict.fromkeys(SUMS, jnp.zeros((), jnp.float32))
@@ -192,11 +193,12 @@ def make_update(
         return add(grads, new_grads), add(sums, new_sums)
 
     def apply(state, grads, sums, total):
+        # The accumulator may be bfloat16 (optimizer.grad_dtype); clipping and AdamW compute in float32.
         grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count into floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(grads)  # before clipping
         empty = total == 0
         keep = jnp.isfinite(norm) & (~empty | (config.optimizer.empty_batch == "step"))
         # A skipped step leaves weights and moments unchanged, but advances state.step. Selecting here, inside
@@ -271,6 +273,7 @@ def microbatch_loss(
         ratio_cap=config.loss.ratio_cap,
         chunk=config.loss.chunk,
         num_tokens=model.num_tokens,
+        # The importance ratio compares two log-probs of a token, so both are at the sampling temperature.
         temperature=config.rollout.temperature,
         sharding=loss_sharding(mesh, model.vocab_size),
     )

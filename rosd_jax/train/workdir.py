@@ -16,7 +16,6 @@ A run that was stopped, even by kill -9, continues when it is started again with
     write_rollouts(workdir, step, rows)    -> path
     rollout_steps(workdir)                 -> the steps that have a rollout file
     drop_rollouts_after(workdir, step)
-    write_atomic(path, chunks)             a reader sees the old file or the new one, never a part of it
 """
 
 from __future__ import annotations
@@ -36,16 +35,17 @@ from typing import Any
 
 import numpy as np
 
-from rosd_jax.config import UserError, default_config
+from rosd_jax import atomic
+from rosd_jax.config import default_config
+from rosd_jax.errors import UserError
 from rosd_jax.fields import from_config
 from rosd_jax.settings import Settings
 
 WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export")  # by a run that has begun
 # Fields that may differ when a run is resumed; with a dot at the end, a whole section.
 MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "validation.")
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 LOCK = ".lock"
-TEMPORARY = ".tmp"
 ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
 ABSENT = object()  # stands for a field that a config does not have
 
@@ -75,7 +75,7 @@ def prepare(workdir: Path, config: Settings) -> bool:
     """
     _make_directory(workdir)
     _lock(workdir)
-    path = workdir / CONFIG
+    path = workdir / CONFIG_FILE
     resuming = path.exists() and _has_begun(workdir)
     if resuming:
         _require_same(workdir, read_config(path), _as_json(config))
@@ -86,10 +86,10 @@ def prepare(workdir: Path, config: Settings) -> bool:
 
 def record(workdir: Path, config: Settings) -> None:
     """Writes config.json, unless it is the same already."""
-    path = workdir / CONFIG
+    path = workdir / CONFIG_FILE
     here = _as_json(config)
     if not path.exists() or read_config(path) != here:
-        write_atomic(path, [json.dumps(here, indent=2, sort_keys=True) + "\n"])
+        atomic.write_text(path, [json.dumps(here, indent=2, sort_keys=True) + "\n"])
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def write_rollouts(workdir: Path, step: int, rows: Iterable[dict[str, Any]]) -> 
     path = workdir / "rollouts" / f"step_{step}.jsonl"
     path.parent.mkdir(exist_ok=True)
     lines = (json.dumps(row, ensure_ascii=True, default=_plain) for row in rows)
-    write_atomic(path, (line + "\n" for line in lines))
+    atomic.write_text(path, (line + "\n" for line in lines))
     return path
 
 
@@ -144,25 +144,11 @@ def rollout_steps(workdir: Path) -> list[int]:
 
 def drop_rollouts_after(workdir: Path, step: int) -> None:
     """Removes the rollout files of steps after `step`, which a resumed run writes again."""
-    for path in list((workdir / "rollouts").glob("*" + TEMPORARY)):
+    for path in list((workdir / "rollouts").glob("*" + atomic.TEMPORARY)):
         path.unlink()
     for later in rollout_steps(workdir):
         if later > step:
             (workdir / "rollouts" / f"step_{later}.jsonl").unlink()
-
-
-def write_atomic(path: Path, chunks: Iterable[str]) -> None:
-    """Writes text to a temporary file in the same directory, syncs it to disk, then renames it to `path`."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _plain(value: np.ndarray | np.generic) -> Any:
@@ -180,9 +166,9 @@ def _make_directory(workdir: Path) -> None:
         raise UserError(
             f"workdir {workdir} cannot be made or read ({error.strerror}); use another --workdir"
         ) from error
-    if CONFIG not in names and names - {LOCK, CONFIG + TEMPORARY}:
+    if CONFIG_FILE not in names and names - {LOCK, CONFIG_FILE + atomic.TEMPORARY}:
         raise UserError(
-            f"workdir {workdir} contains files but no {CONFIG}, so there is no run to resume; "
+            f"workdir {workdir} contains files but no {CONFIG_FILE}, so there is no run to resume; "
             "give --workdir a new or empty directory"
         )
 
@@ -200,7 +186,7 @@ def _has_begun(workdir: Path) -> bool:
 def _remove_unused(workdir: Path) -> None:
     """Removes a workdir in which no run has begun, unless it contains other files."""
     names = {path.name for path in workdir.iterdir()}
-    if names <= {CONFIG, LOCK, *WRITTEN}:
+    if names <= {CONFIG_FILE, LOCK, *WRITTEN}:
         shutil.rmtree(workdir)
 
 
