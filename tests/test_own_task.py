@@ -368,7 +368,7 @@ def test_files_that_are_no_wording_are_named(tmp_path):
         ("wording", "klingon", "be english, gym or the path of a .toml file"),
         ("rollout.stop", ("a", ""), "contain only strings that are not empty"),
         ("rollout.stop", (7,), "contain only strings that are not empty"),
-        ("reward_timeout", 0.0, "be above 0 and finite"),
+        ("reward_timeout", 0.0, "be above 0 and at most 3600"),
     ],
 )
 def test_fields_of_ones_own_are_checked_before_any_file(field, value, words):

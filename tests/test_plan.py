@@ -382,7 +382,6 @@ def test_what_cannot_be_compiled_is_named(asked, words, tmp_path_factory, tmp_pa
         plans.plan(validate(config), tmp_path / "run", asked)
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_the_flags_are_refused_without_a_plan(run):  # noqa: F811
     status, printed = run(f"--config={ROOT / 'configs' / 'quickstart.py'}:debug", "--json")
     assert status == 2 and "are for --mode=plan" in printed.err

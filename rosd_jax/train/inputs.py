@@ -98,6 +98,8 @@ def read_inputs(config: Settings) -> Inputs:
     validation: dict[str, Encoded] = {}
     for name in listed(config.validation.sets):
         validation[set_name(name)] = encode(name, FILES["validation"], 0)
+    for name, items in (evals | validation).items():
+        check_samples(config, name, len(items))
     check_known(tokenizer, train, config.data.train)
     for name, uids in overlong.items():
         logging.warning(
@@ -107,6 +109,16 @@ def read_inputs(config: Settings) -> Inputs:
             ", ".join(uids),
         )
     return Inputs(model, tokenizer, wording, stops, train, evals, validation, overlong, found)
+
+
+def check_samples(config: Settings, name: str, items: int) -> None:
+    """Raises UserError if a set has more responses than random numbers can be told apart for."""
+    responses = items * config.eval.samples
+    if responses > 2**31:
+        raise UserError(
+            f"eval.samples is {config.eval.samples}, which makes {responses} responses to the {items} "
+            f"problems of {name}; it must make at most 2**31, so lower it or eval.limit"
+        )
 
 
 def check_known(tokenizer: Tokenizer, train: Encoded, name: str) -> None:
@@ -125,9 +137,10 @@ def model_path(config: Settings) -> Path:
         )
     path = Path(config.model.path)
     if not path.is_dir():
+        home = ", with the home directory in full instead of ~" if config.model.path.startswith("~") else ""
         raise UserError(
             f"model.path is {str(path)!r}, which is not a directory; pass --config.model.path=DIR of a "
-            "Hugging Face model"
+            f"Hugging Face model{home}"
         )
     return path
 
