@@ -353,7 +353,7 @@ def test_a_wording_that_breaks_a_rule_names_file_and_field(tmp_path, changes, wo
 def test_files_that_are_no_wording_are_named(tmp_path):
     with pytest.raises(UserError, match="absent.toml', which cannot be read"):
         read_wording(str(tmp_path / "absent.toml"))
-    for content in (b"reflect = ", b"\xff"):
+    for content in (b"reflect = ", b"\xff", b"reflect = " + b"[" * 10_000):
         (tmp_path / "bad.toml").write_bytes(content)
         with pytest.raises(UserError, match="bad.toml', which is not valid TOML"):
             read_wording(str(tmp_path / "bad.toml"))

@@ -838,6 +838,22 @@ FIELD_MISTAKES = {
     "long file name": (dict(data__train="jsonl:" + "x" * 256), "each name in it of at most 255"),
     "no such home": (dict(data__train="jsonl:~no-such-user/x"), "'jsonl:~no-such-user/x' names no file"),
     "too many responses": (dict(eval__samples=2**31 - 1), "lower it or eval.limit"),
+    "too large a step": (
+        dict(batch__samples=2**26),
+        "x rollout.max_new_tokens is 2147483648; it must be below",
+    ),
+    "too large a microbatch": (
+        dict(batch__device_rows=2**31 - 1),
+        "batch.device_rows x the longest sequence is",
+    ),
+    "too large an evaluation": (
+        dict(eval__batch=2**28),
+        "eval.batch x eval.max_new_tokens is 4294967296; it",
+    ),
+    "nothing to evaluate": (
+        dict(mode="eval", eval__sets=""),
+        "eval.sets is empty, so --mode=eval has nothing",
+    ),
     "attention for TPU": (
         dict(rollout__attention="ragged_tpu"),
         "rollout.attention is 'ragged_tpu', a kernel for tpu, and the devices are cpu; leave the field out",

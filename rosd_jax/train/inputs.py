@@ -188,7 +188,10 @@ def check_kinds(config: Settings, problems: Sequence[Problem]) -> None:
 
 
 def check_lengths(config: Settings, model: Qwen3Config) -> None:
-    """Raises UserError if the longest possible sequence exceeds the model's positions or the KV cache."""
+    """Raises UserError if the longest possible sequence exceeds the model's positions or the KV cache.
+
+    Also if a step has more tokens than devices can count.
+    """
     longest = {
         "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         "reflect.max_new_tokens": config.reflect.max_prompt_tokens + config.reflect.max_new_tokens,
@@ -201,6 +204,14 @@ def check_lengths(config: Settings, model: Qwen3Config) -> None:
                 f"{field} makes sequences of up to {tokens} tokens; the model has "
                 f"{model.max_position_embeddings} positions, so lower it or the prompt limit"
             )
+    sizes = {
+        "batch.prompts x batch.samples x rollout.max_new_tokens": config.rows * config.rollout.max_new_tokens,
+        "eval.batch x eval.max_new_tokens": config.eval.batch * config.eval.max_new_tokens,
+        "batch.device_rows x the longest sequence": config.batch.device_rows * max(longest.values()),
+    }
+    for field, tokens in sizes.items():
+        if tokens >= 2**31:
+            raise UserError(f"{field} is {tokens}; it must be below 2**31, because devices count in 32 bits")
     for section in (config.rollout, config.reflect, config.eval):
         cache_pages(config, section.max_new_tokens)
     for field in ("data.max_prompt_tokens", "reflect.max_prompt_tokens"):

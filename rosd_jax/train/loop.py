@@ -33,7 +33,7 @@ from rosd_jax.models.peft_files import save_adapters
 from rosd_jax.models.weights import check_weights, save_pretrained
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.batching import Request
-from rosd_jax.settings import Settings
+from rosd_jax.settings import Settings, UserError
 from rosd_jax.train import checkpoint, history, stopping, workdir
 from rosd_jax.train.build import build
 from rosd_jax.train.compiling import Compiled
@@ -277,12 +277,17 @@ def evaluate_only(config: Settings, directory: Path) -> None:
     """Evaluates the newest checkpoint in `directory`, or the original model if nothing was trained there.
 
     If the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier evaluation
-    of the same step and sets are replaced; everything else stays.
+    of the same step and sets are replaced; everything else stays. Raises UserError for a mistake of the
+    user's, such as an empty eval.sets.
     """
     exported = history.export_to_evaluate(directory, config)
     if exported:
         config = replace(config, "model.path", str(directory / "export"))
     inputs = read_inputs(config)
+    if not inputs.evals:
+        raise UserError(
+            "eval.sets is empty, so --mode=eval has nothing to score; pass --config.eval.sets=SET,SET"
+        )
     check_weights(config.model.path, inputs.model)
     with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         runtime, trees = build(config, inputs, grader)
