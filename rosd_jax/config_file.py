@@ -94,13 +94,11 @@ def explain(error: BaseException) -> str:
     user_errors = [e for e in chain if isinstance(e, UserError)]
     if user_errors:
         return str(user_errors[-1])
-    if isinstance(
-        error, flags.DuplicateFlagError
-    ):  # of the overrides, which the second --config defines again
+    if isinstance(error, flags.DuplicateFlagError):
+        # A second --config defines the flags of the overrides again.
         return "--config is given more than once; give it once"
-    if isinstance(
-        error, KeyError
-    ):  # of ml_collections, for an override that the file's config has no place for
+    if isinstance(error, KeyError):
+        # An override of a field that the file's config lacks.
         return f"the config of --config has no {error.args[0]}; start it from default_config()"
     refused = REFUSED.match(str(error))
     if refused and isinstance(error, flags.IllegalFlagValueError):
