@@ -37,11 +37,17 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
+from rosd_jax import config_file  # noqa: E402
 from rosd_jax.config import validate  # noqa: E402
 from rosd_jax.errors import UserError  # noqa: E402
 from rosd_jax.settings import Settings  # noqa: E402
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/quickstart.py")
+# The command line, from which the flag --config takes the overrides; read_flags fills it.
+_ARGV: list[str] = []
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment, e.g. configs/quickstart.py", sys_argv=_ARGV
+)
+config_file.use(_CONFIG, _ARGV)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do")
 _TOPOLOGY = flags.DEFINE_string(
@@ -54,10 +60,6 @@ STORED_CONFIG = Path(__file__).resolve().parent / "rosd_jax" / "train" / "stored
 MISSING = (
     "--config is missing; pass a file, such as --config=configs/quickstart.py, or the --workdir of an "
     "earlier run"
-)
-NO_CONFIG = (
-    "--config does not name a Python file with a get_config that returns a ConfigDict; pass one, such as "
-    "--config=configs/quickstart.py"
 )
 
 
@@ -97,19 +99,19 @@ def read_flags(argv: list[str]) -> ConfigDict:
     """The config that the command line asks for. Raises UserError if something does not parse."""
     app.define_help_flags()
     try:
-        rest = flags.FLAGS(with_stored_config(argv))
-        config = _CONFIG.value
+        _ARGV[:] = with_stored_config(argv)
+        rest = flags.FLAGS(_ARGV)
     except BrokenPipeError:  # raised by --help; it is an OSError too
         raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(explain(error)) from error
+    except (flags.Error, KeyError, ValueError, OSError) as error:
+        if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
+            raise UserError(MISSING) from error  # the config's fields are flags once there is a config
+        raise UserError(config_file.explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
-    if config is None:
+    if _CONFIG.value is None:
         raise UserError(MISSING)
-    if not isinstance(config, ConfigDict):  # what ml_collections returns for a file that did not load
-        raise UserError(NO_CONFIG)
-    return config
+    return _CONFIG.value
 
 
 def with_stored_config(argv: list[str]) -> list[str]:
@@ -118,27 +120,17 @@ def with_stored_config(argv: list[str]) -> list[str]:
     for name in ("config", "workdir"):
         flags.DEFINE_string(name, None, "", flag_values=given)
     given(argv, known_only=True)
-    path = Path(given["workdir"].value or "", "config.json")
-    if given["config"].value is not None or given["workdir"].value is None or not path.is_file():
+    if given["workdir"].value == "":
+        raise UserError("--workdir is empty; give it a directory, or leave it out for runs/NAME-TIME")
+    if given["config"].value is not None or given["workdir"].value is None:
         return argv
-    return [argv[0], f"--config={STORED_CONFIG}:{path}", *argv[1:]]
+    from rosd_jax.train import workdir
 
-
-def explain(error: BaseException) -> str:
-    """One sentence for an error of absl or ml_collections, which may wrap a UserError."""
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    user_errors = [e for e in chain if isinstance(e, UserError)]
-    if user_errors:
-        return str(user_errors[-1])
-    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
-        return MISSING  # the config's fields are flags once there is a config
-    if isinstance(chain[-1], KeyError):
-        return f"the config has no field {chain[-1].args[0]!r}; docs/fields.md lists the fields"
-    if isinstance(error, AttributeError | OSError):
-        return NO_CONFIG
-    return f"the command line does not parse: {' '.join(str(error).split())}"
+    directory = Path(given["workdir"].value)
+    workdir.check_path(directory)
+    if not (directory / workdir.CONFIG_FILE).is_file():
+        return argv
+    return [argv[0], f"--config={STORED_CONFIG}:{directory / workdir.CONFIG_FILE}", *argv[1:]]
 
 
 def run(config: Settings) -> None:
@@ -148,6 +140,7 @@ def run(config: Settings) -> None:
     from rosd_jax.train import loop, workdir
 
     directory = Path(_WORKDIR.value or workdir.default_workdir(config.name))
+    workdir.check_path(directory)
     asked = command.Asked(_TOPOLOGY.value, tuple(_COMPILE.value), _JSON.value)
     if _MODE.value == "plan":
         command.plan(config, directory, asked)

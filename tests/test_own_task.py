@@ -357,7 +357,7 @@ def test_a_wording_that_breaks_a_rule_names_file_and_field(tmp_path, changes, wo
 def test_files_that_are_no_wording_are_named(tmp_path):
     with pytest.raises(UserError, match="absent.toml', which cannot be read"):
         read_wording(str(tmp_path / "absent.toml"))
-    for content in (b"reflect = ", b"\xff"):
+    for content in (b"reflect = ", b"\xff", b"reflect = " + b"[" * 10_000):
         (tmp_path / "bad.toml").write_bytes(content)
         with pytest.raises(UserError, match="bad.toml', which is not valid TOML"):
             read_wording(str(tmp_path / "bad.toml"))
@@ -372,7 +372,7 @@ def test_files_that_are_no_wording_are_named(tmp_path):
         ("wording", "klingon", "be english, gym or the path of a .toml file"),
         ("rollout.stop", ("a", ""), "contain only strings that are not empty"),
         ("rollout.stop", (7,), "contain only strings that are not empty"),
-        ("reward_timeout", 0.0, "be above 0 and finite"),
+        ("reward_timeout", 0.0, "be above 0 and at most 3600"),
     ],
 )
 def test_fields_of_ones_own_are_checked_before_any_file(field, value, words):

@@ -42,7 +42,6 @@ from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.types import Problem
 from support import ROOT, run_environment
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 FILE = Path(os.environ.get("ROSD_CASES_DIR", ROOT / "tests" / "cases")) / "reported.jsonl"
 CASES = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
 SLOW = ("export-unreadable-in-transformers-4", "resume-on-changed-data", "error-blames-wrong-file")

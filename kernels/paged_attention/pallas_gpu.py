@@ -111,7 +111,7 @@ class _Tiling:
         return TILE // self.copies
 
 
-def fits(q_BHE: jax.Array, cache_XPWE: jax.Array) -> bool:
+def fits(q_BHE: jax.Array | jax.ShapeDtypeStruct, cache_XPWE: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether the kernel takes these; arrays or their shapes and dtypes."""
     (_, H, E), (_, P, W, _) = q_BHE.shape, cache_XPWE.shape
     bfloat16 = q_BHE.dtype == cache_XPWE.dtype == jnp.bfloat16

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from rosd_jax.config import PATH_RULE, path_fits
 from rosd_jax.errors import UserError
+from rosd_jax.fields import shown
 from rosd_jax.rewards import tooluse
 
 FIELDS = ("uid", "dataset", "kind", "system", "user", "answer", "extra")
@@ -109,9 +112,15 @@ def set_name(name: str) -> str:
 
 
 def own_path(name: str) -> Path | None:
-    """The file or folder of "jsonl:PATH" or "NAME=jsonl:PATH"; None for another set."""
+    """The file or folder of "jsonl:PATH" or "NAME=jsonl:PATH"; None for another set.
+
+    Raises UserError for a path that is too long for a file system.
+    """
     asked = name if name.startswith("jsonl:") else name[len(set_name(name)) + 1 :]
-    return Path(asked.removeprefix("jsonl:")).expanduser().absolute() if asked else None
+    path = asked.removeprefix("jsonl:")
+    if not path_fits(path):
+        raise UserError(f"the path of the set {shown(name)} is no path of a file; it must {PATH_RULE}")
+    return Path(os.path.expanduser(path)).absolute() if asked else None
 
 
 def same_data(name: str, other: str, data_dir: str) -> bool:
@@ -124,7 +133,7 @@ def _all_files(name: str, data_dir: str) -> set[Path]:
     path = own_path(name)
     if path is None:
         files = SOURCES[name].files.values() if name in SOURCES else ()
-        return {Path(data_dir, file).expanduser().resolve() for file in files}
+        return {Path(os.path.expanduser(data_dir), file).resolve() for file in files}
     if path.is_dir():
         path /= OWN_SPLITS["train"]
     siblings = OWN_SPLITS.values() if path.name in OWN_SPLITS.values() else (path.name,)
@@ -148,7 +157,7 @@ def locate(name: str, split: str, data_dir: str) -> tuple[str, str]:
     files = SOURCES[name].files
     if split not in files:
         raise UserError(f"{name!r} has no {split!r} split, only {', '.join(files)}; choose another set")
-    folder = Path(data_dir).expanduser()
+    folder = Path(os.path.expanduser(data_dir))
     if not data_dir or not folder.is_dir():
         raise UserError(f"data.dir is {data_dir!r}; it must be the folder with {files[split]}")
     if split not in present(name, str(folder)):

@@ -19,10 +19,16 @@ response.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from rosd_jax.errors import UserError
+from rosd_jax.settings import TEMPERATURE_RULE, is_temperature
 
 BLOCK_IDS = 128  # ids of a block: as many as a TPU's vector has lanes
 ONE_BITS = 0x3F800000  # the bit pattern of 1 in float32
@@ -30,11 +36,34 @@ ONE_BITS = 0x3F800000  # the bit pattern of 1 in float32
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn (`sample` says more), and which ones end a response (hashable)."""
+    """How tokens are drawn (`sample` says more), and which ones end a response (hashable).
 
-    temperature: float
-    top_p: float = 1.0
-    stop_ids: tuple[int, ...] = ()
+    Raises UserError, which is a ValueError, for a value that breaks the rule given with its field.
+    """
+
+    temperature: float  # 0 (greedy) or in [1e-6, 1e6]
+    top_p: float = 1.0  # in (0, 1], also in float32
+    stop_ids: tuple[int, ...] = ()  # at least 0
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.temperature) or not is_temperature(self.temperature):
+            raise UserError(f"temperature is {self.temperature!r}; it must {TEMPERATURE_RULE}")
+        smallest = np.finfo(np.float32).tiny
+        if not _is_number(self.top_p) or not smallest <= self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p!r}; it must lie in (0, 1], also in float32")
+        ids = self.stop_ids
+        if not isinstance(ids, tuple) or not all(_is_id(token) for token in ids):
+            raise UserError(
+                f"stop_ids is {ids!r}; it must be a tuple of token ids, which are ints of at least 0"
+            )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def _is_id(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and 0 <= int(x) < 2**31
 
 
 def sample(

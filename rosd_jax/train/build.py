@@ -12,7 +12,7 @@ from rosd_jax.rollout.bandwidth import measure_roofline
 from rosd_jax.settings import Settings
 from rosd_jax.train.compiling import keep_programs
 from rosd_jax.train.devices import check_rows, split_cpu
-from rosd_jax.train.engines import Ends, make_engines
+from rosd_jax.train.engines import Ends, capability, check_attention, make_engines
 from rosd_jax.train.inputs import Inputs
 from rosd_jax.train.step import Runtime
 from rosd_jax.train.trees import Trees
@@ -24,7 +24,8 @@ TASK_METRICS = {"gym": quote_exact}  # by the kind of the training problems
 def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Runtime, Trees]:
     """The runtime of a run, and the `Trees` that load or initialise its weights.
 
-    Raises UserError if the mesh does not suit the devices, the model or the batch.
+    Raises UserError if the mesh does not suit the devices, the model or the batch, or rollout.attention
+    does not suit the devices or the model.
     """
     if config.model.dtype == "float32":
         # By default, accelerators round the operands of float32 matmuls to 10 bits of mantissa or fewer.
@@ -35,6 +36,8 @@ def build(config: Settings, inputs: Inputs, grader: Grader) -> tuple[Runtime, Tr
     model = inputs.model
     validate_mesh_for(model, mesh)
     check_rows(config, row_devices(mesh))
+    device = mesh.devices.flat[0]
+    check_attention(config, model, device.platform, capability(device))
     optimizer = make_optimizer(config)
     trees = Trees(config, model, mesh, optimizer)
     for leaf in replicated_dims(trees.base, mesh):

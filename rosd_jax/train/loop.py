@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from rosd_jax import atomic
 from rosd_jax.data.pipeline import Encoded, batch_at
+from rosd_jax.errors import UserError
 from rosd_jax.evals.evaluate import requests_of, score_set, write_generations
 from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
@@ -287,12 +288,17 @@ def evaluate_only(config: Settings, directory: Path) -> None:
     """Evaluates the newest checkpoint in `directory`, or the original model if nothing was trained there.
 
     If the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier evaluation
-    of the same step and sets are replaced; everything else stays.
+    of the same step and sets are replaced; everything else stays. Raises UserError for a mistake of the
+    user's, such as an empty eval.sets.
     """
     exported = history.export_to_evaluate(directory, config)
     if exported:
         config = replace(config, "model.path", str(directory / "export"))
     inputs = read_inputs(config)
+    if not inputs.evals:
+        raise UserError(
+            "eval.sets is empty, so --mode=eval has nothing to score; pass --config.eval.sets=SET,SET"
+        )
     check_weights(config.model.path, inputs.model)
     with workdir.claim(directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         runtime, trees = build(config, inputs, grader)

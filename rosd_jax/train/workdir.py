@@ -6,6 +6,7 @@ A run that was stopped, even by kill -9, continues when it is started again with
     DIR/rollouts/step_N.jsonl     what was sampled, graded and reflected in step N
     DIR/.lock                     locked by the process that writes to DIR
 
+    check_path(workdir)                    raises UserError for a path that cannot be
     claim(workdir, config)                 `prepare` as a context: a failed start leaves no new directory
     prepare(workdir, config)               -> whether a run is being resumed
     record(workdir, config)                writes config.json, once a resumed run has passed its checks
@@ -36,9 +37,9 @@ from typing import Any
 import numpy as np
 
 from rosd_jax import atomic
-from rosd_jax.config import default_config
+from rosd_jax.config import PATH_RULE, default_config, path_fits
 from rosd_jax.errors import UserError
-from rosd_jax.fields import from_config
+from rosd_jax.fields import from_config, shown
 from rosd_jax.settings import Settings
 
 WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export")  # by a run that has begun
@@ -54,15 +55,16 @@ ABSENT = object()  # stands for a field that a config does not have
 def claim(workdir: Path, config: Settings) -> Iterator[bool]:
     """Calls `prepare` and yields its result. Removes a new workdir if the block fails before a run has begun.
 
-    So a failed start, for example on a full disk, leaves no directory behind.
+    So a failed start, for example on a full disk, leaves no directory behind, also none above the workdir.
     """
-    new = not workdir.exists()
+    missing = _missing(workdir)
     resuming = prepare(workdir, config)
     try:
         yield resuming
     except BaseException:
-        if new and not _has_begun(workdir):
+        if missing and not _has_begun(workdir):
             _remove_unused(workdir)
+            _remove_empty(missing)
         raise
 
 
@@ -71,17 +73,38 @@ def prepare(workdir: Path, config: Settings) -> bool:
 
     The lock lasts as long as the process. Raises UserError, and changes no file, if the path is not a
     directory, cannot be written, contains files but no run, contains a run with another config (in a field
-    not in MAY_CHANGE), or is in use by another process.
+    not in MAY_CHANGE), or is in use by another process. Then no new directory is left either.
     """
-    _make_directory(workdir)
-    _lock(workdir)
-    path = workdir / CONFIG_FILE
-    resuming = path.exists() and _has_begun(workdir)
-    if resuming:
-        _require_same(workdir, read_config(path), _as_json(config))
-    else:
-        record(workdir, config)
+    check_path(workdir)
+    missing = _missing(workdir)
+    locked = False
+    try:
+        _make_directory(workdir)
+        _lock(workdir)
+        locked = True
+        path = workdir / CONFIG_FILE
+        resuming = path.exists() and _has_begun(workdir)
+        if resuming:
+            _require_same(workdir, read_config(path), _as_json(config))
+        else:
+            record(workdir, config)
+    except BaseException:
+        if missing and locked:  # without the lock, another run may have made it meanwhile
+            _remove_unused(workdir)
+        _remove_empty(missing)
+        raise
     return resuming
+
+
+def check_path(workdir: Path) -> None:
+    """Raises UserError for a path that no file system can have, or whose ~ the shell has not replaced."""
+    if not path_fits(str(workdir)):
+        raise UserError(f"--workdir is {shown(str(workdir))}; it must {PATH_RULE}")
+    if workdir.parts[:1] and workdir.parts[0].startswith("~"):
+        raise UserError(
+            f"--workdir is {str(workdir)!r}, where ~ would be a directory of that name; write the home "
+            "directory in full, or ./~ if you mean it"
+        )
 
 
 def record(workdir: Path, config: Settings) -> None:
@@ -96,7 +119,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The fields of a config.json. Raises UserError if it cannot be read or contains no config."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); use another --workdir") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} contains no config; use another --workdir")
@@ -171,6 +194,24 @@ def _make_directory(workdir: Path) -> None:
             f"workdir {workdir} contains files but no {CONFIG_FILE}, so there is no run to resume; "
             "give --workdir a new or empty directory"
         )
+
+
+def _missing(workdir: Path) -> list[Path]:
+    """The workdir and the directories above it that do not exist, the innermost first."""
+    missing = []
+    for path in (workdir, *workdir.parents):
+        if path.exists():
+            break
+        missing.append(path)
+    return missing
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    """Removes directories, the innermost first, up to the first that is not empty."""
+    with contextlib.suppress(OSError):
+        for path in directories:
+            if path.exists():
+                path.rmdir()
 
 
 def _has_begun(workdir: Path) -> bool:
