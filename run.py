@@ -42,11 +42,18 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
-from rosd_jax.config import UserError, validate  # noqa: E402
+from rosd_jax import config_file  # noqa: E402
+from rosd_jax.config import validate  # noqa: E402
+from rosd_jax.errors import UserError  # noqa: E402
 from rosd_jax.hosts import place, supervisor  # noqa: E402
 from rosd_jax.settings import Settings  # noqa: E402
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/quickstart.py")
+# The command line, from which the flag --config takes the overrides; read_flags fills it.
+_ARGV: list[str] = []
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment, e.g. configs/quickstart.py", sys_argv=_ARGV
+)
+config_file.use(_CONFIG, _ARGV)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do")
 _TOPOLOGY = flags.DEFINE_string(
@@ -58,14 +65,10 @@ flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, on several hos
 flags.DEFINE_integer("processes", None, "How many processes, one per host, take part")
 flags.DEFINE_integer("process", None, "Which of them this is, from 0")
 
-STORED = Path(__file__).resolve().parent / "rosd_jax" / "train" / "stored.py"
+STORED_CONFIG = Path(__file__).resolve().parent / "rosd_jax" / "train" / "stored.py"
 MISSING = (
     "--config is missing; pass a file, such as --config=configs/quickstart.py, or the --workdir of an "
     "earlier run"
-)
-NO_CONFIG = (
-    "--config does not name a Python file with a get_config that returns a ConfigDict; pass one, such as "
-    "--config=configs/quickstart.py"
 )
 
 
@@ -90,12 +93,10 @@ def main(argv: list[str]) -> int:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return fail(f"{name} cannot be written ({error.strerror}); use another --workdir")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            return crash(error)
         return fail(f"the disk of {name} is full; free some space and run the same command to resume")
     except Exception as error:
-        traceback.print_exc()
-        supervisor.report_failure(f"failed, with a traceback in its output: {error!r}", 1)
-        return 1
+        return crash(error)
     return 0
 
 
@@ -109,7 +110,7 @@ def place_of(argv: list[str]) -> place.Place | None:
     try:
         given(argv, known_only=True)
     except flags.Error as error:
-        raise UserError(explain(error)) from error
+        raise UserError(config_file.explain(error)) from error
     if given["mode"].value == "plan":
         return None
     return place.find(given["coordinator"].value, given["processes"].value, given["process"].value)
@@ -128,19 +129,19 @@ def read_flags(argv: list[str]) -> ConfigDict:
     """The config that the command line asks for. Raises UserError if something does not parse."""
     app.define_help_flags()
     try:
-        rest = flags.FLAGS(with_stored_config(argv))
-        config = _CONFIG.value
+        _ARGV[:] = with_stored_config(argv)
+        rest = flags.FLAGS(_ARGV)
     except BrokenPipeError:  # raised by --help; it is an OSError too
         raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(explain(error)) from error
+    except (flags.Error, KeyError, ValueError, OSError) as error:
+        if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
+            raise UserError(MISSING) from error  # the config's fields are flags once there is a config
+        raise UserError(config_file.explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
-    if config is None:
+    if _CONFIG.value is None:
         raise UserError(MISSING)
-    if not isinstance(config, ConfigDict):  # what ml_collections returns for a file that did not load
-        raise UserError(NO_CONFIG)
-    return config
+    return _CONFIG.value
 
 
 def with_stored_config(argv: list[str]) -> list[str]:
@@ -149,27 +150,17 @@ def with_stored_config(argv: list[str]) -> list[str]:
     for name in ("config", "workdir"):
         flags.DEFINE_string(name, None, "", flag_values=given)
     given(argv, known_only=True)
-    path = Path(given["workdir"].value or "", "config.json")
-    if given["config"].value is not None or given["workdir"].value is None or not path.is_file():
+    if given["workdir"].value == "":
+        raise UserError("--workdir is empty; give it a directory, or leave it out for runs/NAME-TIME")
+    if given["config"].value is not None or given["workdir"].value is None:
         return argv
-    return [argv[0], f"--config={STORED}:{path}", *argv[1:]]
+    from rosd_jax.train import workdir
 
-
-def explain(error: BaseException) -> str:
-    """One sentence for an error of absl or ml_collections, which may wrap a UserError."""
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    user_errors = [e for e in chain if isinstance(e, UserError)]
-    if user_errors:
-        return str(user_errors[-1])
-    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
-        return MISSING  # the config's fields are flags once there is a config
-    if isinstance(chain[-1], KeyError):
-        return f"the config has no field {chain[-1].args[0]!r}; docs/fields.md lists the fields"
-    if isinstance(error, AttributeError | OSError):
-        return NO_CONFIG
-    return f"the command line does not parse: {' '.join(str(error).split())}"
+    directory = Path(given["workdir"].value)
+    workdir.check_path(directory)
+    if not (directory / workdir.CONFIG_FILE).is_file():
+        return argv
+    return [argv[0], f"--config={STORED_CONFIG}:{directory / workdir.CONFIG_FILE}", *argv[1:]]
 
 
 def run(config: Settings, here: place.Place | None) -> None:
@@ -180,6 +171,8 @@ def run(config: Settings, here: place.Place | None) -> None:
 
     hosts = place.join(here)
     directory = Path(_WORKDIR.value or hosts.once("workdir", lambda: workdir.default_workdir(config.name)))
+    workdir.check_path(directory)
+    hosts.require_same("the command", {"--workdir": str(directory.absolute())})
     asked = command.Asked(_TOPOLOGY.value, tuple(_COMPILE.value), _JSON.value)
     if _MODE.value == "plan":
         command.plan(config, directory, asked)
@@ -192,6 +185,13 @@ def run(config: Settings, here: place.Place | None) -> None:
         loop.train(config, directory, hosts)
     else:
         loop.evaluate_only(config, directory, hosts)
+
+
+def crash(error: Exception) -> int:
+    """Prints a traceback and returns the exit status of a fault of the program."""
+    traceback.print_exception(error)
+    supervisor.report_failure(f"failed, with a traceback in its output: {error!r}", 1)
+    return 1
 
 
 def fail(sentence: str) -> int:

@@ -408,7 +408,9 @@ def report(grader: Grader, answers: list[str], ways: dict[str, Way], want: float
 def grade(grader: Grader, pairs: list[Pair]) -> list[float]:
     """The score of each pair, 1 for a right answer."""
     problems = [Problem("grading", "grading", "math", (), gold) for _, gold in pairs]
-    grades = grader.grade_all([rf"\boxed{{{prediction}}}" for prediction, _ in pairs], problems)
+    grades = grader.grade_all(
+        [rf"\boxed{{{prediction}}}" for prediction, _ in pairs], problems, thinking_open=False
+    )
     return [grade.score for grade in grades]
 
 

@@ -23,7 +23,8 @@ Smallest    slices that fit at these lengths, according to the plan. 8B: v5p-8, 
             v6e) are not built
 """
 
-from rosd_jax.config import PRESETS, UserError, choose_one, default_config, parse_variant, use_preset
+from rosd_jax.config import PRESETS, choose_one, default_config, parse_variant, use_preset
+from rosd_jax.errors import UserError
 
 EPOCH_STEPS = {"biology": 14, "chemistry": 59, "material": 26, "physics": 22}
 SIZES = ("4b", "8b")

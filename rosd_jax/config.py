@@ -8,15 +8,19 @@ before any device is touched and returns the `Settings` that all other code read
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from rosd_jax.fields import defaults, describe, from_config, value
-from rosd_jax.settings import LAYERS, LoraSettings, Settings, UserError
+from rosd_jax.errors import UserError
+from rosd_jax.fields import defaults, describe, from_config, shown, value
+from rosd_jax.settings import LAYERS, TEMPERATURE_RULE, LoraSettings, Settings, is_temperature
 
 T = TypeVar("T")
 Draft: TypeAlias = Any  # a ConfigDict that config files and flags may still change, until `validate`
@@ -140,6 +144,12 @@ AT_LEAST_ONE = (
     "steps",
 )
 AT_LEAST_ZERO = ("eval.limit", "eval.every", "validation.every", "optimizer.warmup_steps", "seed")
+PATHS = ("model.path", "data.dir", "wording", "compile_cache")
+LONGEST_NAME = 255  # bytes of one part of a path, on all common file systems
+LONGEST_PATH = 3584  # bytes of a path: Linux allows 4095, of which a run's own files take some
+PATH_RULE = f"be a path of at most {LONGEST_PATH} bytes, and each name in it of at most {LONGEST_NAME}"
+TINY = float(np.finfo(np.float32).tiny)  # the smallest normal number
+HUGE = float(np.finfo(np.float32).max)
 
 
 def validate(config: ConfigDict) -> Settings:
@@ -149,6 +159,7 @@ def validate(config: ConfigDict) -> Settings:
     """
     settings = from_config(config)
     _validate_counts(settings)
+    _validate_paths(settings)
     _validate_task(settings)
     _validate_lora(settings.model.lora)
     _validate_sampling(settings)
@@ -157,6 +168,11 @@ def validate(config: ConfigDict) -> Settings:
 
 
 def _validate_counts(settings: Settings) -> None:
+    for field in describe():
+        count = value(settings, field.name)
+        if type(count) is int and field.name != "seed":
+            small = abs(count) < 2**31
+            _require(field.name, count, small, "be below 2**31, because devices count in 32 bits")
     for field in AT_LEAST_ONE:
         count = value(settings, field)
         _require(field, count, count >= 1, "be at least 1")
@@ -169,6 +185,25 @@ def _validate_counts(settings: Settings) -> None:
     _require("rollout.slots", slots, slots is None or slots >= 1, "be at least 1, or null for all rows")
     _require("batch.samples", samples, samples >= 2, "be at least 2, since the reflector compares siblings")
     _require("seed", seed, seed < 2**32, "be below 2**32")
+    rollouts = settings.steps * settings.rows
+    rule = "be at most 2**31, because each rollout has its own random numbers, which 31 bits tell apart"
+    _require("steps x batch.prompts x batch.samples", rollouts, rollouts <= 2**31, rule)
+
+
+def _validate_paths(settings: Settings) -> None:
+    for field in PATHS:
+        path = value(settings, field)
+        _require(field, path, path_fits(path), PATH_RULE)
+
+
+def path_fits(path: str) -> bool:
+    """Whether a file system can hold this path, and a run's files below it. Looks at no file."""
+    try:
+        absolute = os.path.abspath(os.fsencode(os.path.expanduser(path)))
+    except UnicodeEncodeError:
+        return False
+    parts = absolute.split(b"/")
+    return b"\0" not in absolute and len(absolute) <= LONGEST_PATH and max(map(len, parts)) <= LONGEST_NAME
 
 
 def _validate_task(settings: Settings) -> None:
@@ -183,7 +218,7 @@ def _validate_task(settings: Settings) -> None:
     stop = settings.rollout.stop
     _require("rollout.stop", stop, all(map(_is_text, stop)), "contain only strings that are not empty")
     timeout = settings.reward_timeout
-    _require("reward_timeout", timeout, 0 < timeout < float("inf"), "be above 0 and finite")
+    _require("reward_timeout", timeout, 0 < timeout <= 3600, "be above 0 and at most 3600")
 
 
 def _is_text(x: Any) -> bool:
@@ -193,7 +228,9 @@ def _is_text(x: Any) -> bool:
 
 def _validate_lora(lora: LoraSettings) -> None:
     _require("model.lora.rank", lora.rank, lora.rank >= 0, "be 0 (all weights are trained) or more")
-    _require("model.lora.alpha", lora.alpha, 0 < lora.alpha < float("inf"), "be above 0 and finite")
+    scale = _single(lora.alpha / max(1, lora.rank))
+    rule = "be above 0 and finite, also divided by model.lora.rank, in float32"
+    _require("model.lora.alpha", lora.alpha, 0 < scale and _single(lora.alpha) < float("inf"), rule)
     targets = lora.targets
     known = all(name in LAYERS and targets.count(name) == 1 for name in targets)
     rule = f"name some of {', '.join(LAYERS)}, each once"
@@ -203,9 +240,7 @@ def _validate_lora(lora: LoraSettings) -> None:
 def _validate_sampling(settings: Settings) -> None:
     for field in ("rollout.temperature", "eval.temperature", "reflect.temperature"):
         temperature = value(settings, field)
-        # Below and above, logits over the temperature leave float32.
-        usable = temperature == 0 or 1e-6 <= temperature <= 1e6
-        _require(field, temperature, usable, "be 0 (greedy) or lie in [1e-6, 1e6]")
+        _require(field, temperature, is_temperature(temperature), TEMPERATURE_RULE)
     temperature = settings.rollout.temperature
     rule = "be above 0, since rollouts of one prompt must differ"
     _require("rollout.temperature", temperature, temperature > 0, rule)
@@ -213,21 +248,22 @@ def _validate_sampling(settings: Settings) -> None:
     rule = "be 1 in training, since the sampler's log-probs are those of the whole distribution"
     _require("rollout.top_p", top_p, top_p == 1.0, rule)
     top_p = settings.eval.top_p
-    _require("eval.top_p", top_p, 0 < top_p <= 1, "lie in (0, 1]")
+    _require("eval.top_p", top_p, 0 < _single(top_p) and top_p <= 1, "lie in (0, 1], also in float32")
 
 
 def _validate_training(settings: Settings) -> None:
     loss = settings.loss
     _require("loss.alpha", loss.alpha, 0 <= loss.alpha <= 1, "lie in [0, 1]")
-    _require("loss.ratio_cap", loss.ratio_cap, loss.ratio_cap > 0, "be above 0")
+    _require("loss.ratio_cap", loss.ratio_cap, _single(loss.ratio_cap) > 0, "be above 0, also in float32")
     for field in ("optimizer.lr", "optimizer.clip_norm", "optimizer.eps"):
         number = value(settings, field)
-        _require(field, number, 0 < number < float("inf"), "be above 0 and finite")
+        _require(field, number, 0 < _single(number) < float("inf"), "be above 0 and finite, also in float32")
     for field in ("optimizer.b1", "optimizer.b2"):
         decay = value(settings, field)
-        _require(field, decay, 0 <= decay < 1, "lie in [0, 1)")
+        _require(field, decay, 0 <= decay and _single(decay) < 1, "lie in [0, 1), also in float32")
     decay = settings.optimizer.weight_decay
-    _require("optimizer.weight_decay", decay, 0 <= decay < float("inf"), "be 0 or more and finite")
+    rule = "be 0 or more and finite, also in float32"
+    _require("optimizer.weight_decay", decay, decay >= 0 and _single(decay) < float("inf"), rule)
     for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         devices = value(settings, field)
         _require(
@@ -235,9 +271,19 @@ def _validate_training(settings: Settings) -> None:
         )
 
 
+def _single(number: float) -> float:
+    """The number as devices compute with it, in float32.
+
+    What is beyond the normal numbers of float32 becomes 0 or infinite, as XLA's compilers may have it.
+    """
+    if abs(number) < TINY:
+        return 0.0
+    return math.copysign(math.inf, number) if abs(number) > HUGE else float(np.float32(number))
+
+
 def _require(field: str, given: Any, is_met: bool, rule: str) -> None:
     if not is_met:
-        raise UserError(f"{field} is {given!r}; it must {rule}")
+        raise UserError(f"{field} is {shown(given)}; it must {rule}")
 
 
 PAGE = """# Fields of a config

@@ -5,22 +5,29 @@ replace(settings, field, x)  -> Settings with one field changed; `field` is a na
 value(settings, field)       -> the value of a field
 defaults()                   -> the defaults as nested dicts
 describe()                   -> name, type, default and text of every field
+check_name(name)             raises UserError, with the nearest names, if there is no such field
+mistyped(name, given)        -> the error about a value of another type
+shown(value)                 -> a value as sentences show it, shortened
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import inspect
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
-from rosd_jax.settings import Settings, UserError
+from rosd_jax.errors import UserError
+from rosd_jax.settings import Settings
 
 Section = TypeVar("Section")
+LONGEST_SHOWN = 200  # characters of a value in a sentence
 
 
 class Field(NamedTuple):
@@ -75,11 +82,59 @@ def describe(of: Any = Settings, above: str = "") -> Iterator[Field]:
             yield from describe(hint, f"{above}{name}.")
 
 
+def check_name(name: str) -> None:
+    """Raises UserError unless `name` is the full name of a field, such as "rollout.slots"."""
+    names = [field.name for field in describe()]
+    if name in names:
+        return
+    inner = [other for other in names if other.startswith(f"{name}.")]
+    if inner:
+        raise UserError(f"{name} is a section; set one of its fields, such as --config.{inner[0]}=VALUE")
+    nearest = _nearest(name, names)
+    hint = f"; similar names: {', '.join(nearest)}" if nearest else ""
+    raise UserError(f"the config has no field {name!r}; docs/fields.md lists the fields{hint}")
+
+
+def mistyped(name: str, given: Any) -> UserError:
+    """The error about a value that is not of the field's type. `name` is like "rollout.slots"."""
+    kind = next((field.type for field in describe() if field.name == name), "another type")
+    if kind == "list of strings":
+        rule = "be a list of strings, as a flag a,b or ('a, b', 'c')"
+    else:
+        rule = f"be of type {kind}"
+    if "null" in kind.split(", "):
+        rule += " (null is None, which only a config file can set)"
+    return UserError(f"{name} is {shown(given)}; it must {rule}")
+
+
+def shown(given: Any, *, quoted: bool = True) -> str:
+    """A value as sentences show it, on one line and shortened. quoted: with the quotes of a string."""
+    if isinstance(given, int) and given.bit_length() > LONGEST_SHOWN:
+        return f"a whole number of {given.bit_length()} bits"  # Python refuses to print the longest
+    text = repr(given) if quoted else str(given)
+    if len(text) > LONGEST_SHOWN:
+        text = f"{text[: LONGEST_SHOWN // 2]}...{text[-LONGEST_SHOWN // 2 :]}"
+    return " ".join(text.splitlines())
+
+
+def _nearest(name: str, names: list[str]) -> list[str]:
+    """Up to three names that are spelled like `name`, or whose last part is spelled like its last part."""
+    last = name.rpartition(".")[2]
+
+    def likeness(other: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, name, other).ratio()
+        part = difflib.SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
+        return max(whole, part), whole + part  # the sum decides between equals
+
+    close = [other for other in names if likeness(other)[0] > 0.75]
+    return sorted(close, key=likeness, reverse=True)[:3]
+
+
 def _section(of: type[Section], given: dict[str, Any], above: str) -> Section:
     hints = get_type_hints(of)
     for name in given:
         if name not in hints:
-            raise UserError(f"the config has no field {above + name!r}; docs/fields.md lists the fields")
+            check_name(above + name)
     made: dict[str, Any] = {}
     for name, hint in hints.items():
         if name not in given:
@@ -91,21 +146,22 @@ def _section(of: type[Section], given: dict[str, Any], above: str) -> Section:
 def _converted(hint: Any, given: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(given, dict):
-            raise UserError(f"{name} is {given!r}; it must be a section with fields of its own")
+            raise UserError(f"{name} is {shown(given)}; it must be a section with fields of its own")
         return _section(hint, given, f"{name}.")
     if allowed := _choices(hint):
         if given not in allowed:
-            raise UserError(f"{name} is {given!r}; it must be one of {_type_name(hint)}")
+            note = " (null is None, which only a config file can set)" if None in allowed else ""
+            raise UserError(f"{name} is {shown(given)}; it must be one of {_type_name(hint)}{note}")
         return given
     if get_origin(hint) is tuple:
         if not isinstance(given, list | tuple):
-            raise UserError(f"{name} is {given!r}; it must be a list of strings")
+            raise mistyped(name, given)
         return tuple(given)
-    if hint is float and type(given) is int:
+    if hint is float and type(given) is int and abs(given) <= sys.float_info.max:
         return float(given)
     allowed = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
     if type(given) not in allowed:  # not isinstance: True is no int here
-        raise UserError(f"{name} is {given!r}; it must be of type {_type_name(hint)}")
+        raise mistyped(name, given)
     return given
 
 

@@ -17,8 +17,12 @@ Dtype = Literal["float32", "bfloat16"]
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class UserError(ValueError):
-    """A mistake the user can correct: one sentence naming field, value, rule and remedy."""
+TEMPERATURE_RULE = "be 0 (greedy) or lie in [1e-6, 1e6]"
+
+
+def is_temperature(number: float) -> bool:
+    """Whether a model can be sampled at it. Below and above, logits over the temperature leave float32."""
+    return number == 0 or 1e-6 <= number <= 1e6
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class LoraSettings:
     alpha: float = 32.0
     """The adapters' product is scaled by alpha / rank."""
     targets: tuple[str, ...] = LAYERS
-    """The kernels that get an adapter."""
+    """The kernels that get an adapter. As a flag: names separated by commas."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class RolloutSettings:
     max_new_tokens: int
     """Longest response."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response like a stop token, in evaluation too."""
+    """Strings that end a response like a stop token, in evaluation too. As a flag: strings separated by
+    commas, with their spaces (`a,b` is two), or Python if a string has a comma (`('a, b', 'c')`)."""
     slots: int | None = None
     """Maximum number of concurrent rollouts or reflections, over all devices, rounded up to a multiple of the
     row devices (data x fsdp); finished ones are replaced. null: all."""

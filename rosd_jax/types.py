@@ -110,7 +110,7 @@ class Graded:
     rollout: HostRollout
     texts: tuple[str, ...]  # B decoded responses, special tokens removed
     rewards_B: np.ndarray  # float32 in [0, 1]
-    thinking_open: bool = False  # the prompts end inside a thinking block, so the texts begin in it
+    thinking_open: bool  # the prompts end inside a thinking block, so the texts begin in it
 
     @property
     def group_size(self) -> int:

@@ -1,5 +1,7 @@
 """Requests as calls: dealt over the shards, in turns where prompts are too many, and in order again."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -76,6 +78,27 @@ def test_a_request_without_a_limit_has_the_engine_s():
     assert batch.limit_B[row_M].tolist() == [9, 0, 2]
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(max_new=0), "max_new is 0; it must be an int of at least 1 and below 2"),
+        (dict(max_prompt=-1), "max_prompt is -1"),
+        (dict(max_new=2**31), "max_new is 2147483648"),
+        (dict(max_prompt=1.5), "max_prompt is 1.5"),
+        (dict(slots=0), "slots is 0"),
+        (dict(page_length=0), "page_length is 0"),
+        (dict(rows=True), "rows is True"),
+        (dict(prompts="8"), "prompts is '8'"),
+        (dict(response_pages=1), "response_pages is 1; one sequence alone may need 2"),
+        (dict(prompt_tokens=64), "prompt_tokens is 64; one prompt of max_prompt = 65 tokens may need 128"),
+    ],
+)
+def test_limits_that_no_engine_can_have_are_refused(changes, words):
+    limits = Limits(max_new=3, max_prompt=65, prompt_tokens=128)
+    with pytest.raises(ValueError, match=words):
+        replace(limits, **changes)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="70 tokens do not fit the maximum of 64"):
         pack(REQUESTS, Limits(max_new=3, max_prompt=64), 1)
@@ -97,7 +120,7 @@ def test_prompts_that_do_not_fit_take_turns_and_shared_ones_count_once():
 
     assert sizes(1, 5) == [8] and sizes(1, 4) == [4, 4] and sizes(1, 3) == [4, 4]
     assert sizes(1, 2) == [2] * 4  # the longest takes two pages
-    assert sizes(2, 3) == [8] and sizes(8, 2) == [8] and sizes(1, 1) == [1] * 8
+    assert sizes(2, 3) == [8] and sizes(8, 2) == [8]
     assert [len(part) for part in split(length_N, of_M, 1, None)] == [8]
     np.testing.assert_array_equal(np.concatenate(split(length_N, of_M, 1, 2 * PAGE)), np.arange(8))
 

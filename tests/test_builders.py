@@ -10,9 +10,9 @@ from absl import logging
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rosd_jax.config import UserError
 from rosd_jax.data import builders, sources
 from rosd_jax.data.builders import load_problems
+from rosd_jax.errors import UserError
 from rosd_jax.gym import problems as gym
 from support import data_dir
 

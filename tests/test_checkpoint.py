@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rosd_jax.config import UserError, default_config, validate
+from rosd_jax.config import default_config, validate
+from rosd_jax.errors import UserError
 from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.train import checkpoint
 from rosd_jax.types import TrainState

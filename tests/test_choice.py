@@ -59,7 +59,7 @@ def listed(text: str) -> list[str]:
 
 @pytest.mark.parametrize("written", listed(ONE) + ["B\ntext", "B\n\nA cell divides", "\u200bB\ufeff"])
 def test_one_letter_is_read_in_any_usual_dress(written):
-    grade = mcq.grade(f"So.\n<answer>{written}</answer>", "B", mode="fixed")
+    grade = mcq.grade(f"So.\n<answer>{written}</answer>", "B", mode="fixed", thinking_open=False)
     assert (grade.score, grade.prediction, grade.well_formed) == (1, "B", True)
 
 
@@ -68,7 +68,7 @@ def test_one_letter_is_read_in_any_usual_dress(written):
 )
 def test_several_choices_or_none_are_none(written):
     for gold in "ABCDE":
-        grade = mcq.grade(f"So.\n<answer>{written}</answer>", gold, mode="fixed")
+        grade = mcq.grade(f"So.\n<answer>{written}</answer>", gold, mode="fixed", thinking_open=False)
         assert (grade.score, grade.prediction, grade.well_formed) == (0, "", False)
 
 
@@ -84,9 +84,9 @@ def test_several_choices_or_none_are_none(written):
     ],
 )
 def test_the_tag_may_be_spelled_in_any_way_but_must_close(tags):
-    assert mcq.grade(tags.format("B"), "B", mode="fixed").score == 1
-    assert mcq.grade(tags.format("B").rpartition("<")[0], "B", mode="fixed").score == 0
-    assert mcq.grade(tags.format("B"), "B", mode="official").score == 0
+    assert mcq.grade(tags.format("B"), "B", mode="fixed", thinking_open=False).score == 1
+    assert mcq.grade(tags.format("B").rpartition("<")[0], "B", mode="fixed", thinking_open=False).score == 0
+    assert mcq.grade(tags.format("B"), "B", mode="official", thinking_open=False).score == 0
 
 
 FORMS = (

@@ -104,6 +104,13 @@ def test_where_pages_are_scarce_sequences_are_preempted_and_say_the_same_again(a
         generate(response_pages=5)
 
 
+def test_attention_of_another_platform_is_refused_before_anything_is_compiled():
+    engine = Engine(MODEL, None, LIMITS, SAMPLING, attention="pallas_tpu")
+    words = "attention is 'pallas_tpu', a kernel for tpu, and the devices are cpu; pass None"
+    with pytest.raises(ValueError, match=words):
+        engine.generate(PARAMS, requests(), KEY)
+
+
 @pytest.mark.parametrize("page", [3, 64])
 def test_the_page_length_does_not_change_tokens(alone, page):
     assert_same(generate(page_length=page, slots=8), alone)

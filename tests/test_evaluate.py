@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.evals.evaluate import (
-    evaluate_set,
     generations_path,
     majority_letter,
+    requests_of,
+    score_set,
     scores,
     write_generations,
 )
@@ -46,27 +47,19 @@ def fake_grades(texts, problems):
     ]
 
 
-def plain_votes(predictions, problems):
+def plain_votes(predictions):
     return list(predictions)
 
 
-def evaluate(*, items=5, samples=3, calls=None):
-    problems = [problem(i, "AAB"[i % 3]) for i in range(items)]
-    prompts = [[100 + i, 7] for i in range(items)]
-
-    def decode(ids):
-        return " ".join(map(str, ids))
-
-    return evaluate_set(
-        "s",
-        problems,
-        prompts,
-        fake_sample([] if calls is None else calls),
-        fake_grades,
-        decode,
-        votes=plain_votes,
-        samples=samples,
-    )
+def evaluate(problems=None, *, samples=3, calls=None, votes=plain_votes):
+    """Every part of an evaluation, with a fake engine, tokenizer and grader."""
+    problems = problems or [problem(i, "AAB"[i % 3]) for i in range(5)]
+    encoded = [(problem, [100 + i, 7]) for i, problem in enumerate(problems)]
+    rollout = fake_sample([] if calls is None else calls)(requests_of("s", encoded, samples))
+    rows = zip(rollout.tokens_BR, rollout.length_B, strict=True)
+    texts = [" ".join(map(str, tokens_R[:length])) for tokens_R, length in rows]
+    grades = fake_grades(texts, [problem for problem in problems for _ in range(samples)])
+    return score_set(problems, rollout, texts, grades, votes([grade.prediction for grade in grades]))
 
 
 def test_scores_by_hand():
@@ -139,43 +132,24 @@ def test_numbers_of_a_set():
 
 
 def test_answers_that_are_equal_vote_together():
-    def merged(predictions, _):
+    def merged(predictions):
         return ["B" if p == "C" else p for p in predictions]
 
     for votes, maj, distinct in ((plain_votes, 0, 3), (merged, 1, 2)):
-        numbers, generations = evaluate_set(
-            "s",
-            [problem(0, "B")],
-            [[1]],
-            fake_sample([]),
-            fake_grades,
-            lambda ids: str(ids[0]),
-            votes=votes,
-            samples=3,
-        )
+        numbers, generations = evaluate([problem(0, "B")], votes=votes)
         assert (numbers["maj"], numbers["distinct"]) == (maj, distinct)
         assert [g["prediction"] for g in generations] == ["A", "B", "C"]
     assert [g["vote"] for g in generations] == ["A", "B", "B"]
 
 
 def test_only_multiple_choice_has_a_most_frequent_letter():
-    problems = [problem(0), problem(1, kind="math")]
-    numbers, _ = evaluate_set(
-        "s",
-        problems,
-        [[1], [2]],
-        fake_sample([]),
-        fake_grades,
-        lambda ids: str(ids[0]),
-        votes=plain_votes,
-        samples=1,
-    )
+    numbers, _ = evaluate([problem(0), problem(1, kind="math")], samples=1)
     assert "majority_letter" not in numbers
 
 
 def test_a_set_without_problems_is_named():
     with pytest.raises(UserError, match="eval.sets names 'aime24'"):
-        evaluate_set("aime24", [], [], fake_sample([]), fake_grades, str, votes=plain_votes, samples=1)
+        requests_of("aime24", [], 1)
 
 
 def test_generations_survive_the_disk(tmp_path):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models import families, weights
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train import loop

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models import families, qwen3, weights
 from rosd_jax.models.qwen3 import Llama3Scaling
 from rosd_jax.models.sharding import make_mesh, param_shardings, validate_mesh_for
@@ -326,6 +326,11 @@ def test_windows_that_cut_nothing_are_taken(tmp_path):
 
 
 WRONG = [
+    (
+        "qwen2",
+        {"num_hidden_layers": 2**30},
+        "num_hidden_layers in .* is 1073741824; it must be at most 10000",
+    ),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window in .* is True"),
     ("qwen2", {"rope_theta": None}, "rope_theta in .* is None; it must be a number above 0"),
     ("qwen2", {"num_key_value_heads": None}, "num_key_value_heads in .* is None"),

@@ -28,7 +28,7 @@ def _differences(cases, grades, flag_is_inverted=False):
 
 
 def _official(checker):
-    return lambda response, answer: checker.grade(response, answer, mode="official")
+    return lambda response, answer: checker.grade(response, answer, mode="official", thinking_open=False)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,6 @@ def test_official_mode_agrees_on_math():
         Problem(f"golden/{i}", "golden", "math", (), case["ground_truth"]) for i, case in enumerate(cases)
     ]
     with Grader(mode="official", timeout_s=20) as grader:
-        grades = grader.grade_all([case["response"] for case in cases], problems)
+        grades = grader.grade_all([case["response"] for case in cases], problems, thinking_open=False)
         assert grader.timeouts == 0
     assert _differences(cases, grades) == []

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from rosd_jax.config import default_config, use_preset
-from rosd_jax.distill.reflect import choose, read_reflection
+from rosd_jax.distill.reflect import choose, note_of, parse
 from rosd_jax.rewards.grade import SUCCESS
 from rosd_jax.text.spans import find_exact, locate_quote, parse_official, parse_reflection
+from rosd_jax.types import Reflection
 from support import golden_dir
 
 # Options of the release that are no options here: solution from oneself, groups without a success
@@ -104,7 +105,7 @@ def check_rows(case: dict, plans: list) -> None:
     for row, plan in enumerate(plans):
         raw = "<explanation>x</explanation>" if case["reflection_parsed"][row] else "none"
         solution = None if plan.solution is None else "s"
-        ids = np.zeros(0, np.int32)
-        read = read_reflection(raw, plan, "", ids, None, lesson, solution)
+        idea, _ = parse(raw, official=True, thinking_open=False)
+        note = note_of(plan, Reflection(raw=raw, idea=idea, solution=solution), lesson)
         expected = case["sample_mask"][row] * case["zero_std_kept"][row]
-        assert (read.note == "") == bool(expected), (case, row)
+        assert (note == "") == bool(expected), (case, row)

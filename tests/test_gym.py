@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.gym import pretrain, texts
 from rosd_jax.gym import problems as gym
 from rosd_jax.gym.metric import quote_exact
@@ -123,7 +123,7 @@ def test_splits_are_disjoint_and_always_the_same(family):
     assert {gym.parse(text).family for text in asked[1]} == {family}
     with Grader("fixed") as grader:
         right = [gym.respond(gym.solve(gym.parse(problem.question))) for problem in test]
-        assert all(grade.score == 1 for grade in grader.grade_all(right, test))
+        assert all(grade.score == 1 for grade in grader.grade_all(right, test, thinking_open=False))
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
@@ -172,7 +172,7 @@ def share(texts, rewards, reflections):
     """`quote_exact` of rollouts of one problem."""
     problem = Problem("u", "gym:chain", "gym", ({"role": "user", "content": TEXT},), "10")
     prompts = Prompts((problem,), ([1],))
-    graded = Graded(prompts, None, tuple(texts), np.array(rewards, np.float32))
+    graded = Graded(prompts, None, tuple(texts), np.array(rewards, np.float32), thinking_open=False)
     return quote_exact(Reflected(graded, tuple(reflections)))["quote_exact"]
 
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rosd_jax.config import UserError, default_config, validate
+from rosd_jax.config import default_config, validate
+from rosd_jax.errors import UserError
 from rosd_jax.fields import replace
 from rosd_jax.train import history, workdir
 from rosd_jax.train.inputs import FILES

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.evals.localize import (
     Finding,
     Truth,

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from test_update import MODEL as PLAIN
 from test_update import QUICK, B, assert_near, gradient, make_config, make_lesson, with_gradient
 
-from rosd_jax.config import UserError, default_config, validate
+from rosd_jax.config import default_config, validate
+from rosd_jax.errors import UserError
 from rosd_jax.fields import replace
 from rosd_jax.models import lora, qwen3, weights
 from rosd_jax.models.peft_files import save_adapters

@@ -16,10 +16,7 @@ from test_run import (  # noqa: F401  (model: a fixture)
     numbers,
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
-]
+pytestmark = pytest.mark.slow
 FIELDS = dict(
     model__lora__rank=4,
     model__lora__alpha=8.0,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.train.metrics import Console, MetricsLog, format_bar, format_step
 
 NUMBERS = {

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosd_jax.train.microbatches import needs, plan_microbatches, width
+from rosd_jax.train.microbatches import cuts, needs, plan_microbatches, width
 from rosd_jax.types import Lesson
 
 
@@ -53,7 +53,7 @@ def test_a_row_ends_at_its_last_active_token_and_one_without_is_left_out():
     lesson = make_lesson(0, rows=4, P=10, Q=20, R=300)
     lesson.weight_BR[:] = 0
     lesson.weight_BR[1, 2:5] = 1
-    student_B, teacher_B = needs(lesson)
+    student_B, teacher_B = needs(lesson, cuts(lesson.weight_BR))
     assert student_B.tolist() == [0, len(lesson.prompts[1]) + 4, 0, 0]
     assert teacher_B.tolist() == [0, len(lesson.teacher_prompts[1]) + 4, 0, 0]
     (microbatch,) = plan_microbatches(lesson, 1, (310, 320))

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rosd_jax.config import UserError, default_config, validate
+from rosd_jax.config import default_config, validate
 from rosd_jax.data.builders import load_problems
 from rosd_jax.distill.teacher import repeats_gold
+from rosd_jax.errors import UserError
 from rosd_jax.rewards import Grade, Grader, check, workers
 from rosd_jax.text import prompts
 from rosd_jax.text.wording import read_wording
@@ -90,7 +91,8 @@ def problem(answer="yes", kind="own", n=0, extra=""):
 
 
 def grade(grader, *responses):
-    return grader.grade_all(list(responses), [problem(n=n) for n in range(len(responses))])
+    problems = [problem(n=n) for n in range(len(responses))]
+    return grader.grade_all(list(responses), problems, thinking_open=False)
 
 
 # ---- reward functions
@@ -105,7 +107,8 @@ def test_a_number_or_a_truth_value_is_a_score(rewards, capfd):
 
 def test_a_function_is_told_prompt_response_and_row(rewards):
     extra = json.dumps({"tests": ["a", {"b": None}], "dataset": "mine", "\ud800": 1})
-    (found,) = rewards("told").grade_all(["said \ud800"], [problem("gold", "math", 4, extra)])
+    told = [problem("gold", "math", 4, extra)]
+    (found,) = rewards("told").grade_all(["said \ud800"], told, thinking_open=False)
     row = dict(uid="jsonl:x/train/4", dataset="mine", kind="math", answer="gold", tests=["a", {"b": None}])
     assert found.prediction == repr(([{"role": "user", "content": "Q?"}], "said \ud800", row | {"\ud800": 1}))
     assert (found.score, found.well_formed) == (0.25, False)
@@ -126,7 +129,8 @@ def test_the_built_in_checkers_are_at_hand(rewards):
         ("\\boxed{3}", "4", "math"),
     ]
     problems = [problem(answer, kind, n) for n, (_, answer, kind) in enumerate(rows)]
-    assert [g.score for g in rewards("built_in").grade_all([r for r, *_ in rows], problems)] == [1, 1, 0]
+    grades = rewards("built_in").grade_all([r for r, *_ in rows], problems, thinking_open=False)
+    assert [g.score for g in grades] == [1, 1, 0]
     assert check("<answer>7</answer>", "7", "gym") == Grade(1.0, "7", True)
     with pytest.raises(UserError, match="kind is 'own'; it must be one of mcq, math, tooluse, gym"):
         check("x", "x", "own")
@@ -265,7 +269,7 @@ def test_rows_keep_all_their_fields_and_need_no_answer(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     with Grader("seen:f") as grader:
-        seen = [eval(g.prediction) for g in grader.grade_all([""] * 4, problems)]
+        seen = [eval(g.prediction) for g in grader.grade_all([""] * 4, problems, thinking_open=False)]
     name = problems[0].dataset
 
     def own(n, **fields):
@@ -353,7 +357,7 @@ def test_a_wording_that_breaks_a_rule_names_file_and_field(tmp_path, changes, wo
 def test_files_that_are_no_wording_are_named(tmp_path):
     with pytest.raises(UserError, match="absent.toml', which cannot be read"):
         read_wording(str(tmp_path / "absent.toml"))
-    for content in (b"reflect = ", b"\xff"):
+    for content in (b"reflect = ", b"\xff", b"reflect = " + b"[" * 10_000):
         (tmp_path / "bad.toml").write_bytes(content)
         with pytest.raises(UserError, match="bad.toml', which is not valid TOML"):
             read_wording(str(tmp_path / "bad.toml"))
@@ -368,7 +372,7 @@ def test_files_that_are_no_wording_are_named(tmp_path):
         ("wording", "klingon", "be english, gym or the path of a .toml file"),
         ("rollout.stop", ("a", ""), "contain only strings that are not empty"),
         ("rollout.stop", (7,), "contain only strings that are not empty"),
-        ("reward_timeout", 0.0, "be above 0 and finite"),
+        ("reward_timeout", 0.0, "be above 0 and at most 3600"),
     ],
 )
 def test_fields_of_ones_own_are_checked_before_any_file(field, value, words):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosd_jax.config import UserError
 from rosd_jax.data.pipeline import batch_at, encode_problems, problems_crc32
+from rosd_jax.errors import UserError
 from rosd_jax.types import Problem
 
 

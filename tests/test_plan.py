@@ -1,5 +1,6 @@
 """The plan: slices that exist, what fits on them, bytes and FLOPs that can be checked, and what it prints."""
 
+import contextlib
 import json
 from dataclasses import replace
 from functools import cache, partial
@@ -12,7 +13,8 @@ from test_run import run  # noqa: F401  (a fixture)
 import tiny
 from benchmarks.step_flops import QWEN3
 from configs import quickstart, qwen3_science
-from rosd_jax.config import UserError, validate
+from rosd_jax.config import validate
+from rosd_jax.errors import UserError
 from rosd_jax.models.families import read_config
 from rosd_jax.models.qwen3 import Qwen3Config, hidden_states, init_params
 from rosd_jax.models.sharding import row_devices
@@ -23,6 +25,7 @@ from rosd_jax.plan.chips import CHIPS, Slice, read_topology
 from rosd_jax.plan.command import Asked, make_plan
 from rosd_jax.plan.roofline import at_limits, realistic
 from rosd_jax.plan.stages import STAGES, make_job, microbatch_widths, stages
+from rosd_jax.train.engines import check_attention
 from rosd_jax.train.microbatches import plan_microbatches
 from rosd_jax.types import Lesson
 from support import NEEDS_LIBTPU, ROOT
@@ -77,7 +80,9 @@ def test_gpus_are_planned_without_any():
         ("h100:2x2", "it must give the number of GPUs"),
         ("h100:2000", "plan in a new process"),
         pytest.param("v5p:3x5", "which the TPU compiler does not accept", marks=NEEDS_LIBTPU),
-        pytest.param("v6e:x", "which the TPU compiler does not accept", marks=NEEDS_LIBTPU),
+        ("v6e:x", "it must give the sides of a slice"),
+        ("v5p:0x0x0", "it must give the sides of a slice"),  # libtpu divides by it
+        ("v5p:999x999x999", "it must give the sides of a slice of at most 16384 chips"),
     ],
 )
 def test_a_slice_that_does_not_exist_is_named(name, words):
@@ -140,7 +145,7 @@ def test_with_adapters_a_frozen_tree_on_the_host_is_brought_to_every_stage_but_t
 
 
 def test_adapters_take_no_gradients_of_the_weights():
-    model, one = MODELS["8b"], roofline.Split(shards=1, tensor=1, fsdp=1, item=2)
+    model, one = MODELS["8b"], roofline.MeshSplit(shards=1, tensor=1, fsdp=1, item=2)
     learn = partial(
         roofline.learn_work, model, one, rows=1, width=4096, active=1000, remat="block", grad_bytes=0
     )
@@ -276,7 +281,7 @@ def test_flops_are_those_of_a_compiled_forward_pass():
 def test_flops_of_8b_by_hand():
     """Six FLOPs a parameter and token of the usual estimate, two of them again; heads for active tokens."""
     model, T = MODELS["8b"], 10240
-    one = roofline.Split(shards=1, tensor=1, fsdp=1, item=2)
+    one = roofline.MeshSplit(shards=1, tensor=1, fsdp=1, item=2)
     matrices = PARAMETERS["8b"] - 2 * 151936 * 4096
     attention = 2 * 36 * 32 * 128 * T**2  # half of 4 x layers x heads x width x T x T
     work = roofline.learn_work(model, one, rows=1, width=T, active=0, remat="block", grad_bytes=0)
@@ -292,7 +297,7 @@ def test_flops_of_8b_by_hand():
 
 
 def test_decoding_reads_the_weights_every_step_and_each_live_position():
-    model, one = MODELS["8b"], roofline.Split(shards=1, tensor=1, fsdp=1, item=2)
+    model, one = MODELS["8b"], roofline.MeshSplit(shards=1, tensor=1, fsdp=1, item=2)
     prefill = roofline.prefill_work(model, one, prompts=1, prompt=100)
     work = roofline.decode_work(model, one, 1, 100, [50, 10], at_once=2)
     positions = 50 * (100 + 25) + 10 * (100 + 5)
@@ -382,7 +387,35 @@ def test_what_cannot_be_compiled_is_named(asked, words, tmp_path_factory, tmp_pa
         plans.plan(validate(config), tmp_path / "run", asked)
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    "attention, dtype, platform, capability, words",
+    [
+        ("xla", "float32", "cpu", "9.0", ""),
+        (None, "float32", "tpu", "9.0", ""),
+        ("pallas_gpu", "bfloat16", "gpu", "9.0", ""),
+        ("pallas_gpu", "bfloat16", "gpu", "8.0", "these GPUs have 8.0"),
+        ("pallas_gpu", "float32", "gpu", "9.0", "the model has float32 heads 128 wide; it takes bfloat16"),
+        ("pallas_gpu", "bfloat16", "tpu", "9.0", "a kernel for gpu, and the devices are tpu"),
+        ("ragged_tpu", "bfloat16", "gpu", "9.0", "a kernel for tpu, and the devices are gpu"),
+        ("pallas_tpu", "bfloat16", "tpu", "9.0", ""),
+    ],
+)
+def test_attention_that_does_not_suit_the_chips_is_named(attention, dtype, platform, capability, words):
+    config = qwen3_science.get_config("8b")
+    config.rollout.attention = attention
+    model = MODELS["8b"].replace(dtype=dtype)
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        check_attention(validate(config), model, platform, capability)
+
+
+def test_a_plan_for_other_chips_refuses_their_attention_too(tmp_path_factory, tmp_path):
+    config = quickstart.get_config("debug")
+    config.model.path = str(tiny.model_dir(tmp_path_factory))
+    config.rollout.attention = "pallas_tpu"
+    with pytest.raises(UserError, match="'pallas_tpu', a kernel for tpu, and the devices are gpu"):
+        plans.plan(validate(config), tmp_path / "run", Asked("h100:8"))
+
+
 def test_the_flags_are_refused_without_a_plan(run):  # noqa: F811
     status, printed = run(f"--config={ROOT / 'configs' / 'quickstart.py'}:debug", "--json")
     assert status == 2 and "are for --mode=plan" in printed.err

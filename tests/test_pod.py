@@ -154,13 +154,8 @@ def test_hosts_with_different_commands_are_refused(model, tmp_path):
 
 
 def test_a_file_that_one_host_lacks_is_named_on_all(model, tmp_path):
-    data = tmp_path / "data" / "own"
-    data.mkdir(parents=True)
-    row = {"problem": "1+1?", "answer": "2", "kind": "gym"}
-    for split in ("train", "test"):
-        (data / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    command = arguments(model, tmp_path / "run", data__dir="data", data__train="own", eval__sets="own")
-    run = Pod(2, command, tmp_path, own={1: ["--config.data.dir=elsewhere"]})
+    command = arguments(model, tmp_path / "run")
+    run = Pod(2, command, tmp_path, own={1: ["--config.data.train=jsonl:elsewhere.jsonl"]})
     assert run.end(60) == [2, 2]
     assert "process 1 of 2" in run.printed(0) and "elsewhere" in run.printed(0)
 

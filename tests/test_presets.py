@@ -7,9 +7,11 @@ from test_reflect import Letters, graded_rows
 
 from configs import quickstart, qwen3_science
 from oracles.token_weights import aggregate_weights
-from rosd_jax.config import METHOD, PRESETS, UserError, default_config, use_preset, validate
+from rosd_jax.config import METHOD, PRESETS, default_config, use_preset, validate
 from rosd_jax.distill import reflect, teacher
+from rosd_jax.errors import UserError
 from rosd_jax.kernels.topk_jsd import topk_jsd_from_logits
+from rosd_jax.text.prompts import ENGLISH
 
 # Fields of these sections that say how a run is carried out, not what it computes.
 NOT_METHOD = {
@@ -104,8 +106,10 @@ def test_loss_of_a_batch_worked_out_on_paper(preset):
     config = use_preset(default_config(), preset)
     graded = graded_rows(TEXTS, REWARDS, samples=5)
     plans = reflect.plan_rollouts(graded, config.reflect)
-    reflected = reflect.read_reflections(graded, plans, RAWS, Letters(), config.lesson)
-    reflected, _ = teacher.teacher_prompts(reflected, Letters(), config.lesson, thinking=False)
+    reflected = reflect.read_reflections(graded, plans, RAWS, Letters(), config.lesson, thinking_open=False)
+    reflected, _ = teacher.teacher_prompts(
+        reflected, Letters(), config.lesson, thinking=False, wording=ENGLISH
+    )
     tokens_BR = graded.rollout.tokens_BR
     weight_BR = teacher.region_weights(reflected, config.lesson, tokens_BR.shape[1])
 

@@ -155,7 +155,7 @@ def test_long_prompts_are_prefilled_as_short_ones(monkeypatch):
     weights, cache, _ = decoding(params, SMALL)
     prompts = decoder.PromptInputs(TOKENS[:, :6], np.full(3, 6), FIRST)
     at_once = decoder.prefill_step(decoder.Decoder(SMALL), weights, prompts, cache)
-    monkeypatch.setattr(xla, "QUERIES", 2)
+    monkeypatch.setattr(xla, "QUERY_BLOCK", 2)
     in_pieces = decoder.prefill_step(decoder.Decoder(SMALL), weights, prompts, cache)
     np.testing.assert_allclose(in_pieces, at_once, atol=5e-6, rtol=0)  # processors round differently
     assert np.abs(np.asarray(at_once)).max() > 0.1

@@ -8,6 +8,7 @@ import pytest
 from rosd_jax.config import default_config, use_preset
 from rosd_jax.distill import reflect, teacher
 from rosd_jax.distill.reflect import choose
+from rosd_jax.text.prompts import ENGLISH
 from rosd_jax.types import Graded, Problem, Prompts, Reflected, Rollout
 
 WRONG, RIGHT = "wrong", "right"
@@ -61,7 +62,7 @@ def read(texts, rewards, raws, lesson=None, config=None) -> tuple[Reflected, np.
     graded = graded_rows(texts, rewards)
     plans = reflect.plan_rollouts(graded, config.reflect)
     lesson = lesson or config.lesson
-    reflected = reflect.read_reflections(graded, plans, raws, Letters(), lesson)
+    reflected = reflect.read_reflections(graded, plans, raws, Letters(), lesson, thinking_open=False)
     width = graded.rollout.tokens_BR.shape[1]
     return reflected, teacher.region_weights(reflected, lesson, width)
 
@@ -99,7 +100,9 @@ def test_correct_rollouts_may_be_left_out():
 def test_prompts_show_the_sibling_and_not_the_system_prompt():
     graded = graded_rows(["it is 5", "<think>hm</think>it is 4"], [0, 1])
     plans = reflect.plan_rollouts(graded, default_config().reflect)
-    ids = reflect.build_prompts(graded, plans, Letters(), default_config().reflect, thinking=False)
+    ids = reflect.build_prompts(
+        graded, plans, Letters(), default_config().reflect, thinking=False, wording=ENGLISH
+    )
     wrong, right = (Letters().decode(row) for row in ids)
     assert "it is 5" in wrong and "it is 4" in wrong and "hm" not in wrong
     assert "it is 5" not in right and "error_quote" not in right
@@ -111,16 +114,19 @@ def test_overlong_prompts_are_skipped_or_cut():
     config = default_config().reflect
     plans = reflect.plan_rollouts(graded, config)
     config.max_prompt_tokens = 1000
-    ids = reflect.build_prompts(graded, plans, Letters(), config, thinking=False)
+    ids = reflect.build_prompts(graded, plans, Letters(), config, thinking=False, wording=ENGLISH)
     assert ids[0] is None and ids[1] is not None
     raws = [None, "<explanation>x</explanation>"]
-    reflected = reflect.read_reflections(graded, plans, raws, Letters(), default_config().lesson)
+    reflected = reflect.read_reflections(
+        graded, plans, raws, Letters(), default_config().lesson, thinking_open=False
+    )
     assert [r.note for r in reflected.reflections] == ["overlong", ""]
     config.overlong = "cut"
-    ids = reflect.build_prompts(graded, plans, Letters(), config, thinking=True)
+    ids = reflect.build_prompts(graded, plans, Letters(), config, thinking=True, wording=ENGLISH)
     assert len(ids[0]) == 1000 and Letters().decode(ids[0]).endswith("x[thinks]")
     config.max_prompt_tokens = 5
-    assert reflect.build_prompts(graded, plans, Letters(), config, thinking=True) == [None, None]
+    ids = reflect.build_prompts(graded, plans, Letters(), config, thinking=True, wording=ENGLISH)
+    assert ids == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +163,7 @@ def test_rollout_without_idea_leaves_the_loss_unless_a_solution_stands_in():
     reflected, weight_BR = read(["it is 5", "it is 4"], [0, 1], raws, either)
     assert [r.note for r in reflected.reflections] == ["", "no_idea"]
     assert weight_BR[0].sum() == 4
-    messages = teacher.teacher_messages(PROBLEM, reflected.reflections[0], either)
+    messages = teacher.teacher_messages(PROBLEM, reflected.reflections[0], either, wording=ENGLISH)
     assert "it is 4" in messages[-1]["content"]
     solution = changed(teacher_context="solution")
     reflected, _ = read(["it is 5", "it is 4"], [0, 1], [answer("is 5"), answer("")], solution)
@@ -166,7 +172,9 @@ def test_rollout_without_idea_leaves_the_loss_unless_a_solution_stands_in():
 
 def test_teacher_keeps_the_system_prompt_and_sees_no_solution():
     reflected, _ = read(["it is 5", "it is 4"], [0, 1], [answer("is 5", "add"), answer("", "ok")])
-    system, user = teacher.teacher_messages(PROBLEM, reflected.reflections[0], default_config().lesson)
+    system, user = teacher.teacher_messages(
+        PROBLEM, reflected.reflections[0], default_config().lesson, wording=ENGLISH
+    )
     assert system == {"role": "system", "content": "RULES"}
     assert "2+2?" in user["content"] and "add" in user["content"]
     assert "it is 4" not in user["content"] and "it is 5" not in user["content"]
@@ -176,7 +184,7 @@ def test_teacher_prompt_is_never_cut():
     raws = [answer("is 5", "y" * 3000), answer("", "ok")]
     lesson = changed(max_teacher_tokens=1000)
     reflected, before_BR = read(["it is 5", "it is 4"], [0, 1], raws, lesson)
-    kept, ids = teacher.teacher_prompts(reflected, Letters(), lesson, thinking=False)
+    kept, ids = teacher.teacher_prompts(reflected, Letters(), lesson, thinking=False, wording=ENGLISH)
     assert ids[0] is None and len(ids[1]) <= 1000
     assert [r.note for r in kept.reflections] == ["teacher_overlong", ""]
     weight_BR = teacher.region_weights(kept, lesson, before_BR.shape[1])
@@ -188,8 +196,8 @@ def test_gold_in_the_idea_is_counted_and_stripped_on_request():
     raws = [answer("is 5", "it gives 4, not 5"), answer("", "ok")]
     lesson = changed(gold_in_idea="strip")
     reflected, weight_BR = read(["it is 5", "it is 4"], [0, 1], raws, lesson)
-    content = teacher.teacher_messages(PROBLEM, reflected.reflections[0], lesson)[-1]["content"]
-    assert "it gives , not 5" in content
+    _, user = teacher.teacher_messages(PROBLEM, reflected.reflections[0], lesson, wording=ENGLISH)
+    assert "it gives , not 5" in user["content"]
     assert teacher.count(reflected, weight_BR)["gold_repeated"] == 1
 
 
@@ -198,13 +206,13 @@ def test_an_idea_that_was_the_gold_answer_leaves_the_loss(idea):
     texts, raws = ["it is 5", "it is 4"], [answer("is 5", idea), answer("", idea)]
     lesson = changed(gold_in_idea="strip")
     reflected, _ = read(texts, [0, 1], raws, lesson)
-    kept, ids = teacher.teacher_prompts(reflected, Letters(), lesson, thinking=False)
+    kept, ids = teacher.teacher_prompts(reflected, Letters(), lesson, thinking=False, wording=ENGLISH)
     assert [r.note for r in kept.reflections] == ["no_idea", "no_idea"] and ids == [None, None]
     weight_BR = teacher.region_weights(kept, lesson, 10)
     assert weight_BR.sum() == 0 and teacher.count(kept, weight_BR)["out_no_idea"] == 2
     either = changed(gold_in_idea="strip", teacher_context="idea_or_solution")
     reflected, _ = read(texts, [0, 1], raws, either)
-    kept, ids = teacher.teacher_prompts(reflected, Letters(), either, thinking=False)
+    kept, ids = teacher.teacher_prompts(reflected, Letters(), either, thinking=False, wording=ENGLISH)
     assert [r.note for r in kept.reflections] == ["", "no_idea"]
     assert "it is 4" in Letters().decode(ids[0])
 
@@ -244,7 +252,7 @@ def test_the_reflector_is_shown_the_shortest_correct_sibling_or_the_first():
     graded = graded_rows(texts, [0, 1, 1, 1], samples=4)
     config = default_config().reflect
     assert [plan.solution for plan in reflect.plan_rollouts(graded, config)] == [2, 2, 3, 2]
-    wrong = reflect.reflector_messages(graded, 0, reflect.plan_rollouts(graded, config)[0])
+    wrong = reflect.reflector_messages(graded, 0, reflect.plan_rollouts(graded, config)[0], wording=ENGLISH)
     assert "\nit is 4\n" in wrong[-1]["content"] and "well" not in wrong[-1]["content"]
     config.solution = "first"
     assert [plan.solution for plan in reflect.plan_rollouts(graded, config)] == [1, 2, 1, 1]
@@ -275,7 +283,7 @@ def test_hostile_rollouts(text):
     graded = graded_rows([text, "it is 4"], [0, 1])
     config = default_config()
     plans = reflect.plan_rollouts(graded, config.reflect)
-    shown = reflect.reflector_messages(graded, 0, plans[0])[-1]["content"]
+    shown = reflect.reflector_messages(graded, 0, plans[0], wording=ENGLISH)[-1]["content"]
     assert shown.count("<attempt>") == shown.count("</attempt>") == 1
     quote = shown.split("<attempt>\n")[1].split("\n</attempt>")[0]
     reflected, weight_BR = read([text, "it is 4"], [0, 1], [answer(quote), answer("")])
@@ -327,9 +335,9 @@ def test_released_reading_takes_the_whole_answer_and_the_first_opening():
 def test_the_sibling_is_shown_without_thinking_that_its_prompt_opened():
     graded = graded_rows(["it is 5", "hm</think>\n\nit is 4"], [0, 1], thinking_open=True)
     plans = reflect.plan_rollouts(graded, default_config().reflect)
-    shown = reflect.reflector_messages(graded, 0, plans[0])[-1]["content"]
+    shown = reflect.reflector_messages(graded, 0, plans[0], wording=ENGLISH)[-1]["content"]
     assert "<correct_solution>\nit is 4\n</correct_solution>" in shown
     reflected = reflect.read_reflections(
-        graded, plans, [answer("is 5"), None], Letters(), default_config().lesson
+        graded, plans, [answer("is 5"), None], Letters(), default_config().lesson, thinking_open=False
     )
     assert reflected.reflections[0].solution == "it is 4"

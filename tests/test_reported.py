@@ -29,8 +29,8 @@ from worded import (
     written_out,
 )
 
-from rosd_jax.config import UserError
 from rosd_jax.data import sources
+from rosd_jax.errors import UserError
 from rosd_jax.evals.evaluate import scores
 from rosd_jax.gym.problems import load as gym_problems
 from rosd_jax.models.families import read_config
@@ -42,7 +42,6 @@ from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.types import Problem
 from support import ROOT, run_environment
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 FILE = Path(os.environ.get("ROSD_CASES_DIR", ROOT / "tests" / "cases")) / "reported.jsonl"
 CASES = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
 SLOW = ("export-unreadable-in-transformers-4", "resume-on-changed-data", "error-blames-wrong-file")
@@ -71,7 +70,8 @@ def own_row(tmp_path: Path, line: str) -> Problem:
 
 def mathematics(case, grader, tmp_path):
     given = case["input"]
-    return grader.grade_all([given["response"]], [problem("math", given["gold"])])[0].score
+    problems = [problem("math", given["gold"])]
+    return grader.grade_all([given["response"]], problems, thinking_open=False)[0].score
 
 
 def thinking_left_open(case, grader, tmp_path):
@@ -84,11 +84,13 @@ def thinking_left_open(case, grader, tmp_path):
 
 
 def choice(case, grader, tmp_path):
-    return mcq.grade(case["input"]["response"], case["input"]["gold"], mode="fixed").score
+    given = case["input"]
+    return mcq.grade(given["response"], given["gold"], mode="fixed", thinking_open=False).score
 
 
 def tool_call(case, grader, tmp_path):
-    return tooluse.grade(case["input"]["response"], case["input"]["gold"], mode="fixed").score
+    given = case["input"]
+    return tooluse.grade(given["response"], given["gold"], mode="fixed", thinking_open=False).score
 
 
 def tool_gold(case, grader, tmp_path):
@@ -99,25 +101,25 @@ def tool_gold(case, grader, tmp_path):
     except UserError as error:
         assert "own.jsonl line 1" in str(error) and "answer" in str(error)
         return case["expected"] if "UserError" in str(case["expected"]) else "UserError"
-    score = tooluse.grade(case["input"]["response"], gold, mode="fixed").score
+    score = tooluse.grade(case["input"]["response"], gold, mode="fixed", thinking_open=False).score
     return case["expected"] if "UserError" in str(case["expected"]) and score == 1 else score
 
 
 def own_gold(case, grader, tmp_path):
     row = own_row(tmp_path, case["input"]["row"])
-    return grader.grade_all([case["input"]["response"]], [row])[0].score
+    return grader.grade_all([case["input"]["response"]], [row], thinking_open=False)[0].score
 
 
 def vote(case, grader, tmp_path):
     boxed = [f"The answer is \\boxed{{{text}}}." for text in case["input"]["boxed"]]
     problems = [problem("math", case["input"]["gold"])] * len(boxed)
-    grades = grader.grade_all(boxed, problems)
+    grades = grader.grade_all(boxed, problems, thinking_open=False)
     votes = grader.votes([grade.prediction for grade in grades], problems)
     return {"maj": scores(np.array([[grade.score for grade in grades]]), [votes])["maj"]}
 
 
 def reflection(case, grader, tmp_path):
-    return list(spans.parse_reflection(outside_thinking(case["input"]["raw"])))
+    return list(spans.parse_reflection(outside_thinking(case["input"]["raw"], opened=False)))
 
 
 def quote(case, grader, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.rewards import Grade, Grader, mcq, tooluse
 from rosd_jax.rewards.maths import checker
 from rosd_jax.types import Problem
@@ -24,7 +24,7 @@ def _problem(kind, answer):
 
 
 def _score(grader, kind, response, answer):
-    return grader.grade_all([response], [_problem(kind, answer)])[0].score
+    return grader.grade_all([response], [_problem(kind, answer)], thinking_open=False)[0].score
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +57,28 @@ def grader():
 )
 def test_mcq_accepts_the_usual_spellings(written):
     response = f"<reasoning>A?</reasoning>\n<answer>{written}</answer>"
-    assert mcq.grade(response, "B", mode="fixed") == Grade(1.0, "B", True)
-    assert mcq.grade(response, "A", mode="fixed") == Grade(0.0, "B", True)
+    assert mcq.grade(response, "B", mode="fixed", thinking_open=False) == Grade(1.0, "B", True)
+    assert mcq.grade(response, "A", mode="fixed", thinking_open=False) == Grade(0.0, "B", True)
 
 
 @pytest.mark.parametrize("written", ["", "C, B", "B or C", "A and B", "Because", "ABCD", "be: it"])
 def test_mcq_reads_no_choice_from_other_text(written):
     response = f"<answer>{written}</answer>"
-    assert mcq.grade(response, "B", mode="fixed") == Grade(0.0, "", False)
+    assert mcq.grade(response, "B", mode="fixed", thinking_open=False) == Grade(0.0, "", False)
 
 
 def test_mcq_needs_the_tag():
-    assert mcq.grade("B", "B", mode="official").score == 1
+    assert mcq.grade("B", "B", mode="official", thinking_open=False).score == 1
     for response in ("B", "The answer is B.", "\\boxed{B}", "<answer>B", "</answer>B<answer>"):
-        assert mcq.grade(response, "B", mode="fixed").score == 0
+        assert mcq.grade(response, "B", mode="fixed", thinking_open=False).score == 0
 
 
 def test_mcq_takes_the_last_block_outside_the_thinking():
     twice = "<answer>A</answer> no, <answer>B</answer> so"
-    assert mcq.grade(twice, "B", mode="fixed").score == 1
+    assert mcq.grade(twice, "B", mode="fixed", thinking_open=False).score == 1
     thought = "<think>maybe <answer>A</answer></think><answer>B</answer>"
-    assert mcq.grade(thought, "B", mode="fixed").score == 1
-    assert mcq.grade("<think><answer>B</answer>", "B", mode="fixed").score == 0
+    assert mcq.grade(thought, "B", mode="fixed", thinking_open=False).score == 1
+    assert mcq.grade("<think><answer>B</answer>", "B", mode="fixed", thinking_open=False).score == 0
 
 
 def test_gym_compares_the_whole_block(grader):
@@ -108,9 +108,13 @@ def test_tooluse_accepts_every_gold_answer_of_the_test_set():
     lines = data_dir("tooluse", "test.json").read_text().splitlines()
     answers = [json.loads(line)["answer"] for line in lines]
     assert len(answers) == 68
-    grades = [tooluse.grade(_tool_response(json.loads(a)), a, mode="fixed") for a in answers]
+    grades = [
+        tooluse.grade(_tool_response(json.loads(a)), a, mode="fixed", thinking_open=False) for a in answers
+    ]
     assert {(grade.score, grade.well_formed) for grade in grades} == {(1.0, True)}
-    official = [tooluse.grade(_tool_response(json.loads(a)), a, mode="official") for a in answers]
+    official = [
+        tooluse.grade(_tool_response(json.loads(a)), a, mode="official", thinking_open=False) for a in answers
+    ]
     assert sum(grade.score for grade in official) == 66  # the released checker's ceiling
 
 
@@ -118,14 +122,17 @@ def test_tooluse_accepts_every_gold_answer_of_the_test_set():
 def test_tooluse_compares_calls_pairwise(as_text):
     answer = json.dumps(TWO_CALLS) if as_text else TWO_CALLS
     good = _tool_response(TWO_CALLS)
-    assert tooluse.grade(good, answer, mode="fixed").score == 1
-    assert tooluse.grade("<think>Action: no\n</think>" + good, answer, mode="fixed").score == 1
+    assert tooluse.grade(good, answer, mode="fixed", thinking_open=False).score == 1
+    assert (
+        tooluse.grade("<think>Action: no\n</think>" + good, answer, mode="fixed", thinking_open=False).score
+        == 1
+    )
     swapped = [
         {"Action": TWO_CALLS[0]["Action"], "Action_Input": TWO_CALLS[1]["Action_Input"]},
         {"Action": TWO_CALLS[1]["Action"], "Action_Input": TWO_CALLS[0]["Action_Input"]},
     ]
     for wrong in (TWO_CALLS[::-1], swapped, TWO_CALLS[:1], [*TWO_CALLS, TWO_CALLS[1]]):
-        assert tooluse.grade(_tool_response(wrong), answer, mode="fixed").score == 0
+        assert tooluse.grade(_tool_response(wrong), answer, mode="fixed", thinking_open=False).score == 0
 
 
 @pytest.mark.parametrize(
@@ -144,7 +151,9 @@ def test_tooluse_compares_calls_pairwise(as_text):
     ],
 )
 def test_tooluse_garbage_is_not_an_empty_input(response):
-    grade = tooluse.grade(response, '[{"Action": "f", "Action_Input": "{}"}]', mode="fixed")
+    grade = tooluse.grade(
+        response, '[{"Action": "f", "Action_Input": "{}"}]', mode="fixed", thinking_open=False
+    )
     assert grade.score == 0
 
 
@@ -157,7 +166,7 @@ def test_tooluse_values_are_compared_by_type():
         ('{"text": "Action: g", "yes": true, "n": 5}', 0),
     ):
         response = f"Action: f\nAction Input: {given_}"
-        assert tooluse.grade(response, answer, mode="fixed").score == score
+        assert tooluse.grade(response, answer, mode="fixed", thinking_open=False).score == score
 
 
 @pytest.mark.parametrize("answer", ["not json", "{}x", '{"Action": "f"}', "[1]", '[{"Action": 1,'])
@@ -188,7 +197,7 @@ def test_tooluse_gold_that_is_no_list_of_calls_is_named(grader, answer):
     ],
 )
 def test_math_reads_the_last_balanced_box(response, box):
-    assert checker.predict(response, mode="fixed") == box
+    assert checker.predict(response, mode="fixed", thinking_open=False) == box
 
 
 @pytest.mark.parametrize(
@@ -219,7 +228,7 @@ def _math500():
 def test_math_accepts_every_gold_solution(grader):
     rows = _math500()
     problems = [_problem("math", row["answer"]) for row in rows]
-    grades = grader.grade_all([row["solution"] for row in rows], problems)
+    grades = grader.grade_all([row["solution"] for row in rows], problems, thinking_open=False)
     assert [r["unique_id"] for r, g in zip(rows, grades, strict=True) if g.score != 1] == []
 
 
@@ -242,7 +251,7 @@ def test_a_comparison_without_end_costs_only_itself():
     answers = ["$9^{9^{9^{9}}}$", "7\ud800", "\x00", '__import__("os")', "6", "5.0"]
     responses = [f"\\boxed{{{answer}}}" for answer in answers]
     with Grader("official", timeout_s=3) as grader:  # math-verify has no limit of its own here
-        grades = grader.grade_all(responses, [_problem("math", "5")] * len(responses))
+        grades = grader.grade_all(responses, [_problem("math", "5")] * len(responses), thinking_open=False)
         assert [grade.score for grade in grades] == [0, 0, 0, 0, 0, 1]
         assert grader.timeouts == 1
         assert _score(grader, "math", "\\boxed{5.00}", "5") == 1
@@ -259,7 +268,7 @@ problem = Problem("m/0", "m", "math", ({"role": "user", "content": ""},), "5")
 with Grader("official", timeout_s=1) as grader:
     grader.start()
     began = time.monotonic()
-    grader.grade_all([r"\boxed{$9^{9^{9^{9}}}$}"], [problem])
+    grader.grade_all([r"\boxed{$9^{9^{9^{9}}}$}"], [problem], thinking_open=False)
     print(grader.timeouts, time.monotonic() - began)
 """
 
@@ -332,14 +341,14 @@ def test_a_draft_in_thinking_that_the_prompt_opened_is_no_answer(grader, kind, d
     ):
         assert grader.grade_all([response], problem, thinking_open=opened)[0].score == score
     with Grader("official") as official:  # its recorded verdicts know nothing of it; the gym has none
-        plain = official.grade_all([draft], problem)
+        plain = official.grade_all([draft], problem, thinking_open=False)
         assert (official.grade_all([draft], problem, thinking_open=True) == plain) is (kind != "gym")
 
 
 def test_batches_keep_their_order(grader):
     responses = ["<answer>B</answer>", "\\boxed{1.0}", "<answer>7</answer>", "\\boxed{2}"]
     answers = [("mcq", "B"), ("math", "1"), ("gym", "7"), ("math", "1")]
-    grades = grader.grade_all(responses, [_problem(*answer) for answer in answers])
+    grades = grader.grade_all(responses, [_problem(*answer) for answer in answers], thinking_open=False)
     assert [grade.score for grade in grades] == [1, 1, 1, 0]
     assert [grade.prediction for grade in grades] == ["B", "1.0", "7", "2"]
 
@@ -350,7 +359,7 @@ def test_mistakes_are_named(grader):
     with pytest.raises(UserError, match="rewards is 'lenient'"):
         Grader(mode="lenient")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError):
-        grader.grade_all(["x"], [])
+        grader.grade_all(["x"], [], thinking_open=False)
 
 
 PIECES = st.sampled_from(
@@ -381,10 +390,10 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES | st.text(max_size=5), max_size=12).map("".join))
 def test_no_text_breaks_a_checker(response):
     for mode in ("fixed", "official"):
-        assert mcq.grade(response, "B", mode=mode).score in (0, 1)
-        assert tooluse.grade(response, '[{"Action": "f"}]', mode=mode).score in (0, 1)
-        assert isinstance(checker.predict(response, mode=mode), str)
-    assert mcq.grade_gym(response, "B").score in (0, 1)
+        assert mcq.grade(response, "B", mode=mode, thinking_open=False).score in (0, 1)
+        assert tooluse.grade(response, '[{"Action": "f"}]', mode=mode, thinking_open=False).score in (0, 1)
+        assert isinstance(checker.predict(response, mode=mode, thinking_open=False), str)
+    assert mcq.grade_gym(response, "B", thinking_open=False).score in (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +421,6 @@ def test_no_text_breaks_a_checker(response):
 def test_a_megabyte_is_read_in_linear_time(piece):
     response = piece * (1_000_000 // len(piece))
     for mode in ("fixed", "official"):
-        mcq.grade(response, "B", mode=mode)
-        tooluse.grade(response, '[{"Action": "f"}]', mode=mode)
-        checker.predict(response, mode=mode)
+        mcq.grade(response, "B", mode=mode, thinking_open=False)
+        tooluse.grade(response, '[{"Action": "f"}]', mode=mode, thinking_open=False)
+        checker.predict(response, mode=mode, thinking_open=False)

@@ -520,7 +520,7 @@ def test_fragments_equal_no_number(answer):
     ],
 )
 def test_boxes_in_every_spelling(response, box):
-    assert checker.predict(response, mode="fixed") == box
+    assert checker.predict(response, mode="fixed", thinking_open=False) == box
 
 
 HOSTILE = [
@@ -552,10 +552,12 @@ HOSTILE = [
 def test_hostile_answers_end_soon_and_match_nothing():
     with Grader(timeout_s=5) as grader:
         problem = Problem("set/1", "set", "math", (), "5\\sqrt{3}")
-        grades = grader.grade_all([f"\\boxed{{{text}}}" for text in HOSTILE], [problem] * len(HOSTILE))
+        grades = grader.grade_all(
+            [f"\\boxed{{{text}}}" for text in HOSTILE], [problem] * len(HOSTILE), thinking_open=False
+        )
         assert [grade.score for grade in grades] == [0] * len(HOSTILE)
         assert grader.timeouts == 0
-        assert grader.grade_all(["\\boxed{\\sqrt{75}}"], [problem])[0].score == 1
+        assert grader.grade_all(["\\boxed{\\sqrt{75}}"], [problem], thinking_open=False)[0].score == 1
 
 
 # ---- the majority vote
@@ -569,7 +571,7 @@ def grader():
 
 def _vote(grader, boxed, gold, kind="math"):
     problems = [Problem("set/1", "set", kind, (), gold)] * len(boxed)
-    grades = grader.grade_all([f"\\boxed{{{text}}}" for text in boxed], problems)
+    grades = grader.grade_all([f"\\boxed{{{text}}}" for text in boxed], problems, thinking_open=False)
     votes = grader.votes([grade.prediction for grade in grades], problems)
     return votes, scores(np.array([[grade.score for grade in grades]]), [votes])
 

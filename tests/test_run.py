@@ -18,16 +18,16 @@ from absl import flags
 
 import tiny
 from rosd_jax.config import default_config, validate
+from rosd_jax.errors import UserError
 from rosd_jax.gym import problems as gym
 from rosd_jax.models.families import read_config
 from rosd_jax.models.weights import load_params
 from rosd_jax.rewards import mcq
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train import workdir
+from rosd_jax.train.compiling import keep_programs
 from support import QUICK_FLAGS, ROOT, made_once, run_environment, shared_dir
 
-# ml_collections loads a config file by a method that Python will drop some day.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}:debug"
 STEPS, SETS = 6, ("gym:chain", "gym:words")
 FIELDS = dict(
@@ -584,7 +584,7 @@ def test_an_answer_in_thinking_that_the_template_opens_earns_nothing(model, cach
     gold = {problem.uid: problem.answer for problem in problems}
     for folder in ("rollouts", "evals"):
         rows = [row for path in (tmp_path / "run" / folder).rglob("*.jsonl") for row in read_lines(path)]
-        drafts = [mcq.grade_gym(row["response"], gold[row["uid"]]).score for row in rows]
+        drafts = [mcq.grade_gym(row["response"], gold[row["uid"]], thinking_open=False).score for row in rows]
         assert any(drafts) and not any(row["reward"] for row in rows)
 
 
@@ -671,9 +671,7 @@ def run(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        # ml_collections reads the overrides of the config from here.
-        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
-        status = load_run().main(sys.argv)
+        status = load_run().main(["run.py", *map(str, arguments)])
         return status, capfd.readouterr()
 
     return call
@@ -687,9 +685,45 @@ FLAG_MISTAKES = {
     "no flag": ([QUICKSTART, "train"], "'train' is not a flag"),
     "unknown mode": ([QUICKSTART, "--mode=dance"], "<train|eval|plan>"),
     "unknown variant": ([f"{QUICKSTART},turbo"], "'turbo'; it must be one of paper, span, official, debug"),
-    "unknown field": ([QUICKSTART, "--config.loss.alhpa=1"], "the config has no field 'alhpa'"),
-    "wrong type": ([QUICKSTART, "--config.steps=many"], "--config.steps=many"),
-    "no whole number": ([QUICKSTART, "--config.steps=1.5"], "--config.steps=1.5"),
+    "unknown field": (
+        [QUICKSTART, "--config.loss.alhpa=1"],
+        "the config has no field 'loss.alhpa'; docs/fields.md lists the fields; similar names: loss.alpha",
+    ),
+    "field without its section": ([QUICKSTART, "--config.lr=1"], "similar names: optimizer.lr"),
+    "field of a field": ([QUICKSTART, "--config.steps.x=1"], "no field 'steps.x'"),
+    "item of a field": ([QUICKSTART, "--config.steps[0]=1"], "no field 'steps[0]'"),
+    "section": (
+        [QUICKSTART, "--config.optimizer={'lr': 1}"],
+        "optimizer is a section; set one of its fields",
+    ),
+    "wrong type": ([QUICKSTART, "--config.steps=many"], "steps is 'many'; it must be of type int"),
+    "no whole number": ([QUICKSTART, "--config.steps=1.5"], "steps is '1.5'; it must be of type int"),
+    "tuple for an int": ([QUICKSTART, "--config.steps=(1,2)"], "steps is '(1,2)'; it must be of type int"),
+    "no number": (
+        [QUICKSTART, "--config.optimizer.lr", "abc"],
+        "optimizer.lr is 'abc'; it must be of type float",
+    ),
+    "null": (
+        [QUICKSTART, "--config.rollout.slots=null"],
+        "rollout.slots is 'null'; it must be of type int, null (null is None, which only a config file can",
+    ),
+    "open list": (
+        [QUICKSTART, "--config.rollout.stop=('a', 'b'"],
+        """rollout.stop is "('a', 'b'"; it must be a list of strings, as a flag a,b or ('a, b', 'c')""",
+    ),
+    "no strings": (
+        [QUICKSTART, "--config.rollout.stop=(1, 2)"],
+        "rollout.stop is (1, 2); it must contain only",
+    ),
+    "two configs": ([QUICKSTART, QUICKSTART, "--config.steps=1"], "--config is given more than once"),
+    "no flag file": ([QUICKSTART, "--flagfile=none"], "Unable to open flagfile"),
+    "empty workdir": ([QUICKSTART, "--workdir="], "--workdir is empty; give it a directory"),
+    "home directory": ([QUICKSTART, "--workdir=~/run"], "--workdir is '~/run', where ~ would be a directory"),
+    "long name": ([QUICKSTART, "--workdir=a/b/" + "x" * 256], "each name in it of at most 255"),
+    "long path": ([QUICKSTART, "--workdir=" + "x/" * 2048], "it must be a path of at most 3584 bytes"),
+    "long name of an experiment": ([QUICKSTART, "--config.name=" + "x" * 256], "--workdir is 'runs/xxx"),
+    "long workdir of a run": (["--workdir=" + "x" * 256], "each name in it of at most 255"),
+    "huge number": ([QUICKSTART, "--config.optimizer.lr=1e400"], "optimizer.lr is inf; it must be above 0"),
     "wrong value": ([QUICKSTART, "--config.loss.alpha=2"], "loss.alpha is 2.0; it must lie in [0, 1]"),
     "not a number": ([QUICKSTART, "--config.optimizer.lr=nan"], "optimizer.lr is nan"),
     "wrong choice": ([QUICKSTART, "--config.lesson.region=word"], "one of span, suffix, full"),
@@ -709,6 +743,77 @@ def test_a_mistake_on_the_command_line_is_one_sentence(name, run, tmp_path):
     status, printed = run(*given)
     assert status == 2 and is_one_sentence(printed.err) and words in printed.err
     assert printed.out == "" and list(tmp_path.iterdir()) == []
+
+
+def in_get_config(line):
+    head = "from rosd_jax.config import default_config\ndef get_config():\n    c = default_config()\n"
+    return f"{head}    {line}\n"
+
+
+CONFIG_FILES = {
+    "no Python": ("def get_config(:\n", "mine.py line 1 raises SyntaxError: invalid syntax; correct it"),
+    "null byte": ("x = 1\0\n", "SyntaxError: source code string cannot contain null bytes"),
+    "unknown name": (in_get_config("return d"), "mine.py line 4 raises NameError: name 'd' is not defined"),
+    "no module": ("import nope\n", "line 1 raises ModuleNotFoundError: No module named 'nope'"),
+    "no key": (in_get_config("{}['a']"), "line 4 raises KeyError: 'a'"),
+    "no section": (
+        in_get_config("c.optimzer.lr = 1"),
+        "AttributeError: 'optimzer' Did you mean \"optimizer\"",
+    ),
+    "no number": (in_get_config("int('x')"), "line 4 raises ValueError: invalid literal for int()"),
+    "no text": (in_get_config("b'\\xff'.decode()"), "line 4 raises UnicodeDecodeError: 'utf-8' codec"),
+    "no file": (in_get_config("open('none')"), "line 4 raises FileNotFoundError: [Errno 2] No such file"),
+    "no file at the top": ("open('none')\n", "mine.py line 1 raises FileNotFoundError"),
+    "wrong type": (
+        in_get_config("c.steps = 'many'"),
+        "line 4 raises TypeError: Could not override field 'steps'",
+    ),
+    "huge number": (in_get_config("c.optimizer.lr = 10**400"), "OverflowError: int too large"),
+    "failed check": (in_get_config("assert c.steps == 1"), "line 4 raises AssertionError; correct it"),
+    "exit": ("raise SystemExit('no')\n", "line 1 raises SystemExit: no"),
+    "several lines": ("raise ValueError('one\\ntwo')\n", "ValueError: one two; correct it"),
+    "nothing returned": (
+        in_get_config("pass"),
+        "mine.py: get_config returns None; it must return a ConfigDict",
+    ),
+    "something else": ("def get_config():\n    return [1]\n", "get_config returns [1]; it must return a Con"),
+    "no get_config": ("x = 1\n", "--config does not name a Python file with a get_config"),
+    "no variants": (in_get_config("return c"), "takes 0 positional arguments but 1 was given"),
+    "huge int": (
+        in_get_config("c.steps = 10**5000; return c"),
+        "steps is a whole number of 16610 bits; it must",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_a_mistake_in_a_config_file_is_one_sentence_with_its_line(name, run, tmp_path):
+    text, words = CONFIG_FILES[name]
+    (tmp_path / "mine.py").write_text(text)
+    status, printed = run("--config=mine.py:x" if name == "no variants" else "--config=mine.py")
+    assert status == 2 and is_one_sentence(printed.err) and words in printed.err
+    assert printed.out == "" and {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
+
+
+@pytest.mark.parametrize(
+    "given, strings",
+    [
+        (["a,b"], ("a", "b")),
+        (["a, b"], ("a", " b")),
+        (["('a, b', 'c')"], ("a, b", "c")),
+        (["'a,b'"], ("a,b",)),
+        (["[END],[STOP]"], ("[END]", "[STOP]")),
+        (["###"], ("###",)),
+        (["("], ("(",)),
+        (["7"], ("7",)),
+        ([""], ()),
+        (["a,b", "c"], ("a", "b", "c")),
+    ],
+)
+def test_a_list_of_strings_is_given_with_commas_or_as_python(given, strings):
+    flags = [f"--config.rollout.stop={text}" for text in given]
+    config = load_run().read_flags(["run.py", QUICKSTART, *flags])
+    assert validate(config).rollout.stop == strings
 
 
 FIELD_MISTAKES = {
@@ -731,6 +836,30 @@ FIELD_MISTAKES = {
     ),
     "small cache": (dict(rollout__cache_tokens=16), "cache_tokens is 16; a response of 16 tokens needs 32"),
     "no slot": (dict(rollout__slots=0), "rollout.slots is 0; it must be at least 1"),
+    "long file name": (dict(data__train="jsonl:" + "x" * 256), "each name in it of at most 255"),
+    "no such home": (dict(data__train="jsonl:~no-such-user/x"), "'jsonl:~no-such-user/x' names no file"),
+    "too many responses": (dict(eval__samples=2**31 - 1), "lower it or eval.limit"),
+    "too large a step": (
+        dict(batch__samples=2**26),
+        "x rollout.max_new_tokens is 2147483648; it must be below",
+    ),
+    "too large a microbatch": (
+        dict(batch__device_rows=2**31 - 1),
+        "batch.device_rows x the longest sequence is",
+    ),
+    "too large an evaluation": (
+        dict(eval__batch=2**28),
+        "eval.batch x eval.max_new_tokens is 4294967296; it",
+    ),
+    "nothing to evaluate": (
+        dict(mode="eval", eval__sets=""),
+        "eval.sets is empty, so --mode=eval has nothing",
+    ),
+    "attention for TPU": (
+        dict(rollout__attention="ragged_tpu"),
+        "rollout.attention is 'ragged_tpu', a kernel for tpu, and the devices are cpu; leave the field out",
+    ),
+    "attention for GPU": (dict(rollout__attention="pallas_gpu"), "a kernel for gpu, and the devices are cpu"),
 }
 
 
@@ -740,6 +869,17 @@ def test_a_mistake_in_a_field_is_one_sentence(name, run, model, tmp_path):
     status, printed = run(*arguments(model, tmp_path / "run", **fields))
     assert status == 2 and is_one_sentence(printed.err) and words in printed.err
     assert printed.out == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("directory", ["~no-such-user/x", "/dev/null"])
+def test_a_compile_cache_that_cannot_be_made_is_named(directory):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        with pytest.raises(UserError, match=f"compile_cache is '{directory}', which cannot be made"):
+            keep_programs(directory)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_data_row_without_an_answer_is_named_by_file_line_and_field(run, model, tmp_path):
@@ -787,7 +927,7 @@ def test_a_model_that_does_not_fit_is_one_sentence(spoil, words, run, model, tmp
 
 
 def test_a_mesh_that_does_not_fit_leaves_no_directory(run, model, tmp_path):
-    status, printed = run(*arguments(model, tmp_path / "run", mesh__data=3))
+    status, printed = run(*arguments(model, tmp_path / "new" / "run", mesh__data=3))
     assert status == 2 and is_one_sentence(printed.err) and "mesh.data=3" in printed.err
     assert list(tmp_path.iterdir()) == []
 

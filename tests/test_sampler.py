@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rosd_jax.models.sharding import make_mesh
-from rosd_jax.rollout.sampler import invert_cdf, nucleus, row_uniforms, sample
+from rosd_jax.rollout.sampler import Sampling, invert_cdf, nucleus, row_uniforms, sample
 from rosd_jax.types import Stream
 
 uniforms = jax.vmap(jax.random.uniform)
@@ -192,6 +192,25 @@ def test_sampling_is_traced_once_for_new_values():
     for seed in range(3):
         draw(_logits(seed, 8, 150), jax.random.split(jax.random.key(seed), 8))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(temperature=-1), "temperature is -1; it must be 0 .greedy. or lie in"),
+        (dict(temperature=1e-7), "temperature is 1e-07"),
+        (dict(temperature=float("nan")), "temperature is nan"),
+        (dict(temperature="hot"), "temperature is 'hot'"),
+        (dict(temperature=1, top_p=0), "top_p is 0; it must lie in .0, 1., also in float32"),
+        (dict(temperature=1, top_p=1e-50), "top_p is 1e-50"),
+        (dict(temperature=1, top_p=1.1), "top_p is 1.1"),
+        (dict(temperature=1, stop_ids=[1]), r"stop_ids is \[1\]; it must be a tuple of token ids"),
+        (dict(temperature=1, stop_ids=(-1,)), r"stop_ids is \(-1,\)"),
+    ],
+)
+def test_sampling_that_means_nothing_is_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(**given)
 
 
 def test_the_streams_of_a_run_are_pinned():

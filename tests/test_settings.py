@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from rosd_jax.config import UserError, default_config, fields_page, validate
+from rosd_jax.config import default_config, fields_page, validate
+from rosd_jax.errors import UserError
 from rosd_jax.fields import describe, replace, value
 from support import ROOT
 
@@ -49,6 +50,59 @@ def test_a_config_file_that_sets_something_else_is_told_what(change, words):
     with config.unlocked(), config.ignore_type():
         change(config)
     with pytest.raises(UserError, match=words):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    "field, number, words",
+    [
+        ("optimizer.lr", 1e39, "above 0 and finite, also in float32"),
+        ("optimizer.eps", 1e-50, "above 0 and finite, also in float32"),
+        ("optimizer.clip_norm", 1e-40, "above 0 and finite, also in float32"),
+        ("optimizer.b1", 1 - 1e-9, "[0, 1), also in float32"),
+        ("optimizer.b2", -1e-50, "[0, 1), also in float32"),
+        ("optimizer.weight_decay", 1e39, "0 or more and finite, also in float32"),
+        ("optimizer.weight_decay", -1e-50, "0 or more and finite, also in float32"),
+        ("loss.ratio_cap", 1e-50, "above 0, also in float32"),
+        ("loss.alpha", -1e-50, "[0, 1]"),
+        ("eval.top_p", 1e-50, "(0, 1], also in float32"),
+        ("model.lora.alpha", 1e39, "above 0 and finite, also divided by model.lora.rank"),
+        ("model.lora.alpha", 1e-50, "above 0 and finite, also divided by model.lora.rank"),
+        ("reward_timeout", 1e300, "above 0 and at most 3600"),
+        ("optimizer.warmup_steps", 2**31, "below 2**31, because devices count in 32 bits"),
+        ("rollout.slots", 2**31, "below 2**31, because devices count in 32 bits"),
+        ("seed", 2**32, "below 2**32"),
+        ("mesh.data", -(2**40), "below 2**31, because devices count in 32 bits"),
+        ("model.path", "x" * 256, "each name in it of at most 255"),
+        ("model.path", "x\0", "each name in it of at most 255"),
+        ("data.dir", "x/" * 2048, "a path of at most 3584 bytes"),
+        ("wording", "x" * 256 + ".toml", "each name in it of at most 255"),
+        ("compile_cache", "~/" + "x" * 256, "each name in it of at most 255"),
+    ],
+)
+def test_what_devices_or_file_systems_cannot_hold_is_refused(field, number, words):
+    config = default_config()
+    config.update_from_flattened_dict({field: number})
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    assert str(caught.value).startswith(f"{field} is ") and words in str(caught.value)
+
+
+def test_every_whole_number_is_bounded():
+    for field in describe():
+        if field.type in ("int", "int, null"):
+            config = default_config()
+            config.update_from_flattened_dict({field.name: 2**32})
+            with pytest.raises(UserError, match=f"^{field.name} is 4294967296; it must be below"):
+                validate(config)
+
+
+def test_a_run_has_no_more_rollouts_than_there_are_streams_of_random_numbers():
+    config = default_config()
+    config.steps = 2**31 // (config.batch.prompts * config.batch.samples)
+    validate(config)
+    config.steps += 1
+    with pytest.raises(UserError, match="steps x batch.prompts x batch.samples is 2147483904; it must be at"):
         validate(config)
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models import qwen3, sharding
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.types import TrainState

@@ -215,7 +215,7 @@ def test_a_run_whose_output_nobody_reads_saves_its_step_and_ends(finished, model
 IDLE = """
 grader = Grader("official", timeout_s=1)  # whose comparison may never end
 problem = Problem("set/0", "set", "math", ({"role": "user", "content": "?"},), "5")
-grader.grade_all(["\\\\boxed{5.0}"], [problem])
+grader.grade_all(["\\\\boxed{5.0}"], [problem], thinking_open=False)
 (worker,) = [worker for worker in grader._pool._idle.queue if worker]
 """
 STARTING = "worker = workers._Worker('rosd_jax.rewards.maths.checker', ['fixed'])\n"
@@ -245,12 +245,12 @@ def test_a_run_that_ends_at_once_leaves_no_worker(works):
 def test_workers_leave_the_signals_to_the_run(number):
     problem = Problem("set/0", "set", "math", ({"role": "user", "content": "?"},), "5")
     with Grader() as grader:
-        assert grader.grade_all(["\\boxed{5.0}"], [problem])[0].score == 1
+        assert grader.grade_all(["\\boxed{5.0}"], [problem], thinking_open=False)[0].score == 1
         (worker,) = [worker for worker in grader._pool._idle.queue if worker]
         assert os.getpgid(worker.process.pid) != os.getpgid(0)  # a terminal's Ctrl-C does not reach it
         worker.process.send_signal(number)
         time.sleep(0.1)
-        assert grader.grade_all(["\\boxed{5.00}"], [problem])[0].score == 1
+        assert grader.grade_all(["\\boxed{5.00}"], [problem], thinking_open=False)[0].score == 1
         assert worker.alive() and grader.timeouts == 0
 
 

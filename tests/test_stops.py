@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.decoders import Metaspace
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models.qwen3 import Qwen3Config, init_params
 from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.rollout.batching import Request

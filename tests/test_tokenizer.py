@@ -17,7 +17,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.text.tokenizer import Tokenizer, load_tokenizer
 from support import ROOT, data_dir
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.rewards import tooluse
 
 GOLD = [{"Action": "getWeather", "Action_Input": '{"city": "Paris", "days": 3}'}]
@@ -48,11 +48,15 @@ CALLS = [
 ]
 
 
+def grade(response, gold):
+    return tooluse.grade(response, gold, mode="fixed", thinking_open=False)
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_is_read_whatever_marks_it(call):
-    assert tooluse.grade(call.replace("{}", INPUT), GOLD, mode="fixed").score == 1
-    assert tooluse.grade(call.replace("{}", '{"city": "Rome", "days": 3}'), GOLD, mode="fixed").score == 0
-    assert tooluse.grade(call.replace("{}", INPUT).replace("getW", "setW"), GOLD, mode="fixed").score == 0
+    assert grade(call.replace("{}", INPUT), GOLD).score == 1
+    assert grade(call.replace("{}", '{"city": "Rome", "days": 3}'), GOLD).score == 0
+    assert grade(call.replace("{}", INPUT).replace("getW", "setW"), GOLD).score == 0
 
 
 @pytest.mark.parametrize(
@@ -78,9 +82,9 @@ def test_a_call_is_read_whatever_marks_it(call):
     ],
 )
 def test_another_call_or_half_of_one_fails_a_right_one(more):
-    assert tooluse.grade(RIGHT, GOLD, mode="fixed").score == 1
-    assert tooluse.grade(f"{RIGHT}\n{more}", GOLD, mode="fixed").score == 0
-    assert tooluse.grade(f"{more}\n{RIGHT}", GOLD, mode="fixed").score == 0
+    assert grade(RIGHT, GOLD).score == 1
+    assert grade(f"{RIGHT}\n{more}", GOLD).score == 0
+    assert grade(f"{more}\n{RIGHT}", GOLD).score == 0
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_another_call_or_half_of_one_fails_a_right_one(more):
     ],
 )
 def test_another_name_is_another_call(name):
-    assert tooluse.grade(f"Action: {name}\nAction Input: {INPUT}", GOLD, mode="fixed").score == 0
+    assert grade(f"Action: {name}\nAction Input: {INPUT}", GOLD).score == 0
 
 
 NAMES = [
@@ -129,8 +133,8 @@ NAMES = [
 def test_a_name_is_all_that_its_line_holds(name):
     gold = json.dumps([{"Action": name, "Action_Input": "{}"}])
     for form in ("Action: {}\nAction Input: {{}}", "**Action:** `{}`\n**Action Input:** `{{}}`"):
-        assert tooluse.grade(form.format(name), gold, mode="fixed").score == 1
-        assert tooluse.grade(form.format(name + "x"), gold, mode="fixed").score == 0
+        assert grade(form.format(name), gold).score == 1
+        assert grade(form.format(name + "x"), gold).score == 0
 
 
 @pytest.mark.parametrize(
@@ -151,8 +155,8 @@ def test_a_name_is_all_that_its_line_holds(name):
 def test_the_usual_spellings_of_gold_keys_are_read(name_key, key):
     for value in ({"a": 1}, '{"a": 1}'):
         gold = [{name_key: "f", key: value}]
-        assert tooluse.grade('Action: f\nAction Input: {"a": 1}', gold, mode="fixed").score == 1
-        assert tooluse.grade("Action: f\nAction Input: {}", gold, mode="fixed").score == 0
+        assert grade('Action: f\nAction Input: {"a": 1}', gold).score == 1
+        assert grade("Action: f\nAction Input: {}", gold).score == 0
 
 
 @pytest.mark.parametrize(
@@ -175,4 +179,4 @@ def test_the_usual_spellings_of_gold_keys_are_read(name_key, key):
 )
 def test_gold_calls_that_no_response_can_make_are_refused(call):
     with pytest.raises(UserError, match="answer is .*; it must .*, so correct the row"):
-        tooluse.grade(RIGHT, [call], mode="fixed")
+        grade(RIGHT, [call])

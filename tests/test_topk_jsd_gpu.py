@@ -12,10 +12,10 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.interpreters import mlir
 
 from rosd_jax.kernels.topk_jsd import reference, topk_jsd_from_logits, topk_jsd_loss
-from rosd_jax.kernels.topk_jsd.pallas_gpu import LANES, row_terms
+from rosd_jax.kernels.topk_jsd.pallas_gpu import TILE_TOKENS, row_terms
 from rosd_jax.kernels.topk_jsd.records import Options, Rows
 
-V = 2 * LANES + 76  # two whole tiles and a ragged one
+V = 2 * TILE_TOKENS + 76  # two whole tiles and a ragged one
 
 if jax.__version_info__ < (0, 11):
     # That interpreter binds layout casts, which have no rule for the CPU: here they are the identity.
@@ -32,7 +32,7 @@ def logits(vocab=V, seed=0):
     student[2] = np.round(student[2])
     student[3] = 1.5
     student[4, ::2] = -np.inf
-    student[5, 7::LANES] += 40 if vocab > LANES else 0
+    student[5, 7::TILE_TOKENS] += 40 if vocab > TILE_TOKENS else 0
     student[6] = np.where(np.abs(student[6]) < 1.5, np.copysign(0.0, student[6]), -1.0)
     teacher = student + np.where(np.isfinite(student), 0.5 * rng.normal(size=student.shape), 0)
     student[7, 3] = np.nan
@@ -83,7 +83,7 @@ GRID = [
     {"k": None, "alpha": 0.3},
     {"k": V - 1},
     {"k": 7, "temperature": 0.5, "num_tokens": V - 90, "ratio_cap": 1.5},
-    {"k": 40, "num_tokens": LANES - 5},
+    {"k": 40, "num_tokens": TILE_TOKENS - 5},
 ]
 
 
@@ -93,7 +93,7 @@ def test_interpreted_kernel_equals_the_oracle(case):
     assert_equals_oracle(options, *logits(), *rows_of(8))
 
 
-@pytest.mark.parametrize("vocab", [5, LANES + 1])
+@pytest.mark.parametrize("vocab", [5, TILE_TOKENS + 1])
 def test_any_vocabulary_size(vocab):
     assert_equals_oracle(Options(k=3, alpha=0.3), *logits(vocab), *rows_of(8, vocab))
 

@@ -112,12 +112,12 @@ def test_both_ways_are_taken_and_agree():
     student = student.at[17, 5::1024].set(40.0 + jnp.arange(7.0))  # more of the k in a bin than it keeps
     weight = jnp.ones(40).at[25].set(0)
     options = Options(k=20, implementation="pallas_tpu")
-    plan = pallas_tpu.make_plan(options, BINNED)
-    assert plan.bins == 1024 and plan.candidates < BINNED
+    sizes = pallas_tpu.make_sizes(options, BINNED)
+    assert sizes.bins == 1024 and sizes.candidates < BINNED
     row = Rows(weight)
     stats = jax.jit(
-        lambda s, t: pallas_tpu.call(options, plan, s, t, row, weight != 0, jnp.float32, interpret=True)[0]
-    )(*(jnp.pad(x, ((0, 0), (0, plan.vocab - BINNED))) for x in (student, teacher)))
+        lambda s, t: pallas_tpu.call(options, sizes, s, t, row, weight != 0, jnp.float32, interpret=True)[0]
+    )(*(jnp.pad(x, ((0, 0), (0, sizes.vocab - BINNED))) for x in (student, teacher)))
     assert stats[[0, 8, 16, 24, 32], LONG].tolist() == [0, 1, 1, 1, 0]
     check(*both((student, teacher, weight, np.zeros(40, np.int32), np.zeros(40)), k=20))
 
@@ -136,10 +136,10 @@ def test_the_bisection_takes_the_trips_that_the_benchmark_counts():
     ranks = rng.permuted(np.tile(np.arange(1, V + 1), (C, 1)), axis=1)
     zipf = -1.3 * np.log(ranks) + 0.5 * rng.normal(size=(C, V))
     student = jnp.asarray(np.concatenate([3 * rng.normal(size=(C, V)), zipf]), jnp.float32)
-    plan, row, live = pallas_tpu.make_plan(options, V), Rows(jnp.ones(2 * C)), jnp.ones(2 * C, bool)
+    sizes, row, live = pallas_tpu.make_sizes(options, V), Rows(jnp.ones(2 * C)), jnp.ones(2 * C, bool)
 
     def terms(s):
-        return pallas_tpu.call(options, plan, s, s, row, live, None, interpret=True)[0]
+        return pallas_tpu.call(options, sizes, s, s, row, live, None, interpret=True)[0]
 
     stats = np.asarray(jax.jit(terms)(student))
     assert not stats[:, LONG].any()

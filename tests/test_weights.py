@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models import families, qwen3, sharding, weights
 from rosd_jax.models.qwen3 import Qwen3Config
 

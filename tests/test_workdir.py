@@ -11,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from rosd_jax.config import UserError, default_config, validate
+from rosd_jax.config import default_config, validate
+from rosd_jax.errors import UserError
 from rosd_jax.settings import Settings
 from rosd_jax.train import workdir
 from support import ROOT
@@ -117,11 +118,36 @@ def test_a_field_that_is_newer_than_the_run_had_its_default(tmp_path):
 
 
 def test_a_start_that_fails_takes_the_directory_that_it_made_away(tmp_path):
+    run = tmp_path / "new" / "newer" / "run"
     for error in (UserError, KeyboardInterrupt):
-        with pytest.raises(error), workdir.claim(tmp_path / "run", DEFAULT):
-            (tmp_path / "run" / "checkpoints").mkdir()
+        with pytest.raises(error), workdir.claim(run, DEFAULT):
+            (run / "checkpoints").mkdir()
             raise error
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_is_refused_leaves_nothing_above_it(tmp_path, monkeypatch):
+    def full(path, chunks):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(workdir.atomic, "write_text", full)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OSError, match="full"):
+        workdir.prepare(tmp_path / "mine" / "new" / "run", DEFAULT)
+    with pytest.raises(UserError, match="each name in it of at most 255"):
+        workdir.prepare(tmp_path / "mine" / "new" / ("x" * 256), DEFAULT)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_a_workdir_that_another_process_made_meanwhile_is_not_taken_away(tmp_path, monkeypatch):
+    def lock(path):
+        workdir.record(path, DEFAULT)  # as the other process does
+        raise UserError("in use")
+
+    monkeypatch.setattr(workdir, "_lock", lock)
+    with pytest.raises(UserError, match="in use"):
+        workdir.prepare(tmp_path / "new" / "run", DEFAULT)
+    assert (tmp_path / "new" / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "notes.txt", "checkpoints/1"])

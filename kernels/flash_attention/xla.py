@@ -1,6 +1,6 @@
 """Blocks of queries in plain XLA, for any platform and dtype.
 
-The scores of one block exist at a time, [B, H, QUERIES, keys]; the backward pass computes them again.
+The scores of one block exist at a time, [B, H, QUERY_BLOCK, keys]; the backward pass computes them again.
 Queries are cut into SPANS, each of which reads keys only as far as its own end. Of the T x T products, half
 of which a causal mask needs, (1 + 1 / SPANS) / 2 are computed.
 
@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-QUERIES = 256  # of one block
+QUERY_BLOCK = 256  # of one block
 SPANS = 4
 
 
 def attend(q_BTHE: jax.Array, k_BTKE: jax.Array, v_BTKE: jax.Array) -> jax.Array:
     """`api.causal_attention`; scores and sums are float32, or float64 for float64 operands."""
     T = q_BTHE.shape[1]
-    if T <= QUERIES:
+    if T <= QUERY_BLOCK:
         return _block(q_BTHE, k_BTKE, v_BTKE, 0)
-    step = QUERIES * -(-T // (QUERIES * SPANS))  # queries of a span
+    step = QUERY_BLOCK * -(-T // (QUERY_BLOCK * SPANS))  # queries of a span
     outs = []
     for start in range(0, T, step):
         stop = min(start + step, T)
@@ -36,16 +36,16 @@ def attend(q_BTHE: jax.Array, k_BTKE: jax.Array, v_BTKE: jax.Array) -> jax.Array
 def _span(q_BQHE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, start: int) -> jax.Array:
     """Queries from position `start` on, a block at a time."""
     B, Q, H, E = q_BQHE.shape
-    blocks = -(-Q // QUERIES)
-    q_BQHE = jnp.pad(q_BQHE, ((0, 0), (0, blocks * QUERIES - Q), (0, 0), (0, 0)))
+    blocks = -(-Q // QUERY_BLOCK)
+    q_BQHE = jnp.pad(q_BQHE, ((0, 0), (0, blocks * QUERY_BLOCK - Q), (0, 0), (0, 0)))
 
     # Without the checkpoint, the map would keep the scores of all blocks for the backward pass.
     @jax.checkpoint
     def block(first):
-        block_BQHE = lax.dynamic_slice_in_dim(q_BQHE, first, QUERIES, axis=1)
+        block_BQHE = lax.dynamic_slice_in_dim(q_BQHE, first, QUERY_BLOCK, axis=1)
         return _block(block_BQHE, k_BSKE, v_BSKE, start + first)
 
-    out_NBQHE = lax.map(block, jnp.arange(0, blocks * QUERIES, QUERIES))
+    out_NBQHE = lax.map(block, jnp.arange(0, blocks * QUERY_BLOCK, QUERY_BLOCK))
     return jnp.moveaxis(out_NBQHE, 0, 1).reshape(B, -1, H, E)[:, :Q]
 
 

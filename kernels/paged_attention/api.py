@@ -25,6 +25,7 @@ def _pallas_gpu(operands: Operands) -> tuple[jax.Array, jax.Array]:
     return pallas_gpu.write_and_attend(operands)
 
 
+Operand = jax.Array | jax.ShapeDtypeStruct
 _IMPLEMENTATIONS = {
     "xla": xla.write_and_attend,
     "ragged_tpu": tpu.write_and_attend,
@@ -32,6 +33,7 @@ _IMPLEMENTATIONS = {
     "pallas_gpu": _pallas_gpu,
     "reference": xla.reference,
 }
+_PLATFORMS = {"ragged_tpu": "tpu", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # the others run on all
 LANES = 128  # of a TPU's vectors, which a head fills for the kernels to compile
 
 
@@ -85,12 +87,32 @@ def write_and_attend(
     return lax.platform_dependent(operands, **kernels, default=xla.write_and_attend)
 
 
+def platform_of(implementation: Implementation | None) -> str | None:
+    """The platform that an implementation is for, as JAX names that of a device; None: any."""
+    return None if implementation is None else _PLATFORMS.get(implementation)
+
+
+def misfit(
+    implementation: Implementation | None, q: jax.ShapeDtypeStruct, cache: jax.ShapeDtypeStruct
+) -> str:
+    """What an implementation does not take of such queries [B, H, E] and cache [X, P, W, E]; "" if nothing.
+
+    Whatever the platform of this process, so that a run for another one can be checked.
+    """
+    E = q.shape[-1]
+    if platform_of(implementation) == "tpu" and E % LANES:
+        return f"heads {E} wide, which are no multiple of {LANES}"
+    if implementation == "pallas_gpu" and not _fits_gpu(q, cache):
+        return f"{q.dtype} heads {E} wide; it takes bfloat16 and a width of 64, 128, 192 or 256"
+    return ""
+
+
 def _on_hopper() -> bool:
     """Whether the default device is an NVIDIA GPU of compute capability 9.0 (H100, H200)."""
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
-def _fits_gpu(q_BHE: jax.Array, cache_XPWE: jax.Array) -> bool:
+def _fits_gpu(q_BHE: Operand, cache_XPWE: Operand) -> bool:
     from . import pallas_gpu
 
     return pallas_gpu.fits(q_BHE, cache_XPWE)

@@ -1,9 +1,9 @@
 """Our kernel for NVIDIA's Hopper GPUs (Pallas, Mosaic GPU): reads live pages only, rows in splits.
 
 A block, one warpgroup of 128 threads, takes one split of one row and the queries of one key-value head. It
-goes by tiles of TILE positions, which asynchronous tensor copies bring page by page, STAGES of them under
-way. Blocks are dealt out by the hardware, whatever the rows' lengths, and those of a split without a live
-position leave at once. Splits are merged by log-sum-exp in plain XLA.
+goes by tiles of TILE positions, which asynchronous tensor copies bring page by page, PIPELINE_STAGES of them
+under way. Blocks are dealt out by the hardware, whatever the rows' lengths, and those of a split without a
+live position leave at once. Splits are merged by log-sum-exp in plain XLA.
 
 A warpgroup's matrix product has 64 rows, of which a head's queries fill a few; the others hold whatever is
 there, since no row sees another's. They cost little: of 4.8 TB/s a multiprocessor of an H200 gets a tile's
@@ -36,7 +36,7 @@ from .operands import Operands
 from .xla import MINUS, write
 
 TILE = 64  # positions a product takes, and the fewest rows that it has
-STAGES = 2
+PIPELINE_STAGES = 2
 SPLIT = 1024  # positions of a split, more where a row would fall into over MAX_SPLITS
 MAX_SPLITS = 16
 _LOG2_E = math.log2(math.e)
@@ -57,30 +57,30 @@ def write_and_attend(
     parameters of the Mosaic GPU interpreter, to run without a GPU.
     """
     q_BHE, table_BM, position_B = operands.q_BHE, operands.table_BM, operands.position_B
-    plan = _plan(q_BHE, operands.cache_XPWE, table_BM)
+    tiling = _make_tiling(q_BHE, operands.cache_XPWE, table_BM)
     cache_XPWE = write(operands)
     B, H, E = q_BHE.shape
-    K, G = cache_XPWE.shape[2] // 2, plan.queries
+    K, G = cache_XPWE.shape[2] // 2, tiling.queries
     q_BKGE = q_BHE.reshape(B, K, H // K, E)
     q_BKGE = jnp.pad(q_BKGE, ((0, 0), (0, 0), (0, G - H // K), (0, 0)))
     dtype, tiles = cache_XPWE.dtype, partial(plgpu.SMEM, transforms=_TRANSFORMS)
     run = plgpu.kernel(
-        partial(_kernel, plan),
+        partial(_kernel, tiling),
         out_type=[
-            jax.ShapeDtypeStruct((B, plan.splits, K, 2, G, E), dtype),
-            jax.ShapeDtypeStruct((B, plan.splits, K, G), jnp.float32),
+            jax.ShapeDtypeStruct((B, tiling.splits, K, 2, G, E), dtype),
+            jax.ShapeDtypeStruct((B, tiling.splits, K, G), jnp.float32),
         ],
         # Heads of a row run side by side and so read neighbouring bytes at about the same time.
-        grid=(B, plan.splits, K),
+        grid=(B, tiling.splits, K),
         grid_names=("row", "split", "head"),
         scratch_types=[
-            tiles((STAGES, TILE, E), dtype),
-            tiles((STAGES, TILE, E), dtype),
+            tiles((PIPELINE_STAGES, TILE, E), dtype),
+            tiles((PIPELINE_STAGES, TILE, E), dtype),
             tiles((TILE, E), dtype),
             tiles((TILE, TILE), dtype),
             plgpu.SMEM((TILE,), jnp.float32),
-            plgpu.Barrier(num_arrivals=plan.copies, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=plan.copies, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=tiling.copies, num_barriers=PIPELINE_STAGES),
+            plgpu.Barrier(num_arrivals=tiling.copies, num_barriers=PIPELINE_STAGES),
             plgpu.Barrier(),
         ],
         compiler_params=plgpu.CompilerParams(
@@ -90,12 +90,12 @@ def write_and_attend(
         interpret=interpret,
     )
     out_BSKjGE, lse_BSKG = run(table_BM + operands.page_base, position_B, q_BKGE, cache_XPWE)
-    out_BKGE = _merge(plan, out_BSKjGE, lse_BSKG, position_B)[:, :, : H // K]
+    out_BKGE = _merge(tiling, out_BSKjGE, lse_BSKG, position_B)[:, :, : H // K]
     return out_BKGE.reshape(B, H, E).astype(q_BHE.dtype), cache_XPWE
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Tiling:
     """Sizes; a split is a number of tiles, and a copy brings a page or as much of it as a tile takes."""
 
     width: int  # E
@@ -111,7 +111,7 @@ class _Plan:
         return TILE // self.copies
 
 
-def fits(q_BHE: jax.Array, cache_XPWE: jax.Array) -> bool:
+def fits(q_BHE: jax.Array | jax.ShapeDtypeStruct, cache_XPWE: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether the kernel takes these; arrays or their shapes and dtypes."""
     (_, H, E), (_, P, W, _) = q_BHE.shape, cache_XPWE.shape
     bfloat16 = q_BHE.dtype == cache_XPWE.dtype == jnp.bfloat16
@@ -119,7 +119,7 @@ def fits(q_BHE: jax.Array, cache_XPWE: jax.Array) -> bool:
     return bfloat16 and pages and E % 64 == 0 and E <= 256 and H // (W // 2) <= TILE
 
 
-def _plan(q_BHE, cache_XPWE, table_BM) -> _Plan:
+def _make_tiling(q_BHE, cache_XPWE, table_BM) -> _Tiling:
     (_, H, E), (_, P, W, _) = q_BHE.shape, cache_XPWE.shape
     if not fits(q_BHE, cache_XPWE):
         raise ValueError(
@@ -130,12 +130,12 @@ def _plan(q_BHE, cache_XPWE, table_BM) -> _Plan:
     queries = pl.cdiv(H // (W // 2), 8) * 8
     tiles = pl.cdiv(table_BM.shape[1] * P, TILE)
     a_split = max(pl.cdiv(SPLIT, TILE), pl.cdiv(tiles, MAX_SPLITS))
-    return _Plan(E, queries, P, max(1, TILE // P), a_split, pl.cdiv(tiles, a_split))
+    return _Tiling(E, queries, P, max(1, TILE // P), a_split, pl.cdiv(tiles, a_split))
 
 
-def _merge(plan: _Plan, out_BSKjGE, lse_BSKG, position_B) -> jax.Array:
+def _merge(tiling: _Tiling, out_BSKjGE, lse_BSKG, position_B) -> jax.Array:
     """[B, K, G, E]: of all splits that were worked on; the others hold whatever was there before."""
-    first_S = jnp.arange(plan.splits, dtype=jnp.int32) * (plan.tiles_a_split * TILE)
+    first_S = jnp.arange(tiling.splits, dtype=jnp.int32) * (tiling.tiles_a_split * TILE)
     live_BS11 = (first_S <= position_B[:, None])[..., None, None]
     lse_BSKG = jnp.where(live_BS11, lse_BSKG, MINUS)
     weight_BSKG = jnp.where(live_BS11, jnp.exp2(lse_BSKG - jnp.max(lse_BSKG, axis=1, keepdims=True)), 0.0)
@@ -151,7 +151,7 @@ def _merge(plan: _Plan, out_BSKjGE, lse_BSKG, position_B) -> jax.Array:
 class _Share(NamedTuple):
     """A block's part of one row."""
 
-    plan: _Plan
+    tiling: _Tiling
     row: Any
     head: Any
     first: Any  # tile of the row
@@ -164,27 +164,27 @@ class _Share(NamedTuple):
 
     def pages(self, i: Any) -> list[Any]:
         """Pages of tile number i; after the newest token, its page again, which is finite."""
-        plan, live = self.plan, lax.div(self.position, np.int32(self.plan.page))
+        tiling, live = self.tiling, lax.div(self.position, np.int32(self.tiling.page))
 
         def start(c):
-            return (self.first + i) * TILE + c * plan.positions
+            return (self.first + i) * TILE + c * tiling.positions
 
         def page(c):
-            return jnp.minimum(lax.div(start(c), np.int32(plan.page)), live)
+            return jnp.minimum(lax.div(start(c), np.int32(tiling.page)), live)
 
-        return [self.table_ref[self.row, page(c)] for c in range(plan.copies)]
+        return [self.table_ref[self.row, page(c)] for c in range(tiling.copies)]
 
     def fetch(self, i: Any, pages: list[Any], which: int) -> None:
         """Starts the copies of the keys (0) or values (1) of tile number i, if there is one."""
-        plan, (smem, barrier) = self.plan, (self.keys, self.values)[which]
+        tiling, (smem, barrier) = self.tiling, (self.keys, self.values)[which]
 
         @pl.when(i < self.count)
         def _():
-            slot = lax.rem(i, np.int32(STAGES))
-            offset = lax.rem((self.first + i) * TILE, np.int32(plan.page)) if plan.copies == 1 else 0
+            slot = lax.rem(i, np.int32(PIPELINE_STAGES))
+            offset = lax.rem((self.first + i) * TILE, np.int32(tiling.page)) if tiling.copies == 1 else 0
             for c, page in enumerate(pages):
-                source = self.cache_ref.at[page, pl.ds(offset, plan.positions), 2 * self.head + which]
-                here = pl.ds(c * plan.positions, plan.positions)
+                source = self.cache_ref.at[page, pl.ds(offset, tiling.positions), 2 * self.head + which]
+                here = pl.ds(c * tiling.positions, tiling.positions)
                 plgpu.copy_gmem_to_smem(source, smem.at[slot, here], barrier.at[slot])
 
 
@@ -197,7 +197,7 @@ class _Softmax(NamedTuple):
 
 
 def _kernel(
-    plan,
+    tiling,
     table_ref,
     position_ref,
     q_ref,
@@ -214,16 +214,16 @@ def _kernel(
     q_barrier,
 ):
     row, split, head = (lax.axis_index(name) for name in ("row", "split", "head"))
-    first, position = split * plan.tiles_a_split, position_ref[row]
-    count = jnp.minimum(lax.div(position + TILE, np.int32(TILE)) - first, plan.tiles_a_split)
+    first, position = split * tiling.tiles_a_split, position_ref[row]
+    count = jnp.minimum(lax.div(position + TILE, np.int32(TILE)) - first, tiling.tiles_a_split)
     keys, values = (k_smem, k_barrier), (v_smem, v_barrier)
-    share = _Share(plan, row, head, first, count, position, table_ref, cache_ref, keys, values)
+    share = _Share(tiling, row, head, first, count, position, table_ref, cache_ref, keys, values)
 
     @pl.when(count > 0)
     def _():
         # Read before anything is copied: after a barrier, each read would wait for the one before.
-        pages = [share.pages(jnp.int32(i)) for i in range(STAGES)]
-        queries = pl.ds(0, plan.queries)
+        pages = [share.pages(jnp.int32(i)) for i in range(PIPELINE_STAGES)]
+        queries = pl.ds(0, tiling.queries)
         plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[queries], q_barrier)
         for i, some in enumerate(pages):
             for which in range(2):
@@ -243,32 +243,32 @@ def _kernel(
 
 def _attend(share: _Share, q_smem: Any, weight_smem: Any) -> tuple[jax.Array, jax.Array]:
     """The split's weighted means [TILE, E], and the log2 of their sums of weights [TILE]."""
-    plan = share.plan
+    tiling = share.tiling
     (k_smem, k_barrier), (v_smem, v_barrier) = share.keys, share.values
 
     def tile(i, state):
         softmax, pages = state
-        slot = lax.rem(i, np.int32(STAGES))
+        slot = lax.rem(i, np.int32(PIPELINE_STAGES))
         plgpu.barrier_wait(k_barrier.at[slot])
         score = _product((TILE, TILE), q_smem, k_smem.at[slot].transpose((1, 0)))
-        softmax, weight = _weigh(softmax, score, share.position - (share.first + i) * TILE, plan.width)
+        softmax, weight = _weigh(softmax, score, share.position - (share.first + i) * TILE, tiling.width)
         weight_smem[...] = weight.astype(weight_smem.dtype)
         plgpu.commit_smem()  # also: all have read the keys before others take their place
-        share.fetch(i + STAGES, pages, 0)
+        share.fetch(i + PIPELINE_STAGES, pages, 0)
         plgpu.barrier_wait(v_barrier.at[slot])
-        part = _product((TILE, plan.width), weight_smem, v_smem.at[slot])
+        part = _product((TILE, tiling.width), weight_smem, v_smem.at[slot])
         plgpu.commit_smem()  # all have read the values and the weights
-        share.fetch(i + STAGES, pages, 1)
+        share.fetch(i + PIPELINE_STAGES, pages, 1)
         # The pages are read a trip before they are needed.
-        return softmax._replace(out=softmax.out + part), share.pages(i + STAGES + 1)
+        return softmax._replace(out=softmax.out + part), share.pages(i + PIPELINE_STAGES + 1)
 
     def row(value):
         return plgpu.layout_cast(jnp.full(TILE, value, jnp.float32), _BY_ROW)
 
-    out = plgpu.layout_cast(jnp.zeros((TILE, plan.width), jnp.float32), _LAYOUT)
-    start = _Softmax(row(MINUS), row(0.0), out), share.pages(jnp.int32(STAGES))
+    out = plgpu.layout_cast(jnp.zeros((TILE, tiling.width), jnp.float32), _LAYOUT)
+    start = _Softmax(row(MINUS), row(0.0), out), share.pages(jnp.int32(PIPELINE_STAGES))
     (top, total, out), _ = lax.fori_loop(jnp.int32(0), share.count, tile, start)
-    return out / _across(total, plan.width), top + jnp.log(total) * _LOG2_E
+    return out / _across(total, tiling.width), top + jnp.log(total) * _LOG2_E
 
 
 def _product(shape: tuple[int, int], a_smem: Any, b_smem: Any) -> jax.Array:

@@ -26,13 +26,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .operands import Operands
-from .tpu import ranks
+from .tpu import VMEM_LIMIT, ranks
 from .xla import MINUS
 
 GROUPS = 2
 WAVE_BYTES = 512 << 10  # of pages copied at a time
 WAVES = 4  # buffers: one is worked on, the others are on their way
-VMEM_LIMIT = 32 << 20
 
 
 def write_and_attend(
@@ -44,6 +43,7 @@ def write_and_attend(
     (B, H, E), (_, P, W, _) = q_BHE.shape, cache_XPWE.shape
     R, dtype = pl.cdiv(B, GROUPS), cache_XPWE.dtype
     rank_B, live = ranks(position_B)
+    # Live rows go to the groups alternately, so that no group has more than one row more than another.
     place_B = rank_B % GROUPS * R + rank_B // GROUPS
     row_R = jnp.zeros(GROUPS * R, jnp.int32).at[place_B].set(jnp.arange(B, dtype=jnp.int32))
     at_R = jnp.pad(position_B[row_R], (0, 1))  # `_send` looks one past the last
@@ -74,7 +74,7 @@ def write_and_attend(
             jax.ShapeDtypeStruct((GROUPS * R, H, E), q_BHE.dtype),
             jax.ShapeDtypeStruct(cache_XPWE.shape, dtype),
         ],
-        input_output_aliases={5: 1},
+        input_output_aliases={5: 1},  # the cache; the three prefetched operands count
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,
         name="paged_write_and_attend",

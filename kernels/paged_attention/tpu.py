@@ -16,15 +16,15 @@ from . import xla
 from .operands import Operands
 
 # The kernel would look sizes up by the local device, which is not the one that is compiled for.
-BLOCK = 512  # positions it reads at a time; it reads every row up to a multiple of them
-QUERIES = 8  # rows whose queries lie in on-chip memory together
+KV_BLOCK = 512  # positions it reads at a time; it reads every row up to a multiple of them
+QUERY_ROWS = 8  # rows whose queries lie in on-chip memory together
 VMEM_LIMIT = 32 << 20
 
 
 def write_and_attend(
     operands: Operands,
 ) -> tuple[jax.Array, jax.Array]:
-    """`api.write_and_attend`; reads follow each row's own length, up to a multiple of BLOCK.
+    """`api.write_and_attend`; reads follow each row's own length, up to a multiple of KV_BLOCK.
 
     The kernel takes no sequence of length 0, so live rows are moved to the front and it is told their
     number. Where no row is live it reads one block of the first.
@@ -45,8 +45,8 @@ def write_and_attend(
             jnp.arange(B + 1, dtype=jnp.int32),
             jnp.maximum(live, 1)[None],
             sm_scale=1 / math.sqrt(E),
-            num_kv_pages_per_block=min(M, max(1, BLOCK // P)),
-            num_queries_per_block=min(B, QUERIES),
+            num_kv_pages_per_block=min(M, max(1, KV_BLOCK // P)),
+            num_queries_per_block=min(B, QUERY_ROWS),
             vmem_limit_bytes=VMEM_LIMIT,
         )
     return jnp.where(position_B[:, None, None] < 0, 0, out_BHE[rank_B]).astype(q_BHE.dtype), cache_XPWE

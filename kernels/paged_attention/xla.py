@@ -32,6 +32,7 @@ def write(operands: Operands) -> jax.Array:
     X, P, W, E = cache_XPWE.shape
     rows_BWE = jnp.stack([k_BKE, v_BKE], axis=2).reshape(-1, W, E)
     page_B = jnp.take_along_axis(table_BM, position_B[:, None] // P, axis=1, mode="clip")[:, 0] + page_base
+    # An idle row writes past the end of the cache, where a scatter drops it.
     at_B = jnp.where(position_B < 0, X * P, page_B * P + position_B % P)
     flat = cache_XPWE.reshape(X * P, W, E)
     return flat.at[at_B].set(rows_BWE, mode="drop").reshape(X, P, W, E)
@@ -54,6 +55,7 @@ def in_pieces(operands: Operands, *, piece: int = PIECE) -> tuple[jax.Array, jax
     pages = min(M, max(1, piece // (P * W * E)))
     quarter = -(-pages // 4)
     widths = [min(width, pages) for width in range(quarter, pages + quarter, quarter)]
+    # A power of two: as many rows as have whole tables that fit one piece.
     rows = min(B, 1 << max(1, piece // (M * P * W * E)).bit_length() - 1)
 
     def pieces(x_B: jax.Array, fill: int = 0) -> jax.Array:

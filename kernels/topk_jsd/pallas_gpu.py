@@ -1,8 +1,8 @@
 """The terms of one chunk's rows on NVIDIA GPUs from Hopper on: a Pallas (Mosaic GPU) kernel.
 
-A block of 128 threads takes a row, in tiles of `LANES` tokens, and passes over it twice:
+A block of 128 threads takes a row, in tiles of `TILE_TOKENS` tokens, and passes over it twice:
 
-    survey    online exponent sums of both models and, per lane (token id modulo `LANES`), the `DEPTH`
+    survey    online exponent sums of both models and, per lane (token id modulo `TILE_TOKENS`), the `DEPTH`
               largest student scores with the teacher's of the same tokens. What drops out of those
               goes to sums of its own, so that the tail is summed and never a difference. Threshold,
               masses and divergence then come from registers (`pallas_gpu_terms.py`).
@@ -21,7 +21,7 @@ sort, scan, gather or scatter. Division is Mosaic GPU's, good to 2 units in the 
 temperature other than 1, ties that rounding makes or breaks may be decided differently than in XLA.
 Checked in the interpreter and on an H200.
 
-Inside the kernel, arrays are [LANES] unless called otherwise.
+Inside the kernel, arrays are [TILE_TOKENS] unless called otherwise.
 
 Dimensions: C rows, V vocabulary, F fields of a row (its scalar inputs or results), N rows in the fields of
 a record.
@@ -42,9 +42,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from . import pallas_gpu_math as calc
-from .pallas_gpu_math import LANES
-from .pallas_gpu_terms import Terms, row_sums
-from .pallas_gpu_tiles import Plan, for_tiles, load_tile, scores_of, tile_start
+from .pallas_gpu_math import TILE_TOKENS
+from .pallas_gpu_terms import RowTerms, row_sums
+from .pallas_gpu_tiles import RowSpec, for_tiles, load_tile, scores_of, tile_start
 from .records import LossAux, Options, Rows
 from .row_math import capped_ratio
 
@@ -91,16 +91,16 @@ def _row_terms(options, grad_dtype, interpret, student_CV, teacher_CV, rows_C, l
     token_score_C = _token_scores(options, student_CV, rows_C.tokens_N)
     given_FC = _given(live_C, rows_C.weight_N, token_score_C, rows_C.sampler_logp_N)
 
-    # A row shorter than a tile is padded to one; the plan's limit keeps the padding out.
+    # A row shorter than a tile is padded to one; the spec's limit keeps the padding out.
     def widen(x_CV):
-        return jnp.pad(x_CV, ((0, 0), (0, max(LANES - vocab, 0))))
+        return jnp.pad(x_CV, ((0, 0), (0, max(TILE_TOKENS - vocab, 0))))
 
-    plan = Plan(options, options.top_k(vocab), max(vocab, LANES), options.num_tokens or vocab)
+    spec = RowSpec(options, options.top_k(vocab), max(vocab, TILE_TOKENS), options.num_tokens or vocab)
     out_type = [jax.ShapeDtypeStruct((5, n_rows), jnp.float32)]
     if grad_dtype is not None:
-        out_type.append(jax.ShapeDtypeStruct((n_rows, plan.vocab), grad_dtype))
+        out_type.append(jax.ShapeDtypeStruct((n_rows, spec.vocab), grad_dtype))
     run = plgpu.kernel(
-        partial(_kernel, plan),
+        partial(_kernel, spec),
         out_type=out_type,
         grid=(n_rows,),
         grid_names=("row",),
@@ -145,36 +145,36 @@ mlir.register_lowering(_cuda_only_p, lambda ctx, x: [x], platform="cuda")
 # ---- the kernel ----------------------------------------------------------------------------------
 
 
-def _kernel(plan: Plan, student_ref, teacher_ref, given_ref, stats_ref, *grad_refs):
+def _kernel(spec: RowSpec, student_ref, teacher_ref, given_ref, stats_ref, *grad_refs):
     row = lax.axis_index("row")
-    load = partial(load_tile, plan, (student_ref, teacher_ref), row)
+    load = partial(load_tile, spec, (student_ref, teacher_ref), row)
 
     def write_gradient(grad_ref, values):
         def put(i, ragged, tile, carry):
             # Where the last tile overlaps the one before, both write the same values.
-            at = pl.ds(tile_start(plan, i, ragged), LANES)
-            scores = scores_of(plan, i, ragged, tile, again=True)
+            at = pl.ds(tile_start(spec, i, ragged), TILE_TOKENS)
+            scores = scores_of(spec, i, ragged, tile, again=True)
             grad_ref[row, at] = values(*scores).astype(grad_ref.dtype)
             return carry
 
-        for_tiles(plan, load, plan.vocab, put, np.int32(0))
+        for_tiles(spec, load, spec.vocab, put, np.int32(0))
 
     @pl.when(given_ref[_LIVE, row] != 0)
     def _():
-        terms, lse = row_sums(plan, load)
-        ratio = _ratio(plan.options, given_ref, row, lse)
+        terms, lse = row_sums(spec, load)
+        ratio = _ratio(spec.options, given_ref, row, lse)
         stats = (terms.divergence, lse, ratio, *terms.masses)
         for field, value in enumerate(stats):
             stats_ref[field, row] = value
-        scale = given_ref[_WEIGHT, row] * ratio / plan.options.temperature
+        scale = given_ref[_WEIGHT, row] * ratio / spec.options.temperature
         for grad_ref in grad_refs:
-            write_gradient(grad_ref, lambda *scores: scale * _slope(plan, terms, *scores))
+            write_gradient(grad_ref, lambda *scores: scale * _slope(spec, terms, *scores))
 
     # A dead row still owns its place in the gradient, which nothing else would clear.
     @pl.when(given_ref[_LIVE, row] == 0)
     def _():
         for grad_ref in grad_refs:
-            write_gradient(grad_ref, lambda *_: plan.full(0.0))
+            write_gradient(grad_ref, lambda *_: spec.full(0.0))
 
 
 def _ratio(options, given_ref, row, lse):
@@ -183,20 +183,20 @@ def _ratio(options, given_ref, row, lse):
     return capped_ratio(given_ref[_TOKEN_SCORE, row] - lse, given_ref[_SAMPLER_LOGP, row], options.ratio_cap)
 
 
-def _slope(plan: Plan, terms: Terms, student, teacher, ids):
+def _slope(spec: RowSpec, terms: RowTerms, student, teacher, ids):
     """d(divergence)/d(score)."""
     logq = student - terms.shifts[0]
     logr = teacher - terms.shifts[1]
 
     def of_chosen():
-        return calc.share(plan.options.alpha)(logq, logr)[1] - jnp.exp(logq) * terms.pull
+        return calc.share(spec.options.alpha)(logq, logr)[1] - jnp.exp(logq) * terms.pull
 
-    if plan.k is None:
+    if spec.k is None:
         return of_chosen()
     rest = jnp.exp(logq) * (terms.others - terms.pull)
-    if plan.options.tail == "renorm":
+    if spec.options.tail == "renorm":
         # 0, or NaN where the row holds one.
-        rest = plan.full(0.0) * terms.pull
+        rest = spec.full(0.0) * terms.pull
 
     def mixed():
         return jnp.where(terms.choice.of(student, ids), of_chosen(), rest)

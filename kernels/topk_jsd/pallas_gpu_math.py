@@ -1,6 +1,6 @@
 """The arithmetic of the GPU row kernel: what Mosaic GPU lowers, and nothing about memory.
 
-Arrays are [LANES], one number per lane. Integer keys stand for float32 scores: they order as the floats
+Arrays are [TILE_TOKENS], one number per lane. Integer keys stand for float32 scores: they order as the floats
 do, with -0 just below 0.
 """
 
@@ -18,8 +18,8 @@ from jax import lax
 
 from .row_math import bucket, small_expm1
 
-LANES = 512  # tokens of a tile, 4 for each thread of a block
-KEY_OF_MINUS_INF = np.int32(-0x7F800001)
+TILE_TOKENS = 512  # tokens of a tile, 4 for each thread of a block
+KEY_OF_MINUS_INF = np.int32(-0x7F800001)  # the bits of -inf, all but the sign flipped
 
 
 class Choice(NamedTuple):
@@ -47,7 +47,7 @@ def float_of(key: Any) -> jax.Array:
     """The float that a key encodes, in every lane."""
     # Arrays and not scalars, since not all of Mosaic GPU's lowerings bitcast a scalar. The sign bit stays,
     # and a negative float's other bits are flipped, since those order backwards.
-    keys = jnp.full((LANES,), key, jnp.int32)
+    keys = jnp.full((TILE_TOKENS,), key, jnp.int32)
     return lax.bitcast_convert_type(keys ^ ((keys >> 31) & 0x7FFFFFFF), jnp.float32)
 
 

@@ -1,7 +1,7 @@
 """Survey, threshold and sums of one row in the GPU row kernel.
 
-`load(i, ragged)` gives a tile of the row. Arrays are [LANES], one number per lane; scalars are float32 or
-int32. `pallas_gpu.py` describes the passes.
+`load(i, ragged)` gives a tile of the row. Arrays are [TILE_TOKENS], one number per lane; scalars are float32
+or int32. `pallas_gpu.py` describes the passes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from . import pallas_gpu_math as calc
-from .pallas_gpu_math import LANES, Choice
-from .pallas_gpu_tiles import Plan, for_tiles, scores_of
+from .pallas_gpu_math import TILE_TOKENS, Choice
+from .pallas_gpu_tiles import RowSpec, for_tiles, scores_of
 from .row_math import TAIL_FLOOR, tail_bucket
 
 DEPTH = 4  # scores kept per lane
@@ -30,7 +30,7 @@ _ZERO = np.int32(0)
 Total = Callable[[int, Callable], list]
 
 
-class Terms(NamedTuple):
+class RowTerms(NamedTuple):
     """Scalars of one row."""
 
     choice: Choice
@@ -41,14 +41,14 @@ class Terms(NamedTuple):
     masses: tuple  # of both models on the chosen tokens
 
 
-def row_sums(plan: Plan, load: Callable) -> tuple[Terms, jax.Array]:
+def row_sums(spec: RowSpec, load: Callable) -> tuple[RowTerms, jax.Array]:
     """The terms of the row, and the student's log of the sum of exponentials."""
-    kept, spilled = _survey(plan, load)
+    kept, spilled = _survey(spec, load)
     lse = tuple(calc.log_sum_exp([pair[who] for pair in kept], spilled[who]) for who in (0, 1))
-    everything = Choice(calc.KEY_OF_MINUS_INF, np.int32(plan.limit))
-    if plan.k is None:
-        return _terms(plan, everything, partial(_sum_of_row, plan, load, everything), lse, None), lse[0]
-    k = np.int32(plan.k)
+    everything = Choice(calc.KEY_OF_MINUS_INF, np.int32(spec.limit))
+    if spec.k is None:
+        return _terms(spec, everything, partial(_sum_of_row, spec, load, everything), lse, None), lse[0]
+    k = np.int32(spec.k)
     bracket = _search_kept(k, kept)
     # A lane drops nothing above the least that it keeps. So the choice is settled where all of those
     # lie below the threshold.
@@ -57,12 +57,12 @@ def row_sums(plan: Plan, load: Callable) -> tuple[Terms, jax.Array]:
 
     def from_kept():
         choice = everything._replace(key=bracket.low)
-        return _terms(plan, choice, partial(_sum_of_kept, kept, choice), lse, spilled)
+        return _terms(spec, choice, partial(_sum_of_kept, kept, choice), lse, spilled)
 
     def from_row():
         largest, _ = kept[0]
-        choice = _recount(plan, k, load, bracket.low, calc.largest_key(largest) + 1)
-        return _terms(plan, choice, partial(_sum_of_row, plan, load, choice), lse, None)
+        choice = _recount(spec, k, load, bracket.low, calc.largest_key(largest) + 1)
+        return _terms(spec, choice, partial(_sum_of_row, spec, load, choice), lse, None)
 
     return lax.cond(settled, from_kept, from_row), lse[0]
 
@@ -70,19 +70,19 @@ def row_sums(plan: Plan, load: Callable) -> tuple[Terms, jax.Array]:
 # ---- survey --------------------------------------------------------------------------------------
 
 
-def _survey(plan: Plan, load: Callable) -> tuple:
+def _survey(spec: RowSpec, load: Callable) -> tuple:
     """(kept, spilled), by lane.
 
     kept: DEPTH pairs of student and teacher scores, by falling student score. spilled: for each
     model the largest score not kept, and the sum of exp(score - largest).
     """
-    low = plan.full(-jnp.inf)
-    none = (plan.full(_LOWEST), plan.full(0.0))
-    start = (((low, low),) * (0 if plan.k is None else DEPTH), (none, none))
+    low = spec.full(-jnp.inf)
+    none = (spec.full(_LOWEST), spec.full(0.0))
+    start = (((low, low),) * (0 if spec.k is None else DEPTH), (none, none))
 
     def take(i, ragged, tile, state):
         before, spilled = state
-        student, teacher, _ = scores_of(plan, i, ragged, tile)
+        student, teacher, _ = scores_of(spec, i, ragged, tile)
         # A step of insertion sort in every lane: what is larger stays, what is smaller moves on.
         kept = []
         for kept_student, kept_teacher in before:
@@ -92,7 +92,7 @@ def _survey(plan: Plan, load: Callable) -> tuple:
             teacher = jnp.where(up, kept_teacher, teacher)
         return tuple(kept), (calc.add_exp(spilled[0], student), calc.add_exp(spilled[1], teacher))
 
-    return for_tiles(plan, load, plan.limit, take, start)
+    return for_tiles(spec, load, spec.limit, take, start)
 
 
 # ---- threshold -----------------------------------------------------------------------------------
@@ -108,35 +108,35 @@ def _search_kept(k: np.int32, kept: tuple) -> calc.Bracket:
     return calc.search(lambda probes: map(reach, probes), bracket, k, depth=1)
 
 
-def _recount(plan: Plan, k: np.int32, load: Callable, low: Any, high: Any) -> Choice:
+def _recount(spec: RowSpec, k: np.int32, load: Callable, low: Any, high: Any) -> Choice:
     """The exact choice, from the row itself: at least k of its scores reach `low`, none `high`."""
 
     def count(probes):
         # Several probes a pass, since a pass is bound by memory and not by comparisons.
         def take(i, ragged, tile, counts):
-            student, _, _ = scores_of(plan, i, ragged, tile)
+            student, _, _ = scores_of(spec, i, ragged, tile)
             reached = [(student >= calc.float_of(probe)).astype(jnp.int32) for probe in probes]
             return tuple(map(jnp.add, counts, reached))
 
-        none = (plan.full(0, jnp.int32),) * len(probes)
-        return [jnp.sum(x) for x in for_tiles(plan, load, plan.limit, take, none)]
+        none = (spec.full(0, jnp.int32),) * len(probes)
+        return [jnp.sum(x) for x in for_tiles(spec, load, spec.limit, take, none)]
 
     found = calc.search(count, calc.Bracket(low, high), k, PROBES)
 
     def by_id():
-        return _tie_cutoff(plan, load, found.low, k - found.reach_high)
+        return _tie_cutoff(spec, load, found.low, k - found.reach_high)
 
-    return Choice(found.low, lax.cond(found.reach_low == k, lambda: jnp.int32(plan.limit), by_id))
+    return Choice(found.low, lax.cond(found.reach_low == k, lambda: jnp.int32(spec.limit), by_id))
 
 
-def _tie_cutoff(plan: Plan, load: Callable, key: Any, wanted: Any) -> Any:
+def _tie_cutoff(spec: RowSpec, load: Callable, key: Any, wanted: Any) -> Any:
     """The id below which `wanted` scores equal the threshold."""
 
     def ties(i):
-        student, _, ids = scores_of(plan, i, True, load(i, True))
-        return (student == calc.float_of(key)) & (ids < plan.limit), ids
+        student, _, ids = scores_of(spec, i, True, load(i, True))
+        return (student == calc.float_of(key)) & (ids < spec.limit), ids
 
-    last = np.int32(-(-plan.limit // LANES) - 1)  # bounds a row that has too few, for its NaNs
+    last = np.int32(-(-spec.limit // TILE_TOKENS) - 1)  # bounds a row that has too few, for its NaNs
 
     def short(state):
         i, before, here = state
@@ -153,7 +153,7 @@ def _tie_cutoff(plan: Plan, load: Callable, key: Any, wanted: Any) -> Any:
     def count(probes):
         return [calc.count_true(tie & (ids >= probe)) for probe in probes]
 
-    bracket = calc.Bracket(i * LANES, (i + 1) * LANES + 1, here)
+    bracket = calc.Bracket(i * TILE_TOKENS, (i + 1) * TILE_TOKENS + 1, here)
     return calc.search(count, bracket, before + here - wanted, depth=1).low
 
 
@@ -167,28 +167,28 @@ def _sum_of_kept(kept: tuple, choice: Choice, n: int, terms: Callable) -> list:
     return [jnp.sum(reduce(add, [of_depth[j] for of_depth in arrays])) for j in range(n)]
 
 
-def _sum_of_row(plan: Plan, load: Callable, choice: Choice, n: int, terms: Callable) -> list:
+def _sum_of_row(spec: RowSpec, load: Callable, choice: Choice, n: int, terms: Callable) -> list:
     """A `Total` over the whole row, in one more pass."""
 
     def take(i, ragged, tile, sums):
-        student, teacher, ids = scores_of(plan, i, ragged, tile)
+        student, teacher, ids = scores_of(spec, i, ragged, tile)
         return tuple(map(jnp.add, sums, terms(student, teacher, choice.of(student, ids))))
 
-    return [jnp.sum(x) for x in for_tiles(plan, load, plan.limit, take, (plan.full(0.0),) * n)]
+    return [jnp.sum(x) for x in for_tiles(spec, load, spec.limit, take, (spec.full(0.0),) * n)]
 
 
-def _terms(plan: Plan, choice: Choice, total: Total, lse: tuple, spilled: tuple | None) -> Terms:
+def _terms(spec: RowSpec, choice: Choice, total: Total, lse: tuple, spilled: tuple | None) -> RowTerms:
     """The row's terms; `spilled` comes with a `total` over the kept scores, which lacks it."""
-    options = plan.options
+    options = spec.options
     shifts = lse
     others = jnp.float32(0)
     mass_q = mass_r = tail_q = tail_r = jnp.float32(1)
-    if plan.k is not None:
+    if spec.k is not None:
         mass_q, mass_r, tail_q, tail_r = total(4, partial(_masses, lse))
-    if plan.k is not None and options.tail == "renorm":
+    if spec.k is not None and options.tail == "renorm":
         shifts = (lse[0] + jnp.log(mass_q), lse[1] + jnp.log(mass_r))
     divergence, pull = total(2, partial(_chosen_terms, options.alpha, shifts))
-    if plan.k is not None and options.tail == "bucket":
+    if spec.k is not None and options.tail == "bucket":
         if spilled is not None:
             drops = [jnp.sum(x * jnp.exp(top - shift)) for (top, x), shift in zip(spilled, lse, strict=True)]
             tail_q = tail_q + drops[0]
@@ -199,7 +199,7 @@ def _terms(plan: Plan, choice: Choice, total: Total, lse: tuple, spilled: tuple 
         others = tail_pull / jnp.maximum(tail_q, TAIL_FLOOR)
     # 0, or NaN where a score is NaN: it may be that no chosen token carries it.
     flaw = (lse[0] - lse[0]) + (lse[1] - lse[1])
-    return Terms(choice, shifts, pull + flaw, others, divergence + flaw, (mass_q + flaw, mass_r + flaw))
+    return RowTerms(choice, shifts, pull + flaw, others, divergence + flaw, (mass_q + flaw, mass_r + flaw))
 
 
 def _masses(lse, student, teacher, chosen):

@@ -39,7 +39,7 @@ from . import tpu_passes as passes
 from .records import LossAux, Options, Rows
 from .row_math import TAIL_FLOOR, bucket, capped_ratio, small_expm1, tail_bucket
 from .selection import KEEP, bin_count
-from .tpu_passes import LANES, Chosen, Norms, Source, Terms
+from .tpu_passes import LANES, Chosen, Norms, PairedLogits, Terms
 
 ROWS = 8  # of a block; sixteen would keep twice as many values alive as there are registers
 SLAB = 2048  # lanes; fewer leave the pipeline idle between trips, more spill
@@ -49,7 +49,7 @@ STATS = ("divergence", "logp", "ratio", "student_mass", "teacher_mass", "long", 
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sizes:
     """Sizes of one compiled kernel."""
 
     vocab: int  # a multiple of LANES
@@ -68,25 +68,25 @@ class Plan:
         return KEEP * self.bins + self.left
 
 
-def make_plan(options: Options, vocab: int) -> Plan:
+def make_sizes(options: Options, vocab: int) -> Sizes:
     """Sizes for a vocabulary, whether they fit or not."""
     k = options.top_k(vocab)
     tokens = vocab if options.num_tokens is None else options.num_tokens
     bins = 0 if k is None else bin_count(k, tokens)
-    return Plan(_round_up(vocab, LANES), tokens, k, bins)
+    return Sizes(_round_up(vocab, LANES), tokens, k, bins)
 
 
 def fits(options: Options, vocab: int, grad_dtype: Any) -> bool:
     """Whether eight rows of the vocabulary fit into the memory of the smallest core."""
-    return vmem_bytes(make_plan(options, vocab), grad_dtype) <= VMEM_BUDGET
+    return vmem_bytes(make_sizes(options, vocab), grad_dtype) <= VMEM_BUDGET
 
 
-def vmem_bytes(plan: Plan, grad_dtype: Any) -> int:
+def vmem_bytes(sizes: Sizes, grad_dtype: Any) -> int:
     """On-chip memory of the kernel, without what the compiler spills."""
     grad_bytes = 0 if grad_dtype is None else jnp.dtype(grad_dtype).itemsize
     # Two of each block: while one is worked on, the next is loaded and the gradient before it stored.
-    blocks = 2 * plan.vocab * (4 + 4 + grad_bytes)
-    buffers = 2 * 4 * _round_up(plan.candidates + 1, LANES)
+    blocks = 2 * sizes.vocab * (4 + 4 + grad_bytes)
+    buffers = 2 * 4 * _round_up(sizes.candidates + 1, LANES)
     return ROWS * (blocks + buffers)
 
 
@@ -114,22 +114,22 @@ def row_terms(
             f"eight rows of a vocabulary of {vocab} exceed the on-chip memory that implementation "
             "'pallas_tpu' plans with; use 'xla'"
         )
-    plan = make_plan(options, vocab)
+    sizes = make_sizes(options, vocab)
 
     def pad(x_CV):
-        return jnp.pad(x_CV, ((0, 0), (0, plan.vocab - vocab))) if plan.vocab > vocab else x_CV
+        return jnp.pad(x_CV, ((0, 0), (0, sizes.vocab - vocab))) if sizes.vocab > vocab else x_CV
 
     student_CV = student_CV.astype(jnp.float32)
     teacher_CV = teacher_CV.astype(jnp.float32)
     stats_CF, *grads_CV = call(
-        options, plan, pad(student_CV), pad(teacher_CV), rows_C, live_C, grad_dtype, interpret
+        options, sizes, pad(student_CV), pad(teacher_CV), rows_C, live_C, grad_dtype, interpret
     )
     divergence_C, logp_C, ratio_C, *masses = (stats_CF[:n_rows, i] for i in range(5))
     stats_C = LossAux(divergence_C, None if rows_C.tokens_N is None else logp_C, ratio_C, *masses)
     return stats_C, grads_CV[0][:, :vocab] if grads_CV else None
 
 
-def call(options, plan, student_CV, teacher_CV, rows_C, live_C, grad_dtype, interpret):
+def call(options, sizes, student_CV, teacher_CV, rows_C, live_C, grad_dtype, interpret):
     """The kernel over blocks of ROWS rows: [stats_CF] or [stats_CF, grad_CV], C padded to whole blocks."""
     n_rows = student_CV.shape[0]
     blocks = pl.cdiv(n_rows, ROWS)
@@ -142,40 +142,40 @@ def call(options, plan, student_CV, teacher_CV, rows_C, live_C, grad_dtype, inte
     given_CF = jnp.pad(given_CF, ((0, 0), (0, LANES - len(fields))))
     # Token ids are addresses, so they go to scalar memory; clipped, since a load is not checked.
     tokens_C = jnp.zeros(n_rows, jnp.int32) if rows_C.tokens_N is None else rows_C.tokens_N
-    tokens_C = jnp.pad(jnp.clip(tokens_C, 0, plan.vocab - 1), (0, spare))
+    tokens_C = jnp.pad(jnp.clip(tokens_C, 0, sizes.vocab - 1), (0, spare))
 
     def block(width):
         return pl.BlockSpec((ROWS, width), lambda i, _: (i, 0))
 
     out_shape = [jax.ShapeDtypeStruct((blocks * ROWS, LANES), jnp.float32)]
     if grad_dtype is not None:
-        out_shape.append(jax.ShapeDtypeStruct((n_rows, plan.vocab), grad_dtype))
-    buffer = pltpu.VMEM((ROWS, _round_up(max(plan.candidates, LANES), LANES)), jnp.float32)
+        out_shape.append(jax.ShapeDtypeStruct((n_rows, sizes.vocab), grad_dtype))
+    buffer = pltpu.VMEM((ROWS, _round_up(max(sizes.candidates, LANES), LANES)), jnp.float32)
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(blocks,),
-        in_specs=[block(LANES), block(plan.vocab), block(plan.vocab)],
+        in_specs=[block(LANES), block(sizes.vocab), block(sizes.vocab)],
         out_specs=[block(x.shape[1]) for x in out_shape],
         scratch_shapes=[buffer, buffer],
     )
     with_tokens = rows_C.tokens_N is not None
     return pl.pallas_call(
-        partial(_kernel, options, plan, with_tokens, grad_dtype is not None),
+        partial(_kernel, options, sizes, with_tokens, grad_dtype is not None),
         grid_spec=spec,
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_bytes(plan, grad_dtype) + VMEM_SLACK
+            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_bytes(sizes, grad_dtype) + VMEM_SLACK
         ),
         interpret=interpret,
         name="topk_jsd_rows",
     )(tokens_C, given_CF, student_CV, teacher_CV)
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """The operands of one block of R rows; numbers of a row are [R, 1]."""
 
-    row: Source
-    candidates: Source
+    row: PairedLogits
+    candidates: PairedLogits
     weight: jax.Array
     live: jax.Array  # 1 or 0
     sampler_logp: jax.Array
@@ -184,11 +184,13 @@ class Block(NamedTuple):
     grad_ref: Any  # or None
 
 
-def _kernel(options, plan, with_tokens, with_grad, tokens_ref, given_ref, *refs):
+def _kernel(options, sizes, with_tokens, with_grad, tokens_ref, given_ref, *refs):
     student_ref, teacher_ref, stats_ref, *rest = refs
     grad_ref = rest.pop(0) if with_grad else None
     student_buffer, teacher_buffer = rest
-    row = Source(student_ref, teacher_ref, plan.tokens, min(SLAB, plan.vocab), 1.0 / options.temperature)
+    row = PairedLogits(
+        student_ref, teacher_ref, sizes.tokens, min(SLAB, sizes.vocab), 1.0 / options.temperature
+    )
     weight, live, sampler_logp = (given_ref[:, i : i + 1] for i in range(3))
     # Read outside of the branches, since the branch of an interpreted kernel has no grid.
     first = pl.program_id(0) * ROWS
@@ -197,9 +199,9 @@ def _kernel(options, plan, with_tokens, with_grad, tokens_ref, given_ref, *refs)
     @pl.when(some)
     def _():
         score = _token_scores(row, tokens_ref, first) if with_tokens else None
-        candidates = Source(student_buffer, teacher_buffer, plan.candidates, SLAB)
-        block = Block(row, candidates, weight, live, sampler_logp, score, stats_ref, grad_ref)
-        _block_terms(options, plan, block)
+        candidates = PairedLogits(student_buffer, teacher_buffer, sizes.candidates, SLAB)
+        block = RowBlock(row, candidates, weight, live, sampler_logp, score, stats_ref, grad_ref)
+        _block_terms(options, sizes, block)
 
     @pl.when(~some)
     def _():
@@ -208,7 +210,7 @@ def _kernel(options, plan, with_tokens, with_grad, tokens_ref, given_ref, *refs)
             passes.write_zeros(grad_ref)
 
 
-def _token_scores(row: Source, tokens_ref: Any, first: jax.Array) -> jax.Array:
+def _token_scores(row: PairedLogits, tokens_ref: Any, first: jax.Array) -> jax.Array:
     """The student's scores of the sampled tokens, [R, 1]."""
     rows = row.student_ref.shape[0]
     picked = jnp.full((rows, LANES), -jnp.inf, jnp.float32)
@@ -223,19 +225,19 @@ def _token_scores(row: Source, tokens_ref: Any, first: jax.Array) -> jax.Array:
     return jnp.max(picked, axis=1, keepdims=True)
 
 
-def _block_terms(options: Options, plan: Plan, block: Block) -> None:
+def _block_terms(options: Options, sizes: Sizes, block: RowBlock) -> None:
     """Finds the threshold, then takes the short way or the long one."""
     row = block.row
     live = block.live
-    k = plan.k
-    finish = partial(_finish, options, plan, block)
+    k = sizes.k
+    finish = partial(_finish, options, sizes, block)
     if k is None:
         finish(row, _peaks(row), _everything, long=True, trips=jnp.int32(0))
         return
     search = partial(passes.find_threshold, k=k, live=live)
     overflow = None  # whether a bin dropped one of the chosen tokens; None without bins
-    if plan.bins:
-        dropped, teacher_peak = passes.collect(row, plan.bins, block.candidates)
+    if sizes.bins:
+        dropped, teacher_peak = passes.collect(row, sizes.bins, block.candidates)
         found = search(block.candidates)
         overflow = jnp.max(jnp.where((live > 0) & (dropped >= found.threshold), 1.0, 0.0)) > 0
         found = lax.cond(overflow, lambda: search(row), lambda: found)
@@ -271,16 +273,16 @@ def _everything(at, scores):
     return jnp.full(scores.shape, True)
 
 
-def _peaks(row: Source) -> Terms:
+def _peaks(row: PairedLogits) -> Terms:
     both = passes.sweep(row, lambda at, *scores: scores, jnp.maximum, -jnp.inf)
     return tuple(jnp.max(peaks, axis=1, keepdims=True) for peaks in both)
 
 
 def _finish(
     options: Options,
-    plan: Plan,
-    block: Block,
-    near: Source,
+    sizes: Sizes,
+    block: RowBlock,
+    near: PairedLogits,
     peaks: Terms,
     chosen: Chosen,
     *,
@@ -290,13 +292,13 @@ def _finish(
     """Sums, divergence and gradient; `near` holds all the chosen tokens."""
     top = passes.exp_sums(near, peaks, chosen, of_chosen=True)
     tail = (jnp.zeros_like(top[0]),) * 2
-    if plan.k is not None:
+    if sizes.k is not None:
         tail = passes.exp_sums(block.row, peaks, chosen, of_chosen=False)
     total = tuple(a + b for a, b in zip(top, tail, strict=True))
-    renorm = plan.k is not None and options.tail == "renorm"
+    renorm = sizes.k is not None and options.tail == "renorm"
     compared = top if renorm else total  # the probability that the divergence is normalised to
     norms = tuple((peak, jnp.log(x)) for peak, x in zip(peaks, compared, strict=True))
-    divergence, pull, others = _divergence(options, plan, near, chosen, norms, tail, total)
+    divergence, pull, others = _divergence(options, sizes, near, chosen, norms, tail, total)
     logp = jnp.zeros_like(pull)
     ratio = jnp.ones_like(pull)
     if block.score is not None:
@@ -314,14 +316,20 @@ def _finish(
 
 
 def _divergence(
-    options: Options, plan: Plan, near: Source, chosen: Chosen, norms: Norms, tail: Terms, total: Terms
+    options: Options,
+    sizes: Sizes,
+    near: PairedLogits,
+    chosen: Chosen,
+    norms: Norms,
+    tail: Terms,
+    total: Terms,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The divergence, the sum of the pulls, and d(divergence)/dq of the tokens that are not chosen."""
     share: Callable[..., tuple[jax.Array, jax.Array]] = partial(
         bucket, alpha=options.alpha, expm1=small_expm1
     )
     divergence, pull = passes.bucket_sums(near, norms, chosen, share)
-    if plan.k is None:
+    if sizes.k is None:
         return divergence, pull, pull
     if options.tail == "renorm":
         # A NaN outside of the chosen tokens shows in the totals only.

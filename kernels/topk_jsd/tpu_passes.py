@@ -1,7 +1,7 @@
 """The passes of the TPU row kernel over rows that lie in on-chip memory. `pallas_tpu.py` orders them.
 
-A pass sweeps a `Source`: the rows themselves, or their candidates. R rows of a block; one number a row has
-the shape [R, 1], and a sum that is still spread over the lanes [R, LANES].
+A pass sweeps a `PairedLogits`: the rows themselves, or their candidates. R rows of a block; one number a row
+has the shape [R, 1], and a sum that is still spread over the lanes [R, LANES].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Terms = tuple[jax.Array, ...]
 
 
 @dataclass(frozen=True)
-class Source:
+class PairedLogits:
     """Student and teacher logits [R, lanes] side by side; lanes from `tokens` on do not count."""
 
     student_ref: Any
@@ -62,31 +62,31 @@ def lane_ids(at: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def sweep(
-    source: Source, term: Callable[..., Terms], combine: Callable = jnp.add, start: float = 0.0
+    logits: PairedLogits, term: Callable[..., Terms], combine: Callable = jnp.add, start: float = 0.0
 ) -> Terms:
     """`combine` over all pieces of LANES lanes of term(at, student, teacher): each [R, LANES]."""
-    rows = source.student_ref.shape[0]
+    rows = logits.student_ref.shape[0]
 
     def add(totals, values):
         return tuple(combine(x, fold(y, combine)) for x, y in zip(totals, values, strict=True))
 
     def body(j, totals):
-        at = pl.multiple_of(j * source.slab, LANES)
-        return add(totals, term(at, *source.read(at, source.slab)))
+        at = pl.multiple_of(j * logits.slab, LANES)
+        return add(totals, term(at, *logits.read(at, logits.slab)))
 
     scores = jax.ShapeDtypeStruct((rows, LANES), jnp.float32)
     count = len(jax.eval_shape(term, 0, scores, scores))
     totals = (jnp.full((rows, LANES), start, jnp.float32),) * count
-    totals = lax.fori_loop(0, source.slabs, body, totals)
+    totals = lax.fori_loop(0, logits.slabs, body, totals)
     # The rest is unrolled: its pieces are fewer than a slab's, and only there is a ragged one.
-    for at in source.rest:
-        totals = add(totals, term(at, *source.read(at, LANES, at + LANES > source.tokens)))
+    for at in logits.rest:
+        totals = add(totals, term(at, *logits.read(at, LANES, at + LANES > logits.tokens)))
     return totals
 
 
-def sums(source: Source, term: Callable[..., Terms]) -> Terms:
+def sums(logits: PairedLogits, term: Callable[..., Terms]) -> Terms:
     """Sums over all tokens of term(at, student, teacher): each [R, 1]."""
-    return tuple(jnp.sum(total, axis=1, keepdims=True) for total in sweep(source, term))
+    return tuple(jnp.sum(total, axis=1, keepdims=True) for total in sweep(logits, term))
 
 
 def fold(x: jax.Array, combine: Callable) -> jax.Array:
@@ -101,7 +101,7 @@ def fold(x: jax.Array, combine: Callable) -> jax.Array:
 # ---- candidates ----------------------------------------------------------------------------------
 
 
-def collect(row: Source, bins: int, candidates: Source) -> tuple[jax.Array, jax.Array]:
+def collect(row: PairedLogits, bins: int, candidates: PairedLogits) -> tuple[jax.Array, jax.Array]:
     """Fills the candidates; gives the largest student score dropped and the teacher's largest score.
 
     Bin b holds the lanes that are b modulo `bins`. Lanes after the last whole round of bins are candidates
@@ -180,9 +180,9 @@ class Found(NamedTuple):
     trips: jax.Array  # int32 scalar
 
 
-def find_threshold(source: Source, k: int, live: jax.Array) -> Found:
+def find_threshold(logits: PairedLogits, k: int, live: jax.Array) -> Found:
     """Bisects the bits of floats until every live row is settled."""
-    (peaks,) = sweep(source, lambda at, student, teacher: (student,), jnp.maximum, -jnp.inf)
+    (peaks,) = sweep(logits, lambda at, student, teacher: (student,), jnp.maximum, -jnp.inf)
     peak = jnp.max(peaks, axis=1, keepdims=True)
     # Each lane has a score that reaches its own peak, so at least LANES scores reach the lowest peak.
     low = jnp.min(peaks, axis=1, keepdims=True) if k <= LANES else jnp.full_like(peak, -jnp.inf)
@@ -196,19 +196,19 @@ def find_threshold(source: Source, k: int, live: jax.Array) -> Found:
         low, high, count, trips = state
         half = middle(low, high)
         bound = unordered(half)
-        (reached,) = sums(source, lambda at, student, _: (_as_float(student >= bound),))
+        (reached,) = sums(logits, lambda at, student, _: (_as_float(student >= bound),))
         enough = reached >= k
         low = jnp.where(enough, half, low)
         high = jnp.where(enough, high, half)
         return low, high, jnp.where(enough, reached, count), trips + 1
 
     # Counts are float32, exact up to 2^24 tokens.
-    state = (ordered(low), ordered(peak) + 1, jnp.full_like(peak, float(source.tokens)), jnp.int32(0))
+    state = (ordered(low), ordered(peak) + 1, jnp.full_like(peak, float(logits.tokens)), jnp.int32(0))
     low, _, count, trips = lax.while_loop(unsettled, narrow, state)
     return Found(unordered(low), count, peak, trips)
 
 
-def tie_cut(row: Source, k: int, threshold: jax.Array, reached: jax.Array) -> jax.Array:
+def tie_cut(row: PairedLogits, k: int, threshold: jax.Array, reached: jax.Array) -> jax.Array:
     """The id below which scores equal to the threshold are chosen, so that exactly k are."""
 
     def narrow(_, bounds):
@@ -241,7 +241,7 @@ Chosen = Callable[[Any, jax.Array], jax.Array]  # (first id, student scores) -> 
 Norms = tuple[Terms, ...]
 
 
-def exp_sums(source: Source, peaks: Terms, chosen: Chosen, of_chosen: bool) -> Terms:
+def exp_sums(logits: PairedLogits, peaks: Terms, chosen: Chosen, of_chosen: bool) -> Terms:
     """Sums of exp(score - peak) of both models over the chosen tokens or over the others: [R, 1] each."""
 
     def term(at, *scores):
@@ -250,10 +250,10 @@ def exp_sums(source: Source, peaks: Terms, chosen: Chosen, of_chosen: bool) -> T
         kept = mask if of_chosen else ~mask
         return tuple(jnp.where(kept, jnp.exp(x - peak), 0.0) for x, peak in zip(scores, peaks, strict=True))
 
-    return sums(source, term)
+    return sums(logits, term)
 
 
-def bucket_sums(source: Source, norms: Norms, chosen: Chosen, bucket: Callable[..., Terms]) -> Terms:
+def bucket_sums(logits: PairedLogits, norms: Norms, chosen: Chosen, bucket: Callable[..., Terms]) -> Terms:
     """The chosen tokens' shares of the divergence, and their pulls, summed: [R, 1] each."""
 
     def term(at, student, teacher):
@@ -263,7 +263,7 @@ def bucket_sums(source: Source, norms: Norms, chosen: Chosen, bucket: Callable[.
         )
         return tuple(jnp.where(kept, x, 0.0) for x in bucket(logq, logr))
 
-    return sums(source, term)
+    return sums(logits, term)
 
 
 def gradient_form(
@@ -304,7 +304,7 @@ def gradient_form(
 
 
 def write_gradient(
-    row: Source, grad_ref: Any, form: Callable, chosen: Chosen, live: jax.Array | None
+    row: PairedLogits, grad_ref: Any, form: Callable, chosen: Chosen, live: jax.Array | None
 ) -> None:
     """Writes form(student, teacher, chosen) of every token, and 0 after the last token.
 

@@ -25,8 +25,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from absl import logging
 
-from rosd_jax.config import UserError
 from rosd_jax.data import sources
+from rosd_jax.errors import UserError
 from rosd_jax.gym import problems as gym
 from rosd_jax.rewards import tooluse
 from rosd_jax.types import Problem

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.types import Message, Problem, Prompts
 
 Encoded = Sequence[tuple[Problem, list[int]]]  # each problem with its chat-templated prompt ids

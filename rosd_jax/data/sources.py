@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import UserError
+from rosd_jax.config import PATH_RULE, path_fits
+from rosd_jax.errors import UserError
+from rosd_jax.fields import shown
 from rosd_jax.rewards import tooluse
 
 FIELDS = ("uid", "dataset", "kind", "system", "user", "answer", "extra")
@@ -55,7 +58,7 @@ class WrittenFloat(float):
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """One line of a file, and where it is, in words."""
 
     where: str  # "<path> line <number>"
@@ -67,7 +70,7 @@ class Source:
     """Where the splits of a set are and how its rows are read."""
 
     files: dict[str, str]  # split -> path under data.dir, or under the folder of jsonl:PATH
-    read_row: Callable[[Row], Example]
+    read_row: Callable[[SourceRow], Example]
 
 
 def read_examples(name: str, split: str, path: Path) -> list[Example]:
@@ -109,9 +112,15 @@ def set_name(name: str) -> str:
 
 
 def own_path(name: str) -> Path | None:
-    """The file or folder of "jsonl:PATH" or "NAME=jsonl:PATH"; None for another set."""
+    """The file or folder of "jsonl:PATH" or "NAME=jsonl:PATH"; None for another set.
+
+    Raises UserError for a path that is too long for a file system.
+    """
     asked = name if name.startswith("jsonl:") else name[len(set_name(name)) + 1 :]
-    return Path(asked.removeprefix("jsonl:")).expanduser().absolute() if asked else None
+    path = asked.removeprefix("jsonl:")
+    if not path_fits(path):
+        raise UserError(f"the path of the set {shown(name)} is no path of a file; it must {PATH_RULE}")
+    return Path(os.path.expanduser(path)).absolute() if asked else None
 
 
 def same_data(name: str, other: str, data_dir: str) -> bool:
@@ -124,7 +133,7 @@ def _all_files(name: str, data_dir: str) -> set[Path]:
     path = own_path(name)
     if path is None:
         files = SOURCES[name].files.values() if name in SOURCES else ()
-        return {Path(data_dir, file).expanduser().resolve() for file in files}
+        return {Path(os.path.expanduser(data_dir), file).resolve() for file in files}
     if path.is_dir():
         path /= OWN_SPLITS["train"]
     siblings = OWN_SPLITS.values() if path.name in OWN_SPLITS.values() else (path.name,)
@@ -148,7 +157,7 @@ def locate(name: str, split: str, data_dir: str) -> tuple[str, str]:
     files = SOURCES[name].files
     if split not in files:
         raise UserError(f"{name!r} has no {split!r} split, only {', '.join(files)}; choose another set")
-    folder = Path(data_dir).expanduser()
+    folder = Path(os.path.expanduser(data_dir))
     if not data_dir or not folder.is_dir():
         raise UserError(f"data.dir is {data_dir!r}; it must be the folder with {files[split]}")
     if split not in present(name, str(folder)):
@@ -180,7 +189,7 @@ def file_bytes(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _read_rows(path: Path) -> list[SourceRow]:
     lines = file_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     rows = [_parse(f"{path} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not rows:
@@ -188,7 +197,7 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _parse(where: str, line: bytes) -> Row:
+def _parse(where: str, line: bytes) -> SourceRow:
     try:
         fields = json.loads(line.decode("utf-8"), parse_float=WrittenFloat, parse_int=_whole)
     except (ValueError, RecursionError) as error:
@@ -198,7 +207,7 @@ def _parse(where: str, line: bytes) -> Row:
             f"{where} is {_short(fields)}, a {type(fields).__name__}; a row must be one JSON object, so "
             "correct or drop it"
         )
-    return Row(where, fields)
+    return SourceRow(where, fields)
 
 
 def _whole(written: str) -> int:
@@ -213,12 +222,12 @@ def _short(value: object) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def _wrong(row: Row, field: str, rule: str) -> UserError:
+def _wrong(row: SourceRow, field: str, rule: str) -> UserError:
     value = _short(row.fields.get(field))
     return UserError(f"{row.where}: field {field!r} is {value}; it {rule}, so correct or drop the row")
 
 
-def _absent(row: Row, field: str) -> UserError:
+def _absent(row: SourceRow, field: str) -> UserError:
     named = _short(", ".join(row.fields)).strip("'\"") or "no field"
     return UserError(
         f"{row.where}: field {field!r} is missing, and the row has {named}; add it, rename the field that "
@@ -226,7 +235,7 @@ def _absent(row: Row, field: str) -> UserError:
     )
 
 
-def _text(row: Row, field: str, default: str | None = None) -> str:
+def _text(row: SourceRow, field: str, default: str | None = None) -> str:
     """The field as text. An absent or blank field is the default, or an error without a default."""
     value = row.fields.get(field)
     if value is None and default is None:
@@ -244,7 +253,7 @@ def _text(row: Row, field: str, default: str | None = None) -> str:
     return value
 
 
-def _math_answer(row: Row) -> str:
+def _math_answer(row: SourceRow) -> str:
     """The answer as text; the numbers 70 and 27.0 become "70" and "27"."""
     value = row.fields.get("answer")
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -277,13 +286,13 @@ def _number_text(number: Decimal, positional: bool) -> str:
     return f"{Decimal((sign, tuple(map(int, kept)), exponent)):f}"
 
 
-def _math_text(row: Row, answer: str) -> str:
+def _math_text(row: SourceRow, answer: str) -> str:
     if NO_CONTENT.fullmatch(answer):
         raise _wrong(row, "answer", "must be more than marks, which no response can match")
     return answer.strip()
 
 
-def _tool_answer(row: Row) -> str:
+def _tool_answer(row: SourceRow) -> str:
     """The gold calls as JSON text: a list of {"Action": name, "Action_Input": input}."""
     value = row.fields.get("answer")
     try:
@@ -295,7 +304,7 @@ def _tool_answer(row: Row) -> str:
     return json.dumps(calls, ensure_ascii=False)
 
 
-def _letter_answer(row: Row) -> str:
+def _letter_answer(row: SourceRow) -> str:
     """The letter as a capital, without marks: "b" and "(B)" become "B"."""
     letter = LETTER_ANSWER.fullmatch(_text(row, "answer"))
     if letter is None:
@@ -303,7 +312,7 @@ def _letter_answer(row: Row) -> str:
     return letter[1].upper()
 
 
-def _any_answer(row: Row) -> str:
+def _any_answer(row: SourceRow) -> str:
     """The answer as text; another value as JSON text; "" where there is none."""
     value = row.fields.get("answer")
     if value is None:
@@ -312,13 +321,13 @@ def _any_answer(row: Row) -> str:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except RecursionError:
         raise _wrong(row, "answer", "must not be nested so deeply") from None
-    return _text(Row(row.where, {"answer": text}), "answer", "")
+    return _text(SourceRow(row.where, {"answer": text}), "answer", "")
 
 
 GOLD = {"mcq": _letter_answer, "math": _math_answer, "tooluse": _tool_answer, "own": _any_answer}
 
 
-def _chat_row(row: Row, kind: str) -> Example:
+def _chat_row(row: SourceRow, kind: str) -> Example:
     """A row of the released schema or of a user's file. `kind` is that of rows that name none."""
     kind = _text(row, "kind", kind)
     if kind not in GOLD:
@@ -328,7 +337,7 @@ def _chat_row(row: Row, kind: str) -> Example:
     return {"kind": kind, "system": system, "user": user, "answer": GOLD[kind](row)}
 
 
-def _own_row(row: Row) -> Example:
+def _own_row(row: SourceRow) -> Example:
     """A row of a user's file. `extra` keeps the other fields, as a JSON object, for a reward function."""
     example = _chat_row(row, kind="math")
     whole = example["kind"] == "own" and not isinstance(row.fields.get("answer", ""), str)
@@ -339,11 +348,11 @@ def _own_row(row: Row) -> Example:
         raise UserError(f"{row.where} nests its fields too deeply; flatten or drop the row") from None
 
 
-def _math_row(row: Row) -> Example:
+def _math_row(row: SourceRow) -> Example:
     return _math_example(_text(row, "problem"), _math_answer(row))
 
 
-def _gsm8k_row(row: Row) -> Example:
+def _gsm8k_row(row: SourceRow) -> Example:
     """The answer follows the last "####" of the worked solution."""
     _, mark, answer = _text(row, "answer").rpartition("####")
     answer = answer.replace(",", "").strip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from rosd_jax.rewards.grade import SUCCESS
 from rosd_jax.settings import LessonSettings, ReflectSettings
 from rosd_jax.text import prompts, spans
-from rosd_jax.text.prompts import ENGLISH, Wording
+from rosd_jax.text.prompts import Wording
 from rosd_jax.text.thinking import outside_thinking
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Graded, Message, Reflected, Reflection, Span
@@ -30,7 +30,7 @@ NOTES = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReflectionPlan:
     """What to do with one rollout."""
 
     kind: Literal["wrong", "right"] | None  # which question the reflector is asked; None: not asked
@@ -46,7 +46,7 @@ def choose(
     solution: Literal["shortest", "first"],
     correct: bool = True,
     uniform_groups: bool = False,
-) -> list[Plan]:
+) -> list[ReflectionPlan]:
     """One plan per row (released code: choice of the solution, skip flags and zero-deviation mask).
 
     group_B: rows with equal entries are siblings; rows are in sample order. length_B: tokens of the
@@ -58,11 +58,12 @@ def choose(
     rows: dict[int, list[int]] = {}
     for row, group in enumerate(np.asarray(group_B).tolist()):
         rows.setdefault(group, []).append(row)
-    plans = [Plan(None, None)] * len(rewards_B)
+    plans = [ReflectionPlan(None, None)] * len(rewards_B)
     for siblings in rows.values():
         rewards = [float(rewards_B[row]) for row in siblings]
         solved = [row for row, reward in zip(siblings, rewards, strict=True) if reward >= SUCCESS]
         if solution == "shortest":
+            # The sort is stable, so of equally short ones the earliest comes first.
             solved.sort(key=lambda row: int(length_B[row]))
         mixed = 0 < len(solved) < len(siblings)
         asked = mixed or (uniform_groups and bool(solved))
@@ -78,13 +79,13 @@ def choose(
     return plans
 
 
-def _plan(right: bool, solution: int | None, asked: bool, note: str) -> Plan:
+def _plan(right: bool, solution: int | None, asked: bool, note: str) -> ReflectionPlan:
     if not asked:
-        return Plan(None, solution, note or "correct_left_out")
-    return Plan("right" if right else "wrong", solution, note)
+        return ReflectionPlan(None, solution, note or "correct_left_out")
+    return ReflectionPlan("right" if right else "wrong", solution, note)
 
 
-def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[Plan]:
+def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[ReflectionPlan]:
     """`choose` for a graded batch, with the `reflect` section of the config."""
     return choose(
         graded.rewards_B,
@@ -96,7 +97,7 @@ def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[Plan]:
     )
 
 
-def reflector_messages(graded: Graded, row: int, plan: Plan, wording: Wording = ENGLISH) -> list[Message]:
+def reflector_messages(graded: Graded, row: int, plan: ReflectionPlan, wording: Wording) -> list[Message]:
     """What the reflector is asked about a row, without the task's own system prompt.
 
     Raises ValueError for a row that is not reflected.
@@ -112,7 +113,7 @@ def reflector_messages(graded: Graded, row: int, plan: Plan, wording: Wording = 
     return prompts.wrong_messages(problem.question, solution, attempt, gold, wording)
 
 
-def solution_of(graded: Graded, plan: Plan) -> str | None:
+def solution_of(graded: Graded, plan: ReflectionPlan) -> str | None:
     """The correct sibling's text without its thinking; None where there is no such sibling."""
     if plan.solution is None:
         return None
@@ -121,12 +122,12 @@ def solution_of(graded: Graded, plan: Plan) -> str | None:
 
 def build_prompts(
     graded: Graded,
-    plans: Sequence[Plan],
+    plans: Sequence[ReflectionPlan],
     tokenizer: Tokenizer,
     reflect: ReflectSettings,
     *,
     thinking: bool,
-    wording: Wording = ENGLISH,
+    wording: Wording,
 ) -> list[list[int] | None]:
     """The reflector's prompt ids per row; None: not asked, or longer than reflect.max_prompt_tokens.
 
@@ -165,71 +166,29 @@ def fit(
 
 def read_reflections(
     graded: Graded,
-    plans: Sequence[Plan],
+    plans: Sequence[ReflectionPlan],
     raws: Sequence[str | None],
     tokenizer: Tokenizer,
     lesson: LessonSettings,
     *,
-    thinking_open: bool = False,
+    thinking_open: bool,
 ) -> Reflected:
     """Parses every answer and locates every quote.
 
     raws: the reflector's text per row; None for a row without a prompt. thinking_open: the reflector's
     prompt ended inside a thinking block.
     """
-    tokens_BR = graded.rollout.tokens_BR
-    length_B = graded.rollout.length_B
     reflections = []
     for row, (plan, raw) in enumerate(zip(plans, raws, strict=True)):
-        text = graded.texts[row]
-        ids = tokens_BR[row, : int(length_B[row])]
-        solution = solution_of(graded, plan)
-        reflections.append(
-            read_reflection(raw, plan, text, ids, tokenizer, lesson, solution, thinking_open=thinking_open)
-        )
+        reflection = Reflection(solution=solution_of(graded, plan))
+        if plan.kind is not None and raw is not None:
+            idea, quote = parse(raw, official=lesson.locate == "reencode", thinking_open=thinking_open)
+            # Only a wrong rollout has an error quote.
+            quote = quote if plan.kind == "wrong" else None
+            reflection = replace(reflection, raw=raw, idea=idea, quote=quote)
+            reflection = with_place(reflection, graded, row, tokenizer, lesson.locate)
+        reflections.append(replace(reflection, note=note_of(plan, reflection, lesson)))
     return Reflected(graded, tuple(reflections))
-
-
-def read_reflection(
-    raw: str | None,
-    plan: Plan,
-    text: str,
-    ids: np.ndarray,
-    tokenizer: Tokenizer,
-    lesson: LessonSettings,
-    solution: str | None,
-    *,
-    thinking_open: bool = False,
-) -> Reflection:
-    """What one answer says about one response.
-
-    text: the response, equal to `tokenizer.decode(ids)`; ids: its sampled tokens. The `note` is empty if and
-    only if the rollout enters the loss. Only a wrong rollout has an error quote.
-    """
-    if plan.kind is None:
-        return Reflection(solution=solution, note=plan.note)
-    if raw is None:
-        # Without a prompt there is no idea; the rollout stays in the loss only if the teacher needs none.
-        left_out = _note(plan, None, solution, None, lesson) != ""
-        return Reflection(solution=solution, note=plan.note or ("overlong" if left_out else ""))
-    idea, quote = parse(raw, official=lesson.locate == "reencode", thinking_open=thinking_open)
-    if plan.kind == "right":
-        quote = None
-    located = locate(text, quote, official=lesson.locate == "reencode")
-    char_span = token_span = None
-    if located:
-        char_span = (located.start, located.stop)
-        token_span = _token_span(char_span, text, ids, tokenizer, lesson.locate)
-    return Reflection(
-        raw=raw,
-        idea=idea,
-        quote=quote,
-        char_span=char_span,
-        token_span=token_span,
-        ambiguous=bool(located and located.ambiguous),
-        solution=solution,
-        note=plan.note or _note(plan, idea, solution, token_span, lesson),
-    )
 
 
 def parse(raw: str, *, official: bool, thinking_open: bool) -> tuple[str | None, str | None]:
@@ -240,6 +199,27 @@ def parse(raw: str, *, official: bool, thinking_open: bool) -> tuple[str | None,
     if official:
         return spans.parse_official(raw)
     return spans.parse_reflection(outside_thinking(raw, opened=thinking_open))
+
+
+def with_place(
+    reflection: Reflection,
+    graded: Graded,
+    row: int,
+    tokenizer: Tokenizer,
+    how: Literal["offsets", "reencode"],
+) -> Reflection:
+    """The reflection with the place of its quote in the row's response, if the quote is there.
+
+    how: `lesson.locate`, the way from characters to tokens.
+    """
+    text = graded.texts[row]
+    located = locate(text, reflection.quote, official=how == "reencode")
+    if located is None:
+        return reflection
+    char_span = (located.start, located.stop)
+    ids = graded.rollout.tokens_BR[row, : int(graded.rollout.length_B[row])]
+    token_span = _token_span(char_span, text, ids, tokenizer, how)
+    return replace(reflection, char_span=char_span, token_span=token_span, ambiguous=located.ambiguous)
 
 
 def locate(text: str, quote: str | None, *, official: bool) -> spans.Located | None:
@@ -262,20 +242,31 @@ def _first_exact(text: str, quote: str | None) -> spans.Located | None:
 def _token_span(char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenizer, how: str) -> Span:
     if how == "offsets":
         return spans.chars_to_tokens(char_span, tokenizer.offsets(ids))
+    # As in the released code. The text encoded again may have more tokens than were sampled, hence the bound.
     start, stop = (spans.official_token_start(tokenizer.encode, text, at) for at in char_span)
     return min(start, len(ids)), min(stop, len(ids))
 
 
-def _note(
-    plan: Plan, idea: str | None, solution: str | None, span: Span | None, lesson: LessonSettings
-) -> str:
-    """Why a reflected rollout leaves the loss; "" if it stays."""
+def note_of(plan: ReflectionPlan, reflection: Reflection, lesson: LessonSettings) -> str:
+    """Why a rollout leaves the loss, a key of NOTES; "" if it stays."""
+    if plan.kind is None or plan.note:
+        return plan.note
+    lacking = _lacking(plan, reflection, lesson)
+    # A rollout whose prompt was too long has no idea; it stays if the teacher needs none.
+    return "overlong" if lacking and reflection.raw is None else lacking
+
+
+def _lacking(plan: ReflectionPlan, reflection: Reflection, lesson: LessonSettings) -> str:
+    """What the lesson needs of a reflected rollout and does not have; "" if it has all."""
     context = lesson.teacher_context
+    solution = reflection.solution
     if context == "solution" and solution is None:
         return "no_solution"
-    if idea is None and (context == "idea" or (context == "idea_or_solution" and solution is None)):
+    if reflection.idea is None and (
+        context == "idea" or (context == "idea_or_solution" and solution is None)
+    ):
         return "no_idea"
     needs_span = plan.kind == "wrong" and lesson.region != "full"
-    if needs_span and span is None and lesson.quote_missing == "skip":
+    if needs_span and reflection.token_span is None and lesson.quote_missing == "skip":
         return "quote_missing"
     return ""

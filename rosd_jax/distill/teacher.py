@@ -11,13 +11,13 @@ from rosd_jax.distill.gold import repeats_gold, strip_gold
 from rosd_jax.distill.reflect import NOTES
 from rosd_jax.rewards.grade import SUCCESS
 from rosd_jax.settings import LessonSettings
-from rosd_jax.text.prompts import ENGLISH, Wording, idea_text, solution_text
+from rosd_jax.text.prompts import Wording, idea_text, solution_text
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Message, Problem, Reflected, Reflection
 
 
 def teacher_messages(
-    problem: Problem, reflection: Reflection, lesson: LessonSettings, wording: Wording = ENGLISH
+    problem: Problem, reflection: Reflection, lesson: LessonSettings, wording: Wording
 ) -> list[Message]:
     """The problem's system messages, then the problem with the idea (or the solution) as one user message.
 
@@ -52,7 +52,7 @@ def teacher_prompts(
     lesson: LessonSettings,
     *,
     thinking: bool,
-    wording: Wording = ENGLISH,
+    wording: Wording,
 ) -> tuple[Reflected, list[list[int] | None]]:
     """Teacher prompt ids per row; None where the rollout is out of the loss.
 

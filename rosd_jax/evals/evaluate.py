@@ -1,30 +1,33 @@
 """avg@k, pass@k and maj@k of one data set, and its raw generations on disk.
 
-Each set is scored separately; sets are never pooled. Sampling, decoding and grading are arguments, so this
-module depends neither on the model nor on the tokenizer.
+Each set is scored separately; sets are never pooled. train/loop.py samples and grades between the two parts,
+so this module depends neither on the model nor on the tokenizer.
+
+    requests_of(name, encoded, samples)                      -> what to sample
+    score_set(problems, rollout, texts, grades, votes)       -> numbers, generations
+    write_generations(workdir, step, name, rows, split)      -> path
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from rosd_jax.config import UserError
+from rosd_jax import atomic
+from rosd_jax.data.pipeline import Encoded
+from rosd_jax.errors import UserError
 from rosd_jax.rewards.grade import SUCCESS, Grade
 from rosd_jax.rollout.batching import Request
 from rosd_jax.types import HostRollout, Problem
-
-Sample = Callable[[Sequence[Request]], HostRollout]  # an engine with its weights and its key
 
 
 def scores(rewards_NK: np.ndarray, votes: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -65,46 +68,44 @@ def majority_letter(problems: Sequence[Problem]) -> float:
     return max(letters.values()) / len(problems)
 
 
-def evaluate_set(
-    name: str,
-    problems: Sequence[Problem],
-    prompt_ids: Sequence[list[int]],
-    sample: Sample,
-    grade_all: Callable[[Sequence[str], Sequence[Problem]], list[Grade]],
-    decode: Callable[[Sequence[int]], str],
-    *,
-    votes: Callable[[Sequence[str], Sequence[Problem]], list[str]],
-    samples: int,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The numbers of one set, and one generation per sample in the order of the problems.
+def requests_of(name: str, encoded: Encoded, samples: int) -> list[Request]:
+    """`samples` requests per problem of the set `name`. Sample k of item n has uid n * samples + k.
 
-    `sample` is called once. Sample k of item n has uid n * samples + k. `votes` gives the answer that each
-    prediction votes for, with equal text for equal answers. The numbers are those of `scores`, `length` (mean
-    tokens of a response), `truncated` (share cut at the limit) and, if every problem is multiple choice,
-    `majority_letter`. Raises UserError for a set without problems, and ValueError if the numbers of prompts
-    and problems differ.
+    Raises UserError for a set without problems.
     """
-    if not problems:
+    if not encoded:
         raise UserError(
             f"eval.sets names {name!r}, which has no problem left; drop the set, or raise "
             "data.max_prompt_tokens if all its prompts were too long"
         )
-    if len(prompt_ids) != len(problems):
-        raise ValueError(f"{len(prompt_ids)} prompts for {len(problems)} problems of {name!r}")
-    prompts = [ids for ids in prompt_ids for _ in range(samples)]
-    rollout = sample([Request(ids, uid) for uid, ids in enumerate(prompts)])
+    prompts = [ids for _, ids in encoded for _ in range(samples)]
+    return [Request(ids, uid) for uid, ids in enumerate(prompts)]
+
+
+def score_set(
+    problems: Sequence[Problem],
+    rollout: HostRollout,
+    texts: Sequence[str],
+    grades: Sequence[Grade],
+    votes: Sequence[str],
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The numbers of one set, and one generation per response, in the order of the problems.
+
+    The N problems have K responses each, problem by problem, as `requests_of` asks for them. texts, grades:
+    of each response. votes: the answer that each votes for, with equal text for equal answers. The numbers
+    are those of `scores`, `length` (mean tokens of a response), `truncated` (share cut at the limit) and, if
+    every problem is multiple choice, `majority_letter`.
+    """
+    K = len(texts) // len(problems)
     rows = zip(rollout.tokens_BR, rollout.length_B, strict=True)
     responses = [tokens_R[:length].tolist() for tokens_R, length in rows]
-    texts = [decode(ids) for ids in responses]
-    repeated = [problem for problem in problems for _ in range(samples)]
-    grades = grade_all(texts, repeated)
-    voted = votes([grade.prediction for grade in grades], repeated)
+    repeated = [problem for problem in problems for _ in range(K)]
     finished = rollout.finished_B.tolist()
-    columns = zip(repeated, texts, responses, grades, voted, finished, strict=True)
+    columns = zip(repeated, texts, responses, grades, votes, finished, strict=True)
     generations = [
         {
             "uid": problem.uid,
-            "sample": i % samples,
+            "sample": i % K,
             "response": text,
             "token_ids": ids,
             "reward": float(grade.score),
@@ -114,7 +115,7 @@ def evaluate_set(
         }
         for i, (problem, text, ids, grade, vote, done) in enumerate(columns)
     ]
-    return _numbers(problems, generations, samples), generations
+    return _numbers(problems, generations, K), generations
 
 
 def write_generations(
@@ -125,15 +126,10 @@ def write_generations(
     Raises UserError if it cannot be written.
     """
     path = generations_path(workdir, step, set_name, split)
-    aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="ascii") as file:
-            file.writelines(json.dumps(row, ensure_ascii=True) + "\n" for row in rows)
-        aside.replace(path)
+        atomic.write_text(path, (json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise UserError(
             f"{path} cannot be written ({error.strerror}); free space there or choose another --workdir"
         ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rosd_jax.evals.outcome import Row, mean, number
+from rosd_jax.evals.outcome import MetricsRow, mean, number
 
 WINDOW = 5  # steps over which a mean is taken, and after which missing updates are reported
 UNKNOWN = 0.2  # share of unknown tokens in the prompts; a suitable tokenizer has far fewer
@@ -32,7 +32,7 @@ ADVICE = {
 }
 
 
-def findings(train: Sequence[Row]) -> dict[str, str]:
+def findings(train: Sequence[MetricsRow]) -> dict[str, str]:
     """What is wrong with a run: a sentence with numbers and advice, by kind. {} if nothing is."""
     found = {
         "no_update": _no_update(train),
@@ -43,7 +43,7 @@ def findings(train: Sequence[Row]) -> dict[str, str]:
     return {kind: sentence for kind, sentence in found.items() if sentence}
 
 
-def new_findings(train: Sequence[Row]) -> list[str]:
+def new_findings(train: Sequence[MetricsRow]) -> list[str]:
     """The sentences that are new with the last row; none before step WINDOW, when it may all be chance."""
     if len(train) < WINDOW:
         return []
@@ -51,7 +51,7 @@ def new_findings(train: Sequence[Row]) -> list[str]:
     return [sentence for kind, sentence in findings(train).items() if kind not in before]
 
 
-def _no_update(train: Sequence[Row]) -> str:
+def _no_update(train: Sequence[MetricsRow]) -> str:
     """Whether the last WINDOW steps, or a share of DEAD of all steps, changed no weight."""
     dead = [row for row in train if _dead(row)]
     least = min(WINDOW, len(train))
@@ -66,11 +66,11 @@ def _no_update(train: Sequence[Row]) -> str:
     return f"{said}: no token was in the loss; {ADVICE[reason]}"
 
 
-def _dead(row: Row) -> bool:
+def _dead(row: MetricsRow) -> bool:
     return number(row, "active_tokens") == 0 or number(row, "skipped_nonfinite") > 0
 
 
-def _unknown_tokens(train: Sequence[Row]) -> str:
+def _unknown_tokens(train: Sequence[MetricsRow]) -> str:
     share = mean(train[-WINDOW:], "unknown_tokens")
     return unknown_sentence(share) if share > UNKNOWN else ""
 
@@ -83,14 +83,14 @@ def unknown_sentence(share: float) -> str:
     )
 
 
-def _truncated(train: Sequence[Row]) -> str:
+def _truncated(train: Sequence[MetricsRow]) -> str:
     share = mean(train[-WINDOW:], "truncated")
     if len(train) < WINDOW or not share > TRUNCATED:
         return ""
     return f"{share:.0%} of the responses were cut at the limit; raise rollout.max_new_tokens"
 
 
-def _collapse(train: Sequence[Row]) -> str:
+def _collapse(train: Sequence[MetricsRow]) -> str:
     """Whether the mean reward of the last steps is far below that of the best ones."""
     if len(train) < 2 * WINDOW:
         return ""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.gym.problems import first_error, parse
 from rosd_jax.types import Span
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.evals.evaluate import generations_path
 
-Row = dict[str, Any]  # one line of metrics.jsonl
+MetricsRow = dict[str, Any]  # one line of metrics.jsonl
 # Fields that must agree, or else a change of avg@k is not due to the model. The samples per item (k) are not
 # among them, since the mean of avg@k does not depend on k.
 CONDITIONS = {
@@ -36,14 +36,14 @@ class Outcome:
 
     name: str
     in_domain: bool  # whether training drew from this set
-    before: Row
-    after: Row | None
+    before: MetricsRow
+    after: MetricsRow | None
     change_se: float  # standard error of the change of avg; NaN if unknown
     paired: bool  # whether it was taken item by item
     differences: tuple[str, ...] = ()  # why the two cannot be compared, in words
 
 
-def read_metrics(path: Path) -> list[Row]:
+def read_metrics(path: Path) -> list[MetricsRow]:
     """Rows by step, the latest of each (step, split); [] if there is no file.
 
     A last line that a killed run left unfinished is ignored. Raises UserError for any other malformed line.
@@ -51,7 +51,7 @@ def read_metrics(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows: dict[tuple[int, str], Row] = {}
+    rows: dict[tuple[int, str], MetricsRow] = {}
     for count, line in enumerate(lines[:-1], 1):  # what follows the last line feed is unfinished
         if line.strip():
             row = _parse(f"{path} line {count}", line)
@@ -59,30 +59,30 @@ def read_metrics(path: Path) -> list[Row]:
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
-def validation_scores(rows: Sequence[Row]) -> dict[int, float]:
+def validation_scores(rows: Sequence[MetricsRow]) -> dict[int, float]:
     """The mean avg@k over the validation sets, by step, of lines under the same conditions as the latest."""
     latest = {row["split"]: row for row in rows if row["split"].startswith("validation/")}
-    found: dict[int, list[Row]] = {}
+    found: dict[int, list[MetricsRow]] = {}
     for row in rows:
         if row["split"] in latest and not _differences(row, latest[row["split"]]):
             found.setdefault(row["step"], []).append(row)
     return {step: mean(scored, "avg") for step, scored in found.items()}
 
 
-def best_step(rows: Sequence[Row]) -> int | None:
+def best_step(rows: Sequence[MetricsRow]) -> int | None:
     """The step with the highest validation score, the earliest of equal ones; None without validation."""
     scores = {step: score for step, score in validation_scores(rows).items() if math.isfinite(score)}
     return max(scores, key=lambda step: (scores[step], -step)) if scores else None
 
 
 def compare(
-    rows: Sequence[Row], workdir: Path, trained_on: Sequence[str], until: int | None = None
+    rows: Sequence[MetricsRow], workdir: Path, trained_on: Sequence[str], until: int | None = None
 ) -> list[Outcome]:
     """One outcome per set: in-domain sets (`trained_on`) first, then in the order of first appearance.
 
     The earliest evaluation of each set is compared with that of step `until`, or by default with the latest.
     """
-    by_set: dict[str, list[Row]] = {}
+    by_set: dict[str, list[MetricsRow]] = {}
     for row in rows:
         if row["split"].startswith("eval/"):
             by_set.setdefault(row["split"].removeprefix("eval/"), []).append(row)
@@ -101,19 +101,19 @@ def compare(
     return sorted(outcomes, key=lambda outcome: not outcome.in_domain)
 
 
-def number(row: Row, field: str) -> float:
+def number(row: MetricsRow, field: str) -> float:
     """The field as a float; NaN if it is absent, null or not a number."""
     value = row.get(field)
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def mean(rows: Sequence[Row], field: str) -> float:
+def mean(rows: Sequence[MetricsRow], field: str) -> float:
     """The mean over the rows in which the field is a finite number; NaN if there is none."""
     found = [value for row in rows if math.isfinite(value := number(row, field))]
     return sum(found) / len(found) if found else math.nan
 
 
-def _differences(before: Row, after: Row) -> tuple[str, ...]:
+def _differences(before: MetricsRow, after: MetricsRow) -> tuple[str, ...]:
     """The conditions in which two evaluations differ. A field that one of them lacks does not count."""
     found = []
     for field, name in CONDITIONS.items():
@@ -128,7 +128,7 @@ def _differences(before: Row, after: Row) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _parse(where: str, line: str) -> Row:
+def _parse(where: str, line: str) -> MetricsRow:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -138,7 +138,7 @@ def _parse(where: str, line: str) -> Row:
     raise UserError(f"{where} must be a JSON object with step and split; correct or delete the line")
 
 
-def _paired_se(workdir: Path, name: str, before: Row, after: Row) -> float | None:
+def _paired_se(workdir: Path, name: str, before: MetricsRow, after: MetricsRow) -> float | None:
     """Standard error of the mean change per item; None unless both files have the same items."""
     old, new = (_item_means(workdir, row["step"], name) for row in (before, after))
     if not old or old.keys() != new.keys():

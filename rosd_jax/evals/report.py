@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rosd_jax.config import UserError
 from rosd_jax.distill.reflect import NOTES
+from rosd_jax.errors import UserError
 from rosd_jax.evals.health import findings
 from rosd_jax.evals.outcome import (
+    MetricsRow,
     Outcome,
-    Row,
     best_step,
     compare,
     mean,
@@ -77,7 +77,7 @@ def write_report(workdir: str | Path, trained_on: Sequence[str]) -> str:
     return "\n".join([*lines, "", *_file_lines(workdir)])
 
 
-def _training_lines(train: Sequence[Row]) -> list[str]:
+def _training_lines(train: Sequence[MetricsRow]) -> list[str]:
     if not train:
         return ["No training step was taken."]
     ends = min(5, (len(train) + 1) // 2)
@@ -88,14 +88,14 @@ def _training_lines(train: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _findings_lines(train: Sequence[Row]) -> list[str]:
+def _findings_lines(train: Sequence[MetricsRow]) -> list[str]:
     """What became of the rollouts and the quotes, and warnings."""
     said = [*_rollouts_said(train), *_quotes_said(train)]
     said += [f"Warning: {sentence}" for sentence in findings(train).values()]
     return [line for text in said for line in textwrap.wrap(text, 80, subsequent_indent="    ")]
 
 
-def _rollouts_said(train: Sequence[Row]) -> list[str]:
+def _rollouts_said(train: Sequence[MetricsRow]) -> list[str]:
     taught = sum(row.get("taught") or 0 for row in train)
     left_out = {words: sum(row.get(f"out_{note}") or 0 for row in train) for note, words in NOTES.items()}
     rows = taught + sum(left_out.values())
@@ -106,7 +106,7 @@ def _rollouts_said(train: Sequence[Row]) -> list[str]:
     return [f"  rollouts {rows}: {', '.join(shares)}"]
 
 
-def _quotes_said(train: Sequence[Row]) -> list[str]:
+def _quotes_said(train: Sequence[MetricsRow]) -> list[str]:
     named = {"quote_found": "of the quotes were found", "quote_exact": "were exact"}
     shares = {words: mean(train, field) for field, words in named.items()}
     known = [f"{share:.0%} {words}" for words, share in shares.items() if math.isfinite(share)]
@@ -114,7 +114,7 @@ def _quotes_said(train: Sequence[Row]) -> list[str]:
 
 
 def _at_best(
-    rows: Sequence[Row], workdir: Path, trained_on: Sequence[str], outcomes: Sequence[Outcome]
+    rows: Sequence[MetricsRow], workdir: Path, trained_on: Sequence[str], outcomes: Sequence[Outcome]
 ) -> list[Outcome]:
     """The outcomes at the step that validation chose; none if that is the first or the last."""
     best = best_step(rows)
@@ -123,7 +123,7 @@ def _at_best(
     return [outcome for outcome in compare(rows, workdir, trained_on, until=best) if outcome.after]
 
 
-def _validation_lines(rows: Sequence[Row]) -> list[str]:
+def _validation_lines(rows: Sequence[MetricsRow]) -> list[str]:
     """The step that validation chose, and the scores before, there and at the end."""
     scores = validation_scores(rows)
     best = best_step(rows)
@@ -201,7 +201,7 @@ def _notes(outcome: Outcome, span: str) -> list[str]:
     return notes
 
 
-def _interval(row: Row) -> str:
+def _interval(row: MetricsRow) -> str:
     avg = number(row, "avg")
     half = Z * number(row, "avg_se")
     if not math.isfinite(avg + half):
@@ -235,7 +235,7 @@ def _file_lines(workdir: Path) -> list[str]:
     return [f"Files in {workdir}", *(f"  {name:<14}{what}" for name, what in found.items())]
 
 
-def _markdown(workdir: Path, lines: Sequence[str], rows: Sequence[Row]) -> str:
+def _markdown(workdir: Path, lines: Sequence[str], rows: Sequence[MetricsRow]) -> str:
     """The printed lines, the figure, and every number of every evaluation."""
     fields = ("k", "n", "avg", "avg_se", "pass", "maj", "distinct", "length", "truncated")
     table = [f"| step | set | {' | '.join(fields)} |", "|--:|:--|" + "--:|" * len(fields)]
@@ -260,7 +260,9 @@ def _markdown(workdir: Path, lines: Sequence[str], rows: Sequence[Row]) -> str:
     return "\n".join([*parts, "", "## Every evaluation", "", *table, ""])
 
 
-def _draw(path: Path, train: Sequence[Row], outcomes: Sequence[Outcome], at_best: Sequence[Outcome]) -> None:
+def _draw(
+    path: Path, train: Sequence[MetricsRow], outcomes: Sequence[Outcome], at_best: Sequence[Outcome]
+) -> None:
     """Left: reward and loss by step. Right: avg@k of each set with 95% intervals."""
     # Imported here, since it takes a fifth of the time that the command needs to start.
     from matplotlib.figure import Figure
@@ -273,7 +275,7 @@ def _draw(path: Path, train: Sequence[Row], outcomes: Sequence[Outcome], at_best
     figure.savefig(path)
 
 
-def _draw_training(axes: Axes, train: Sequence[Row]) -> None:
+def _draw_training(axes: Axes, train: Sequence[MetricsRow]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     steps = [row["step"] for row in train]
@@ -286,7 +288,7 @@ def _draw_training(axes: Axes, train: Sequence[Row]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_sets(axes: Axes, outcomes: Sequence[Outcome], best: Mapping[str, Row | None]) -> None:
+def _draw_sets(axes: Axes, outcomes: Sequence[Outcome], best: Mapping[str, MetricsRow | None]) -> None:
     """One line per set, the first at the top. A cross marks the accuracy of the most frequent letter."""
     for y, outcome in enumerate(outcomes):
         shown = (

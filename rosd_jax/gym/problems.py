@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.types import Problem, Span
 
 MODULUS = 17

@@ -158,10 +158,9 @@ class _Supervisor:
         self.pipe = _Link(pipe)
         self.selector.register(pipe, selectors.EVENT_READ, self.pipe)
         self.links: list[_Link] = []  # in the first host's parent to all others, elsewhere to the first
-        self.status: int | None = None  # of a child that ended in good order
-        self.own: Failure | None = None
-        self.others: Failure | None = None
-        self.until = time.monotonic() + PATIENCE_S  # the time by which all must be connected
+        self.ended = False  # the own child, in good order
+        self.failure: Failure | None = None  # the first that this parent heard of
+        self.until = time.monotonic() + PATIENCE_S  # when all must be connected
         if place.process == 0:
             server = socket.create_server(("", place.address[1] + 1), backlog=place.processes)
             self.selector.register(server, selectors.EVENT_READ, server)
@@ -175,15 +174,21 @@ class _Supervisor:
                     self._read(key.data)
                 else:
                     self._accept(key.data)
-            if self.own and self._complete():
-                return self.own.status
-            if self.others and not self.own:
-                print(self.others.sentence(self.place.processes), file=sys.stderr, flush=True)
-                return USERS_MISTAKE if self.others.status == USERS_MISTAKE else 1
-            if self.status is not None and self._all_ended():
+            late = not self._complete() and time.monotonic() > self.until
+            # A failure waits for those that are not connected yet, so that they hear of it.
+            if self.failure and (self._complete() or late):
+                return self._status(self.failure)
+            if self.ended and self._all_ended():
                 return self.child.wait()
-            if not self._complete() and time.monotonic() > self.until:
-                return self._incomplete()
+            if late:
+                self._fail(self._who_is_missing(), 1)
+                print(f"error: {self._who_is_missing()}", file=sys.stderr, flush=True)
+                return 1
+
+    def _status(self, failure: Failure) -> int:
+        """This parent's exit status."""
+        mine = failure.process == self.place.process
+        return failure.status if mine or failure.status == USERS_MISTAKE else 1
 
     def _complete(self) -> bool:
         """Whether all connections of this parent are made."""
@@ -193,24 +198,14 @@ class _Supervisor:
         """Whether nobody needs this parent any more, once its child has ended."""
         return self._complete() and (self.place.process > 0 or all(link.ended for link in self.links))
 
-    def _incomplete(self) -> int:
-        """Those that never came are the failure."""
-        if self.own:
-            return self.own.status
+    def _who_is_missing(self) -> str:
         if self.place.process:
-            text = (
+            return (
                 f"process 0 does not answer at {self.place.coordinator}; start it, or correct --coordinator"
             )
-        else:
-            here = {link.process for link in self.links}
-            missing = [str(i) for i in range(1, self.place.processes) if i not in here]
-            text = (
-                f"no sign of process {', '.join(missing)} after {PATIENCE_S} s; start the same command on "
-                "every host"
-            )
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        self._publish(Failure(self.place.process, self.host, text, 1))
-        return 1
+        here = {link.process for link in self.links}
+        missing = [str(i) for i in range(1, self.place.processes) if i not in here]
+        return f"no sign of process {', '.join(missing)} after {PATIENCE_S} s; start the same command on every host"
 
     def _connect(self) -> None:
         """One attempt to reach the first host's parent, if this is another's."""
@@ -225,13 +220,15 @@ class _Supervisor:
         self.links[0].process = 0
         self.links[0].host = host
         self.links[0].send({"process": self.place.process, "host": self.host})
-        if self.own:
-            self._publish(self.own)
+        if self.failure:
+            self._send({"failed": asdict(self.failure)})
+        elif self.ended:
+            self._send({"ended": 0})
 
     def _accept(self, server: socket.socket) -> None:
         self._add(server.accept()[0])
-        if self.own:
-            self.links[-1].send({"failed": asdict(self.own)})
+        if self.failure:
+            self.links[-1].send({"failed": asdict(self.failure)})
 
     def _add(self, end: socket.socket) -> None:
         end.settimeout(None)
@@ -257,33 +254,42 @@ class _Supervisor:
             elif "ended" in message:
                 link.ended = True
                 if link is self.pipe:
-                    self.status = message["ended"]
+                    self.ended = True
                     self._send(message)
             elif link is self.pipe:
                 self._fail(message["failed"], message["status"])
             else:
-                self.others = Failure(**message["failed"])
-                self._publish(self.others)
+                self._failed(Failure(**message["failed"]))
 
     def _closed(self, link: _Link) -> None:
         """The other end is gone: in good order, or not."""
-        if link.ended:
+        if link.ended or self.failure:
             return
-        if link is not self.pipe:
+        if link is self.pipe:
+            text, status = _death(self.child.wait())
+            print(f"error: the run {text}", file=sys.stderr, flush=True)
+            self._fail(text, status)
+        elif self.place.process and self.ended:
+            link.ended = True  # the first host's parent leaves when all have ended
+        else:
             text = "its connection was lost; the host may be down or cut off, or the process was killed"
-            self.others = Failure(link.process or 0, link.host or "unknown", text, 1)
-            self._publish(self.others)
-        elif self.own is None:
-            self._fail(*_death(self.child.wait()))
+            self._failed(Failure(link.process or 0, link.host or "unknown", text, 1))
 
     def _fail(self, text: str, status: int) -> None:
         """The own child failed."""
-        self.own = Failure(self.place.process, self.host, text, status)
-        self.until = time.monotonic() + LAST_WORDS_S
-        self._publish(self.own)
+        self._failed(Failure(self.place.process, self.host, text, status))
 
-    def _publish(self, failure: Failure) -> None:
+    def _failed(self, failure: Failure) -> None:
+        """Some process failed: says so, unless the own child did; tells the others; ends the own child."""
+        if self.failure:
+            return
+        self.failure = failure
+        self.until = time.monotonic() + LAST_WORDS_S
+        if failure.process != self.place.process:
+            print(failure.sentence(self.place.processes), file=sys.stderr, flush=True)
         self._send({"failed": asdict(failure)})
+        if self.child.poll() is None:
+            os.killpg(self.child.pid, signal.SIGKILL)
 
     def _send(self, message: dict[str, Any]) -> None:
         """To the first host's parent; from there, failures to all others."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models import files
 from rosd_jax.models.files import Fields, wrong
 from rosd_jax.models.qwen3 import Llama3Scaling, Qwen3Config
@@ -30,6 +30,7 @@ OPTIONAL = {
     "tie_word_embeddings": files.flag,
     "max_position_embeddings": files.whole_number,
 }
+MOST_LAYERS = 10_000
 ROPES = ("rope_scaling", "rope_parameters")  # transformers 4 reads the first, transformers 5 the second
 PASS = "pass --config.model.path=DIR, a Hugging Face directory of a Qwen3, Qwen2 or Llama model"
 
@@ -69,6 +70,8 @@ def read_config(path: str | Path, *, num_tokens: int | None, dtype: str, remat: 
     fields = _completed(fields, family)
     sizes = {name: files.whole_number(fields, name, file) for name in SIZES}
     _check_heads(fields, file)
+    if sizes["num_hidden_layers"] > MOST_LAYERS:  # the names of their tensors are listed
+        raise wrong(file, "num_hidden_layers", sizes["num_hidden_layers"], f"at most {MOST_LAYERS}")
     if num_tokens is not None and num_tokens > sizes["vocab_size"]:
         raise UserError(
             f"model.path is {str(path)!r}, a model whose vocabulary is too small for its tokenizer "

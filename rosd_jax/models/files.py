@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import UserError
+from rosd_jax import atomic
+from rosd_jax.errors import UserError
 
 REMEDY = "correct that file, or pass --config.model.path=DIR of another model"
 Fields = dict[str, Any]
@@ -37,19 +37,8 @@ def read_text(file: Path) -> str:
 
 
 def write_json(file: Path, fields: Fields) -> None:
-    """Writes an object to a temporary name and renames it once it is complete."""
-    write_bytes(file, (json.dumps(fields, indent=2) + "\n").encode())
-
-
-def write_bytes(file: Path, data: bytes) -> None:
-    """Writes a file to a temporary name and renames it once it is complete."""
-    part_of(file).write_bytes(data)
-    os.replace(part_of(file), file)
-
-
-def part_of(file: Path) -> Path:
-    """The temporary name of a file that is being written."""
-    return file.with_name(f".{file.name}.part")
+    """Writes an object. The file appears complete or not at all."""
+    atomic.write_text(file, [json.dumps(fields, indent=2) + "\n"])
 
 
 def wrong(file: Path, name: str, value: Any, rule: str) -> UserError:

@@ -5,23 +5,23 @@ save_adapters(path, params, rank=, alpha=, targets=, base=)
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from rosd_jax.config import UserError
+from rosd_jax import atomic
+from rosd_jax.errors import UserError
 from rosd_jax.models import files
 from rosd_jax.models.sharding import fetch
 from rosd_jax.models.weights import LEAVES
 from rosd_jax.types import Params
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
@@ -46,12 +46,8 @@ def save_adapters(
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, files.part_of(folder / WEIGHTS), metadata={"format": "pt"})
-        os.chmod(
-            files.part_of(folder / WEIGHTS), 0o644
-        )  # safetensors makes files that only their owner can read
-        os.replace(files.part_of(folder / WEIGHTS), folder / WEIGHTS)
-        files.write_json(folder / CONFIG, _config(rank, alpha, targets, base))
+        atomic.write_bytes(folder / WEIGHTS, [save(tensors, metadata={"format": "pt"})])
+        files.write_json(folder / ADAPTER_CONFIG, _config(rank, alpha, targets, base))
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} cannot be written ({error}); free disk space or choose another directory"

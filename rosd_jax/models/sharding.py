@@ -1,7 +1,7 @@
 """The mesh (data, fsdp, tensor) and the layout of every array on it.
 
 Rows of a batch are split over "data" and "fsdp"; matrices over "fsdp" and, as in Megatron
-(arXiv 1909.08053), over "tensor". RULES is the whole layout: the last names of a leaf's path select its
+(arXiv 1909.08053), over "tensor". PARAM_SPECS is the whole layout: the last names of a leaf's path select its
 rule, so one function places params, optimizer moments and a whole train state alike.
 
     make_mesh(data, fsdp, tensor)     -> Mesh
@@ -29,7 +29,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.models.qwen3 import ROW_AXES, Qwen3Config
 from rosd_jax.types import Array
 
@@ -43,7 +43,7 @@ COLUMN_SPEC = P(None, "fsdp", "tensor")
 ROW_SPEC = P(None, "tensor", "fsdp")
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_PARALLEL = ("o_proj", "down_proj")
-RULES = {
+PARAM_SPECS = {
     "embed": P("tensor", "fsdp"),
     "head": P("tensor", "fsdp"),
     **{f"{name}/kernel": COLUMN_SPEC for name in COLUMN_PARALLEL},
@@ -191,8 +191,8 @@ def _spec(key_path: Any, leaf: Any) -> P:
         return P()
     parts = jax.tree_util.keystr(key_path, simple=True, separator="/").split("/")
     for suffix in ("/".join(parts[-2:]), parts[-1]):
-        if suffix in RULES:
-            return RULES[suffix]
+        if suffix in PARAM_SPECS:
+            return PARAM_SPECS[suffix]
     raise KeyError(f"no sharding rule for {'/'.join(parts)}")
 
 

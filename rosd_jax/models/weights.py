@@ -28,7 +28,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rosd_jax.config import UserError
+from rosd_jax import atomic
+from rosd_jax.errors import UserError
 from rosd_jax.models import files
 from rosd_jax.models.families import PASS, config_fields, stated_fields
 from rosd_jax.models.files import wrong
@@ -61,7 +62,7 @@ LEAVES = {
 Ranges = tuple[tuple[int, int], ...]  # [start, stop) of each dimension
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-STORED = ("F32", "BF16", "F16")  # the storage types that can be loaded
+STORED_TYPES = ("F32", "BF16", "F16")  # the storage types that can be loaded
 BUFFERS = ".self_attn.rotary_emb.inv_freq"  # in old Llama files; ignored, since config.json determines them
 
 
@@ -198,10 +199,10 @@ def _check_tensors(tensors: dict, shapes: Params, folder: Path) -> None:
                 f"tensor {name} in {file} has shape {tuple(stored.get_shape())}; its config.json requires "
                 f"{shape}; {PASS}"
             )
-        if stored.get_dtype() not in STORED:
+        if stored.get_dtype() not in STORED_TYPES:
             raise UserError(
                 f"tensor {name} in {file} is stored as {stored.get_dtype()}; it must be one of "
-                f"{', '.join(STORED)}; {PASS} that is not quantized"
+                f"{', '.join(STORED_TYPES)}; {PASS} that is not quantized"
             )
     for name in sorted(tensors.keys() - expected.keys()):
         file = tensors[name][1]
@@ -298,7 +299,7 @@ def _tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
 
 def _write_shards(folder: Path, shards: dict, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
     for name, group in shards.items():
-        part = files.part_of(folder / name)
+        part = atomic.temporary(folder / name)
         save_file(dict(islice(tensors, len(group))), part, metadata={"format": "pt"})
         os.chmod(part, 0o644)  # safetensors makes files that only their owner can read
     # If the process is killed from here on, files are missing, and every loader notices that.
@@ -306,7 +307,7 @@ def _write_shards(folder: Path, shards: dict, tensors: Iterator[tuple[str, np.nd
     for file in old:
         file.unlink(missing_ok=True)
     for name in shards:
-        os.replace(files.part_of(folder / name), folder / name)
+        os.replace(atomic.temporary(folder / name), folder / name)
     if len(shards) > 1:
         size = sum(size for group in shards.values() for _, size in group)
         places = {tensor: name for name, group in shards.items() for tensor, _ in group}

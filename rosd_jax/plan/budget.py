@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from rosd_jax.kernels.flash_attention.xla import QUERIES
+from rosd_jax.kernels.flash_attention.xla import QUERY_BLOCK
 from rosd_jax.models.decoder import fuse
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import decoder_specs, row_devices
@@ -37,7 +37,7 @@ from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import Update
 
 Bytes = dict[str, int]
-KINDS = (
+MEMORY_KINDS = (
     "parameters",
     "optimizer",
     "frozen",
@@ -230,7 +230,7 @@ def scores_bytes(job: Job, rows: int, T: int) -> int:
     """
     if job.item < 4:
         return 0
-    return 2 * 4 * rows * (job.model.num_attention_heads // job.tensor) * min(T, QUERIES) * T
+    return 2 * 4 * rows * (job.model.num_attention_heads // job.tensor) * min(T, QUERY_BLOCK) * T
 
 
 def saved_bytes(job: Job, rows: int, T: int) -> int:

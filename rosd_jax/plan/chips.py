@@ -16,6 +16,7 @@ h100, h200      NVIDIA's data sheets of the SXM modules: bfloat16 without sparsi
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from typing import Any
 
 import jax
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 
 GIB = 2**30
 # Lets libtpu compile for absent chips without asking a metadata server about them.
@@ -59,6 +60,7 @@ CHIPS = {
         Chip("h200", "gpu", ("NVIDIA H200",), int(0.95 * 143771 * 2**20), 4800e9, 989e12, 450e9),
     )
 }
+MOST_CHIPS = 16384  # of a slice; the largest that Google offers has 9216
 FORMS = "local, a TPU slice such as v5p:2x2x2, or a number of GPUs such as h100:8"
 
 
@@ -86,7 +88,7 @@ def read_topology(name: str) -> Slice:
     if chip is None or not shape:
         raise UserError(f"--topology is {name!r}; it must be {FORMS}; known chips are {', '.join(CHIPS)}")
     jax.config.update("jax_platforms", "cpu")  # do not occupy this machine's accelerators
-    return _gpus(chip, name, shape) if chip.platform == "gpu" else _tpus(chip, name)
+    return _gpus(chip, name, shape) if chip.platform == "gpu" else _tpus(chip, name, shape)
 
 
 def _local() -> Slice:
@@ -114,9 +116,19 @@ def _gpus(chip: Chip, name: str, count: str) -> Slice:
     return Slice(name, chip, devices, "cuda", compiles=False)
 
 
-def _tpus(chip: Chip, name: str) -> Slice:
+def _chips_of(shape: str) -> int:
+    return math.prod(int(side) for side in shape.split("x"))
+
+
+def _tpus(chip: Chip, name: str, shape: str) -> Slice:
     from jax.experimental import topologies
 
+    # libtpu crashes on a side of 0, and makes a list of all chips.
+    if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", shape) or _chips_of(shape) > MOST_CHIPS:
+        raise UserError(
+            f"--topology is {name!r}; after {chip.name}: it must give the sides of a slice of at most "
+            f"{MOST_CHIPS} chips, as in v5p:2x2x2 or v6e:4x4"
+        )
     os.environ.update(COMPILE_ONLY)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import logging
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.fields import replace, value
 from rosd_jax.models.weights import check_weights
 from rosd_jax.plan import printed
@@ -32,6 +32,7 @@ from rosd_jax.plan.stages import STAGES, Stage, lower, make_job, stages
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import Settings
 from rosd_jax.train.devices import split_cpu
+from rosd_jax.train.engines import capability, check_attention
 from rosd_jax.train.inputs import Inputs, headline, read_inputs
 
 # Fields that save memory, and the value that is tried for each if a stage does not fit.
@@ -61,7 +62,8 @@ class Asked:
 def plan(config: Settings, directory: Path, asked: Asked) -> None:
     """Prints the plan.
 
-    Raises UserError for an unknown slice or stage, and if the mesh does not fit the slice or the model.
+    Raises UserError for an unknown slice or stage, and if the mesh or rollout.attention does not fit the
+    slice or the model.
     """
     wanted = compiled_stages(asked.compile)
     if asked.topology == "local":
@@ -69,6 +71,8 @@ def plan(config: Settings, directory: Path, asked: Asked) -> None:
     chips = read_topology(asked.topology)
     inputs = read_inputs(config)
     job = make_job(config, inputs.model, chips.devices)
+    platform = "gpu" if chips.platform == "cuda" else chips.platform
+    check_attention(config, inputs.model, platform, capability(chips.devices[0]))
     found = make_plan(job, chips, inputs.tokenizer.stop_ids, inputs.stops, _largest_set(inputs), wanted)
     if asked.json:
         print(printed.as_json(found))

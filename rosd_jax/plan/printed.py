@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from rosd_jax.plan.budget import KINDS, Bytes, Job
+from rosd_jax.plan.budget import MEMORY_KINDS, Bytes, Job
 from rosd_jax.plan.chips import Slice
-from rosd_jax.plan.collectives import KINDS as COLLECTIVES
+from rosd_jax.plan.collectives import COLLECTIVES
 from rosd_jax.plan.programs import Program
 from rosd_jax.plan.roofline import Lengths, Work
 
@@ -125,7 +125,7 @@ def _head(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    kinds = [kind for kind in KINDS if any(kind in stage.bytes for stage in plan.stages)]
+    kinds = [kind for kind in MEMORY_KINDS if any(kind in stage.bytes for stage in plan.stages)]
     rows = [["GB per chip", *kinds, "total", "according to"]]
     for stage in plan.stages:
         numbers = [f"{stage.bytes.get(kind, 0) / 1e9:.3g}" for kind in kinds]

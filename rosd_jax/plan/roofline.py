@@ -141,7 +141,7 @@ def backward_flops(model: Qwen3Config, length: int) -> float:
 
 
 @dataclass(frozen=True)
-class Split:
+class MeshSplit:
     """How a mesh divides the work."""
 
     shards: int  # row devices
@@ -165,7 +165,7 @@ class Split:
 
 
 def decode_work(
-    model: Qwen3Config, split: Split, prompts: int, prompt: int, length_B: Sequence[int], at_once: int
+    model: Qwen3Config, split: MeshSplit, prompts: int, prompt: int, length_B: Sequence[int], at_once: int
 ) -> Work:
     """Prefilling a shard's prompts and decoding its share of the rows `length_B`.
 
@@ -185,7 +185,7 @@ def decode_work(
     return decoded + prefill_work(model, split, prompts, prompt)
 
 
-def prefill_work(model: Qwen3Config, split: Split, prompts: int, prompt: int) -> Work:
+def prefill_work(model: Qwen3Config, split: MeshSplit, prompts: int, prompt: int) -> Work:
     """Prefilling a shard's prompts, after gathering and joining the weights."""
     tokens = prompts * prompt
     weights = split.weights(model)
@@ -197,7 +197,7 @@ def prefill_work(model: Qwen3Config, split: Split, prompts: int, prompt: int) ->
     )
 
 
-def teach_work(model: Qwen3Config, split: Split, rows: int, width: int) -> Work:
+def teach_work(model: Qwen3Config, split: MeshSplit, rows: int, width: int) -> Work:
     """One micro-batch of the teacher: a forward pass over `rows` rows per row device, `width` tokens wide."""
     flops = rows * forward_flops(model, width) / split.tensor
     sent = split.gathered(model) + split.reduced(model, rows * width)
@@ -206,7 +206,7 @@ def teach_work(model: Qwen3Config, split: Split, rows: int, width: int) -> Work:
 
 def learn_work(
     model: Qwen3Config,
-    split: Split,
+    split: MeshSplit,
     rows: int,
     width: int,
     active: int,
@@ -238,7 +238,7 @@ def learn_work(
     return Work(flops / split.tensor, traffic, sent)
 
 
-def _activation_bytes(model: Qwen3Config, split: Split, tokens: int) -> float:
+def _activation_bytes(model: Qwen3Config, split: MeshSplit, tokens: int) -> float:
     """Activations that the matmuls of one pass read and write, in bytes per chip."""
     D = model.hidden_size
     heads = model.num_attention_heads + 2 * model.num_key_value_heads

@@ -22,7 +22,7 @@ from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh, row_devices, validate_mesh_for
 from rosd_jax.plan import budget, roofline
 from rosd_jax.plan.budget import Bytes, Job
-from rosd_jax.plan.roofline import Lengths, Split, Work
+from rosd_jax.plan.roofline import Lengths, MeshSplit, Work
 from rosd_jax.rollout.decode_loop import Capacity, DecodeSpec
 from rosd_jax.rollout.engine import CallShape, Engine
 from rosd_jax.rollout.stops import Stops
@@ -49,7 +49,7 @@ class Stage:
     @property
     def bytes(self) -> Bytes:
         """Both together, by kind."""
-        both = {kind: self.resident.get(kind, 0) + self.working.get(kind, 0) for kind in budget.KINDS}
+        both = {kind: self.resident.get(kind, 0) + self.working.get(kind, 0) for kind in budget.MEMORY_KINDS}
         return {kind: n for kind, n in both.items() if n}
 
 
@@ -157,9 +157,9 @@ def _lower_decoding(job: Job, call: LargestCall) -> jax.stages.Lowered:
     return call.engine.lower(params, call.shape, call.spec)
 
 
-def split(job: Job) -> Split:
+def split(job: Job) -> MeshSplit:
     """The sizes of the job's mesh and of its compute type, for the roofline."""
-    return Split(row_devices(job.mesh), job.tensor, job.mesh.shape["fsdp"], job.item)
+    return MeshSplit(row_devices(job.mesh), job.tensor, job.mesh.shape["fsdp"], job.item)
 
 
 # --- the update -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast, get_args
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.rewards import custom, mcq, tooluse
 from rosd_jax.rewards.grade import Grade, Mode
 from rosd_jax.rewards.maths import checker
@@ -62,7 +62,7 @@ class Grader:
         return (self._own or self._pool).timeouts
 
     def grade_all(
-        self, responses: Sequence[str], problems: Sequence[Problem], *, thinking_open: bool = False
+        self, responses: Sequence[str], problems: Sequence[Problem], *, thinking_open: bool
     ) -> list[Grade]:
         """Grades response i against problem i.
 

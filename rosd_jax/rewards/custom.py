@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.rewards.grade import Grade
 from rosd_jax.rewards.workers import Pool, Unanswered
 

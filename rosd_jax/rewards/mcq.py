@@ -19,7 +19,7 @@ _TAG = re.compile(r"[<＜]\s{0,9}(\\?/?)\s{0,9}answer\s{0,9}[>＞]", re.IGNORECA
 _TAGGED_LETTER_AT_END = re.compile(r"<answer>\s*[ABCD]\s*</answer>$")
 
 
-def grade(response: str, answer: str, *, mode: Mode, thinking_open: bool = False) -> Grade:
+def grade(response: str, answer: str, *, mode: Mode, thinking_open: bool) -> Grade:
     """Grades a multiple-choice response against the gold letter.
 
     thinking_open: the prompt ended inside `<think>`; the mode "official" ignores it.
@@ -31,7 +31,7 @@ def grade(response: str, answer: str, *, mode: Mode, thinking_open: bool = False
     return Grade(float(letter == answer.strip().upper()), letter, bool(letter))
 
 
-def grade_gym(response: str, answer: str, *, thinking_open: bool = False) -> Grade:
+def grade_gym(response: str, answer: str, *, thinking_open: bool) -> Grade:
     """Grades a gym response: the last `<answer>` block must equal the gold answer up to white space."""
     content = last_answer(outside_thinking(response, opened=thinking_open))
     if content is None:

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.rewards.grade import Grade, Mode
 from rosd_jax.text.thinking import outside_thinking
 
@@ -43,9 +43,7 @@ _FENCE = re.compile(r"(?:```+|~~~+)\s*\w*")
 _TAG = re.compile(r"</?(?:b|i|em|strong|code)>", re.IGNORECASE)
 
 
-def grade(
-    response: str, answer: str | list[dict[str, Any]], *, mode: Mode, thinking_open: bool = False
-) -> Grade:
+def grade(response: str, answer: str | list[dict[str, Any]], *, mode: Mode, thinking_open: bool) -> Grade:
     """Grades the calls of a response.
 
     answer: as for `gold_calls`; raises UserError for a malformed one. thinking_open: the prompt ended inside

@@ -20,10 +20,11 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 
 _START_S = 120.0  # for a worker to import its module on a busy machine
 _GRACE_S = 60.0  # beyond the worker's own limit on CPU time, after which the parent kills it
+_LONGEST_WAIT_S = 2e6  # poll counts milliseconds in 32 bits
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class _Worker:
         return self._receive(timeout_s + _GRACE_S)
 
     def _receive(self, seconds: float) -> Any:
-        if not self.pipe.poll(seconds):
+        if not self.pipe.poll(min(seconds, _LONGEST_WAIT_S)):
             raise TimeoutError
         reply = self.pipe.recv()
         if isinstance(reply, UserError):

@@ -141,7 +141,10 @@ def deal(requests: int, rows: int, shards: int) -> np.ndarray:
 def split(
     prompt_len_N: np.ndarray, prompt_of_M: np.ndarray, shards: int, prompt_tokens: int | None
 ) -> list[np.ndarray]:
-    """The requests in as few equal parts as it takes for each shard's prompts of a part to fit."""
+    """The requests in as few equal parts as it takes for each shard's prompts of a part to fit.
+
+    A single prompt fits: `Limits` refuses a smaller prompt_tokens.
+    """
     padded_N = -(-prompt_len_N // LONGEST_PAGE) * LONGEST_PAGE  # prompts take whole pages
     M = len(prompt_of_M)
 

@@ -157,7 +157,7 @@ def begin(
             mesh=spec.mesh,
             in_specs=(tensor_specs(params, spec.mesh), specs, WHOLE, WHOLE),
             out_specs=(decoder_specs(spec.model, spec.mesh), BY_ROW, state_specs()),
-            check_vma=False,
+            check_vma=False,  # nothing differentiates through it, so replication need not be tracked
         )
     return run(params, batch, key, stops)
 
@@ -196,10 +196,12 @@ def _begin_shard(params, batch: Batch[jax.Array], key, stops, *, spec: DecodeSpe
     limits, model = spec.limits, spec.model
     limit_B = jnp.minimum(limit_B, limits.max_new)
     (N, T), B, weights = prompt_NT.shape, len(uid_B), fuse(params, model)
+    # Each shard prefills the prompts of its own rows, and none for spare rows.
     wanted_N = jnp.zeros(N, bool).at[prompt_of_B].max(limit_B > 0)
     layout = lay_out(prompt_len_N, wanted_N, limits.page)
-    first_N = jnp.zeros(N, jnp.int32).at[layout.order_N].set(layout.first_N)
+    first_N = jnp.zeros(N, jnp.int32).at[layout.order_N].set(layout.first_N)  # in the prompts' own order
     prompt_len_B = prompt_len_N[prompt_of_B]
+    # A sequence starts by feeding its prompt's last token once more, so prefill need not keep any logits.
     last_B = prompt_NT[prompt_of_B, prompt_len_B - 1]
     start = Start(last_B, prompt_len_B, first_N[prompt_of_B], limit_B)
     if spec.sampling.temperature:
@@ -208,6 +210,7 @@ def _begin_shard(params, batch: Batch[jax.Array], key, stops, *, spec: DecodeSpe
         u_BR = jnp.zeros((B, limits.max_new), jnp.float32)  # greedy decoding draws nothing
     sequences = Sequences(jnp.stack(start, axis=1), u_BR, stops)
     capacity = spec.capacity(N, T, B)
+    # Prompts have the first pages of the cache, responses all that follow.
     free_F = capacity.prompt_pages + jnp.arange(capacity.response_pages, dtype=jnp.int32)
     cache_XPWE = _empty_cache(spec, weights, capacity.prompt_pages + capacity.response_pages)
     cache_XPWE = prefill(spec.decoder, weights, prompt_NT, layout, cache_XPWE)
@@ -232,6 +235,7 @@ def _decode_shard(weights: Weights, sequences: Sequences, state: State, *, spec:
     sequences, state = jax.tree.map(lambda x: x[0], (sequences, state))
     slots, B = len(state.slots.packed_SC), len(state.queue_B)
     counts = spec.slot_counts(slots)
+    # A loop ends once all that is left, in slots or waiting, fits the slots of the next one.
     for count, fewer in zip(counts, [*counts[1:], 0], strict=True):
         if count < len(state.slots.packed_SC):
             state = state._replace(slots=state.slots.compact(count, B))
@@ -258,6 +262,7 @@ def halvings(slots: int) -> list[int]:
 
 def _step(weights: Weights, sequences: Sequences, state: State, *, spec: DecodeSpec) -> State:
     """One token for every live slot."""
+    # Known when the loop is compiled, which then has no queue and no stack of pages.
     all_admitted = spec.admits_all(len(sequences.start_B4))
     if not all_admitted:
         state = scheduler.admit(state, sequences, spec.model.num_hidden_layers)
@@ -266,6 +271,7 @@ def _step(weights: Weights, sequences: Sequences, state: State, *, spec: DecodeS
     inputs = StepInputs(slot.token, scheduler.position(state), state.slots.table_SM)
     hidden_SD, cache_XPWE = decode_step(spec.decoder, weights, inputs, state.cache_XPWE)
     logits_SV, axis = local_logits(spec.decoder, weights, hidden_SD)
+    # An empty slot has sequence B, and so reads the last row's number; `record` drops what it draws.
     u_S = sequences.u_BR.at[slot.sequence, slot.generated].get(mode="clip")
     token_S, logp_S = sample(
         logits_SV, u_S, temperature=sampling.temperature, top_p=sampling.top_p, axis=axis

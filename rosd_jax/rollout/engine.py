@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from rosd_jax.kernels.paged_attention import Implementation
+from rosd_jax.kernels.paged_attention import Implementation, platform_of
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import row_devices
 from rosd_jax.rollout import decode_loop
 from rosd_jax.rollout.batching import Batch, Request, call_rows, check, pack, prompt_pages, rounded_pages
 from rosd_jax.rollout.decode_loop import WHOLE, DecodeSpec, slots_for
-from rosd_jax.rollout.limits import Limits, own_pages
+from rosd_jax.rollout.limits import Limits
 from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.types import DeviceRollout, HostRollout, Params, Rollout
@@ -56,8 +56,8 @@ class Engine:
     """Samples responses to prompts.
 
     Without a mesh it runs on one device. With one, whose "tensor" axis must divide the key-value heads, rows
-    lie along "data" and "fsdp", and each of these shards has slots, pages and a queue of its own.
-    Raises ValueError where one sequence would not fit the pages for responses.
+    lie along "data" and "fsdp", and each of these shards has slots, pages and a queue of its own. Its first
+    call raises ValueError if `attention` is for another platform than that of the devices.
     """
 
     model: Qwen3Config
@@ -68,11 +68,6 @@ class Engine:
     attention: Implementation | None = None  # of a decoding step; None: the best for the device
     # Called before each call of the devices, with its shapes in words; may raise.
     before_call: Callable[[str], None] = no_check
-
-    def __post_init__(self) -> None:
-        needed, given = own_pages(self.limits.page, self.limits.max_new), self.limits.response_pages
-        if given is not None and given < needed:
-            raise ValueError(f"response_pages is {given}; one sequence alone may need {needed}")
 
     @property
     def shards(self) -> int:
@@ -88,6 +83,7 @@ class Engine:
         """
         check(requests, self.model.num_tokens or self.model.vocab_size)
         parts = []
+        # All calls have one shape. What may differ are pages and slots, in few sizes (`call`).
         for batch, row_M in pack(requests, self.limits, self.shards):
             sizes = *batch.prompt_NT.shape, len(batch.limit_B), self.spec(batch).first_slots
             self.before_call(f"decode {sizes}")
@@ -108,6 +104,12 @@ class Engine:
         """`decode_loop.generate` under jit."""
         mesh = self.mesh
         on = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        wanted = platform_of(self.attention)
+        if wanted not in (None, on):
+            raise ValueError(
+                f"attention is {self.attention!r}, a kernel for {wanted}, and the devices are {on}; pass "
+                "None, which takes the best for the platform"
+            )
         return jax.jit(
             decode_loop.generate,
             static_argnames="spec",

@@ -57,6 +57,7 @@ def prefill(
         def some(x_N):
             return lax.dynamic_slice_in_dim(x_N, done, at_once)
 
+        # Prompts that nobody wants have length 0, so that nothing of them is written to the cache.
         inputs = PromptInputs(prompt_NT[some(order_N), :width], some(length_N), some(first_N))
         return done + at_once, prefill_step(decoder, weights, inputs, cache_XPWE)
 

@@ -19,22 +19,51 @@ response.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-LANES = 128  # ids a block
+from rosd_jax.errors import UserError
+from rosd_jax.settings import TEMPERATURE_RULE, is_temperature
+
+BLOCK_IDS = 128  # ids of a block: as many as a TPU's vector has lanes
 ONE_BITS = 0x3F800000  # the bit pattern of 1 in float32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn (`sample` says more), and which ones end a response (hashable)."""
+    """How tokens are drawn (`sample` says more), and which ones end a response (hashable).
 
-    temperature: float
-    top_p: float = 1.0
-    stop_ids: tuple[int, ...] = ()
+    Raises UserError, which is a ValueError, for a value that breaks the rule given with its field.
+    """
+
+    temperature: float  # 0 (greedy) or in [1e-6, 1e6]
+    top_p: float = 1.0  # in (0, 1], also in float32
+    stop_ids: tuple[int, ...] = ()  # at least 0
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.temperature) or not is_temperature(self.temperature):
+            raise UserError(f"temperature is {self.temperature!r}; it must {TEMPERATURE_RULE}")
+        smallest = np.finfo(np.float32).tiny
+        if not _is_number(self.top_p) or not smallest <= self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p!r}; it must lie in (0, 1], also in float32")
+        ids = self.stop_ids
+        if not isinstance(ids, tuple) or not all(_is_id(token) for token in ids):
+            raise UserError(
+                f"stop_ids is {ids!r}; it must be a tuple of token ids, which are ints of at least 0"
+            )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def _is_id(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and 0 <= int(x) < 2**31
 
 
 def sample(
@@ -95,7 +124,7 @@ def invert_cdf(weight_BV: jax.Array, u_B: jax.Array, axis: str | None = None) ->
     Weights are float32, at least 0 and not normalised; an id of weight 0 is never returned.
     """
     V = weight_BV.shape[1]
-    lanes_BNL = jnp.pad(weight_BV, ((0, 0), (0, -V % LANES))).reshape(len(weight_BV), -1, LANES)
+    lanes_BNL = jnp.pad(weight_BV, ((0, 0), (0, -V % BLOCK_IDS))).reshape(len(weight_BV), -1, BLOCK_IDS)
     block_BN = jnp.sum(lanes_BNL, axis=-1)
     ends_BN = jnp.cumsum(block_BN, axis=-1)
     if axis is None:
@@ -116,7 +145,7 @@ def _invert(lanes_BNL: jax.Array, block_BN: jax.Array, ends_BN: jax.Array, targe
     block_of_B = _first_over(ends_BN, block_BN, target_B)
     lane_BL = jnp.take_along_axis(lanes_BNL, block_of_B[:, None, None], axis=1)[:, 0]
     rest_B = target_B - (_pick(ends_BN, block_of_B) - _pick(block_BN, block_of_B))
-    return block_of_B * LANES + _first_over(jnp.cumsum(lane_BL, axis=-1), lane_BL, rest_B)
+    return block_of_B * BLOCK_IDS + _first_over(jnp.cumsum(lane_BL, axis=-1), lane_BL, rest_B)
 
 
 def _first_over(ends_BN: jax.Array, weight_BN: jax.Array, target_B: jax.Array) -> jax.Array:

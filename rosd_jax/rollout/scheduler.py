@@ -102,6 +102,7 @@ def initial(cache_XPWE: jax.Array, sequences: Sequences, slots: Slots, free_F: j
 def indices(mask_B: jax.Array) -> jax.Array:
     """Where the mask is True, in order (int32 [B]), then B."""
     B = len(mask_B)
+    # A sort compiles in a fifth of the time of a prefix sum and a scatter (docs/log.md, 2026-11-26).
     return jnp.sort(jnp.where(mask_B, jnp.arange(B, dtype=jnp.int32), B))
 
 
@@ -128,8 +129,11 @@ def admit_all(state: State, start: Start, layers: int) -> State:
     """
     (S, M), P, R = state.slots.table_SM.shape, state.cache_XPWE.shape[1], state.out.tokens_BR.shape[1]
     most, sequence_S = own_pages(P, R), jnp.arange(S, dtype=jnp.int32)
+    # The prompt's last token is fed again and written to its page, so that page cannot be shared. The free
+    # pages are consecutive, and each slot takes `most` of them.
     shared_S, own_S = (start.prompt_len - 1) // P, state.free_F[0] + most * sequence_S
     ahead_SM = jnp.arange(M) - shared_S[:, None]  # of the pages that are shared
+    # Entries after a slot's own pages repeat its last one: attention may read them, and ignores them.
     mine_SM = own_S[:, None] + jnp.minimum(ahead_SM, most - 1)
     table_SM = jnp.where(ahead_SM < 0, start.page[:, None] + jnp.arange(M), mine_SM)
     zero_S = 0 * sequence_S
@@ -225,12 +229,13 @@ def reserve(state: State) -> State:
     (S, M), R = state.slots.table_SM.shape, state.out.tokens_BR.shape[1]
     pages = len(state.free_F) - M
     if pages < S * own_pages(state.cache_XPWE.shape[1], R):  # else they always suffice
-
+        # Ends with one sequence left at the latest, since `Engine` has checked that a single one always fits.
         def short(state):
             return jnp.sum(_lacking(state)) > state.free
 
         state = lax.while_loop(short, _preempt, state)
     needs_S = _lacking(state)
+    # The n-th slot in need takes the n-th page from the top of the stack; the others' entries are not used.
     page_S = state.free_F[jnp.maximum(state.free - jnp.cumsum(needs_S), 0)]
     return state._replace(
         slots=state.slots.append_page(needs_S, page_S),
@@ -255,7 +260,7 @@ def _preempt(state: State) -> State:
     """Puts the newest sequence back at the head of the queue."""
     slot = state.slots.columns
     s = jnp.argmax(jnp.where(live(state), slot.admission, -1))
-    head = state.head - 1
+    head = state.head - 1  # never below 0: this sequence was taken from the queue
     stats = replace(state.stats, preempted=state.stats.preempted + 1)
     queue_B = state.queue_B.at[head].set(slot.sequence[s])
     return _release_one(state, s)._replace(queue_B=queue_B, head=head, paused=jnp.bool(True), stats=stats)
@@ -288,6 +293,7 @@ def record(
         match_S, matched_S = stops.step(slot.match, token_S)
         stop_S = stop_S | matched_S
     ended_S = stop_S | (count_S >= slot.limit)
+    # Empty slots have sequence B, an index past the end, whose writes are dropped.
     out = replace(
         out,
         tokens_BR=out.tokens_BR.at[slot.sequence, slot.generated].set(token_S, mode="drop"),

@@ -88,7 +88,7 @@ class Slots(NamedTuple):
     def append_page(self, needs_S: jax.Array, page_S: jax.Array) -> Slots:
         """With page_S at the end of the tables of the slots that need one."""
         S, C = self.packed_SC.shape
-        at_S = jnp.where(needs_S, TABLE + self.columns.pages, C)
+        at_S = jnp.where(needs_S, TABLE + self.columns.pages, C)  # C: past the end, so it is dropped
         packed_SC = self.packed_SC.at[jnp.arange(S), at_S].set(page_S, mode="drop")
         return Slots(packed_SC.at[:, OWN].add(needs_S.astype(jnp.int32)))
 
@@ -96,6 +96,7 @@ class Slots(NamedTuple):
         """The table of slot s [M] from its own first page on, and how many of them are its own."""
         slot_C = self.packed_SC[s]
         slot, M = Slot(*slot_C[:TABLE]), len(slot_C) - TABLE
+        # Rotated rather than sliced, since its length must be known when it is compiled.
         return slot_C[TABLE + (jnp.arange(M) + slot.shared) % M], slot.own
 
     def compact(self, slots: int, sequences: int) -> Slots:

@@ -118,25 +118,25 @@ that the problem asks for, and do not mention the solution above.""",
 
 
 def wrong_messages(
-    problem: str, solution: str, attempt: str, gold: str | None, wording: Wording = ENGLISH
+    problem: str, solution: str, attempt: str, gold: str | None, wording: Wording
 ) -> list[Message]:
     """What the reflector is asked about a wrong rollout. gold None: there is no gold answer to show."""
     fields = {"problem": problem, "solution": solution, "attempt": attempt, "gold": gold}
     return _chat(wording.reflect_wrong_system, wording.reflect_wrong_user, fields)
 
 
-def right_messages(problem: str, attempt: str, gold: str | None, wording: Wording = ENGLISH) -> list[Message]:
+def right_messages(problem: str, attempt: str, gold: str | None, wording: Wording) -> list[Message]:
     """What the reflector is asked about a correct rollout. gold None: there is no gold answer to show."""
     fields = {"problem": problem, "attempt": attempt, "gold": gold}
     return _chat(wording.reflect_right_system, wording.reflect_right_user, fields)
 
 
-def idea_text(problem: str, idea: str, wording: Wording = ENGLISH) -> str:
+def idea_text(problem: str, idea: str, wording: Wording) -> str:
     """The teacher's user text with the problem and the corrective idea."""
     return fill(wording.teacher_idea_user, {"problem": problem, "idea": idea})
 
 
-def solution_text(problem: str, solution: str, wording: Wording = ENGLISH) -> str:
+def solution_text(problem: str, solution: str, wording: Wording) -> str:
     """The teacher's user text with the problem and a correct sibling's solution."""
     return fill(wording.teacher_solution_user, {"problem": problem, "solution": solution})
 

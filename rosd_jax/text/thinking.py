@@ -6,7 +6,7 @@ OPEN = "<think>"
 CLOSE = "</think>"
 
 
-def outside_thinking(text: str, *, opened: bool = False) -> str:
+def outside_thinking(text: str, *, opened: bool) -> str:
     """The text outside `<think>...</think>`, not trimmed.
 
     A `</think>` without an opening tag removes all text before it, and a `<think>` that is never closed

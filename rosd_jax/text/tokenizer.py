@@ -24,7 +24,7 @@ from tokenizers.decoders import ByteLevel, Fuse
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import AutoConfig, AutoTokenizer  # noqa: E402
 
-from rosd_jax.config import UserError  # noqa: E402
+from rosd_jax.errors import UserError  # noqa: E402
 from rosd_jax.models.files import REMEDY, wrong  # noqa: E402
 from rosd_jax.text.thinking import CLOSE, OPEN  # noqa: E402
 from rosd_jax.text.tokenizer_files import (  # noqa: E402

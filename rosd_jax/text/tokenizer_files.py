@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rosd_jax.models.files import Fields, read_json, read_text, write_bytes, write_json, wrong
+from rosd_jax import atomic
+from rosd_jax.models.files import Fields, read_json, read_text, write_json, wrong
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
@@ -31,7 +32,7 @@ def check_files(folder: Path) -> None:
     for name in ("config.json", *OBJECTS):
         if (folder / name).exists():
             fields = read_json(folder / name)
-            _check_fields(fields, folder / name, RULES.get(name, ()))
+            _check_fields(fields, folder / name, FIELD_RULES.get(name, ()))
     for file in (*(folder / name for name in TEXTS), *folder.glob(f"{MORE_TEMPLATES}/*.jinja")):
         if file.exists():
             read_text(file)
@@ -79,7 +80,7 @@ def _is_template(value: object) -> bool:
 
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
-RULES: dict[str, Rules] = {  # file -> (fields, what they must be, a check of a value)
+FIELD_RULES: dict[str, Rules] = {  # file -> (fields, what they must be, a check of a value)
     TOKENIZER_CONFIG: (
         (TOKENS, "the text of a token, an AddedToken or null", _is_token),
         (MORE_TOKENS, "a list of tokens", _are_tokens),
@@ -116,7 +117,7 @@ def copy_files(source: Path, target: Path) -> None:
     """Makes the tokenizer's files in `target` equal to those of `source`. Other files are not touched."""
     for name in (*OBJECTS, *TEXTS):
         if (source / name).exists():
-            write_bytes(target / name, (source / name).read_bytes())
+            atomic.write_bytes(target / name, [(source / name).read_bytes()])
         else:
             (target / name).unlink(missing_ok=True)
     if (source / MORE_TEMPLATES).is_dir():

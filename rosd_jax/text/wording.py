@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import fields
 from pathlib import Path
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.text.prompts import Wording
 from rosd_jax.text.spans import IDEA_TAGS, QUOTE_TAG
 
@@ -45,7 +45,7 @@ def read_wording(path: str) -> Wording:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"wording is {path!r}, which cannot be read ({error.strerror}); check it") from error
-    except ValueError as error:  # of TOML or of UTF-8
+    except (ValueError, RecursionError) as error:  # of TOML or of UTF-8
         raise UserError(f"wording is {path!r}, which is not valid TOML ({error}); correct it") from error
     names = [field.name for field in fields(Wording)]
     for name in [*found, *names]:

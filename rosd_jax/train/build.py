@@ -13,7 +13,7 @@ from rosd_jax.rollout.bandwidth import measure_roofline
 from rosd_jax.settings import Settings
 from rosd_jax.train.compiling import keep_programs
 from rosd_jax.train.devices import check_rows, split_cpu
-from rosd_jax.train.engines import Ends, make_engines
+from rosd_jax.train.engines import Ends, capability, check_attention, make_engines
 from rosd_jax.train.inputs import Inputs
 from rosd_jax.train.step import Runtime
 from rosd_jax.train.trees import Trees
@@ -25,7 +25,8 @@ TASK_METRICS = {"gym": quote_exact}  # by the kind of the training problems
 def build(config: Settings, inputs: Inputs, grader: Grader, hosts: Hosts) -> tuple[Runtime, Trees]:
     """The runtime of a run, and the `Trees` that load or initialise its weights.
 
-    Raises UserError if the mesh does not suit the devices, the model or the batch.
+    Raises UserError if the mesh does not suit the devices, the model or the batch, or rollout.attention
+    does not suit the devices or the model.
     """
     if config.model.dtype == "float32":
         # By default, accelerators round the operands of float32 matmuls to 10 bits of mantissa or fewer.
@@ -37,6 +38,8 @@ def build(config: Settings, inputs: Inputs, grader: Grader, hosts: Hosts) -> tup
     model = inputs.model
     validate_mesh_for(model, mesh)
     check_rows(config, row_devices(mesh))
+    device = mesh.devices.flat[0]
+    check_attention(config, model, device.platform, capability(device))
     optimizer = make_optimizer(config)
     trees = Trees(config, model, mesh, optimizer)
     for leaf in replicated_dims(trees.base, mesh):
@@ -58,6 +61,6 @@ def build(config: Settings, inputs: Inputs, grader: Grader, hosts: Hosts) -> tup
         roofline=measure_roofline(model, mesh.shape["tensor"]),
         engines=make_engines(config, model, mesh, ends, longest),
         task_metrics=TASK_METRICS.get(kinds.pop()) if len(kinds) == 1 else None,
-        update=make_update(config, model, optimizer, mesh, trees.shardings),
+        update=make_update(config, model, optimizer, mesh, trees.shardings, hosts.meet),
     )
     return runtime, trees

@@ -36,9 +36,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import rosd_jax
-from rosd_jax.config import UserError
+from rosd_jax import atomic
+from rosd_jax.errors import UserError
 from rosd_jax.settings import Settings
-from rosd_jax.train.workdir import fingerprint, write_atomic
+from rosd_jax.train.workdir import fingerprint
 from rosd_jax.types import Params, TrainState
 
 CHECKSUMS = "checksums.json"
@@ -78,7 +79,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dic
         # After Orbax's rename: a kill in between leaves a valid checkpoint without checksums (see _verify).
         if jax.process_index() == 0:
             sums = json.dumps(_checksums(directory / str(step)), indent=1)
-            write_atomic(directory / str(step) / CHECKSUMS, [sums])
+            atomic.write_text(directory / str(step) / CHECKSUMS, [sums])
     except Exception as error:
         if not _is_full_disk(error):
             raise

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from jax import monitoring
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 
 # Names of JAX's monitoring events. REQUEST comes for every program, HIT also for one that the cache had.
 REQUEST = "/jax/core/compile/backend_compile_duration"
@@ -29,13 +29,13 @@ def keep_programs(directory: str) -> None:
     """
     if not directory or jax.config.values["jax_compilation_cache_dir"]:
         return
-    path = Path(directory).expanduser() / processor()
     try:
+        path = Path(directory).expanduser() / processor()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such home directory
         raise UserError(
-            f"compile_cache is {directory!r}, which cannot be made ({error.strerror}); name another "
-            "directory, or '' for none"
+            f"compile_cache is {directory!r}, which cannot be made "
+            f"({getattr(error, 'strerror', error)}); name another directory, or '' for none"
         ) from error
     jax.config.update("jax_compilation_cache_dir", str(path))
     # Cache every program. By default JAX leaves small ones out, but a start compiles hundreds of them.

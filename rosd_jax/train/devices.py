@@ -8,7 +8,7 @@ import os
 
 import jax
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.settings import Settings
 
 LEAST_ROWS = 8  # rows of a training batch per CPU device; with fewer, another device does not pay

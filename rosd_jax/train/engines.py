@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
+from rosd_jax.kernels.paged_attention import misfit, platform_of
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.rollout.engine import Engine
-from rosd_jax.rollout.limits import Limits, own_pages, page_length
+from rosd_jax.rollout.limits import LONGEST_PAGE, Limits, own_pages, page_length
 from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import EvalSettings, ReflectSettings, RolloutSettings, Settings
 from rosd_jax.train import stopping
 
+HOPPER = "9.0"  # the compute capability of H100 and H200
 Sampled = RolloutSettings | ReflectSettings | EvalSettings
 
 
@@ -71,6 +76,36 @@ def make_engines(
             ends.stops,
         ),
     )
+
+
+def capability(device: Any) -> str:
+    """The compute capability of a GPU; HOPPER for other devices, which have none."""
+    return getattr(device, "compute_capability", HOPPER)
+
+
+def check_attention(config: Settings, model: Qwen3Config, platform: str, capability: str = HOPPER) -> None:
+    """Raises UserError if rollout.attention is for other devices, or does not take the model's heads.
+
+    platform: that of the devices, "cpu", "gpu" or "tpu". capability: of GPUs.
+    """
+    name = config.rollout.attention
+    wanted = platform_of(name)
+    remedy = "leave the field out, which takes the best for the platform"
+    if wanted not in (None, platform):
+        raise UserError(
+            f"rollout.attention is {name!r}, a kernel for {wanted}, and the devices are {platform}; {remedy}"
+        )
+    if name == "pallas_gpu" and capability != HOPPER:
+        raise UserError(
+            f"rollout.attention is 'pallas_gpu', a kernel for H100 and H200 (compute capability {HOPPER}); "
+            f"these GPUs have {capability}, so {remedy}"
+        )
+    dtype = jnp.dtype(model.dtype)
+    heads = model.num_key_value_heads
+    queries = jax.ShapeDtypeStruct((1, model.num_attention_heads, model.head_dim), dtype)
+    cache = jax.ShapeDtypeStruct((1, LONGEST_PAGE, 2 * heads, model.head_dim), dtype)
+    if wrong := misfit(name, queries, cache):
+        raise UserError(f"rollout.attention is {name!r}, and the model has {wrong}; {remedy}")
 
 
 def limits_of(config: Settings, max_new: int, max_prompt: int, *, rows: int, prompts: int = 1) -> Limits:

@@ -23,13 +23,13 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from rosd_jax.config import UserError
 from rosd_jax.data.sources import set_name
-from rosd_jax.evals.outcome import PROBLEMS, Row, read_metrics
+from rosd_jax.errors import UserError
+from rosd_jax.evals.outcome import PROBLEMS, MetricsRow, read_metrics
 from rosd_jax.models.weights import weights_fingerprint
 from rosd_jax.settings import Settings
 from rosd_jax.train import checkpoint
-from rosd_jax.train.inputs import FILES, Inputs, Split
+from rosd_jax.train.inputs import FILES, Inputs, ScoredSplit
 from rosd_jax.train.workdir import rollout_steps
 
 EXPORTED = "trained_steps.txt"  # in export/
@@ -155,7 +155,7 @@ def _differs(kept: Any, now: Any) -> bool:
     return kept is not None and kept != now
 
 
-def conditions(config: Settings, inputs: Inputs, split: Split, name: str) -> dict[str, float]:
+def conditions(config: Settings, inputs: Inputs, split: ScoredSplit, name: str) -> dict[str, float]:
     """The conditions of one set's evaluation, as metrics. Scores are comparable if all are equal."""
     return {
         "k": config.eval.samples,
@@ -167,7 +167,7 @@ def conditions(config: Settings, inputs: Inputs, split: Split, name: str) -> dic
     }
 
 
-def unevaluated(workdir: Path, config: Settings, inputs: Inputs, split: Split, step: int) -> list[str]:
+def unevaluated(workdir: Path, config: Settings, inputs: Inputs, split: ScoredSplit, step: int) -> list[str]:
     """The sets that have no line of `step` under the present conditions."""
     rows = {row["split"]: row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] == step}
     return [
@@ -177,7 +177,7 @@ def unevaluated(workdir: Path, config: Settings, inputs: Inputs, split: Split, s
     ]
 
 
-def _agrees(row: Row | None, wanted: dict[str, float]) -> bool:
+def _agrees(row: MetricsRow | None, wanted: dict[str, float]) -> bool:
     """Whether a line has these conditions. One that a line of an older version lacks counts as equal."""
     return row is not None and all(row.get(field, value) == value for field, value in wanted.items())
 

@@ -13,10 +13,10 @@ from typing import Literal, get_args
 
 from absl import logging
 
-from rosd_jax.config import UserError
 from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.data.sources import same_data, set_name
+from rosd_jax.errors import UserError
 from rosd_jax.evals import health
 from rosd_jax.fields import value
 from rosd_jax.gym.texts import WORDING as GYM
@@ -32,7 +32,7 @@ from rosd_jax.text.wording import read_wording
 from rosd_jax.train.engines import cache_pages
 from rosd_jax.types import Problem
 
-Split = Literal["eval", "validation"]  # which sets are scored; `split` in metrics.jsonl begins with it
+ScoredSplit = Literal["eval", "validation"]  # which sets are scored; `split` in metrics.jsonl begins with it
 FILES = {"eval": "test", "validation": "validation"}  # the split of a data set that each one reads
 WORDINGS = {"english": ENGLISH, "gym": GYM}
 
@@ -51,7 +51,7 @@ class Inputs:
     overlong: dict[str, list[str]]  # "set/split" -> uids of prompts above data.max_prompt_tokens, left out
     found: dict[str, dict[str, int]]  # "set/split" -> "rows" and "crc32" of the problems as read
 
-    def sets(self, split: Split) -> dict[str, Encoded]:
+    def sets(self, split: ScoredSplit) -> dict[str, Encoded]:
         """The sets of a split, by name."""
         return self.evals if split == "eval" else self.validation
 
@@ -98,6 +98,8 @@ def read_inputs(config: Settings) -> Inputs:
     validation: dict[str, Encoded] = {}
     for name in listed(config.validation.sets):
         validation[set_name(name)] = encode(name, FILES["validation"], 0)
+    for name, items in (evals | validation).items():
+        check_samples(config, name, len(items))
     check_known(tokenizer, train, config.data.train)
     for name, uids in overlong.items():
         logging.warning(
@@ -107,6 +109,16 @@ def read_inputs(config: Settings) -> Inputs:
             ", ".join(uids),
         )
     return Inputs(model, tokenizer, wording, stops, train, evals, validation, overlong, found)
+
+
+def check_samples(config: Settings, name: str, items: int) -> None:
+    """Raises UserError if a set has more responses than random numbers can be told apart for."""
+    responses = items * config.eval.samples
+    if responses > 2**31:
+        raise UserError(
+            f"eval.samples is {config.eval.samples}, which makes {responses} responses to the {items} "
+            f"problems of {name}; it must make at most 2**31, so lower it or eval.limit"
+        )
 
 
 def check_known(tokenizer: Tokenizer, train: Encoded, name: str) -> None:
@@ -125,9 +137,10 @@ def model_path(config: Settings) -> Path:
         )
     path = Path(config.model.path)
     if not path.is_dir():
+        home = ", with the home directory in full instead of ~" if config.model.path.startswith("~") else ""
         raise UserError(
             f"model.path is {str(path)!r}, which is not a directory; pass --config.model.path=DIR of a "
-            "Hugging Face model"
+            f"Hugging Face model{home}"
         )
     return path
 
@@ -175,7 +188,10 @@ def check_kinds(config: Settings, problems: Sequence[Problem]) -> None:
 
 
 def check_lengths(config: Settings, model: Qwen3Config) -> None:
-    """Raises UserError if the longest possible sequence exceeds the model's positions or the KV cache."""
+    """Raises UserError if the longest possible sequence exceeds the model's positions or the KV cache.
+
+    Also if a step has more tokens than devices can count.
+    """
     longest = {
         "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         "reflect.max_new_tokens": config.reflect.max_prompt_tokens + config.reflect.max_new_tokens,
@@ -188,6 +204,14 @@ def check_lengths(config: Settings, model: Qwen3Config) -> None:
                 f"{field} makes sequences of up to {tokens} tokens; the model has "
                 f"{model.max_position_embeddings} positions, so lower it or the prompt limit"
             )
+    sizes = {
+        "batch.prompts x batch.samples x rollout.max_new_tokens": config.rows * config.rollout.max_new_tokens,
+        "eval.batch x eval.max_new_tokens": config.eval.batch * config.eval.max_new_tokens,
+        "batch.device_rows x the longest sequence": config.batch.device_rows * max(longest.values()),
+    }
+    for field, tokens in sizes.items():
+        if tokens >= 2**31:
+            raise UserError(f"{field} is {tokens}; it must be below 2**31, because devices count in 32 bits")
     for section in (config.rollout, config.reflect, config.eval):
         cache_pages(config, section.max_new_tokens)
     for field in ("data.max_prompt_tokens", "reflect.max_prompt_tokens"):

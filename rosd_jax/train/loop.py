@@ -16,7 +16,7 @@ import shutil
 import signal
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rosd_jax.data.pipeline import batch_at
-from rosd_jax.evals.evaluate import evaluate_set, write_generations
+from rosd_jax import atomic
+from rosd_jax.data.pipeline import Encoded, batch_at
+from rosd_jax.errors import UserError
+from rosd_jax.evals.evaluate import requests_of, score_set, write_generations
 from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
 from rosd_jax.evals.report import Z, write_report
@@ -36,19 +38,18 @@ from rosd_jax.hosts import Hosts
 from rosd_jax.models.lora import merge
 from rosd_jax.models.peft_files import save_adapters
 from rosd_jax.models.weights import check_weights, save_pretrained
-from rosd_jax.rewards import Grade, Grader
-from rosd_jax.rollout.batching import Request
+from rosd_jax.rewards import Grader
 from rosd_jax.settings import Settings
 from rosd_jax.train import checkpoint, history, stopping, workdir
 from rosd_jax.train.build import build
 from rosd_jax.train.compiling import Compiled
-from rosd_jax.train.inputs import Inputs, Split, headline, read_inputs, trained_on
+from rosd_jax.train.inputs import Inputs, ScoredSplit, headline, read_inputs, trained_on
 from rosd_jax.train.metrics import Console, MetricsLog
 from rosd_jax.train.numbers import Numbers
-from rosd_jax.train.step import Runtime, train_step
+from rosd_jax.train.step import Runtime, read_and_grade, train_step
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import learner
-from rosd_jax.types import HostRollout, Params, Problem, Reflected, Stream, TrainState
+from rosd_jax.types import Params, Reflected, Stream, TrainState
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,12 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
     done = start
     try:
         score_if_due(run, state.params, frozen_params, start)
+        best = run.hosts.once("best step", lambda: best_step(read_metrics(run.log.path)))
         for step in range(start, config.steps):
             state = one_step(run, state, frozen_params, step)
             done = step + 1
-            score_if_due(run, state.params, frozen_params, done)
-            best = run.hosts.once("best step", lambda: best_step(read_metrics(run.log.path)))
+            if score_if_due(run, state.params, frozen_params, done):
+                best = run.hosts.once("best step", lambda: best_step(read_metrics(run.log.path)))
             if is_due(done, config.checkpoint.every, config.steps) or done == best:
                 run.console.stage("checkpoint")
                 checkpoint.save(run.manager, state, done, run.meta)
@@ -177,16 +179,22 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
     return state
 
 
-def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> None:
-    """Scores the validation and evaluation sets that are due at a step and have not been scored."""
+def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> bool:
+    """Scores the validation and evaluation sets that are due at a step and have not been scored.
+
+    Returns whether there were any.
+    """
     config = run.config
-    every_of: dict[Split, int] = {"validation": config.validation.every, "eval": config.eval.every}
+    scored = False
+    every_of: dict[ScoredSplit, int] = {"validation": config.validation.every, "eval": config.eval.every}
     for split, every in every_of.items():
         due = step == 0 or is_due(step, every, config.steps)
         names = run.hosts.once("unscored", partial(unscored, run, split, step)) if due else []
         if names:
             model = learner(params, frozen_params, config)  # only here, since it may copy from the host
             score(run, split, names, model, step)
+            scored = True
+    return scored
 
 
 def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> TrainState:
@@ -246,32 +254,16 @@ def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
     return rows
 
 
-def score(run: Run, split: Split, names: Iterable[str], params: Params, step: int) -> None:
+def score(run: Run, split: ScoredSplit, names: Iterable[str], params: Params, step: int) -> None:
     """Evaluates each named set: one line in metrics.jsonl, and its generations in a file."""
     c = run.config.eval
     for name in names:
         stopping.check(f"{split} {name}")
-        encoded = run.inputs.sets(split)[name]
         run.console.stage(f"{split} {name}")
         # The key depends on step and set, so the answers do not depend on which other sets are scored.
         key = jax.random.fold_in(Stream.EVAL.key(run.runtime.key), step)
         key = jax.random.fold_in(key, zlib.crc32(f"{split}/{name}".encode()))
-
-        def sample(requests: Sequence[Request], key: jax.Array = key) -> HostRollout:
-            rollout = run.runtime.engines.evaluation.generate(params, requests, key)
-            stopping.check("before grading")  # so that a signal does not wait for it
-            return rollout
-
-        numbers, generations = evaluate_set(
-            name,
-            [problem for problem, _ in encoded],
-            [ids for _, ids in encoded],
-            sample,
-            partial(grade_all, run),
-            run.runtime.tokenizer.decode,
-            votes=partial(votes, run),
-            samples=c.samples,
-        )
+        numbers, generations = evaluate_set(run.runtime, params, name, run.inputs.sets(split)[name], key)
         if not run.hosts.first:
             continue
         # The line comes last: a set that has one is not scored again when the run is resumed.
@@ -284,22 +276,27 @@ def score(run: Run, split: Split, names: Iterable[str], params: Params, step: in
         )
 
 
-def grade_all(run: Run, texts: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
-    """The grades of responses. Each host grades a part of them."""
+def evaluate_set(
+    runtime: Runtime, params: Params, name: str, encoded: Encoded, key: jax.Array
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Samples, grades and scores one set; returns what `score_set` does.
 
-    def grade(pairs: Sequence[tuple[str, Problem]]) -> list[Grade]:
-        some, asked = zip(*pairs, strict=True)
-        return run.runtime.grader.grade_all(some, asked, thinking_open=run.runtime.student_thinking_open)
+    Raises UserError for a set without problems, Stopped after a signal.
+    """
+    samples = runtime.config.eval.samples
+    requests = requests_of(name, encoded, samples)
+    rollout = runtime.engines.evaluation.generate(params, requests, key)
+    stopping.check("before grading")  # so that a signal does not wait for it
+    problems = [problem for problem, _ in encoded]
+    repeated = [problem for problem in problems for _ in range(samples)]
+    texts, grades = read_and_grade(runtime, rollout, repeated)
+    predictions = [grade.prediction for grade in grades]
+    # Answers are compared with each other, so one host does it for all.
+    votes = runtime.hosts.once("votes", lambda: runtime.grader.votes(predictions, repeated))
+    return score_set(problems, rollout, texts, grades, votes)
 
-    return run.hosts.share("grade", grade, list(zip(texts, problems, strict=True)))
 
-
-def votes(run: Run, predictions: Sequence[str], problems: Sequence[Problem]) -> list[str]:
-    """`Grader.votes`. It compares answers with each other, so one host does it for all."""
-    return run.hosts.once("votes", lambda: run.runtime.grader.votes(predictions, problems))
-
-
-def unscored(run: Run, split: Split, step: int) -> list[str]:
+def unscored(run: Run, split: ScoredSplit, step: int) -> list[str]:
     """The sets of this split that have no valid scores at `step` from an earlier start.
 
     At step 0 these are all sets: lines found there may come from other weights.
@@ -349,12 +346,17 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts) -> None:
     """Evaluates the newest checkpoint in `directory`, or the original model if nothing was trained there.
 
     If the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier evaluation
-    of the same step and sets are replaced; everything else stays.
+    of the same step and sets are replaced; everything else stays. Raises UserError for a mistake of the
+    user's, such as an empty eval.sets.
     """
     exported = history.export_to_evaluate(directory, config)
     if exported:
         config = replace(config, "model.path", str(directory / "export"))
     inputs = read_inputs(config)
+    if not inputs.evals:
+        raise UserError(
+            "eval.sets is empty, so --mode=eval has nothing to score; pass --config.eval.sets=SET,SET"
+        )
     check_weights(config.model.path, inputs.model)
     origins = history.origins(config, inputs)
     require_same_inputs(hosts, config, inputs, origins)
@@ -436,4 +438,4 @@ def export(run: Run, params: Params, path: Path, step: int) -> None:
     save_pretrained(path, params, run.inputs.model, source=source, dtype=run.config.model.dtype)
     if run.hosts.first:
         run.inputs.tokenizer.save(path)
-        workdir.write_atomic(path / history.EXPORTED, [f"{step}\n"])
+        atomic.write_text(path / history.EXPORTED, [f"{step}\n"])

@@ -22,11 +22,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from rosd_jax.config import UserError
+from rosd_jax import atomic
 from rosd_jax.distill.reflect import NOTES
+from rosd_jax.errors import UserError
 from rosd_jax.train import stopping
 from rosd_jax.train.stopping import ERASE
-from rosd_jax.train.workdir import write_atomic
 
 RESERVED = ("step", "split")
 BAR_WIDTH = 20
@@ -57,7 +57,7 @@ class MetricsLog:
         """Like `write`, but removes earlier lines of that step and split. The file is replaced atomically."""
         line = _line(step, split, numbers)
         kept = _kept_lines(self.path, lambda *place: place != (step, split))
-        write_atomic(self.path, [text + "\n" for text in (*kept, line)])
+        atomic.write_text(self.path, [text + "\n" for text in (*kept, line)])
 
     @classmethod
     def resume(cls, path: Path, keep: Callable[[int, str], bool]) -> MetricsLog:
@@ -67,7 +67,7 @@ class MetricsLog:
         a damaged line before the last.
         """
         if path.exists():
-            write_atomic(path, [line + "\n" for line in _kept_lines(path, keep)])
+            atomic.write_text(path, [line + "\n" for line in _kept_lines(path, keep)])
         return cls(path)
 
 

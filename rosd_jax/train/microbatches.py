@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -38,19 +39,32 @@ class MicroBatch:
     sampler_logp_BS: Array  # float32; its log-prob as the sampler reported it, 0 if none
 
 
+class RowGroup(NamedTuple):
+    """The rows of a lesson that form one micro-batch, and its widths."""
+
+    chosen: list[int]
+    S: int
+    T: int
+
+
 def plan_microbatches(lesson: Lesson, rows: int, longest: tuple[int, int]) -> list[MicroBatch]:
     """The micro-batches of a lesson, `rows` rows each; the last is filled up with rows of weight 0.
 
     longest: the most positions that a student's and a teacher's row may have; no width exceeds them.
     """
-    groups = group_rows(*needs(lesson), rows, longest)
-    return [make_microbatch(lesson, chosen, rows, S, T) for chosen, S, T in groups]
+    cut_B = cuts(lesson.weight_BR)
+    groups = group_rows(*needs(lesson, cut_B), rows, longest)
+    return [make_microbatch(lesson, cut_B, group, rows) for group in groups]
 
 
-def needs(lesson: Lesson) -> tuple[np.ndarray, np.ndarray]:
+def cuts(weight_BR: np.ndarray) -> np.ndarray:
+    """Response tokens of each row up to its last active one, which is included; 0 if none is active."""
+    R = weight_BR.shape[1]
+    return np.where(weight_BR != 0, np.arange(1, R + 1), 0).max(axis=1)
+
+
+def needs(lesson: Lesson, cut_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions of each row that student and teacher must read; 0 if no token of the row is active."""
-    R = lesson.weight_BR.shape[1]
-    cut_B = np.where(lesson.weight_BR != 0, np.arange(1, R + 1), 0).max(axis=1)
 
     def positions(prompts: Sequence[Sequence[int]]) -> np.ndarray:
         prompt_B = np.array([len(ids) for ids in prompts])
@@ -62,7 +76,7 @@ def needs(lesson: Lesson) -> tuple[np.ndarray, np.ndarray]:
 
 def group_rows(
     student_B: np.ndarray, teacher_B: np.ndarray, rows: int, longest: tuple[int, int]
-) -> list[tuple[list[int], int, int]]:
+) -> list[RowGroup]:
     """Groups of up to `rows` rows of similar length, each with its widths S and T, most expensive first.
 
     student_B, teacher_B: the positions that `needs` gives; rows that need none are left out.
@@ -82,7 +96,7 @@ def group_rows(
         chosen = order[first : first + rows]
         S = max(S_of[row] for row in chosen)
         T = max(T_of[row] for row in chosen)
-        groups.append((chosen, S, T))
+        groups.append(RowGroup(chosen, S, T))
     return groups
 
 
@@ -94,21 +108,23 @@ def width(positions: int, longest: int) -> int:
     return min(max(least, SHORTEST), longest)
 
 
-def make_microbatch(lesson: Lesson, chosen: Sequence[int], rows: int, S: int, T: int) -> MicroBatch:
-    """The chosen rows of a lesson at widths S and T, filled up to `rows` with rows of weight 0."""
+def make_microbatch(lesson: Lesson, cut_B: np.ndarray, group: RowGroup, rows: int) -> MicroBatch:
+    """The rows of a group, each cut after cut_B[row] response tokens, filled up with rows of weight 0."""
+    _, S, T = group
     student_BS = np.zeros((rows, S), np.int32)
     teacher_BT = np.zeros((rows, T), np.int32)
     shift_B = np.zeros(rows, np.int32)
     target_BS = np.zeros((rows, S), np.int32)
     weight_BS = np.zeros((rows, S), np.float32)
     sampler_logp_BS = np.zeros((rows, S), np.float32)
-    for b, row in enumerate(chosen):
+    for b, row in enumerate(group.chosen):
         prompt = lesson.prompts[row]
         teacher_prompt = lesson.teacher_prompts[row]
-        cut = int(np.flatnonzero(lesson.weight_BR[row])[-1]) + 1
+        cut = int(cut_B[row])
         read = lesson.response_BR[row, : cut - 1]
         student_BS[b, : len(prompt) + cut - 1] = [*prompt, *read]
         teacher_BT[b, : len(teacher_prompt) + cut - 1] = [*teacher_prompt, *read]
+        # The response is the same in both rows, so one number maps every position of it.
         shift_B[b] = len(teacher_prompt) - len(prompt)
         # A token is predicted from the position before it, the first one from the prompt's last.
         predicts = slice(len(prompt) - 1, len(prompt) - 1 + cut)

@@ -98,7 +98,6 @@ def train_step(
     with clock("lesson"):
         reflected, lesson = make_lesson(runtime, reflected)
     with clock("update"):
-        runtime.hosts.exchange(f"update {runtime.update.widths(lesson)}", None)
         state, metrics = runtime.update(state, frozen_params, lesson)
         # Waits for the devices, so that the stage's time includes the update itself.
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
@@ -120,8 +119,17 @@ def sample_rollouts(runtime: Runtime, params: Params, prompts: Prompts, step: in
 
 
 def grade(runtime: Runtime, prompts: Prompts, rollout: HostRollout) -> Graded:
-    """Decodes every response to text and grades it. Each host does so for a part of the rows."""
+    """Decodes every response to text and grades it."""
     problems = [problem for problem in prompts.problems for _ in range(runtime.config.batch.samples)]
+    texts, grades = read_and_grade(runtime, rollout, problems)
+    rewards_B = np.array([g.score for g in grades], np.float32)
+    return Graded(prompts, rollout, texts, rewards_B, runtime.student_thinking_open)
+
+
+def read_and_grade(
+    runtime: Runtime, rollout: HostRollout, problems: Sequence[Problem]
+) -> tuple[tuple[str, ...], tuple[Grade, ...]]:
+    """The text of every response and its grade. Each host does a part of the rows."""
 
     def read(rows: Sequence[tuple[np.ndarray, Problem]]) -> list[tuple[str, Grade]]:
         texts = [runtime.tokenizer.decode(tokens) for tokens, _ in rows]
@@ -131,8 +139,7 @@ def grade(runtime: Runtime, prompts: Prompts, rollout: HostRollout) -> Graded:
 
     rows = list(zip(responses(rollout), problems, strict=True))
     texts, grades = zip(*runtime.hosts.share("grade", read, rows), strict=True)
-    rewards_B = np.array([g.score for g in grades], np.float32)
-    return Graded(prompts, rollout, texts, rewards_B, runtime.student_thinking_open)
+    return texts, grades
 
 
 def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int) -> Reflected:
@@ -179,9 +186,10 @@ def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Less
         thinking=config.thinking.teacher,
         wording=runtime.wording,
     )
-    R = graded.rollout.tokens_BR.shape[1]
+    R = graded.rollout.tokens_BR.shape[1]  # the token limit, whatever the responses' lengths
     lesson = Lesson(
         prompts=[prompt for prompt in graded.prompts.ids for _ in range(graded.group_size)],
+        # A row without a teacher prompt has no weight, and micro-batches leave it out.
         teacher_prompts=[prompt or [] for prompt in ids],
         response_BR=graded.rollout.tokens_BR,
         weight_BR=teacher.region_weights(reflected, config.lesson, R),

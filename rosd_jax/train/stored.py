@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rosd_jax.config import UserError, default_config
+from rosd_jax.config import default_config
+from rosd_jax.errors import UserError
 from rosd_jax.train.workdir import flat, read_config
 
 

@@ -41,7 +41,7 @@ from rosd_jax.models import qwen3
 from rosd_jax.models.lora import combine, init_adapters
 from rosd_jax.models.sharding import AXES, on_device, place_rows, row_devices, row_sharding
 from rosd_jax.settings import Settings
-from rosd_jax.train.microbatches import MicroBatch, group_rows, needs, plan_microbatches
+from rosd_jax.train.microbatches import MicroBatch, plan_microbatches
 from rosd_jax.types import Array, Lesson, Params, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -110,6 +110,7 @@ class Update:
     mesh: Mesh
     device_rows: int
     longest: tuple[int, int]  # the most positions of a student's and of a teacher's row
+    before: Callable[[str], None]  # called with the shapes of an update's micro-batches, in words
 
     @property
     def rows(self) -> int:
@@ -145,18 +146,15 @@ class Update:
             "apply": self.apply.trace(like, grads, sums, total),
         }
 
-    def widths(self, lesson: Lesson) -> list[tuple[int, int]]:
-        """Positions of a student's and of a teacher's row in each micro-batch, which select the programs."""
-        groups = group_rows(*needs(lesson), self.rows, self.longest)
-        return [(S, T) for _, S, T in groups]
-
     def __call__(
         self, state: TrainState, frozen_params: Params, lesson: Lesson
     ) -> tuple[TrainState, Metrics]:
         """The next state, and the metrics of the step as float32 scalars on the devices."""
         total = np.float32(lesson.weight_BR.sum())  # active tokens of the whole lesson
         grads, sums = self.zeros()
-        for microbatch in plan_microbatches(lesson, self.rows, self.longest):
+        microbatches = plan_microbatches(lesson, self.rows, self.longest)
+        self.before(f"update {[(m.student_BS.shape, m.teacher_BT.shape) for m in microbatches]}")
+        for microbatch in microbatches:
             previous_sums = sums
             microbatch = place_rows(scaled(microbatch, total), self.mesh)
             teacher_BTD = self.teach(frozen_params, microbatch.teacher_BT)
@@ -179,12 +177,14 @@ def make_update(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     state_shardings: TrainState,
+    before: Callable[[str], None] = lambda what: None,
 ) -> Update:
     """The update of one experiment on one mesh. Compiles nothing yet."""
     param_shardings = state_shardings.params
     replicated = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(lambda: learning_params(config, model, jax.random.key(0)))
 
+    # Under jit and with shardings, so that each device allocates its own shard of the gradient only.
     def zeros() -> tuple[Params, Metrics]:
         grads = jax.tree.map(lambda x: jnp.zeros(x.shape, config.optimizer.grad_dtype), shapes)
         return grads, dict.fromkeys(SUMS, jnp.zeros((), jnp.float32))
@@ -197,11 +197,12 @@ def make_update(
         return add(grads, new_grads), add(sums, new_sums)
 
     def apply(state, grads, sums, total):
+        # The accumulator may be bfloat16 (optimizer.grad_dtype); clipping and AdamW compute in float32.
         grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count into floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(grads)  # before clipping
         empty = total == 0
         keep = jnp.isfinite(norm) & (~empty | (config.optimizer.empty_batch == "step"))
         # A skipped step leaves weights and moments unchanged, but advances state.step. Selecting here, inside
@@ -226,6 +227,7 @@ def make_update(
         mesh=mesh,
         device_rows=config.batch.device_rows,
         longest=longest_rows(config),
+        before=before,
     )
 
 
@@ -276,6 +278,7 @@ def microbatch_loss(
         ratio_cap=config.loss.ratio_cap,
         chunk=config.loss.chunk,
         num_tokens=model.num_tokens,
+        # The importance ratio compares two log-probs of a token, so both are at the sampling temperature.
         temperature=config.rollout.temperature,
         sharding=loss_sharding(mesh, model.vocab_size),
     )

@@ -6,6 +6,7 @@ A run that was stopped, even by kill -9, continues when it is started again with
     DIR/rollouts/step_N.jsonl     what was sampled, graded and reflected in step N
     DIR/.lock                     locked by the process that writes to DIR
 
+    check_path(workdir)                    raises UserError for a path that cannot be
     claim(workdir, config)                 `prepare` as a context: a failed start leaves no new directory
     prepare(workdir, config)               -> whether a run is being resumed
     record(workdir, config)                writes config.json, once a resumed run has passed its checks
@@ -16,7 +17,6 @@ A run that was stopped, even by kill -9, continues when it is started again with
     write_rollouts(workdir, step, rows)    -> path
     rollout_steps(workdir)                 -> the steps that have a rollout file
     drop_rollouts_after(workdir, step)
-    write_atomic(path, chunks)             a reader sees the old file or the new one, never a part of it
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from typing import Any
 
 import numpy as np
 
-from rosd_jax.config import UserError, default_config
-from rosd_jax.fields import from_config
+from rosd_jax import atomic
+from rosd_jax.config import PATH_RULE, default_config, path_fits
+from rosd_jax.errors import UserError
+from rosd_jax.fields import from_config, shown
 from rosd_jax.settings import Settings
 
 WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export")  # by a run that has begun
 # Fields that may differ when a run is resumed; with a dot at the end, a whole section.
 MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "validation.")
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 LOCK = ".lock"
-TEMPORARY = ".tmp"
 ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
 ABSENT = object()  # stands for a field that a config does not have
 
@@ -54,15 +55,16 @@ ABSENT = object()  # stands for a field that a config does not have
 def claim(workdir: Path, config: Settings) -> Iterator[bool]:
     """Calls `prepare` and yields its result. Removes a new workdir if the block fails before a run has begun.
 
-    So a failed start, for example on a full disk, leaves no directory behind.
+    So a failed start, for example on a full disk, leaves no directory behind, also none above the workdir.
     """
-    new = not workdir.exists()
+    missing = _missing(workdir)
     resuming = prepare(workdir, config)
     try:
         yield resuming
     except BaseException:
-        if new and not _has_begun(workdir):
+        if missing and not _has_begun(workdir):
             _remove_unused(workdir)
+            _remove_empty(missing)
         raise
 
 
@@ -71,32 +73,53 @@ def prepare(workdir: Path, config: Settings) -> bool:
 
     The lock lasts as long as the process. Raises UserError, and changes no file, if the path is not a
     directory, cannot be written, contains files but no run, contains a run with another config (in a field
-    not in MAY_CHANGE), or is in use by another process.
+    not in MAY_CHANGE), or is in use by another process. Then no new directory is left either.
     """
-    _make_directory(workdir)
-    _lock(workdir)
-    path = workdir / CONFIG
-    resuming = path.exists() and _has_begun(workdir)
-    if resuming:
-        _require_same(workdir, read_config(path), _as_json(config))
-    else:
-        record(workdir, config)
+    check_path(workdir)
+    missing = _missing(workdir)
+    locked = False
+    try:
+        _make_directory(workdir)
+        _lock(workdir)
+        locked = True
+        path = workdir / CONFIG_FILE
+        resuming = path.exists() and _has_begun(workdir)
+        if resuming:
+            _require_same(workdir, read_config(path), _as_json(config))
+        else:
+            record(workdir, config)
+    except BaseException:
+        if missing and locked:  # without the lock, another run may have made it meanwhile
+            _remove_unused(workdir)
+        _remove_empty(missing)
+        raise
     return resuming
+
+
+def check_path(workdir: Path) -> None:
+    """Raises UserError for a path that no file system can have, or whose ~ the shell has not replaced."""
+    if not path_fits(str(workdir)):
+        raise UserError(f"--workdir is {shown(str(workdir))}; it must {PATH_RULE}")
+    if workdir.parts[:1] and workdir.parts[0].startswith("~"):
+        raise UserError(
+            f"--workdir is {str(workdir)!r}, where ~ would be a directory of that name; write the home "
+            "directory in full, or ./~ if you mean it"
+        )
 
 
 def record(workdir: Path, config: Settings) -> None:
     """Writes config.json, unless it is the same already."""
-    path = workdir / CONFIG
+    path = workdir / CONFIG_FILE
     here = _as_json(config)
     if not path.exists() or read_config(path) != here:
-        write_atomic(path, [json.dumps(here, indent=2, sort_keys=True) + "\n"])
+        atomic.write_text(path, [json.dumps(here, indent=2, sort_keys=True) + "\n"])
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The fields of a config.json. Raises UserError if it cannot be read or contains no config."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); use another --workdir") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} contains no config; use another --workdir")
@@ -132,7 +155,7 @@ def write_rollouts(workdir: Path, step: int, rows: Iterable[dict[str, Any]]) -> 
     path = workdir / "rollouts" / f"step_{step}.jsonl"
     path.parent.mkdir(exist_ok=True)
     lines = (json.dumps(row, ensure_ascii=True, default=_plain) for row in rows)
-    write_atomic(path, (line + "\n" for line in lines))
+    atomic.write_text(path, (line + "\n" for line in lines))
     return path
 
 
@@ -144,25 +167,11 @@ def rollout_steps(workdir: Path) -> list[int]:
 
 def drop_rollouts_after(workdir: Path, step: int) -> None:
     """Removes the rollout files of steps after `step`, which a resumed run writes again."""
-    for path in list((workdir / "rollouts").glob("*" + TEMPORARY)):
+    for path in list((workdir / "rollouts").glob("*" + atomic.TEMPORARY)):
         path.unlink()
     for later in rollout_steps(workdir):
         if later > step:
             (workdir / "rollouts" / f"step_{later}.jsonl").unlink()
-
-
-def write_atomic(path: Path, chunks: Iterable[str]) -> None:
-    """Writes text to a temporary file in the same directory, syncs it to disk, then renames it to `path`."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _plain(value: np.ndarray | np.generic) -> Any:
@@ -180,11 +189,29 @@ def _make_directory(workdir: Path) -> None:
         raise UserError(
             f"workdir {workdir} cannot be made or read ({error.strerror}); use another --workdir"
         ) from error
-    if CONFIG not in names and names - {LOCK, CONFIG + TEMPORARY}:
+    if CONFIG_FILE not in names and names - {LOCK, CONFIG_FILE + atomic.TEMPORARY}:
         raise UserError(
-            f"workdir {workdir} contains files but no {CONFIG}, so there is no run to resume; "
+            f"workdir {workdir} contains files but no {CONFIG_FILE}, so there is no run to resume; "
             "give --workdir a new or empty directory"
         )
+
+
+def _missing(workdir: Path) -> list[Path]:
+    """The workdir and the directories above it that do not exist, the innermost first."""
+    missing = []
+    for path in (workdir, *workdir.parents):
+        if path.exists():
+            break
+        missing.append(path)
+    return missing
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    """Removes directories, the innermost first, up to the first that is not empty."""
+    with contextlib.suppress(OSError):
+        for path in directories:
+            if path.exists():
+                path.rmdir()
 
 
 def _has_begun(workdir: Path) -> bool:
@@ -200,7 +227,7 @@ def _has_begun(workdir: Path) -> bool:
 def _remove_unused(workdir: Path) -> None:
     """Removes a workdir in which no run has begun, unless it contains other files."""
     names = {path.name for path in workdir.iterdir()}
-    if names <= {CONFIG, LOCK, *WRITTEN}:
+    if names <= {CONFIG_FILE, LOCK, *WRITTEN}:
         shutil.rmtree(workdir)
 
 

@@ -25,7 +25,7 @@ _OFFICIAL_WINDOW = 100  # characters
 _MAX_ANSWER = 1000  # characters; a longer text is not an answer, and parsing it may take minutes
 
 
-def predict(response: str, *, mode: Mode, thinking_open: bool = False) -> str:
+def predict(response: str, *, mode: Mode, thinking_open: bool) -> str:
     """The content of the last box of a response, "" if there is none.
 
     thinking_open: the prompt ended inside `<think>`; the mode "official" ignores it.

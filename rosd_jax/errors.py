@@ -1,0 +1,7 @@
+"""The error of a user's mistake. run.py prints its sentence and exits with status 2."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake the user can correct: one sentence naming field, value, rule and remedy."""
