@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from rosd_jax.config import default_config, validate
 from rosd_jax.errors import UserError
+from rosd_jax.hosts import Hosts
 from rosd_jax.models.sharding import make_mesh, param_shardings
 from rosd_jax.train import checkpoint
 from rosd_jax.types import TrainState
@@ -56,17 +57,28 @@ def assert_equal(found, wanted):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def save(manager, state, step, meta):
+    """Returns once the checkpoint is on disk."""
+    checkpoint.finish(manager, checkpoint.save(manager, state, step, meta))
+
+
+def restore(manager, like):
+    """State and meta, or None."""
+    found = checkpoint.restore_latest(manager, like, Hosts())
+    return found and (found.state, found.meta)
+
+
 def test_round_trip_is_exact_and_nothing_saved_is_none(tmp_path):
     manager = checkpoint.open_manager(tmp_path)
-    assert checkpoint.restore_latest(manager, like_of(make_state(0))) is None
+    assert restore(manager, like_of(make_state(0))) is None
     config = validate(default_config())
     for step in (3, 4, 7):
-        checkpoint.save(manager, make_state(step), step, checkpoint.run_meta(config, {"weights": "c0ffee"}))
+        save(manager, make_state(step), step, checkpoint.run_meta(config, {"weights": "c0ffee"}))
         checkpoint.prune(manager, keep=2, best=None)
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 7]
 
     again = checkpoint.open_manager(tmp_path)
-    state, meta = checkpoint.restore_latest(again, like_of(make_state(0)))
+    state, meta = restore(again, like_of(make_state(0)))
     assert_equal(state, make_state(7))
     assert meta["step"] == 7 and meta["seed"] == config.seed and meta["jax"] == jax.__version__
     assert meta["weights"] == "c0ffee"
@@ -78,17 +90,17 @@ def test_whether_anything_was_saved_is_told_without_touching_the_directory(tmp_p
     (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "checkpoints" / "2.bad").mkdir()
     assert not checkpoint.any_saved(tmp_path)
-    checkpoint.save(manager, make_state(4), 4, {})
+    save(manager, make_state(4), 4, {})
     assert checkpoint.any_saved(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_restores_onto_another_mesh(tmp_path, shape):
     saved = make_state(5, make_mesh(2, 1, 4))
-    checkpoint.save(checkpoint.open_manager(tmp_path), saved, 5, {})
+    save(checkpoint.open_manager(tmp_path), saved, 5, {})
     mesh = make_mesh(*shape)
     wanted = make_state(5, mesh)
-    state, _ = checkpoint.restore_latest(checkpoint.open_manager(tmp_path), like_of(make_state(0, mesh)))
+    state, _ = restore(checkpoint.open_manager(tmp_path), like_of(make_state(0, mesh)))
     assert_equal(state, wanted)
     placed = jax.tree.map(lambda x: x.sharding, state)
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, placed, param_shardings(wanted, mesh)))
@@ -97,21 +109,21 @@ def test_restores_onto_another_mesh(tmp_path, shape):
 
 def test_a_step_is_saved_once_and_is_the_states_own(tmp_path):
     manager = checkpoint.open_manager(tmp_path)
-    checkpoint.save(manager, make_state(1), 1, {})
+    save(manager, make_state(1), 1, {})
     with pytest.raises(ValueError, match="already exists"):
-        checkpoint.save(manager, make_state(1), 1, {})
+        save(manager, make_state(1), 1, {})
     with pytest.raises(ValueError, match="not the state's"):
-        checkpoint.save(manager, make_state(2), 3, {})
+        save(manager, make_state(2), 3, {})
 
 
 CHILD = """
 import sys
 from pathlib import Path
-from test_checkpoint import make_state
+from test_checkpoint import make_state, save
 from rosd_jax.train import checkpoint
 manager = checkpoint.open_manager(Path(sys.argv[1]))
 for state in [make_state(step, width=512) for step in range(30)]:
-    checkpoint.save(manager, state, int(state.step), {})
+    save(manager, state, int(state.step), {})
     print(int(state.step), flush=True)
 """
 
@@ -132,11 +144,11 @@ def test_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint(tmp_path):
     child.wait()
 
     manager = checkpoint.open_manager(tmp_path)
-    state, meta = checkpoint.restore_latest(manager, like_of(make_state(0, width=512)))
+    state, meta = restore(manager, like_of(make_state(0, width=512)))
     step = meta["step"]
     assert step >= max(told, default=2)
     assert_equal(state, make_state(step, width=512))
-    checkpoint.save(manager, make_state(step + 1, width=512), step + 1, {})
+    save(manager, make_state(step + 1, width=512), step + 1, {})
     checkpoint.prune(manager, keep=1, best=None)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [str(step + 1)]
 
@@ -144,7 +156,7 @@ def test_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint(tmp_path):
 def test_the_best_checkpoint_stays_next_to_the_newest_and_its_weights_come_back_alone(tmp_path):
     manager = checkpoint.open_manager(tmp_path)
     for step in (2, 4, 6, 8):
-        checkpoint.save(manager, make_state(step), step, {})
+        save(manager, make_state(step), step, {})
         checkpoint.prune(manager, keep=1, best=min(step, 4))
     assert sorted(manager.all_steps()) == [4, 8]
     params = checkpoint.restore_params(manager, 4, like_of(make_state(0)).params)
@@ -171,7 +183,7 @@ def test_full_disk_is_one_sentence_and_earlier_checkpoints_stay(small_disk, capf
     manager = checkpoint.open_manager(small_disk)
     with pytest.raises(UserError) as caught:
         for step in range(9):
-            checkpoint.save(manager, make_state(step), step, {})
+            save(manager, make_state(step), step, {})
     text = str(caught.value)
     assert text.startswith("no disk space for a checkpoint: it needs about 192.8 KiB and ")
     assert str(small_disk / "checkpoints") in text and "free; free some space" in text
@@ -181,11 +193,11 @@ def test_full_disk_is_one_sentence_and_earlier_checkpoints_stay(small_disk, capf
     names = sorted(p.name for p in (small_disk / "checkpoints").iterdir())
     assert names == [str(step) for step in range(len(names))] and len(names) >= 2
     last = len(names) - 1
-    state, _ = checkpoint.restore_latest(manager, like_of(make_state(0)))
+    state, _ = restore(manager, like_of(make_state(0)))
     assert_equal(state, make_state(last))
     shutil.rmtree(small_disk / "checkpoints" / "0")
     shutil.rmtree(small_disk / "checkpoints" / "1")
-    checkpoint.save(manager, make_state(last + 1), last + 1, {})
+    save(manager, make_state(last + 1), last + 1, {})
     gc.collect()  # here, not in a later test
 
 
@@ -207,25 +219,53 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
 @pytest.mark.parametrize("item", ["params", "opt_state", "meta"])
-def test_damaged_checkpoint_is_named_and_the_one_before_it_still_good(tmp_path, item, how, capfd):
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, item, how, capfd):
     manager = checkpoint.open_manager(tmp_path)
     for step in (1, 2):
-        checkpoint.save(manager, make_state(step), step, {})
+        save(manager, make_state(step), step, {})
     latest = tmp_path / "checkpoints" / "2"
     files = [p for p in (latest / item).rglob("*") if p.is_file()]
     damage(max(files, key=lambda p: p.stat().st_size), how)
-    with pytest.raises(UserError, match=rf"checkpoint {latest} cannot be read .*move that dir"):
-        checkpoint.restore_latest(checkpoint.open_manager(tmp_path), like_of(make_state(0)))
-    latest.rename(latest.with_name("2.bad"))
-    state, _ = checkpoint.restore_latest(checkpoint.open_manager(tmp_path), like_of(make_state(0)))
-    assert_equal(state, make_state(1))
+    manager = checkpoint.open_manager(tmp_path)
+    found = checkpoint.restore_latest(manager, like_of(make_state(0)), Hosts())
+    assert found is not None and found.step == 1 and list(found.damaged) == [2]
+    assert_equal(found.state, make_state(1))
+    checkpoint.set_aside(manager, found.damaged, Hosts())
+    save(manager, make_state(2), 2, {})
+    assert {p.name for p in latest.parent.iterdir()} == {"1", "2", "2.damaged"}
+    state, _ = restore(checkpoint.open_manager(tmp_path), like_of(make_state(0)))
+    assert_equal(state, make_state(2))
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path):
+    manager = checkpoint.open_manager(tmp_path)
+    save(manager, make_state(1), 1, {})
+    (tmp_path / "checkpoints" / "1" / "meta" / "metadata").write_text("{")
+    with pytest.raises(UserError, match=r"checkpoints/1 cannot be read \(.*\), nor any before it"):
+        restore(checkpoint.open_manager(tmp_path), like_of(make_state(0)))
+    with pytest.raises(UserError, match="best step by validation"):
+        checkpoint.restore_params(manager, 1, like_of(make_state(0)).params)
+
+
+def test_a_save_returns_before_the_files_are_written(tmp_path):
+    """The arrays may be donated meanwhile, and a reader sees no unfinished checkpoint."""
+    manager = checkpoint.open_manager(tmp_path)
+    state = make_state(1, width=2048)
+    wanted = make_state(1, width=2048)
+    saving = checkpoint.save(manager, state, 1, {})
+    unfinished = not (tmp_path / "checkpoints" / "1").exists()
+    jax.tree.map(lambda x: x.delete(), state)
+    checkpoint.finish(manager, saving)
+    assert unfinished
+    found, _ = restore(checkpoint.open_manager(tmp_path), like_of(make_state(0, width=2048)))
+    assert_equal(found, wanted)
+
+
 def test_state_of_another_model_is_refused_in_one_sentence(tmp_path, capfd):
-    checkpoint.save(checkpoint.open_manager(tmp_path), make_state(1), 1, {})
+    save(checkpoint.open_manager(tmp_path), make_state(1), 1, {})
     with pytest.raises(UserError, match="arrays of another model or optimizer.*model.path"):
-        checkpoint.restore_latest(checkpoint.open_manager(tmp_path), like_of(make_state(0, width=32)))
+        restore(checkpoint.open_manager(tmp_path), like_of(make_state(0, width=32)))
     assert capfd.readouterr() == ("", "")
 
 
@@ -238,7 +278,7 @@ def test_orbax_is_silent_and_other_absl_users_are_not(tmp_path):
     logger.setLevel(logging.DEBUG)
     try:
         manager = checkpoint.open_manager(tmp_path)
-        checkpoint.save(manager, make_state(1), 1, {})
+        save(manager, make_state(1), 1, {})
         logger.info("mine")
     finally:
         logger.setLevel(level)

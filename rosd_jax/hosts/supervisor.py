@@ -204,8 +204,8 @@ class _Supervisor:
                 f"process 0 does not answer at {self.place.coordinator}; start it, or correct --coordinator"
             )
         here = {link.process for link in self.links}
-        missing = [str(i) for i in range(1, self.place.processes) if i not in here]
-        return f"no sign of process {', '.join(missing)} after {PATIENCE_S} s; start the same command on every host"
+        missing = ", ".join(str(i) for i in range(1, self.place.processes) if i not in here)
+        return f"no sign of process {missing} after {PATIENCE_S} s; start the same command on every host"
 
     def _connect(self) -> None:
         """One attempt to reach the first host's parent, if this is another's."""

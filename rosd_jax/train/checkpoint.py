@@ -7,10 +7,15 @@
 The position in the data is the step itself: step s of a seed always has the same batch. checksums.json in
 each checkpoint detects damaged files, because Orbax silently restores an array with a flipped byte.
 
+A save copies the state to the host and returns; the files are written while the run goes on. `finish` waits
+for them. A damaged or missing file makes `restore_latest` fall back to the checkpoint before.
+
     open_manager(workdir)                        -> CheckpointManager on workdir/checkpoints
-    save(manager, state, step, meta)             returns once the checkpoint is on disk
+    save(manager, state, step, meta)             -> Saving, once the state is copied
+    finish(manager, saving)                      returns once that checkpoint is on disk
     prune(manager, keep, best)                   removes all but the newest ones and the best
-    restore_latest(manager, like)                -> (state, meta), or None without a checkpoint
+    restore_latest(manager, like, hosts)         -> Restored, or None without a checkpoint
+    set_aside(manager, damaged, hosts)           renames damaged checkpoints, so that their steps can be saved
     restore_params(manager, step, like)          -> the weights of one step
     check_space(directory, needed_bytes, what)   raises if the disk is too full
     any_saved(workdir)                           -> whether there is a checkpoint; changes nothing
@@ -20,6 +25,7 @@ each checkpoint detects damaged files, because Orbax silently restores an array 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -27,7 +33,9 @@ import logging
 import math
 import shutil
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +46,7 @@ import orbax.checkpoint as ocp
 import rosd_jax
 from rosd_jax import atomic
 from rosd_jax.errors import UserError
+from rosd_jax.hosts import Hosts
 from rosd_jax.settings import Settings
 from rosd_jax.train.workdir import fingerprint
 from rosd_jax.types import Params, TrainState
@@ -56,15 +65,38 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
     Also silences Orbax's log lines; its errors arrive as exceptions.
     """
     logging.getLogger("absl").addFilter(_not_from_orbax)
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, cleanup_tmp_directories=True)
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dict[str, Any]) -> None:
-    """Writes the state under a temporary name, then renames it, so a kill never damages a checkpoint.
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint that is being written."""
 
-    Raises UserError if the disk is full (earlier checkpoints stay), ValueError for a step that is saved
-    already or is not the state's.
+    step: int
+    needed_bytes: int
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The newest checkpoint that is whole."""
+
+    state: TrainState
+    meta: dict[str, Any]
+    damaged: dict[int, str]  # the newer ones that cannot be read, by step, and why
+
+    @property
+    def step(self) -> int:
+        """Updates so far."""
+        return self.meta["step"]
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dict[str, Any]) -> Saving:
+    """Begins to write the state, under a temporary name that is renamed at the end.
+
+    So a kill never damages a checkpoint. The state may be donated as soon as this returns. Call `finish`
+    before the next `save`. Raises UserError if the disk is full (earlier checkpoints stay), ValueError for a
+    step that is saved already or is not the state's.
     """
     if int(state.step) != step:
         raise ValueError(f"step {step} is not the state's, {int(state.step)}")
@@ -73,19 +105,33 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dic
         opt_state=ocp.args.StandardSave(state.opt_state),
         meta=ocp.args.JsonSave({**meta, "step": step, "layout": _layout(state)}),
     )
+    saving = Saving(step, state_bytes(state))
+    with _full_disk_in_words(manager, saving):
+        manager.save(step, args=items, force=True)
+    return saving
+
+
+def finish(manager: ocp.CheckpointManager, saving: Saving) -> None:
+    """Waits until the checkpoint is on disk. Raises UserError if the disk is full (earlier ones stay)."""
+    directory = Path(manager.directory) / str(saving.step)
+    with _full_disk_in_words(manager, saving):
+        manager.wait_until_finished()
+        # After Orbax's rename: a kill in between leaves a valid checkpoint without checksums (see _damage).
+        if jax.process_index() == 0:
+            atomic.write_text(directory / CHECKSUMS, [json.dumps(_checksums(directory), indent=1)])
+
+
+@contextlib.contextmanager
+def _full_disk_in_words(manager: ocp.CheckpointManager, saving: Saving) -> Iterator[None]:
     directory = Path(manager.directory)
     try:
-        manager.save(step, args=items, force=True)
-        # After Orbax's rename: a kill in between leaves a valid checkpoint without checksums (see _verify).
-        if jax.process_index() == 0:
-            sums = json.dumps(_checksums(directory / str(step)), indent=1)
-            atomic.write_text(directory / str(step) / CHECKSUMS, [sums])
+        yield
     except Exception as error:
         if not _is_full_disk(error):
             raise
         for left in directory.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(left, ignore_errors=True)
-        raise _no_space(directory, state_bytes(state), "a checkpoint") from error
+        raise _no_space(directory, saving.needed_bytes, "a checkpoint") from error
 
 
 def prune(manager: ocp.CheckpointManager, keep: int, best: int | None) -> None:
@@ -95,39 +141,65 @@ def prune(manager: ocp.CheckpointManager, keep: int, best: int | None) -> None:
             manager.delete(step)
 
 
-def restore_latest(
-    manager: ocp.CheckpointManager, like: TrainState
-) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest checkpoint and its meta; None if there is none.
+def restore_latest(manager: ocp.CheckpointManager, like: TrainState, hosts: Hosts) -> Restored | None:
+    """The newest checkpoint that can be read; None if none was ever saved.
 
     `like` has jax.ShapeDtypeStruct leaves with the shardings to restore to, on any mesh. Raises UserError if
-    the checkpoint is damaged or belongs to another model or optimizer.
+    none can be read, or if the one that can belongs to another model or optimizer.
     """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    directory = Path(manager.directory) / str(step)
-    _verify(directory)
-    meta = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
-    if meta["layout"] != _layout(like):
-        raise UserError(
-            f"checkpoint {directory} contains arrays of another model or optimizer than this run's; "
-            "set model.path to the model that the run began with, or use another --workdir"
-        )
-    found = _read(
-        manager,
-        step,
-        params=ocp.args.StandardRestore(like.params),
-        opt_state=ocp.args.StandardRestore(like.opt_state),
-    )
-    step_array = jax.device_put(np.int32(step), like.step.sharding)
-    return TrainState(step_array, found["params"], found["opt_state"]), meta
+    damaged: dict[int, str] = {}
+    for step in hosts.once("steps", lambda: sorted(manager.all_steps(), reverse=True)):
+        directory = Path(manager.directory) / str(step)
+        reason = hosts.once("checksums", lambda directory=directory: _damage(directory))
+        try:
+            found = None if reason else _restore(manager, step, like)
+        except Unreadable as error:
+            found, reason = None, str(error)
+        # What one host cannot read, no host restores.
+        reason = next((other for other in hosts.exchange("restored", reason) if other), None)
+        if found and not reason:
+            return Restored(*found, damaged)
+        damaged[step] = reason or ""
+    if damaged:
+        step, reason = next(iter(damaged.items()))
+        raise UserError(f"{unreadable(manager, step, reason)}, nor any before it; use another --workdir")
+    return None
+
+
+def unreadable(manager: ocp.CheckpointManager, step: int, reason: str) -> str:
+    """What is said of a damaged checkpoint."""
+    return f"checkpoint {Path(manager.directory) / str(step)} cannot be read ({reason})"
+
+
+def set_aside(manager: ocp.CheckpointManager, damaged: dict[int, str], hosts: Hosts) -> None:
+    """Renames damaged checkpoints to STEP.damaged, so that the run can save these steps again."""
+
+    def rename() -> None:
+        for step in damaged:
+            directory = Path(manager.directory) / str(step)
+            aside = directory.with_name(f"{step}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            directory.rename(aside)
+
+    if damaged:
+        hosts.once("set aside", rename)
+        manager.reload()
 
 
 def restore_params(manager: ocp.CheckpointManager, step: int, like: Params) -> Params:
-    """Only the weights of one step's checkpoint. `like` and errors: as for `restore_latest`."""
-    _verify(Path(manager.directory) / str(step))
-    return _read(manager, step, params=ocp.args.StandardRestore(like))["params"]
+    """Only the weights of one step's checkpoint. `like`: as for `restore_latest`.
+
+    Raises UserError if they are damaged.
+    """
+    try:
+        if jax.process_index() == 0 and (reason := _damage(Path(manager.directory) / str(step))):
+            raise Unreadable(reason)
+        return _read(manager, step, params=ocp.args.StandardRestore(like))["params"]
+    except Unreadable as error:
+        raise UserError(
+            f"{unreadable(manager, step, str(error))}, and it has the best step by validation; move that "
+            "directory away to export the best of the others"
+        ) from error
 
 
 def check_space(directory: Path, needed_bytes: int, what: str) -> None:
@@ -168,31 +240,55 @@ def _layout(state: TrainState) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+class Unreadable(Exception):
+    """Why a checkpoint cannot be read."""
+
+
+def _restore(
+    manager: ocp.CheckpointManager, step: int, like: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    """State and meta of one step. Raises Unreadable; UserError if it belongs to another model."""
+    meta = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
+    if meta["layout"] != _layout(like):
+        raise UserError(
+            f"checkpoint {Path(manager.directory) / str(step)} contains arrays of another model or optimizer "
+            "than this run's; set model.path to the model that the run began with, or use another --workdir"
+        )
+    found = _read(
+        manager,
+        step,
+        params=ocp.args.StandardRestore(like.params),
+        opt_state=ocp.args.StandardRestore(like.opt_state),
+    )
+    step_array = jax.device_put(np.int32(step), like.step.sharding)
+    return TrainState(step_array, found["params"], found["opt_state"]), meta
+
+
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
     except jax.errors.JaxRuntimeError:  # out of device memory, say: the checkpoint is not to blame
         raise
     except Exception as error:  # Orbax raises many types, even plain Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise _unreadable(Path(manager.directory) / str(step), reason) from error
+        raise Unreadable((str(error).strip() or type(error).__name__).splitlines()[0][:200]) from error
 
 
-def _verify(directory: Path) -> None:
-    """Raises UserError if a file is missing or differs from what was saved.
+def _damage(directory: Path) -> str | None:
+    """Why a checkpoint is not what was saved: a file that is missing or differs; None if it is whole.
 
     A checkpoint without checksums passes: a kill right after Orbax's rename leaves one that is valid.
     """
     if not (directory / CHECKSUMS).exists():
-        return
+        return None
     try:
         saved = json.loads((directory / CHECKSUMS).read_bytes())
         found = _checksums(directory)
     except (OSError, ValueError) as error:
-        raise _unreadable(directory, str(error)) from error
-    if saved != found:
-        name = next(n for n in sorted({*saved, *found}) if saved.get(n) != found.get(n))
-        raise _unreadable(directory, f"{name} differs from what was saved")
+        return str(error)
+    if saved == found:
+        return None
+    name = next(n for n in sorted({*saved, *found}) if saved.get(n) != found.get(n))
+    return f"{name} differs from what was saved"
 
 
 def _checksums(directory: Path) -> dict[str, int]:
@@ -221,13 +317,6 @@ def _no_space(directory: Path, needed_bytes: int, what: str) -> UserError:
     return UserError(
         f"no disk space for {what}: it needs about {_readable(needed_bytes)} and {directory} has "
         f"{_readable(_free_bytes(directory))} free; free some space, or use a --workdir on another disk"
-    )
-
-
-def _unreadable(directory: Path, reason: str) -> UserError:
-    return UserError(
-        f"checkpoint {directory} cannot be read ({reason}); move that directory away to resume "
-        "from the checkpoint before it, or use another --workdir"
     )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from rosd_jax import atomic
 from rosd_jax.data.pipeline import Encoded, batch_at
@@ -92,10 +93,13 @@ def train(config: Settings, directory: Path, hosts: Hosts) -> None:
         manager = checkpoint.open_manager(directory)
         # Before minutes are spent on reading weights.
         hosts.once("disk", lambda: check_disk(directory, manager, trees, config))
-        state, start = begin(config, manager, trees, origins)
+        restored = begin(hosts, manager, trees, origins)
+        state = restored.state
+        start = restored.step
         frozen_params = trees.frozen(None if start else state)
         console = open_console(hosts, config, start)
         log = hosts.once("resume", lambda: resume(directory, config, inputs, start, console))
+        checkpoint.set_aside(manager, restored.damaged, hosts)
         meta = checkpoint.run_meta(config, origins)
         run = Run(runtime, inputs, directory, log, console, manager, compiled, meta)
         # The model reads the mesh from the context, to shard its activations.
@@ -161,6 +165,8 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
     """The state after config.steps steps. Raises Stopped after saving the last complete step."""
     config = run.config
     done = start
+    best = None
+    saving = None
     try:
         score_if_due(run, state.params, frozen_params, start)
         best = run.hosts.once("best step", lambda: best_step(read_metrics(run.log.path)))
@@ -169,14 +175,24 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
             done = step + 1
             if score_if_due(run, state.params, frozen_params, done):
                 best = run.hosts.once("best step", lambda: best_step(read_metrics(run.log.path)))
+            # A whole step was made meanwhile, so this hardly waits.
+            saving = finish_saving(run, saving, best)
             if is_due(done, config.checkpoint.every, config.steps) or done == best:
                 run.console.stage("checkpoint")
-                checkpoint.save(run.manager, state, done, run.meta)
-                checkpoint.prune(run.manager, config.checkpoint.keep, best)
+                saving = checkpoint.save(run.manager, state, done, run.meta)
+        finish_saving(run, saving, best)
     except stopping.Stopped:  # raised before the update of step done + 1, or while step `done` is scored
+        finish_saving(run, saving, best)
         save_unsaved(run, state, done)
         raise
     return state
+
+
+def finish_saving(run: Run, saving: checkpoint.Saving | None, best: int | None) -> None:
+    """Waits for the checkpoint that is being written, if there is one, and removes those it replaces."""
+    if saving:
+        checkpoint.finish(run.manager, saving)
+        checkpoint.prune(run.manager, run.config.checkpoint.keep, best)
 
 
 def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> bool:
@@ -310,7 +326,7 @@ def save_unsaved(run: Run, state: TrainState, step: int) -> None:
     """Saves the state after step `step`, unless it is saved already or no step was made."""
     if step and run.hosts.once("newest", run.manager.latest_step) != step:
         stopping.tell(f"saving step {step}")
-        checkpoint.save(run.manager, state, step, run.meta)
+        checkpoint.finish(run.manager, checkpoint.save(run.manager, state, step, run.meta))
 
 
 def export_best(run: Run, like: TrainState, frozen_params: Params) -> None:
@@ -373,7 +389,9 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts) -> None:
             names = ["model", "tokenizer"]
             if config.model.lora.rank:
                 names.append("weights")
-            state, step = begin(config, manager, trees, {name: origins[name] for name in names})
+            restored = begin(hosts, manager, trees, {name: origins[name] for name in names})
+            state = restored.state
+            step = restored.step
             what = f"the checkpoint of step {step}" if step else f"the original model in {config.model.path}"
         params = state.params
         if config.model.lora.rank:
@@ -391,18 +409,25 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts) -> None:
 
 
 def begin(
-    config: Settings, manager: ocp.CheckpointManager, trees: Trees, origins: dict[str, Any]
-) -> tuple[TrainState, int]:
-    """The state and step of the newest checkpoint; without one, the initial state and 0.
+    hosts: Hosts,
+    manager: ocp.CheckpointManager,
+    trees: Trees,
+    origins: dict[str, Any],
+) -> checkpoint.Restored:
+    """The newest checkpoint that can be read; without one, the initial state at step 0.
 
     Raises UserError if the checkpoint's run began with other `origins`.
     """
-    restored = checkpoint.restore_latest(manager, trees.like)
+    restored = checkpoint.restore_latest(manager, trees.like, hosts)
     if restored is None:
-        return trees.first(), 0
-    state, kept = restored
-    history.require_same_origins(kept, origins, config)
-    return state, int(kept["step"])
+        return checkpoint.Restored(trees.first(), {"step": 0}, {})
+    history.require_same_origins(restored.meta, origins, trees.config)
+    if hosts.first:
+        for step, reason in restored.damaged.items():
+            logging.warning(
+                "%s; the one of step %d is used", checkpoint.unreadable(manager, step, reason), restored.step
+            )
+    return restored
 
 
 def check_disk(directory: Path, manager: ocp.CheckpointManager, trees: Trees, config: Settings) -> None:
