@@ -47,7 +47,17 @@ FIELDS = dict(
     validation__sets="",
     compile_cache="",
 )
-OWN_FLAGS = ("config", "workdir", "mode", "topology", "compile", "json")
+OWN_FLAGS = (
+    "config",
+    "workdir",
+    "mode",
+    "topology",
+    "compile",
+    "json",
+    "coordinator",
+    "processes",
+    "process",
+)
 TIMES = ("seconds", "tokens_per_second", "roofline", "programs_compiled")
 
 

@@ -1,0 +1,108 @@
+"""Real runs that are killed again and again, at random moments, end with the bytes of one that was not.
+
+A moment is a random time after the start of a process or after a line of metrics.jsonl, so it falls into
+set-up, compiling, decoding, grading, the update, the writing of a checkpoint, evaluation or export. The seed
+is in the name of the test.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+from pod import Pod, arguments, assert_same_texts, finish, lines
+
+import tiny
+from support import made_once, shared_dir
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc"),
+]
+STEPS = 8
+FIELDS = dict(steps=STEPS, checkpoint__every=1, eval__every=4, eval__sets="gym:chain")
+LONGEST_S = 4  # from a moment's start
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.model_dir(tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def undisturbed(request, model, cache, tmp_path_factory):
+    """The number of processes, and the directory of a run that nothing disturbed."""
+
+    def make(path):
+        finish(request.param, arguments(model, path / "run", **FIELDS), path, **cache)
+
+    path = made_once(shared_dir(tmp_path_factory) / f"undisturbed{request.param}", make)
+    return request.param, path / "run"
+
+
+def kill_at_random(chance, processes, command, directory, cwd, environment):
+    """Starts the run and signals one of its processes; whether the signal found it running."""
+    run = Pod(processes, command, cwd, **environment)
+    victim = chance.randrange(processes)
+    number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+    if chance.random() < 0.7:  # after the next line, when the run works; else anywhere after the start
+        wait_for_more(run, directory)
+    time.sleep(chance.uniform(0, LONGEST_S if chance.random() < 0.3 else 0.5))
+    alive = [process for process in run.started if process.poll() is None]
+    if len(alive) == processes:
+        signal_run(run, victim, number)
+    statuses = run.end(120)
+    assert all(status is not None for status in statuses)
+    return statuses != [0] * processes
+
+
+def wait_for_more(run, directory):
+    """Returns once metrics.jsonl is longer than now, or the run has ended."""
+    path = directory / "metrics.jsonl"
+    before = path.stat().st_size if path.exists() else 0
+    while all(process.poll() is None for process in run.started):
+        if path.exists() and path.stat().st_size > before:
+            return
+        time.sleep(0.005)
+
+
+def signal_run(run, victim, number):
+    """SIGTERM goes to the command, as from a cluster manager, SIGKILL to the process that does the work."""
+    several = len(run.started) > 1
+    try:
+        pid = run.child(victim) if several and number == signal.SIGKILL else run.started[victim].pid
+        os.kill(pid, number)
+    except (IndexError, OSError):  # it has just ended
+        pass
+
+
+@pytest.mark.parametrize(
+    "seed, kills", [(0, 3), *[pytest.param(seed, 10, marks=pytest.mark.nightly) for seed in range(1, 4)]]
+)
+def test_killed_runs_resume_and_end_bit_exact(seed, kills, undisturbed, model, cache, tmp_path):
+    processes, expected = undisturbed
+    chance = random.Random(100 * processes + seed)
+    directory = tmp_path / "run"
+    command = arguments(model, directory, **FIELDS)
+    done = 0
+    for number in range(5 * kills):
+        done += kill_at_random(chance, processes, command, directory, tmp_path / f"start{number}", cache)
+        if done == kills or finished(directory):
+            break
+    finish(processes, command, tmp_path / "last", **cache)
+    assert lines(directory) == lines(expected)
+    assert_same_texts(directory, expected)
+    name = "export/model.safetensors"
+    assert (directory / name).read_bytes() == (expected / name).read_bytes()
+    assert done >= min(kills, 2), "the run ended before it was killed often enough"
+
+
+def finished(directory):
+    path = directory / "report.md"
+    return path.exists() and json.loads(last_line(directory))["step"] == STEPS
+
+
+def last_line(directory):
+    return (directory / "metrics.jsonl").read_text().splitlines()[-1]
