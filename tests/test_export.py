@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from rosd_jax.errors import UserError
+from rosd_jax.hosts import Hosts
 from rosd_jax.models import families, weights
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train import loop
@@ -265,7 +266,8 @@ def trained(source, path, dtype):
     lora = types.SimpleNamespace(rank=0)
     config = types.SimpleNamespace(model=types.SimpleNamespace(path=str(source), dtype=dtype, lora=lora))
     inputs = types.SimpleNamespace(model=model, tokenizer=tokenizer)
-    loop.export(types.SimpleNamespace(config=config, inputs=inputs), params, path / "export", 1)
+    run = types.SimpleNamespace(hosts=Hosts(), config=config, inputs=inputs)
+    loop.export(run, params, path / "export", 1)
     return path / "export"
 
 

@@ -3,7 +3,6 @@
     hosts = Hosts()                       one process: nothing is exchanged
     hosts = Hosts(index, count, store)    as place.py makes it
     hosts.exchange(what, value)           -> every process's value, in their order
-    hosts.meet(what)                      raises if the processes are at different places
     hosts.once(what, work)                -> the result of work(), which only the first process calls
     hosts.share(what, work, items)        -> work(items), of which each process does a part
     hosts.require_same(what, value)       raises if the processes' values differ
@@ -82,12 +81,6 @@ class Hosts:
                 f"{apart} at {places[apart]!r}; this is a bug, please report it"
             )
         return [value for _, value in found]
-
-    def meet(self, what: str) -> None:
-        """Raises RuntimeError unless all processes are at the same place. Called before each program whose
-        shapes depend on the data, with these shapes as the place.
-        """
-        self.exchange(what, None)
 
     def once(self, what: str, work: Callable[[], T]) -> T:
         """The result of `work`, which the first process calls; it must pickle.

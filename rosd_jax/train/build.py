@@ -6,23 +6,24 @@ import jax
 from absl import logging
 
 from rosd_jax.gym.metric import quote_exact
-from rosd_jax.hosts import Hosts
 from rosd_jax.models.sharding import make_mesh, replicated_dims, row_devices, validate_mesh_for
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.bandwidth import measure_roofline
 from rosd_jax.settings import Settings
+from rosd_jax.train import stopping
 from rosd_jax.train.compiling import keep_programs
 from rosd_jax.train.devices import check_rows, split_cpu
 from rosd_jax.train.engines import Ends, capability, check_attention, make_engines
 from rosd_jax.train.inputs import Inputs
 from rosd_jax.train.step import Runtime
 from rosd_jax.train.trees import Trees
+from rosd_jax.train.unfinished import Unfinished
 from rosd_jax.train.update import make_optimizer, make_update
 
 TASK_METRICS = {"gym": quote_exact}  # by the kind of the training problems
 
 
-def build(config: Settings, inputs: Inputs, grader: Grader, hosts: Hosts) -> tuple[Runtime, Trees]:
+def build(config: Settings, inputs: Inputs, grader: Grader, unfinished: Unfinished) -> tuple[Runtime, Trees]:
     """The runtime of a run, and the `Trees` that load or initialise its weights.
 
     Raises UserError if the mesh does not suit the devices, the model or the batch, or rollout.attention
@@ -32,6 +33,7 @@ def build(config: Settings, inputs: Inputs, grader: Grader, hosts: Hosts) -> tup
         # By default, accelerators round the operands of float32 matmuls to 10 bits of mantissa or fewer.
         jax.config.update("jax_default_matmul_precision", "highest")
     keep_programs(config.compile_cache)
+    hosts = unfinished.hosts
     if hosts.count == 1:
         split_cpu(config)  # before make_mesh, which starts JAX
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -57,10 +59,11 @@ def build(config: Settings, inputs: Inputs, grader: Grader, hosts: Hosts) -> tup
         mesh=mesh,
         grader=grader,
         hosts=hosts,
+        unfinished=unfinished,
         key=jax.random.key(config.seed),
         roofline=measure_roofline(model, mesh.shape["tensor"]),
         engines=make_engines(config, model, mesh, ends, longest),
         task_metrics=TASK_METRICS.get(kinds.pop()) if len(kinds) == 1 else None,
-        update=make_update(config, model, optimizer, mesh, trees.shardings, hosts.meet),
+        update=make_update(config, model, optimizer, mesh, trees.shardings, stopping.check),
     )
     return runtime, trees

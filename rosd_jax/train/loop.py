@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -49,6 +50,7 @@ from rosd_jax.train.metrics import Console, MetricsLog
 from rosd_jax.train.numbers import Numbers
 from rosd_jax.train.step import Runtime, read_and_grade, train_step
 from rosd_jax.train.trees import Trees
+from rosd_jax.train.unfinished import Unfinished
 from rosd_jax.train.update import learner
 from rosd_jax.types import Params, Reflected, Stream, TrainState
 
@@ -86,10 +88,12 @@ def train(config: Settings, directory: Path, hosts: Hosts) -> None:
     check_weights(config.model.path, inputs.model)
     origins = history.origins(config, inputs)
     require_same_inputs(hosts, config, inputs, origins)
+    meta = checkpoint.run_meta(config, origins)
+    unfinished = Unfinished(directory, hosts, json.dumps(meta, sort_keys=True))
     compiled = Compiled()  # counts from here, so before anything is compiled
     with claim(hosts, directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         history.require_checkpoint(directory, config)
-        runtime, trees = build(config, inputs, grader, hosts)
+        runtime, trees = build(config, inputs, grader, unfinished)
         manager = checkpoint.open_manager(directory)
         # Before minutes are spent on reading weights.
         hosts.once("disk", lambda: check_disk(directory, manager, trees, config))
@@ -100,7 +104,8 @@ def train(config: Settings, directory: Path, hosts: Hosts) -> None:
         console = open_console(hosts, config, start)
         log = hosts.once("resume", lambda: resume(directory, config, inputs, start, console))
         checkpoint.set_aside(manager, restored.damaged, hosts)
-        meta = checkpoint.run_meta(config, origins)
+        if hosts.first:
+            unfinished.drop_unless(start)
         run = Run(runtime, inputs, directory, log, console, manager, compiled, meta)
         # The model reads the mesh from the context, to shard its activations.
         with jax.set_mesh(runtime.mesh), stopping.deferred(directory, agreed(hosts)):
@@ -110,6 +115,8 @@ def train(config: Settings, directory: Path, hosts: Hosts) -> None:
             del state  # frees device memory for the parameters of the best step
             export_best(run, trees.like, frozen_params)
             manager.close()
+            if hosts.first:
+                unfinished.drop()
             console.close()
             if hosts.first:
                 print(write_report(directory, trained_on(config)))
@@ -376,8 +383,9 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts) -> None:
     check_weights(config.model.path, inputs.model)
     origins = history.origins(config, inputs)
     require_same_inputs(hosts, config, inputs, origins)
+    unfinished = Unfinished(directory, hosts, "evaluation")  # which makes no step
     with claim(hosts, directory, config), Grader(config.rewards, config.reward_timeout) as grader:
-        runtime, trees = build(config, inputs, grader, hosts)
+        runtime, trees = build(config, inputs, grader, unfinished)
         manager = checkpoint.open_manager(directory)
         if exported:
             state = trees.first()

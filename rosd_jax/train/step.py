@@ -33,6 +33,7 @@ from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.train import stopping
 from rosd_jax.train.engines import Engines
 from rosd_jax.train.numbers import Numbers, of_decoding, of_reflections, of_rollouts
+from rosd_jax.train.unfinished import Unfinished
 from rosd_jax.train.update import Update, learner
 from rosd_jax.types import (
     Graded,
@@ -58,6 +59,7 @@ class Runtime:
     mesh: Mesh
     grader: Grader
     hosts: Hosts
+    unfinished: Unfinished
     key: jax.Array
     roofline: MemoryRoofline  # of decoding
     engines: Engines
@@ -78,12 +80,13 @@ def train_step(
     """Makes one step: the next state, its metrics, the reflected rollouts and their weights [B, R].
 
     `stage` is called with the name of each stage as it begins. Raises Stopped if a signal has asked the run
-    to stop before the update begins; `state` is then still valid. The update donates it.
+    to stop; `state` is then still valid, because only the update's last function donates it.
     """
     clock = Clock(stage)
     with clock("rollout"):
         student = learner(state.params, frozen_params, runtime.config)
-        rollout = sample_rollouts(runtime, student, prompts, step)
+        rollout, earlier = sample_rollouts(runtime, student, prompts, step)
+    clock.add("rollout", earlier)
     with clock("grade"):
         graded = grade(runtime, prompts, rollout)
     with clock("reflect"):
@@ -93,8 +96,9 @@ def train_step(
         del student
         if reflector is None:
             reflector = on_device(frozen_params)
-        reflected = reflect_rollouts(runtime, reflector, graded, step)
+        reflected, earlier = reflect_rollouts(runtime, reflector, graded, step)
         del reflector
+    clock.add("reflect", earlier)
     with clock("lesson"):
         reflected, lesson = make_lesson(runtime, reflected)
     with clock("update"):
@@ -111,11 +115,18 @@ def train_step(
     return state, numbers | clock.seconds(), reflected, lesson.weight_BR
 
 
-def sample_rollouts(runtime: Runtime, params: Params, prompts: Prompts, step: int) -> HostRollout:
-    """G rollouts per prompt. The uid of a rollout is its number in the run: no two share random numbers."""
+def sample_rollouts(
+    runtime: Runtime, params: Params, prompts: Prompts, step: int
+) -> tuple[HostRollout, float]:
+    """G rollouts per prompt, and the seconds that an earlier start spent on them.
+
+    The uid of a rollout is its number in the run: no two share random numbers.
+    """
     rows = [ids for ids in prompts.ids for _ in range(runtime.config.batch.samples)]
     requests = [Request(ids, step * len(rows) + row) for row, ids in enumerate(rows)]
-    return runtime.engines.rollouts.generate(params, requests, Stream.ROLLOUT.key(runtime.key))
+    key = Stream.ROLLOUT.key(runtime.key)
+    generate = runtime.engines.rollouts.generate
+    return runtime.unfinished.rollout(step, "rollout", lambda: generate(params, requests, key))
 
 
 def grade(runtime: Runtime, prompts: Prompts, rollout: HostRollout) -> Graded:
@@ -142,8 +153,11 @@ def read_and_grade(
     return texts, grades
 
 
-def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int) -> Reflected:
-    """Asks the reflector about the rollouts that distill/reflect.py selects, and parses its answers."""
+def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int) -> tuple[Reflected, float]:
+    """Asks the reflector about the rollouts that distill/reflect.py selects, and parses its answers.
+
+    Also returns the seconds that an earlier start spent on the answers.
+    """
     config = runtime.config
     plans = reflect.plan_rollouts(graded, config.reflect)
     ids = reflect.build_prompts(
@@ -159,9 +173,14 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
     asked = {row: Request(prompt, first + row) for row, prompt in enumerate(ids) if prompt is not None}
     raws: list[str | None] = [None] * len(ids)
     answers = None
+    earlier = 0.0
     if asked:
         key = Stream.REFLECT.key(runtime.key)
-        answers = runtime.engines.reflections.generate(params, list(asked.values()), key)
+        generate = runtime.engines.reflections.generate
+        requests = list(asked.values())
+        answers, earlier = runtime.unfinished.rollout(
+            step, "reflect", lambda: generate(params, requests, key)
+        )
         for row, text in zip(asked, decode(runtime.tokenizer, answers), strict=True):
             raws[row] = text
     reflected = reflect.read_reflections(
@@ -172,7 +191,7 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
         config.lesson,
         thinking_open=runtime.reflector_thinking_open,
     )
-    return replace(reflected, answers=answers)
+    return replace(reflected, answers=answers), earlier
 
 
 def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Lesson]:
@@ -225,6 +244,10 @@ class Clock:
         began = time.perf_counter()
         yield
         self.spent[name] = time.perf_counter() - began
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds what an earlier start of the run spent in a stage."""
+        self.spent[name] += seconds
 
     def seconds(self) -> Numbers:
         """The metrics seconds_STAGE."""

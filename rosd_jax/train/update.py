@@ -110,7 +110,7 @@ class Update:
     mesh: Mesh
     device_rows: int
     longest: tuple[int, int]  # the most positions of a student's and of a teacher's row
-    before: Callable[[str], None]  # called with the shapes of an update's micro-batches, in words
+    before: Callable[[str], None]  # called before each micro-batch, with its shape in words; may raise
 
     @property
     def rows(self) -> int:
@@ -153,8 +153,9 @@ class Update:
         total = np.float32(lesson.weight_BR.sum())  # active tokens of the whole lesson
         grads, sums = self.zeros()
         microbatches = plan_microbatches(lesson, self.rows, self.longest)
-        self.before(f"update {[(m.student_BS.shape, m.teacher_BT.shape) for m in microbatches]}")
-        for microbatch in microbatches:
+        for number, microbatch in enumerate(microbatches):
+            sizes = (*microbatch.student_BS.shape, microbatch.teacher_BT.shape[1])
+            self.before(f"micro-batch {number} of {len(microbatches)}, {sizes}")
             previous_sums = sums
             microbatch = place_rows(scaled(microbatch, total), self.mesh)
             teacher_BTD = self.teach(frozen_params, microbatch.teacher_BT)

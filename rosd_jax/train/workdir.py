@@ -4,6 +4,7 @@ A run that was stopped, even by kill -9, continues when it is started again with
 
     DIR/config.json               the full config; a later run in DIR must agree with it, except in MAY_CHANGE
     DIR/rollouts/step_N.jsonl     what was sampled, graded and reflected in step N
+    DIR/unfinished/               what the present step has sampled so far (unfinished.py)
     DIR/.lock                     locked by the process that writes to DIR
 
     check_path(workdir)                    raises UserError for a path that cannot be
@@ -42,7 +43,14 @@ from rosd_jax.errors import UserError
 from rosd_jax.fields import from_config, shown
 from rosd_jax.settings import Settings
 
-WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export")  # by a run that has begun
+WRITTEN = (
+    "metrics.jsonl",
+    "checkpoints",
+    "rollouts",
+    "evals",
+    "export",
+    "unfinished",
+)  # by a run that has begun
 # Fields that may differ when a run is resumed; with a dot at the end, a whole section.
 MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "validation.")
 CONFIG_FILE = "config.json"

@@ -1,0 +1,104 @@
+"""What a step has sampled so far, on disk: a run that is stopped inside a step does not sample it again.
+
+    kept = Unfinished(directory, hosts, origin)
+    kept.rollout(step, stage, sample)   -> what was kept of that stage, or else sample(), which is then kept
+    kept.drop_unless(step)              removes what other steps have left
+
+    DIR/unfinished/STAGE.npz            tokens, log-probs, statistics and seconds of one stage of one step
+
+The state determines what a step samples. So a run that goes on from the state before the step gets what it
+would have sampled itself, and a run that goes on from an earlier one drops the files. `origin` tells runs
+apart that begin with other weights, data or settings, or under another version of JAX.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rosd_jax import atomic
+from rosd_jax.hosts import Hosts
+from rosd_jax.types import DecodeStats, HostRollout, Rollout
+
+FOLDER = "unfinished"
+COLUMNS = [field.name for field in fields(Rollout) if field.name != "stats"]
+STATS = [field.name for field in fields(DecodeStats)]
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The files of the step that is being made. Only the first process writes them; all read them."""
+
+    directory: Path  # of the run
+    hosts: Hosts
+    origin: str
+
+    def rollout(self, step: int, stage: str, sample: Callable[[], HostRollout]) -> tuple[HostRollout, float]:
+        """The rollout of a stage, and the seconds that an earlier start spent on it.
+
+        It is sampled now if no earlier start has kept it; the seconds are then 0.
+        """
+        path = self.directory / FOLDER / f"{stage}.npz"
+        if self.hosts.once(f"kept {stage}", lambda: self._holds(path, step)):
+            arrays = _read(path)
+            return _rollout(arrays), float(arrays["seconds"])
+        began = time.perf_counter()
+        rollout = sample()
+        if self.hosts.first:
+            about = dict(step=np.int64(step), origin=np.array(self.origin))
+            seconds = np.float64(time.perf_counter() - began)
+            _write(path, about | {"seconds": seconds} | _arrays(rollout))
+        return rollout, 0.0
+
+    def drop_unless(self, step: int) -> None:
+        """Removes the files, except those of this step (from 0)."""
+        for path in (self.directory / FOLDER).glob("*"):
+            if not self._holds(path, step):
+                path.unlink()
+
+    def drop(self) -> None:
+        """Removes the files, at the end of a run."""
+        shutil.rmtree(self.directory / FOLDER, ignore_errors=True)
+
+    def _holds(self, path: Path, step: int) -> bool:
+        """Whether a file is whole, and of this step of this run."""
+        try:
+            arrays = _read(path)
+            return int(arrays["step"]) == step and str(arrays["origin"]) == self.origin
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return False
+
+
+def _arrays(rollout: HostRollout) -> dict[str, np.ndarray]:
+    arrays = {name: getattr(rollout, name) for name in COLUMNS}
+    if rollout.stats:
+        arrays |= {f"stats.{name}": getattr(rollout.stats, name) for name in STATS}
+    return arrays
+
+
+def _rollout(arrays: dict[str, np.ndarray]) -> HostRollout:
+    stats = None
+    if f"stats.{STATS[0]}" in arrays:
+        stats = DecodeStats(**{name: arrays[f"stats.{name}"] for name in STATS})
+    return Rollout(**{name: arrays[name] for name in COLUMNS}, stats=stats)
+
+
+def _write(path: Path, arrays: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    path.parent.mkdir(exist_ok=True)
+    atomic.write_bytes(path, [buffer.getvalue()])
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file; reading checks their CRC-32."""
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
