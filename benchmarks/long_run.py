@@ -108,9 +108,8 @@ def table(samples: list[Sample]) -> str:
     ]
     for s in samples:
         if s.step % SHOWN == 0 or s.step == 1:
-            lines.append(
-                f"| {s.step} | {s.seconds:.0f} | {s.resident / 1e6:.0f} | {s.files} | {s.threads} | {s.programs} |"
-            )
+            numbers = f"{s.resident / 1e6:.0f} | {s.files} | {s.threads} | {s.programs}"
+            lines.append(f"| {s.step} | {s.seconds:.0f} | {numbers} |")
     return "\n".join(lines)
 
 

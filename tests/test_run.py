@@ -308,6 +308,30 @@ def test_a_run_that_was_cut_off_twice_equals_one_that_was_not(finished, model, c
 
 
 @pytest.mark.slow
+def test_a_moved_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, model, cache, tmp_path):
+    """The directory is moved, its files come from the future, and the newest checkpoint has a flipped byte."""
+    first = tmp_path / "first"
+    finish(arguments(model, first, steps=4), tmp_path, **cache)
+    directory = tmp_path / "elsewhere" / "run"
+    directory.parent.mkdir()
+    first.rename(directory)
+    newest = directory / "checkpoints" / "4"
+    largest = max((newest / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    for path in directory.rglob("*"):
+        os.utime(path, (4e9, 4e9))
+    run = Run(arguments(model, directory), tmp_path, **cache)
+    status, printed = run.end()
+    assert status == 0
+    assert f"checkpoint {newest} cannot be read" in printed and "the one of step 2 is used" in printed
+    assert "resumes after step 2" in run.out.read_text()
+    assert_same_run(directory, finished[0])
+    assert (directory / "checkpoints" / "4.damaged").is_dir()
+
+
+@pytest.mark.slow
 def test_a_finished_run_can_be_evaluated_and_started_again(finished, model, cache, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(finished[0], directory)
