@@ -309,7 +309,7 @@ def test_a_run_that_was_cut_off_twice_equals_one_that_was_not(finished, model, c
 
 @pytest.mark.slow
 def test_a_moved_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, model, cache, tmp_path):
-    """The directory is moved, its files come from the future, and the newest checkpoint has a flipped byte."""
+    """The directory is moved, its files come from the future, and the newest checkpoint is damaged."""
     first = tmp_path / "first"
     finish(arguments(model, first, steps=4), tmp_path, **cache)
     directory = tmp_path / "elsewhere" / "run"
