@@ -145,12 +145,13 @@ def files_below(directory: Path, folder: str) -> list[Path]:
     return sorted(p.relative_to(directory) for p in (directory / folder).rglob("*") if p.is_file())
 
 
-def largest_difference(directory: Path, other: Path) -> float:
+def largest_difference(directory: Path, other: Path, only: str = "") -> float:
     """The largest relative difference of two runs' metrics; infinite if they differ otherwise.
 
-    logp_gap is left out where it is below GAP, since it is a mean of rounding errors itself.
+    only: compares the lines whose split contains it. logp_gap is left out where it is below GAP, since it is
+    a mean of rounding errors itself.
     """
-    found, wanted = lines(directory), lines(other)
+    found, wanted = ([row for row in lines(path) if only in row["split"]] for path in (directory, other))
     if [row.keys() for row in found] != [row.keys() for row in wanted]:
         return math.inf
     most = 0.0

@@ -36,7 +36,7 @@ class Told(Engine):
         return Rollout(tokens_BR, batch.limit_B, tokens_BR * 0.0, batch.limit_B > 1, stats)
 
 
-def decode(shards=1, rows=8, prompt_tokens=None, check=lambda: None):
+def decode(shards=1, rows=8, prompt_tokens=None, check=lambda what: None):
     limits = Limits(max_new=3, max_prompt=128, prompt_tokens=prompt_tokens, rows=rows, prompts=6)
     mesh = make_mesh(shards, 1, 1, jax.devices()[:shards])
     engine, batches = Told(MODEL, mesh, limits, Sampling(1.0), before_call=check), []
@@ -108,8 +108,8 @@ def test_what_does_not_fit_is_refused():
 
 def test_every_call_of_the_devices_is_preceded_by_the_check():
     checks = []
-    batches, _ = decode(prompt_tokens=2 * PAGE, check=lambda: checks.append(1))
-    assert len(checks) == len(batches) > 1
+    batches, _ = decode(prompt_tokens=2 * PAGE, check=checks.append)
+    assert len(checks) == len(batches) > 1 and all(what.startswith("decode ") for what in checks)
 
 
 def test_prompts_that_do_not_fit_take_turns_and_shared_ones_count_once():

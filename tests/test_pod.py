@@ -25,6 +25,9 @@ from support import ROOT, made_once, run_environment, shared_dir
 
 # Sums over devices of several processes are added in another order.
 ROUNDING = 1e-5
+# On another mesh matrices are multiplied in other pieces. The losses here are differences of nearly equal
+# numbers, about 1e-5; test_run.py has the same bound.
+MESH = 2e-3
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
 
@@ -90,22 +93,16 @@ def test_four_processes_do_what_one_does(model, alone, cache, tmp_path):
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(model, alone, cache, tmp_path):
     directory = tmp_path / "run"
-    # mesh.* may not change in a resumed run, so data=-1 takes what the number of devices leaves.
+    # A resumed run must keep mesh.*, and data=-1 means whatever the number of devices leaves.
     fields = dict(mesh__data=-1, mesh__fsdp=1, eval__sets="")
     for turn, (processes, steps) in enumerate([(1, 1), (2, 2), (4, 3), (1, 4)]):
         cwd = tmp_path / f"turn{turn}"
         done = finish(processes, arguments(model, directory, **fields, steps=steps), cwd, **cache)
         assert turn == 0 or f"resumes after step {turn}" in (done.cwd / "out0").read_text()
-    assert_same_rollouts(directory, alone)
-    whole = tmp_path / "whole"
-    finish(1, arguments(model, whole, **fields), tmp_path / "once", **cache)
-    assert largest_difference(directory, whole) < ROUNDING
-
-
-def assert_same_rollouts(directory, other):
     for step in range(1, FIELDS["steps"] + 1):
         name = f"rollouts/step_{step}.jsonl"
-        assert (directory / name).read_bytes() == (other / name).read_bytes()
+        assert (directory / name).read_bytes() == (alone / name).read_bytes()
+    assert largest_difference(directory, alone, only="train") < MESH
 
 
 def test_weights_are_restored_exactly_by_another_number_of_processes(alone, model, cache, tmp_path):
@@ -116,9 +113,10 @@ def test_weights_are_restored_exactly_by_another_number_of_processes(alone, mode
     same(directory, alone)
 
 
-def test_a_signal_to_one_host_stops_all_at_the_same_step(pair, model, cache, tmp_path):
+def test_hosts_that_are_stopped_and_killed_end_together_and_lose_nothing(pair, model, cache, tmp_path):
     directory = tmp_path / "run"
     command = arguments(model, directory)
+
     run = Pod(2, command, tmp_path, **cache)
     run.wait_for_line(directory, 1)
     run.started[1].send_signal(signal.SIGTERM)
@@ -126,22 +124,16 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(pair, model, cache, tmp
     last = f"SIGTERM: stopped; the same command with --workdir={directory} resumes\n"
     assert run.printed(0).endswith(last) and run.printed(1).endswith(last)
     assert "the run stops when" in run.printed(1) and "the run stops when" not in run.printed(0)
+
+    for killed, step in ((0, 2), (1, 3)):
+        run = Pod(2, command, tmp_path, **cache)
+        run.wait_for_line(directory, step)
+        os.kill(run.child(killed), signal.SIGKILL)
+        statuses = run.end(60)
+        assert statuses[killed] == 128 + signal.SIGKILL and statuses[1 - killed] == 1
+        assert f"error: process {killed} of 2, on host " in run.printed(1 - killed)
+
     finish(2, command, tmp_path, **cache)
-    same(directory, pair / "run")
-
-
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_host_that_is_killed_ends_all_and_nothing_is_lost(killed, pair, model, cache, tmp_path):
-    directory = tmp_path / "run"
-    command = arguments(model, directory)
-    run = Pod(2, command, tmp_path, **cache)
-    run.wait_for_line(directory, 3)
-    os.kill(run.child(killed), signal.SIGKILL)
-    statuses = run.end(60)
-    assert statuses[killed] == 128 + signal.SIGKILL and statuses[1 - killed] == 1
-    assert f"error: process {killed} of 2, on host " in run.printed(1 - killed)
-    done = finish(2, command, tmp_path, **cache)
-    assert "resumes after step 2" in (done.cwd / "out0").read_text()
     same(directory, pair / "run")
 
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from rosd_jax.kernels.paged_attention import Implementation, platform_of
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.models.sharding import row_devices
+from rosd_jax.models.sharding import fetch, row_devices, row_sharding
 from rosd_jax.rollout import decode_loop
 from rosd_jax.rollout.batching import Batch, Request, call_rows, check, pack, prompt_pages, rounded_pages
 from rosd_jax.rollout.decode_loop import WHOLE, DecodeSpec, slots_for
@@ -85,14 +85,13 @@ class Engine:
         parts = []
         # All calls have one shape. What may differ are pages and slots, in few sizes (`call`).
         for batch, row_M in pack(requests, self.limits, self.shards):
-            sizes = *batch.prompt_NT.shape, len(batch.limit_B), self.spec(batch).first_slots
-            self.before_call(f"decode {sizes}")
-            rollout: HostRollout = jax.device_get(self.call(params, batch, key))
+            self.before_call(f"decode {[x.shape for x in batch]} in {self.spec(batch).first_slots} slots")
+            rollout: HostRollout = jax.tree.map(fetch, self.call(params, batch, key))
             parts.append(pick(rollout, row_M))
         return join(parts)
 
     def call(self, params: Params, batch: Batch[np.ndarray], key: jax.Array) -> DeviceRollout:
-        """One call of the devices. Its B rows are decoded along the mesh's "data" and "fsdp" axes.
+        """One call of the devices, whose B rows lie along the mesh's "data" and "fsdp" axes.
 
         It is traced once for each combination of shapes, of pages for its prompts (powers of two) and of the
         number of slots that suffice for the rows with a limit above 0.
@@ -113,8 +112,7 @@ class Engine:
         return jax.jit(
             decode_loop.generate,
             static_argnames="spec",
-            # Whole on every device, so that each process of several can read all rows.
-            out_shardings=None if mesh is None else NamedSharding(mesh, WHOLE),
+            out_shardings=None if mesh is None else row_sharding(mesh),
             compiler_options=GPU_OPTIONS if on == "gpu" else None,
         )
 

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc"),
 ]
-SHORT = (0, 2, 4)  # seed, kills, steps of the run
+SHORT = (1, 0, 2, 4)  # processes, seed, kills, steps of the run
 LONG = [(seed, 10, 12) for seed in range(1, 4)]
 LONGEST_S = 4  # from a moment's start
 
@@ -83,12 +83,12 @@ def signal_run(run, victim, number):
         pass
 
 
-@pytest.mark.parametrize("processes", [1, 2], ids=["one process", "two processes"])
 @pytest.mark.parametrize(
-    "seed, kills, steps", [SHORT, *[pytest.param(*long, marks=pytest.mark.nightly) for long in LONG]]
+    "processes, seed, kills, steps",
+    [SHORT, *[pytest.param(n, *long, marks=pytest.mark.nightly) for n in (1, 2) for long in LONG]],
 )
 def test_killed_runs_resume_and_end_bit_exact(
-    seed, kills, steps, processes, undisturbed, model, cache, tmp_path
+    processes, seed, kills, steps, undisturbed, model, cache, tmp_path
 ):
     expected = undisturbed(processes, steps)
     chance = random.Random(100 * processes + seed)
