@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rosd_jax.config import UserError
-from rosd_jax.hosts import Hosts, hosts, place
+from rosd_jax.hosts import Hosts, hosts, place, supervisor
 from support import ROOT
 
 
@@ -197,6 +197,19 @@ def test_launchers_are_recognised(environment, expected, monkeypatch):
     assert (found.processes, found.process, found.address[0]) == expected
 
 
+def test_a_tpu_without_metadata_is_a_single_process_and_says_so(monkeypatch, caplog):
+    """As in a hosted notebook."""
+    from jax._src import clusters
+
+    def detect(*_):
+        raise AttributeError("'NoneType' object has no attribute 'split'")
+
+    monkeypatch.setattr(place, "_launched", lambda: True)
+    monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", detect)
+    assert place.find(None, None, None) is None
+    assert "so this run has one process" in caplog.text
+
+
 def test_one_task_of_slurm_is_a_single_process(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_PROCID", "0")
@@ -321,6 +334,29 @@ def is_zombie(pid):
         return ") Z " in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return True
+
+
+def test_strangers_at_the_port_do_no_harm(start):
+    first, second = start("time.sleep(1)\nsupervisor.report_end(0)\n")
+    port = int(Path(first.args[1]).read_text().split('"127.0.0.1:')[1].split('"')[0]) + 1
+    for hello in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"1\n", b"\xff\n", b""):
+        for _ in range(50):
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+                    stranger.sendall(hello)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+    assert ends(first) == ends(second) == (0, "")
+
+
+def test_a_port_that_is_taken_is_named(start):
+    with socket.socket() as taken:
+        port = free_port()
+        taken.bind(("", port + 1))
+        taken.listen()
+        with pytest.raises(UserError, match=f"port {port + 1} cannot be opened"):
+            supervisor.supervise(place.Place(f"127.0.0.1:{port}", 2, 0))
 
 
 def test_signals_reach_the_child_once(start):

@@ -11,19 +11,19 @@ These are the only ways for processes to depend on each other, apart from progra
 processes must make the same calls in the same order: each call carries its number and `what`, and processes
 that do not match end with an error, not with a deadlock.
 
-Values travel through the key-value store of JAX's coordination service. The first process collects them and
-publishes the list, so that N processes make 2N requests.
+Values travel, pickled, through the key-value store of JAX's coordination service: the processes of a run
+trust each other. The first one collects the values and publishes the list, so N processes make 2N requests.
 """
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count as numbers
 from typing import Any, Protocol, TypeVar
 
-from rosd_jax.config import UserError
+from rosd_jax.errors import UserError
 from rosd_jax.train import stopping
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Hosts:
     index: int = 0  # of this process
     count: int = 1
     store: Store | None = None
-    _calls: Iterator[int] = field(default_factory=numbers)
+    _calls: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def first(self) -> bool:

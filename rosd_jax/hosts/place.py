@@ -10,7 +10,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rosd_jax.config import UserError
+from absl import logging
+
+from rosd_jax.errors import UserError
 from rosd_jax.hosts.hosts import Hosts
 
 PATIENCE_S = 300  # how long the processes wait for each other at the start
@@ -58,10 +60,16 @@ def _detected() -> Place | None:
     """What JAX finds out from a TPU slice, SLURM or Open MPI."""
     if not _launched():
         return None
-    from jax._src import clusters
+    from jax._src import clusters  # what jax.distributed.initialize calls; no public name does it alone
 
-    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, PATIENCE_S)
-    coordinator, processes, process, devices = found
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    try:
+        coordinator, processes, process, devices = detect(None, None, None, None, None, PATIENCE_S)
+    except Exception as error:  # a TPU outside Google Cloud's TPU VMs, as in a notebook, has no metadata
+        logging.warning(
+            "no other host is looked for, since no launcher could be read (%r); else pass %s", error, HOW
+        )
+        return None
     if coordinator is None or processes is None or process is None or processes < 2:
         return None
     return Place(coordinator, processes, process, None if devices is None else tuple(devices))

@@ -29,12 +29,14 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rosd_jax.errors import UserError
 from rosd_jax.hosts.place import PATIENCE_S, Place
 
 PLACE = "ROSD_JAX_PLACE"  # environment variable of the child: its place and its pipe to the parent
 LAST_WORDS_S = 20  # how long a failure waits for a connection to the first host
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 USERS_MISTAKE = 2
+_pipe: int | None = None  # in a child: to its parent
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,12 @@ class Failure:
 
 def given() -> Place | None:
     """The place that the parent passed on. From then on, this process ends if its parent dies."""
+    global _pipe
     if PLACE not in os.environ:
         return None
-    fields = json.loads(os.environ[PLACE])["place"]
+    passed = json.loads(os.environ.pop(PLACE))  # not for the processes that this one starts
+    _pipe = passed["pipe"]
+    fields = passed["place"]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     devices = fields.pop("devices")
@@ -72,15 +77,14 @@ def report_end(status: int) -> None:
 
 def report_failure(text: str, status: int) -> None:
     """Tells the parent, if there is one, which then kills this process."""
-    if PLACE in os.environ:
+    if _pipe is not None:
         _report({"failed": text, "status": status})
         time.sleep(LAST_WORDS_S)  # JAX would wait for the other processes at exit, for minutes
 
 
 def _report(message: dict[str, Any]) -> None:
-    if PLACE in os.environ:
-        pipe = json.loads(os.environ[PLACE])["pipe"]
-        os.write(pipe, json.dumps(message).encode() + b"\n")
+    if _pipe is not None:
+        os.write(_pipe, json.dumps(message).encode() + b"\n")
 
 
 # --- in the parent ------------------------------------------------------------------------------------------
@@ -89,8 +93,10 @@ def _report(message: dict[str, Any]) -> None:
 def supervise(place: Place) -> int:
     """Runs this process's command line as a child that knows its place. Returns the exit status for the host.
 
-    It is the child's, or 1 if another host failed (2 if that was a user's mistake).
+    It is the child's, or 1 if another host failed (2 if that was a user's mistake). Raises UserError if the
+    first host's port is taken.
     """
+    server = _listen(place) if place.process == 0 else None
     reading, writing = os.pipe()
     environment = os.environ | {PLACE: json.dumps({"place": asdict(place), "pipe": writing})}
     child = subprocess.Popen(
@@ -101,13 +107,26 @@ def supervise(place: Place) -> int:
     )
     os.close(writing)
     _forward(child)
-    supervisor = _Supervisor(place, child, reading)
+    supervisor = _Supervisor(place, child, reading, server)
     try:
         return supervisor.run()
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+
+
+def _listen(place: Place) -> socket.socket:
+    """The first host's end of all connections."""
+    port = place.address[1] + 1
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", port))
+    except OSError as error:
+        raise UserError(
+            f"port {port} cannot be opened ({error.strerror}); free it, or pass another port in --coordinator"
+        ) from error
 
 
 def _forward(child: subprocess.Popen[bytes]) -> None:
@@ -129,7 +148,7 @@ class _Link:
         self.ended = False
 
     def read(self) -> list[dict[str, Any]] | None:
-        """The messages that have arrived; None if the other end is closed."""
+        """The messages that have arrived; None if the other end is closed, or does not send messages."""
         try:
             data = os.read(self.end, 1 << 16) if isinstance(self.end, int) else self.end.recv(1 << 16)
         except OSError:  # a connection that timed out or was reset
@@ -137,7 +156,10 @@ class _Link:
         if not data:
             return None
         *lines, self.rest = (self.rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:
+            return None
 
     def send(self, message: dict[str, Any]) -> None:
         assert isinstance(self.end, socket.socket)
@@ -150,7 +172,7 @@ class _Link:
 class _Supervisor:
     """What a parent knows: its child, its connections, who has ended, who has failed."""
 
-    def __init__(self, place: Place, child: subprocess.Popen[bytes], pipe: int):
+    def __init__(self, place: Place, child: subprocess.Popen[bytes], pipe: int, server: socket.socket | None):
         self.place = place
         self.child = child
         self.host = socket.gethostname()
@@ -161,8 +183,7 @@ class _Supervisor:
         self.ended = False  # the own child, in good order
         self.failure: Failure | None = None  # the first that this parent heard of
         self.until = time.monotonic() + PATIENCE_S  # when all must be connected
-        if place.process == 0:
-            server = socket.create_server(("", place.address[1] + 1), backlog=place.processes)
+        if server:
             self.selector.register(server, selectors.EVENT_READ, server)
 
     def run(self) -> int:
@@ -173,7 +194,7 @@ class _Supervisor:
                 if isinstance(key.data, _Link):
                     self._read(key.data)
                 else:
-                    self._accept(key.data)
+                    self._watch(key.data.accept()[0])
             late = not self._complete() and time.monotonic() > self.until
             # A failure waits for those that are not connected yet, so that they hear of it.
             if self.failure and (self._complete() or late):
@@ -216,21 +237,18 @@ class _Supervisor:
             end = socket.create_connection((host, port + 1), timeout=2)
         except OSError:
             return
-        self._add(end)
-        self.links[0].process = 0
-        self.links[0].host = host
-        self.links[0].send({"process": self.place.process, "host": self.host})
+        link = self._watch(end)
+        link.process = 0
+        link.host = host
+        link.send({"process": self.place.process, "host": self.host})
+        self.links.append(link)
         if self.failure:
             self._send({"failed": asdict(self.failure)})
         elif self.ended:
             self._send({"ended": 0})
 
-    def _accept(self, server: socket.socket) -> None:
-        self._add(server.accept()[0])
-        if self.failure:
-            self.links[-1].send({"failed": asdict(self.failure)})
-
-    def _add(self, end: socket.socket) -> None:
+    def _watch(self, end: socket.socket) -> _Link:
+        """A new connection. One that was accepted counts once it has said which process it is."""
         end.settimeout(None)
         # A host that lost its power or network closes nothing, and is noticed after half a minute.
         end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -238,19 +256,19 @@ class _Supervisor:
             if hasattr(socket, option):
                 end.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         link = _Link(end)
-        self.links.append(link)
         self.selector.register(end, selectors.EVENT_READ, link)
+        return link
 
     def _read(self, link: _Link) -> None:
         messages = link.read()
         if messages is None:
             self.selector.unregister(link.end)
-            self._closed(link)
+            if link is self.pipe or link in self.links:  # not a stranger, such as a port scanner
+                self._closed(link)
             return
         for message in messages:
-            if "process" in message:
-                link.process = message["process"]
-                link.host = message["host"]
+            if link is not self.pipe and link not in self.links:
+                self._introduce(link, message)
             elif "ended" in message:
                 link.ended = True
                 if link is self.pipe:
@@ -260,6 +278,15 @@ class _Supervisor:
                 self._fail(message["failed"], message["status"])
             else:
                 self._failed(Failure(**message["failed"]))
+
+    def _introduce(self, link: _Link, message: Any) -> None:
+        """The first message of a connection that was accepted."""
+        if isinstance(message, dict) and message.keys() == {"process", "host"}:
+            link.process = message["process"]
+            link.host = message["host"]
+            self.links.append(link)
+            if self.failure:
+                link.send({"failed": asdict(self.failure)})
 
     def _closed(self, link: _Link) -> None:
         """The other end is gone: in good order, or not."""
