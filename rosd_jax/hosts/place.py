@@ -67,7 +67,7 @@ def _detected() -> Place | None:
         coordinator, processes, process, devices = detect(None, None, None, None, None, PATIENCE_S)
     except Exception as error:  # a TPU outside Google Cloud's TPU VMs, as in a notebook, has no metadata
         logging.warning(
-            "no other host is looked for, since no launcher could be read (%r); else pass %s", error, HOW
+            "nothing names other hosts (%r), so this run has one process; else pass %s", error, HOW
         )
         return None
     if coordinator is None or processes is None or process is None or processes < 2:
