@@ -55,7 +55,7 @@ def placed(mesh, x, spec):
 
 @cache
 def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
-    """All of it, and the loop alone, ready to be compiled, and the bytes of the KV cache on one chip."""
+    """All of it, and a piece of the loop, ready to be compiled, and the bytes of the KV cache on one chip."""
     devices = read_topology(topology).devices
     mesh = make_mesh(*shape, devices)
     limits = Limits(NEW, PROMPT, slots=ROWS)
@@ -79,7 +79,8 @@ def lowered(topology, implementation=None, shape=(1, 1, CHIPS)):
     args = params, Batch(ints(PROMPTS, PROMPT), ints(PROMPTS), *[ints(ROWS)] * 3), key
     whole = jax.jit(partial(decode_loop.generate, spec=spec))
     begin = partial(decode_loop.begin, spec=spec)
-    decode = jax.jit(partial(decode_loop.decode, spec=spec), donate_argnums=2)
+    piece = partial(decode_loop.advance, fewer=0, steps=256, spec=spec)
+    decode = jax.jit(piece, donate_argnums=2)
     specs = decoder_specs(MODEL, mesh), BY_ROW, state_specs()
     handed_on = jax.tree.map(
         lambda spec, tree: jax.tree.map(lambda x: put(x, spec), tree),

@@ -11,6 +11,7 @@ along the "tensor" axis its devices split heads, inner widths and the vocabulary
 
     generate(params, batch, key, stops, spec=)    -> rollout, on the devices; pure
     begin, decode, finish                            its three parts
+    begin, compact, advance, finish                  the same in pieces, between which the host may stop
 
 Dimensions: B rows (within a shard: its own), N prompts, T tokens of a prompt (padded), R tokens of a
 response, S slots, C packed columns of a slot, M pages of a table, F places of the stack of free pages, D
@@ -171,6 +172,30 @@ def decode(weights: Weights, sequences: Sequences, state: State, *, spec: Decode
     return run(weights, sequences, state)
 
 
+def compact(slots: Slots, *, count: int, sequences: int) -> Slots:
+    """The slots of every shard in fewer ones, which must suffice for what is left there.
+
+    sequences: rows of a shard.
+    """
+    return jax.vmap(lambda shard: shard.compact(count, sequences))(slots)
+
+
+def advance(
+    weights: Weights, sequences: Sequences, state: State, *, fewer: int, steps: int, spec: DecodeSpec
+) -> tuple[State, jax.Array]:
+    """Decodes until `fewer` sequences or less are left on a shard, but at most `steps` steps.
+
+    Also returns how many are left on each shard. Under jit, donate the state.
+    """
+    run = partial(_advance_shard, fewer=fewer, steps=steps, spec=spec)
+    if spec.mesh is not None:
+        specs = decoder_specs(spec.model, spec.mesh), BY_ROW, state_specs()
+        run = jax.shard_map(
+            run, mesh=spec.mesh, in_specs=specs, out_specs=(state_specs(), BY_ROW), check_vma=False
+        )
+    return run(weights, sequences, state)
+
+
 def finish(state: State) -> DeviceRollout:
     """The rows of all shards in their order; a sequence that was preempted leaves nothing of its past."""
 
@@ -233,18 +258,35 @@ def _empty_cache(spec: DecodeSpec, weights: Weights, pages_a_layer: int) -> jax.
 def _decode_shard(weights: Weights, sequences: Sequences, state: State, *, spec: DecodeSpec) -> State:
     """`decode` on one shard, in ever fewer slots."""
     sequences, state = jax.tree.map(lambda x: x[0], (sequences, state))
-    slots, B = len(state.slots.packed_SC), len(state.queue_B)
-    counts = spec.slot_counts(slots)
+    counts = spec.slot_counts(len(state.slots.packed_SC))
     # A loop ends once all that is left, in slots or waiting, fits the slots of the next one.
     for count, fewer in zip(counts, [*counts[1:], 0], strict=True):
         if count < len(state.slots.packed_SC):
-            state = state._replace(slots=state.slots.compact(count, B))
+            state = state._replace(slots=state.slots.compact(count, len(state.queue_B)))
 
         def more(state, fewer=fewer):
             return scheduler.left(state) > fewer
 
         state = lax.while_loop(more, partial(_step, weights, sequences, spec=spec), state)
     return jax.tree.map(lambda x: x[None], state)
+
+
+def _advance_shard(
+    weights: Weights, sequences: Sequences, state: State, *, fewer: int, steps: int, spec: DecodeSpec
+) -> tuple[State, jax.Array]:
+    """`advance` on one shard."""
+    sequences, state = jax.tree.map(lambda x: x[0], (sequences, state))
+
+    def more(carry: tuple[State, jax.Array]) -> jax.Array:
+        state, done = carry
+        return (scheduler.left(state) > fewer) & (done < steps)
+
+    def step(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        state, done = carry
+        return _step(weights, sequences, state, spec=spec), done + 1
+
+    state, _ = lax.while_loop(more, step, (state, jnp.zeros((), jnp.int32)))
+    return jax.tree.map(lambda x: x[None], (state, scheduler.left(state)))
 
 
 def slots_for(sequences: int) -> int:

@@ -3,9 +3,10 @@
     engine = Engine(model, mesh, limits, sampling)
     rollout = engine.generate(params, requests, key)
 
-Build it once and keep it. What happens inside: requests are packed into calls of fixed shapes (batching.py),
-each of which runs one compiled program (decode_loop.py) that prefills the distinct prompts (prefill.py) and
-decodes with slots, a queue and pages (scheduler.py, slots.py), drawing tokens by sampler.py.
+Build it once and keep it. What happens inside: requests are packed into calls of fixed shapes (batching.py).
+A call (decode_loop.py) prefills the distinct prompts (prefill.py) and decodes with slots, a queue and pages
+(scheduler.py, slots.py), drawing tokens by sampler.py. Short responses are one compiled program; long ones
+come in pieces, between which the host may stop.
 
 Dimensions: B rows of a call, M requests.
 """
@@ -33,10 +34,20 @@ from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.types import DeviceRollout, HostRollout, Params, Rollout
 
-LONG = 256  # tokens from which a smaller number of slots repays its compilation
+LONG = 256  # tokens from which a smaller number of slots repays its compilation, and a call is in pieces
+PIECE = 256  # decoding steps between which a long call may be stopped
 # XLA for GPU copies a layer's weights out of their stack before it multiplies by them, three bytes moved for
 # one, unless it may start the product at their place, which it can for cuBLAS's products alone.
 GPU_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_triton_gemm": False}
+
+
+class Pieces(NamedTuple):
+    """The functions of decode_loop.py under jit, for calls in pieces."""
+
+    begin: Any
+    compact: Any
+    advance: Any
+    finish: Any
 
 
 class CallShape(NamedTuple):
@@ -94,13 +105,50 @@ class Engine:
         """One call of the devices, whose B rows lie along the mesh's "data" and "fsdp" axes.
 
         It is traced once for each combination of shapes, of pages for its prompts (powers of two) and of the
-        number of slots that suffice for the rows with a limit above 0.
+        number of slots that suffice for the rows with a limit above 0. Long responses may take minutes, so
+        `before_call` is called every PIECE steps of theirs, and may raise.
         """
-        return self.compiled(params, batch, key, self.stops, spec=self.spec(batch))
+        spec = self.spec(batch)
+        if self.limits.max_new < LONG:
+            return self.compiled(params, batch, key, self.stops, spec=spec)
+        weights, sequences, state = self.pieces.begin(params, batch, key, self.stops, spec=spec)
+        counts = spec.slot_counts(_slots(state))
+        for slots, fewer in zip(counts, [*counts[1:], 0], strict=True):
+            if slots < _slots(state):
+                fewer_slots = self.pieces.compact(state.slots, count=slots, sequences=state.queue_B.shape[1])
+                state = state._replace(slots=fewer_slots)
+            left = fewer + 1
+            while left > fewer:
+                self.before_call(f"decode on, in {slots} slots")
+                state, left_by_shard = self.pieces.advance(
+                    weights, sequences, state, fewer=fewer, steps=PIECE, spec=spec
+                )
+                left = int(fetch(left_by_shard).max())
+        return self.pieces.finish(state)
 
     @cached_property
     def compiled(self) -> Any:
         """`decode_loop.generate` under jit."""
+        return self._jit(decode_loop.generate, out_shardings=self._by_row)
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """The parts of a long call under jit."""
+        return Pieces(
+            begin=self._jit(decode_loop.begin),
+            compact=self._jit(decode_loop.compact, static_argnames=("count", "sequences")),
+            # The state is donated, so that the cache is in memory once.
+            advance=self._jit(
+                decode_loop.advance, static_argnames=("fewer", "steps", "spec"), donate_argnums=2
+            ),
+            finish=self._jit(decode_loop.finish, static_argnames=(), out_shardings=self._by_row),
+        )
+
+    @property
+    def _by_row(self) -> NamedSharding | None:
+        return None if self.mesh is None else row_sharding(self.mesh)
+
+    def _jit(self, function: Callable[..., Any], **options: Any) -> Any:
         mesh = self.mesh
         on = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         wanted = platform_of(self.attention)
@@ -109,12 +157,8 @@ class Engine:
                 f"attention is {self.attention!r}, a kernel for {wanted}, and the devices are {on}; pass "
                 "None, which takes the best for the platform"
             )
-        return jax.jit(
-            decode_loop.generate,
-            static_argnames="spec",
-            out_shardings=None if mesh is None else row_sharding(mesh),
-            compiler_options=GPU_OPTIONS if on == "gpu" else None,
-        )
+        options = {"static_argnames": "spec"} | options
+        return jax.jit(function, compiler_options=GPU_OPTIONS if on == "gpu" else None, **options)
 
     def spec(self, batch: Batch[np.ndarray]) -> DecodeSpec:
         """What is fixed in a call of this batch."""
@@ -135,7 +179,10 @@ class Engine:
         return shape, self._sized(rows, rounded_pages(pages, limits.page), mine)
 
     def lower(self, params: Params, shape: CallShape, spec: DecodeSpec) -> jax.stages.Lowered:
-        """jax.stages.Lowered of a call; params are shapes with shardings, and no device need be there."""
+        """jax.stages.Lowered of a whole call in one program; no device need be there.
+
+        params: shapes with shardings. A call in pieces needs no more memory.
+        """
         place = None if self.mesh is None else NamedSharding(self.mesh, WHOLE)
 
         def ints(*sizes):
@@ -153,6 +200,11 @@ class Engine:
         spec = DecodeSpec(self.model, self.mesh, self.limits, self.sampling, self.attention, pages)
         slots = min(spec.slots(rows // self.shards), slots_for(waiting))
         return replace(spec, first_slots=slots, compact=self.limits.max_new >= LONG)
+
+
+def _slots(state: Any) -> int:
+    """Slots of a shard; leaves of a state have a leading axis of shards."""
+    return state.slots.packed_SC.shape[1]
 
 
 def pick(rollout: HostRollout, row_M: np.ndarray) -> HostRollout:
