@@ -8,7 +8,7 @@ A call (decode_loop.py) prefills the distinct prompts (prefill.py) and decodes w
 (scheduler.py, slots.py), drawing tokens by sampler.py. Short responses are one compiled program; long ones
 come in pieces, between which the host may stop.
 
-Dimensions: B rows of a call, M requests.
+Dimensions: B rows of a call, M requests, S slots of a shard, C packed columns of a slot.
 """
 
 from __future__ import annotations
