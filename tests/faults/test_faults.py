@@ -22,7 +22,7 @@ pytestmark = [
 ]
 SHORT = (1, 0, 2, 4)  # processes, seed, kills, steps of the run
 LONG = [(seed, 10, 12) for seed in range(1, 4)]
-LONGEST_S = 4  # from a moment's start
+LONGEST_S = 8  # after the start: until about the first step
 
 
 def fields(steps):
@@ -54,7 +54,9 @@ def kill_at_random(chance, processes, command, directory, cwd, environment):
     number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
     if chance.random() < 0.7:  # after the next line, when the run works; else anywhere after the start
         wait_for_more(run, directory)
-    time.sleep(chance.uniform(0, LONGEST_S if chance.random() < 0.3 else 0.5))
+        time.sleep(chance.uniform(0, 0.4))
+    else:
+        time.sleep(chance.uniform(0, LONGEST_S))
     alive = [process for process in run.started if process.poll() is None]
     if len(alive) == processes:
         signal_run(run, victim, number)
