@@ -7,7 +7,6 @@ leave. Collectives go through Gloo on 127.0.0.1.
 """
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -19,30 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import test_run
+from test_run import numbers
+
+import tiny
 from support import ROOT, run_environment
 
 DEVICES = 4
-FIELDS = dict(
-    seed=2,
-    steps=4,
-    batch__samples=32,
-    batch__prompts=2,
-    batch__device_rows=4,
-    mesh__data=1,
-    mesh__fsdp=4,
-    rollout__max_new_tokens=16,
-    reflect__max_new_tokens=16,
-    eval__max_new_tokens=16,
-    eval__sets="gym:chain,gym:words",
-    eval__limit=8,
-    eval__batch=16,
-    eval__every=2,
-    checkpoint__every=2,
-    validation__sets="",
-    compile_cache="",
-)
+# Different from those of test_run.py: the rows of its batch fit four devices.
+FIELDS = dict(steps=4, batch__device_rows=4, mesh__data=1, mesh__fsdp=4)
 GAP = 1e-6
-TIMES = ("seconds", "tokens_per_second", "roofline", "programs_compiled")
 
 
 def free_port() -> int:
@@ -105,15 +90,9 @@ class Pod:
                     run.kill()
 
 
-def arguments(model: Path, directory: Path, mode: str = "train", **fields: Any) -> list[str]:
+def arguments(model: Path, directory: Path, **fields: Any) -> list[str]:
     """The command line of a small run."""
-    overrides = {"model__path": model} | FIELDS | fields
-    return [
-        f"--config={ROOT / 'configs' / 'quickstart.py'}:debug",
-        f"--workdir={directory}",
-        f"--mode={mode}",
-        *(f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()),
-    ]
+    return test_run.arguments(model, directory, **FIELDS | fields)
 
 
 def finish(processes: int, command: list[str], cwd: Path, **environment: str) -> Pod:
@@ -123,12 +102,6 @@ def finish(processes: int, command: list[str], cwd: Path, **environment: str) ->
     said = [pod.printed(i) for i in range(processes)]
     assert statuses == [0] * processes and not any(said), (statuses, said)
     return pod
-
-
-def lines(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without times."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
 
 
 def assert_same_texts(directory: Path, other: Path) -> None:
@@ -151,7 +124,7 @@ def largest_difference(directory: Path, other: Path, only: str = "") -> float:
     only: compares the lines whose split contains it. logp_gap is left out where it is below GAP, since it is
     a mean of rounding errors itself.
     """
-    found, wanted = ([row for row in lines(path) if only in row["split"]] for path in (directory, other))
+    found, wanted = ([row for row in numbers(path) if only in row["split"]] for path in (directory, other))
     if [row.keys() for row in found] != [row.keys() for row in wanted]:
         return math.inf
     most = 0.0
@@ -170,8 +143,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--processes", type=int, default=4, choices=[2, 4])
     processes = parser.parse_args().processes
-    import tiny
-
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         model = root / "model"

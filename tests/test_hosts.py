@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from pod import free_port
 
 from rosd_jax.config import UserError
 from rosd_jax.hosts import Hosts, hosts, place, supervisor
@@ -232,19 +233,6 @@ process = here.process
 WAITS = "time.sleep(60)\n"
 
 
-def free_port():
-    """A port that is free, as is the next one."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
-
-
 @pytest.fixture
 def start(tmp_path):
     """start(code, count): that many supervised processes that run the code."""
@@ -339,14 +327,10 @@ def is_zombie(pid):
 def test_strangers_at_the_port_do_no_harm(start):
     first, second = start("time.sleep(1)\nsupervisor.report_end(0)\n")
     port = int(Path(first.args[1]).read_text().split('"127.0.0.1:')[1].split('"')[0]) + 1
+    child_of(first)  # the supervisor listens before it starts the child
     for hello in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"1\n", b"\xff\n", b""):
-        for _ in range(50):
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
-                    stranger.sendall(hello)
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.05)
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+            stranger.sendall(hello)
     assert ends(first) == ends(second) == (0, "")
 
 

@@ -17,8 +17,8 @@ from pod import (
     finish,
     free_port,
     largest_difference,
-    lines,
 )
+from test_run import numbers
 
 import tiny
 from support import ROOT, made_once, run_environment, shared_dir
@@ -59,7 +59,7 @@ def pair(model, cache, tmp_path_factory):
 
 def same(directory, other):
     """Bit for bit: runs of the same number of processes."""
-    assert lines(directory) == lines(other)
+    assert numbers(directory) == numbers(other)
     assert_same_texts(directory, other)
     name = "export/model.safetensors"
     assert (directory / name).read_bytes() == (other / name).read_bytes()
@@ -158,7 +158,6 @@ LOADS = f"""
 import json, sys
 import jax
 from pathlib import Path
-from rosd_jax.config import default_config
 from rosd_jax.hosts import place
 from rosd_jax.models import weights
 from rosd_jax.models.families import read_config

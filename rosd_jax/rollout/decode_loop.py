@@ -11,7 +11,8 @@ along the "tensor" axis its devices split heads, inner widths and the vocabulary
 
     generate(params, batch, key, stops, spec=)    -> rollout, on the devices; pure
     begin, decode, finish                            its three parts
-    begin, compact, advance, finish                  the same in pieces, between which the host may stop
+    decoding_weights, fill_cache                     the two parts of `begin`
+    compact, advance                                 `decode` in pieces, between which the host may stop
 
 Dimensions: B rows (within a shard: its own), N prompts, T tokens of a prompt (padded), R tokens of a
 response, S slots, C packed columns of a slot, M pages of a table, F places of the stack of free pages, D
@@ -133,14 +134,36 @@ def begin(
 
     Leaves of sequences and state have a leading axis of shards.
     """
+    weights = decoding_weights(params, model=spec.model, mesh=spec.mesh)
+    return weights, *fill_cache(weights, batch, key, stops, spec=spec)
+
+
+def decoding_weights(params: Params, *, model: Qwen3Config, mesh: Mesh | None) -> Weights:
+    """The weights as decoding wants them: in the compute type, joined, whole along all axes but "tensor"."""
 
     # Cast before the shards gather their weights, so that half as many bytes travel. Norms stay float32, and
     # so do adapters, whose product is added to the kernel in float32.
     def cast_kernel(path, x):
         name = jax.tree_util.keystr(path)
-        return x if "scale" in name or "lora_" in name else x.astype(spec.model.dtype)
+        return x if "scale" in name or "lora_" in name else x.astype(model.dtype)
 
     params = jax.tree_util.tree_map_with_path(cast_kernel, params)
+    run = partial(fuse, config=model)
+    if mesh is not None:
+        run = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(tensor_specs(params, mesh),),
+            out_specs=decoder_specs(model, mesh),
+            check_vma=False,  # nothing differentiates through it, so replication need not be tracked
+        )
+    return run(params)
+
+
+def fill_cache(
+    weights: Weights, batch: Batch[jax.Array], key: jax.Array, stops: Stops | None = None, *, spec: DecodeSpec
+) -> tuple[Sequences, State]:
+    """Every shard's prompts in its cache, and the sequences that it is to decode."""
 
     def by_shard(x_B):
         return jnp.reshape(x_B, (spec.shards, -1))
@@ -150,17 +173,17 @@ def begin(
         uid_B=by_shard(batch.uid_B),
         limit_B=by_shard(batch.limit_B),
     )
-    run = partial(_begin_shard, spec=spec)
+    run = partial(_fill_shard, spec=spec)
     if spec.mesh is not None:
         specs = cast(Any, Batch)(WHOLE, WHOLE, BY_ROW, BY_ROW, BY_ROW)
         run = jax.shard_map(
             run,
             mesh=spec.mesh,
-            in_specs=(tensor_specs(params, spec.mesh), specs, WHOLE, WHOLE),
-            out_specs=(decoder_specs(spec.model, spec.mesh), BY_ROW, state_specs()),
-            check_vma=False,  # nothing differentiates through it, so replication need not be tracked
+            in_specs=(decoder_specs(spec.model, spec.mesh), specs, WHOLE, WHOLE),
+            out_specs=(BY_ROW, state_specs()),
+            check_vma=False,
         )
-    return run(params, batch, key, stops)
+    return run(weights, batch, key, stops)
 
 
 def decode(weights: Weights, sequences: Sequences, state: State, *, spec: DecodeSpec) -> State:
@@ -214,13 +237,13 @@ def finish(state: State) -> DeviceRollout:
     )
 
 
-def _begin_shard(params, batch: Batch[jax.Array], key, stops, *, spec: DecodeSpec):
-    """`begin` on one shard: leaves of rows have a leading axis of length 1."""
+def _fill_shard(weights: Weights, batch: Batch[jax.Array], key, stops, *, spec: DecodeSpec):
+    """`fill_cache` on one shard: leaves of rows have a leading axis of length 1."""
     prompt_NT, prompt_len_N = batch.prompt_NT, batch.prompt_len_N
     prompt_of_B, uid_B, limit_B = batch.prompt_of_B[0], batch.uid_B[0], batch.limit_B[0]
     limits, model = spec.limits, spec.model
     limit_B = jnp.minimum(limit_B, limits.max_new)
-    (N, T), B, weights = prompt_NT.shape, len(uid_B), fuse(params, model)
+    (N, T), B = prompt_NT.shape, len(uid_B)
     # Each shard prefills the prompts of its own rows, and none for spare rows.
     wanted_N = jnp.zeros(N, bool).at[prompt_of_B].max(limit_B > 0)
     layout = lay_out(prompt_len_N, wanted_N, limits.page)
@@ -245,7 +268,7 @@ def _begin_shard(params, batch: Batch[jax.Array], key, stops, *, spec: DecodeSpe
     state = scheduler.initial(cache_XPWE, sequences, slots, free_F)
     if spec.admits_all(B):
         state = scheduler.admit_all(state, start, model.num_hidden_layers)
-    return weights, *jax.tree.map(lambda x: x[None], (sequences, state))
+    return jax.tree.map(lambda x: x[None], (sequences, state))
 
 
 def _empty_cache(spec: DecodeSpec, weights: Weights, pages_a_layer: int) -> jax.Array:

@@ -44,7 +44,8 @@ GPU_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_trit
 class Pieces(NamedTuple):
     """The functions of decode_loop.py under jit, for calls in pieces."""
 
-    begin: Any
+    decoding_weights: Any
+    fill_cache: Any
     compact: Any
     advance: Any
     finish: Any
@@ -111,7 +112,8 @@ class Engine:
         spec = self.spec(batch)
         if self.limits.max_new < LONG:
             return self.compiled(params, batch, key, self.stops, spec=spec)
-        weights, sequences, state = self.pieces.begin(params, batch, key, self.stops, spec=spec)
+        weights = self.pieces.decoding_weights(params, model=self.model, mesh=self.mesh)
+        sequences, state = self.pieces.fill_cache(weights, batch, key, self.stops, spec=spec)
         counts = spec.slot_counts(_slots(state))
         for slots, fewer in zip(counts, [*counts[1:], 0], strict=True):
             if slots < _slots(state):
@@ -135,7 +137,9 @@ class Engine:
     def pieces(self) -> Pieces:
         """The parts of a long call under jit."""
         return Pieces(
-            begin=self._jit(decode_loop.begin),
+            # Two programs: in one, the copies that weights are made of would take memory next to the cache.
+            decoding_weights=self._jit(decode_loop.decoding_weights, static_argnames=("model", "mesh")),
+            fill_cache=self._jit(decode_loop.fill_cache),
             compact=self._jit(decode_loop.compact, static_argnames=("count", "sequences")),
             # The state is donated, so that the cache is in memory once.
             advance=self._jit(
@@ -181,7 +185,7 @@ class Engine:
     def lower(self, params: Params, shape: CallShape, spec: DecodeSpec) -> jax.stages.Lowered:
         """jax.stages.Lowered of a whole call in one program; no device need be there.
 
-        params: shapes with shardings. A call in pieces needs no more memory.
+        params: shapes with shardings. A call in pieces takes a little more memory (docs/performance.md).
         """
         place = None if self.mesh is None else NamedSharding(self.mesh, WHOLE)
 

@@ -7,8 +7,8 @@
 The position in the data is the step itself: step s of a seed always has the same batch. checksums.json in
 each checkpoint detects damaged files, because Orbax silently restores an array with a flipped byte.
 
-A save copies the state to the host and returns; the files are written while the run goes on. `finish` waits
-for them. A damaged or missing file makes `restore_latest` fall back to the checkpoint before.
+A save copies the state to the host and returns; files and checksums are written while the run goes on.
+`finish` waits for them. A damaged or missing file makes `restore_latest` fall back to the checkpoint before.
 
     open_manager(workdir)                        -> CheckpointManager on workdir/checkpoints
     save(manager, state, step, meta)             -> Saving, once the state is copied
@@ -34,7 +34,7 @@ import math
 import shutil
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class Saving:
 
     step: int
     needed_bytes: int
+    done: Future[None]  # once files and checksums are on disk
 
 
 @dataclass(frozen=True)
@@ -105,24 +106,33 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dic
         opt_state=ocp.args.StandardSave(state.opt_state),
         meta=ocp.args.JsonSave({**meta, "step": step, "layout": _layout(state)}),
     )
-    saving = Saving(step, state_bytes(state))
-    with _full_disk_in_words(manager, saving):
+    needed_bytes = state_bytes(state)
+    with _full_disk_in_words(manager, needed_bytes):
         manager.save(step, args=items, force=True)
-    return saving
+    writer = ThreadPoolExecutor(1)
+    done = writer.submit(_complete, manager, step)
+    writer.shutdown(wait=False)
+    return Saving(step, needed_bytes, done)
 
 
 def finish(manager: ocp.CheckpointManager, saving: Saving) -> None:
     """Waits until the checkpoint is on disk. Raises UserError if the disk is full (earlier ones stay)."""
-    directory = Path(manager.directory) / str(saving.step)
-    with _full_disk_in_words(manager, saving):
-        manager.wait_until_finished()
-        # After Orbax's rename: a kill in between leaves a valid checkpoint without checksums (see _damage).
-        if jax.process_index() == 0:
-            atomic.write_text(directory / CHECKSUMS, [json.dumps(_checksums(directory), indent=1)])
+    with _full_disk_in_words(manager, saving.needed_bytes):
+        manager.wait_until_finished()  # Orbax raises a failure once per thread: here, not in the next save
+        saving.done.result()
+
+
+def _complete(manager: ocp.CheckpointManager, step: int) -> None:
+    """Waits for Orbax, then reads all files again for their checksums: too long for the main thread."""
+    manager.wait_until_finished()
+    # After Orbax's rename: a kill in between leaves a valid checkpoint without checksums (see _damage).
+    if jax.process_index() == 0:
+        directory = Path(manager.directory) / str(step)
+        atomic.write_text(directory / CHECKSUMS, [json.dumps(_checksums(directory), indent=1)])
 
 
 @contextlib.contextmanager
-def _full_disk_in_words(manager: ocp.CheckpointManager, saving: Saving) -> Iterator[None]:
+def _full_disk_in_words(manager: ocp.CheckpointManager, needed_bytes: int) -> Iterator[None]:
     directory = Path(manager.directory)
     try:
         yield
@@ -131,7 +141,7 @@ def _full_disk_in_words(manager: ocp.CheckpointManager, saving: Saving) -> Itera
             raise
         for left in directory.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(left, ignore_errors=True)
-        raise _no_space(directory, saving.needed_bytes, "a checkpoint") from error
+        raise _no_space(directory, needed_bytes, "a checkpoint") from error
 
 
 def prune(manager: ocp.CheckpointManager, keep: int, best: int | None) -> None:

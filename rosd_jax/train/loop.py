@@ -104,6 +104,7 @@ def train(config: Settings, directory: Path, hosts: Hosts) -> None:
         console = open_console(hosts, config, start)
         log = hosts.once("resume", lambda: resume(directory, config, inputs, start, console))
         checkpoint.set_aside(manager, restored.damaged, hosts)
+        del restored  # it refers to the state, whose memory is needed later
         if hosts.first:
             unfinished.drop_unless(start)
         run = Run(runtime, inputs, directory, log, console, manager, compiled, meta)
@@ -176,12 +177,12 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
     saving = None
     try:
         score_if_due(run, state.params, frozen_params, start)
-        best = run.hosts.once("best step", lambda: best_step(read_metrics(run.log.path)))
+        best = best_so_far(run)
         for step in range(start, config.steps):
             state = one_step(run, state, frozen_params, step)
             done = step + 1
             if score_if_due(run, state.params, frozen_params, done):
-                best = run.hosts.once("best step", lambda: best_step(read_metrics(run.log.path)))
+                best = best_so_far(run)
             # A whole step was made meanwhile, so this hardly waits.
             saving = finish_saving(run, saving, best)
             if is_due(done, config.checkpoint.every, config.steps) or done == best:
@@ -193,6 +194,11 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
         save_unsaved(run, state, done)
         raise
     return state
+
+
+def best_so_far(run: Run) -> int | None:
+    """The best step by validation until now."""
+    return run.hosts.once("best step", lambda: best_step(read_metrics(run.log.path)))
 
 
 def finish_saving(run: Run, saving: checkpoint.Saving | None, best: int | None) -> None:

@@ -47,8 +47,10 @@ class Unfinished:
         It is sampled now if no earlier start has kept it; the seconds are then 0.
         """
         path = self.directory / FOLDER / f"{stage}.npz"
-        if self.hosts.once(f"kept {stage}", lambda: self._holds(path, step)):
-            arrays = _read(path)
+        arrays = self._kept(path, step) if self.hosts.first else None
+        if self.hosts.once(f"kept {stage}", lambda: arrays is not None):
+            arrays = arrays or self._kept(path, step)
+            assert arrays is not None, f"{path} is not what process 0 has read"
             return _rollout(arrays), float(arrays["seconds"])
         began = time.perf_counter()
         rollout = sample()
@@ -61,20 +63,23 @@ class Unfinished:
     def drop_unless(self, step: int) -> None:
         """Removes the files, except those of this step (from 0)."""
         for path in (self.directory / FOLDER).glob("*"):
-            if not self._holds(path, step):
+            if self._kept(path, step) is None:
                 path.unlink()
 
     def drop(self) -> None:
         """Removes the files, at the end of a run."""
         shutil.rmtree(self.directory / FOLDER, ignore_errors=True)
 
-    def _holds(self, path: Path, step: int) -> bool:
-        """Whether a file is whole, and of this step of this run."""
+    def _kept(self, path: Path, step: int) -> dict[str, np.ndarray] | None:
+        """All arrays of a file; None unless it is whole, and of this step of this run."""
         try:
-            arrays = _read(path)
-            return int(arrays["step"]) == step and str(arrays["origin"]) == self.origin
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                # Arrays are read one by one, so a file of another step costs a few bytes.
+                if int(arrays["step"]) != step or str(arrays["origin"]) != self.origin:
+                    return None
+                return {name: arrays[name] for name in arrays.files}  # reading checks their CRC-32
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return False
+            return None
 
 
 def _arrays(rollout: HostRollout) -> dict[str, np.ndarray]:
@@ -96,9 +101,3 @@ def _write(path: Path, arrays: dict[str, Any]) -> None:
     np.savez(buffer, **arrays)
     path.parent.mkdir(exist_ok=True)
     atomic.write_bytes(path, [buffer.getvalue()])
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file; reading checks their CRC-32."""
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}

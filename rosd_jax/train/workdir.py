@@ -43,14 +43,8 @@ from rosd_jax.errors import UserError
 from rosd_jax.fields import from_config, shown
 from rosd_jax.settings import Settings
 
-WRITTEN = (
-    "metrics.jsonl",
-    "checkpoints",
-    "rollouts",
-    "evals",
-    "export",
-    "unfinished",
-)  # by a run that has begun
+# What a run writes that has begun.
+WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export", "unfinished")
 # Fields that may differ when a run is resumed; with a dot at the end, a whole section.
 MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "validation.")
 CONFIG_FILE = "config.json"
