@@ -23,7 +23,7 @@ from rosd_jax.rollout.limits import Limits
 from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.text import prompts, spans
 from rosd_jax.text.tokenizer import load_tokenizer
-from rosd_jax.train.step import decode
+from rosd_jax.train.step import responses
 
 
 def main() -> None:
@@ -43,11 +43,11 @@ def measure(path: str, count: int) -> dict[str, float]:
     rng = np.random.default_rng(1)
 
     def ask(asked: list[str], temperature: float) -> list[str]:
-        ids = [tokenizer.chat_ids([{"role": "user", "content": text}], thinking=False) for text in asked]
+        ids = tokenizer.encode_chats([[{"role": "user", "content": text}] for text in asked], thinking=False)
         sampling = Sampling(temperature, stop_ids=tokenizer.stop_ids)
         engine = Engine(model, None, Limits(72, 256, prompts=len(ids)), sampling)
         requests = [Request(prompt, uid) for uid, prompt in enumerate(ids)]
-        return decode(tokenizer, engine.generate(params, requests, jax.random.key(0)))
+        return tokenizer.decode_all(responses(engine.generate(params, requests, jax.random.key(0))))
 
     def draw(family: str) -> list[problems.Chain]:
         return [problems.sample_chain(rng, family, "test") for _ in range(count)]

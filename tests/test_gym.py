@@ -223,7 +223,9 @@ def test_the_written_chat_template_is_the_pretraining_format(tokenizer):
     for _, prompt, _ in pairs(2):
         messages = [{"role": "user", "content": prompt}]
         assert tokenizer.render(messages, thinking=False) == pretrain.chat(prompt)
-        assert tokenizer.chat_ids(messages, thinking=False) == inner.encode(pretrain.chat(prompt)).ids
+        assert (
+            tokenizer.encode_chats([messages], thinking=False)[0] == inner.encode(pretrain.chat(prompt)).ids
+        )
 
 
 def test_no_pretraining_text_holds_a_test_problem():

@@ -366,6 +366,28 @@ def test_a_process_that_never_comes_is_named(start, process, words):
     assert status == 1 and words in printed
 
 
+@pytest.mark.parametrize("stopped", ["child", "supervisor"])
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_is_stopped_ends_all(start, process, stopped):
+    runs = start(WAITS, before="supervisor.BEAT_S = 0.1\nsupervisor.SILENCE_S = 2\n")
+    children = [child_of(run) for run in runs]
+    time.sleep(1)  # beats have been sent
+    os.kill(children[process] if stopped == "child" else runs[process].pid, signal.SIGSTOP)
+    status, printed = ends(runs[1 - process])
+    assert status == 1
+    assert f"error: process {process} of 2, on host " in printed
+    assert "has sent no sign of life for 2 s; it is stopped, or its host is overloaded" in printed
+    if stopped == "supervisor":
+        runs[process].send_signal(signal.SIGCONT)
+    assert ends(runs[process])[0] == 1
+
+
+def test_a_process_that_is_busy_for_long_goes_on(start):
+    code = "time.sleep(3)\nsupervisor.report_end(0)\ntime.sleep(3)\n"
+    runs = start(code, before="supervisor.BEAT_S = 0.1\nsupervisor.SILENCE_S = 2\n")
+    assert [ends(run) for run in runs] == [(0, "")] * 2
+
+
 def test_a_place_survives_the_way_to_the_child(start):
     code = "print(here, flush=True)\nsupervisor.report_end(0)\n"
     for i, run in enumerate(start(code)):

@@ -18,12 +18,12 @@ def problems_of(*lengths: int) -> list[Problem]:
     ]
 
 
-def chat_ids(messages) -> list[int]:
-    return [7] * len(messages[-1]["content"])
+def encode_chats(chats) -> list[list[int]]:
+    return [[7] * len(messages[-1]["content"]) for messages in chats]
 
 
 def encoded_of(*lengths: int):
-    return encode_problems(problems_of(*lengths), chat_ids, 10_000)[0]
+    return encode_problems(problems_of(*lengths), encode_chats, 10_000)[0]
 
 
 def uids(prompts) -> list[str]:
@@ -54,14 +54,14 @@ def test_the_checksum_of_problems_sees_text_gold_checker_order_and_number():
 
 def test_overlong_prompts_are_named():
     problems = problems_of(5, 11, 10, 12)
-    kept, overlong = encode_problems(problems, chat_ids, 10)
+    kept, overlong = encode_problems(problems, encode_chats, 10)
     assert [(p.uid, len(ids)) for p, ids in kept] == [("s/train/0", 5), ("s/train/2", 10)]
     assert overlong == ["s/train/1", "s/train/3"]
 
 
 def test_no_prompt_that_fits_is_a_user_error():
     with pytest.raises(UserError, match="max_prompt_tokens is 4, and all of the 2 .* at least 5"):
-        encode_problems(problems_of(5, 6), chat_ids, 4)
+        encode_problems(problems_of(5, 6), encode_chats, 4)
 
 
 def test_a_batch_has_the_ids_of_its_problems():

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_reflect import Letters, graded_rows
+from test_reflect import Letters, graded_rows, read_all
 
 from configs import quickstart, qwen3_science
 from oracles.token_weights import aggregate_weights
@@ -106,7 +106,7 @@ def test_loss_of_a_batch_worked_out_on_paper(preset):
     config = use_preset(default_config(), preset)
     graded = graded_rows(TEXTS, REWARDS, samples=5)
     plans = reflect.plan_rollouts(graded, config.reflect)
-    reflected = reflect.read_reflections(graded, plans, RAWS, Letters(), config.lesson, thinking_open=False)
+    reflected = read_all(graded, plans, RAWS, config.lesson)
     reflected, _ = teacher.teacher_prompts(
         reflected, Letters(), config.lesson, thinking=False, wording=ENGLISH
     )

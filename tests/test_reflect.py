@@ -27,8 +27,9 @@ class Letters:
         ends = np.cumsum([0, *(int(i) != 0 for i in ids)])
         return np.stack([ends[:-1], ends[1:]], axis=1)
 
-    def chat_ids(self, messages, *, thinking):
-        return self.encode("".join(f"[{m['role']}]{m['content']}" for m in messages) + "[thinks]" * thinking)
+    def encode_chats(self, chats, *, thinking):
+        rendered = ["".join(f"[{m['role']}]{m['content']}" for m in messages) for messages in chats]
+        return [self.encode(text + "[thinks]" * thinking) for text in rendered]
 
 
 PROBLEM = Problem(
@@ -57,12 +58,22 @@ def span_config():
     return use_preset(default_config(), "span")
 
 
+def read_all(graded: Graded, plans, raws, lesson, thinking_open: bool = False) -> Reflected:
+    """The reflections of a batch. raws: the reflector's answer per row, or None."""
+    asked = {row: raw for row, raw in enumerate(raws) if raw is not None and plans[row].kind}
+    said = {
+        row: reflect.read_answer(graded, row, raw, Letters(), lesson, thinking_open=thinking_open)
+        for row, raw in asked.items()
+    }
+    return reflect.gather(graded, plans, asked, said, lesson)
+
+
 def read(texts, rewards, raws, lesson=None, config=None) -> tuple[Reflected, np.ndarray]:
     config = config or span_config()
     graded = graded_rows(texts, rewards)
     plans = reflect.plan_rollouts(graded, config.reflect)
     lesson = lesson or config.lesson
-    reflected = reflect.read_reflections(graded, plans, raws, Letters(), lesson, thinking_open=False)
+    reflected = read_all(graded, plans, raws, lesson)
     width = graded.rollout.tokens_BR.shape[1]
     return reflected, teacher.region_weights(reflected, lesson, width)
 
@@ -117,9 +128,7 @@ def test_overlong_prompts_are_skipped_or_cut():
     ids = reflect.build_prompts(graded, plans, Letters(), config, thinking=False, wording=ENGLISH)
     assert ids[0] is None and ids[1] is not None
     raws = [None, "<explanation>x</explanation>"]
-    reflected = reflect.read_reflections(
-        graded, plans, raws, Letters(), default_config().lesson, thinking_open=False
-    )
+    reflected = read_all(graded, plans, raws, default_config().lesson)
     assert [r.note for r in reflected.reflections] == ["overlong", ""]
     config.overlong = "cut"
     ids = reflect.build_prompts(graded, plans, Letters(), config, thinking=True, wording=ENGLISH)
@@ -313,9 +322,7 @@ def test_drafts_inside_thinking_are_no_answer():
 def test_thinking_that_does_not_end_holds_no_answer(raw, thinking_open, idea):
     graded = graded_rows(["it is 5", "4"], [0, 1])
     plans = reflect.plan_rollouts(graded, default_config().reflect)
-    reflected = reflect.read_reflections(
-        graded, plans, [raw, None], Letters(), default_config().lesson, thinking_open=thinking_open
-    )
+    reflected = read_all(graded, plans, [raw, None], default_config().lesson, thinking_open)
     first = reflected.reflections[0]
     assert first.idea == idea
     assert first.char_span == (None if idea is None else (3, 7))
@@ -337,7 +344,5 @@ def test_the_sibling_is_shown_without_thinking_that_its_prompt_opened():
     plans = reflect.plan_rollouts(graded, default_config().reflect)
     shown = reflect.reflector_messages(graded, 0, plans[0], wording=ENGLISH)[-1]["content"]
     assert "<correct_solution>\nit is 4\n</correct_solution>" in shown
-    reflected = reflect.read_reflections(
-        graded, plans, [answer("is 5"), None], Letters(), default_config().lesson, thinking_open=False
-    )
+    reflected = read_all(graded, plans, [answer("is 5"), None], default_config().lesson)
     assert reflected.reflections[0].solution == "it is 4"

@@ -75,7 +75,7 @@ def loaded(path):
 
 
 def chats(tokenizer):
-    return [tokenizer.chat_ids([{"role": "user", "content": text}], thinking=False) for text in ANSWERS]
+    return tokenizer.encode_chats([[{"role": "user", "content": text}] for text in ANSWERS], thinking=False)
 
 
 def test_greedy_answers_are_the_recorded_ones(loaded):

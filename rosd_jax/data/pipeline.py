@@ -26,14 +26,15 @@ def problems_crc32(problems: Sequence[Problem]) -> int:
 
 def encode_problems(
     problems: Sequence[Problem],
-    chat_ids: Callable[[tuple[Message, ...]], list[int]],
+    encode_chats: Callable[[list[tuple[Message, ...]]], list[list[int]]],
     max_prompt_tokens: int,
 ) -> tuple[list[tuple[Problem, list[int]]], list[str]]:
     """The problems that fit, each with its prompt ids, and the uids of those that do not.
 
     Raises UserError if none fits.
     """
-    encoded = [(problem, chat_ids(problem.messages)) for problem in problems]
+    ids = encode_chats([problem.messages for problem in problems])
+    encoded = list(zip(problems, ids, strict=True))
     kept = [(problem, ids) for problem, ids in encoded if len(ids) <= max_prompt_tokens]
     overlong = [problem.uid for problem, ids in encoded if len(ids) > max_prompt_tokens]
     if not kept:

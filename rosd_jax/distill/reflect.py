@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -135,24 +135,26 @@ def build_prompts(
     fits (overlong="cut", as in the released code: the instruction at its end is lost first).
     """
     limit = reflect.max_prompt_tokens
-    cut = reflect.overlong == "cut"
-    built: list[list[int] | None] = []
-    for row, plan in enumerate(plans):
-        ids = None
-        if plan.kind:
-            messages = reflector_messages(graded, row, plan, wording)
-            ids = fit(tokenizer, messages, limit, thinking=thinking, cut=cut)
-        built.append(ids)
+    chats = {
+        row: reflector_messages(graded, row, plan, wording) for row, plan in enumerate(plans) if plan.kind
+    }
+    encoded = tokenizer.encode_chats(chats.values(), thinking=thinking)
+    built: list[list[int] | None] = [None] * len(plans)
+    for (row, messages), ids in zip(chats.items(), encoded, strict=True):
+        if len(ids) <= limit:
+            built[row] = ids
+        elif reflect.overlong == "cut":
+            built[row] = cut(tokenizer, messages, ids, limit, thinking=thinking)
     return built
 
 
-def fit(
-    tokenizer: Tokenizer, messages: list[Message], limit: int, *, thinking: bool, cut: bool
+def cut(
+    tokenizer: Tokenizer, messages: list[Message], ids: list[int], limit: int, *, thinking: bool
 ) -> list[int] | None:
-    """Chat ids of at most `limit` tokens, or None if they do not fit."""
-    ids = tokenizer.chat_ids(messages, thinking=thinking)
-    if len(ids) <= limit or not cut:
-        return ids if len(ids) <= limit else None
+    """Chat ids of at most `limit` tokens, or None if an empty user text would not fit either.
+
+    ids: of the whole chat, which are more.
+    """
     *head, user = messages
     text_ids = tokenizer.encode(user["content"])
     keep = len(text_ids)
@@ -160,33 +162,38 @@ def fit(
     while len(ids) > limit and keep > 0:
         keep = max(0, keep - (len(ids) - limit))
         text = tokenizer.decode(text_ids[:keep]).rstrip("\ufffd")
-        ids = tokenizer.chat_ids([*head, {**user, "content": text}], thinking=thinking)
+        ids = tokenizer.encode_chats([[*head, {**user, "content": text}]], thinking=thinking)[0]
     return ids if len(ids) <= limit else None
 
 
-def read_reflections(
+def read_answer(
+    graded: Graded, row: int, raw: str, tokenizer: Tokenizer, lesson: LessonSettings, *, thinking_open: bool
+) -> Reflection:
+    """What the reflector's answer about a row says: its idea, and for a wrong row the quote and its place.
+
+    thinking_open: the reflector's prompt ended inside a thinking block.
+    """
+    idea, quote = parse(raw, official=lesson.locate == "reencode", thinking_open=thinking_open)
+    if graded.rewards_B[row] >= SUCCESS:
+        return Reflection(idea=idea)
+    return with_place(Reflection(idea=idea, quote=quote), graded, row, tokenizer, lesson.locate)
+
+
+def gather(
     graded: Graded,
     plans: Sequence[ReflectionPlan],
-    raws: Sequence[str | None],
-    tokenizer: Tokenizer,
+    raws: Mapping[int, str],
+    answers: Mapping[int, Reflection],
     lesson: LessonSettings,
-    *,
-    thinking_open: bool,
 ) -> Reflected:
-    """Parses every answer and locates every quote.
+    """One reflection per row, with a note where it is out of the loss.
 
-    raws: the reflector's text per row; None for a row without a prompt. thinking_open: the reflector's
-    prompt ended inside a thinking block.
+    raws, answers: the reflector's text, and what `read_answer` makes of it, by row; only rows with a prompt.
     """
     reflections = []
-    for row, (plan, raw) in enumerate(zip(plans, raws, strict=True)):
-        reflection = Reflection(solution=solution_of(graded, plan))
-        if plan.kind is not None and raw is not None:
-            idea, quote = parse(raw, official=lesson.locate == "reencode", thinking_open=thinking_open)
-            # Only a wrong rollout has an error quote.
-            quote = quote if plan.kind == "wrong" else None
-            reflection = replace(reflection, raw=raw, idea=idea, quote=quote)
-            reflection = with_place(reflection, graded, row, tokenizer, lesson.locate)
+    for row, plan in enumerate(plans):
+        said = answers.get(row, Reflection())
+        reflection = replace(said, raw=raws.get(row), solution=solution_of(graded, plan))
         reflections.append(replace(reflection, note=note_of(plan, reflection, lesson)))
     return Reflected(graded, tuple(reflections))
 

@@ -61,21 +61,23 @@ def teacher_prompts(
     the loss with the note "teacher_overlong". The returned record has these notes.
     """
     limit = lesson.max_teacher_tokens
-    reflections = []
-    prompts = []
-    for row, reflection in enumerate(reflected.reflections):
-        ids = None
+    reflections = list(reflected.reflections)
+    prompts: list[list[int] | None] = [None] * len(reflections)
+    chats: dict[int, list[Message]] = {}
+    for row, reflection in enumerate(reflections):
         problem = reflected.graded.problem(row)
-        if not reflection.note and _untaught(problem, reflection, lesson):
-            reflection = replace(reflection, note="no_idea")
-        if not reflection.note:
-            messages = teacher_messages(problem, reflection, lesson, wording)
-            ids = tokenizer.chat_ids(messages, thinking=thinking)
-            if len(ids) > limit:
-                ids = None
-                reflection = replace(reflection, note="teacher_overlong")
-        reflections.append(reflection)
-        prompts.append(ids)
+        if reflection.note:
+            continue
+        if _untaught(problem, reflection, lesson):
+            reflections[row] = replace(reflection, note="no_idea")
+        else:
+            chats[row] = teacher_messages(problem, reflection, lesson, wording)
+    encoded = tokenizer.encode_chats(chats.values(), thinking=thinking)
+    for row, ids in zip(chats, encoded, strict=True):
+        if len(ids) <= limit:
+            prompts[row] = ids
+        else:
+            reflections[row] = replace(reflections[row], note="teacher_overlong")
     return replace(reflected, reflections=tuple(reflections)), prompts
 
 

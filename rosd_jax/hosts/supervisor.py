@@ -3,7 +3,7 @@
 JAX notices a dead process late, and then aborts the others without saying which host it was. A process that
 waits for another inside a program on the devices can notice nothing at all. So the command starts the run as
 a child process. The parents are connected to the first host's parent by TCP. Each watches its child, and when
-one fails, all print why and kill theirs.
+one fails, all print why and kill theirs. A child or a parent that says nothing for SILENCE_S has failed too.
 
     supervise(place)        in the parent: runs the same command as its child -> exit status
     given()                 in the child: its place; None in a process without a supervisor
@@ -12,7 +12,8 @@ one fails, all print why and kill theirs.
 
 Messages are lines of JSON. A child sends {"ended": status} or {"failed": text, "status": n} to its parent.
 A parent sends {"process": i, "host": name} to the first host's parent, and later {"ended": status} or
-{"failed": the fields of a Failure}; that one sends every failure on to all others.
+{"failed": the fields of a Failure}; that one sends every failure on to all others. Children to their parents,
+and parents to those that they are connected to, also send {"alive": true} every BEAT_S.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,6 +35,8 @@ from rosd_jax.errors import UserError
 from rosd_jax.hosts.place import PATIENCE_S, Place
 
 PLACE = "ROSD_JAX_PLACE"  # environment variable of the child: its place and its pipe to the parent
+BEAT_S = 5
+SILENCE_S = 120  # a thread of Python sends the beats, and a call into C may keep it from running for long
 LAST_WORDS_S = 20  # how long a failure waits for a connection to the first host
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 USERS_MISTAKE = 2
@@ -66,8 +70,15 @@ def given() -> Place | None:
     fields = passed["place"]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_beat, daemon=True).start()
     devices = fields.pop("devices")
     return Place(**fields, devices=None if devices is None else tuple(devices))
+
+
+def _beat() -> None:
+    while True:
+        _report({"alive": True})
+        time.sleep(BEAT_S)
 
 
 def report_end(status: int) -> None:
@@ -146,6 +157,7 @@ class _Link:
         self.process: int | None = None  # at the other end
         self.host = ""
         self.ended = False
+        self.heard: float | None = None  # when it last sent something
 
     def read(self) -> list[dict[str, Any]] | None:
         """The messages that have arrived; None if the other end is closed, or does not send messages."""
@@ -155,6 +167,7 @@ class _Link:
             return None
         if not data:
             return None
+        self.heard = time.monotonic()
         *lines, self.rest = (self.rest + data).split(b"\n")
         try:
             return [json.loads(line) for line in lines]
@@ -183,6 +196,7 @@ class _Supervisor:
         self.ended = False  # the own child, in good order
         self.failure: Failure | None = None  # the first that this parent heard of
         self.until = time.monotonic() + PATIENCE_S  # when all must be connected
+        self.beat = 0.0  # when the last one was sent
         if server:
             self.selector.register(server, selectors.EVENT_READ, server)
 
@@ -190,11 +204,13 @@ class _Supervisor:
         """Returns the exit status once the child has ended everywhere, or failed anywhere."""
         while True:
             self._connect()
+            self._send_beat()
             for key, _ in self.selector.select(0.5):
                 if isinstance(key.data, _Link):
                     self._read(key.data)
                 else:
                     self._watch(key.data.accept()[0])
+            self._find_silent()
             late = not self._complete() and time.monotonic() > self.until
             # A failure waits for those that are not connected yet, so that they hear of it.
             if self.failure and (self._complete() or late):
@@ -247,6 +263,25 @@ class _Supervisor:
         elif self.ended:
             self._send({"ended": 0})
 
+    def _send_beat(self) -> None:
+        if time.monotonic() > self.beat + BEAT_S:
+            self.beat = time.monotonic()
+            for link in self.links:
+                link.send({"alive": True})
+
+    def _find_silent(self) -> None:
+        """Takes the own child, or a process at the other end of a connection, for failed if it is silent."""
+        for link in (self.pipe, *self.links):
+            if link.ended or link.heard is None or time.monotonic() < link.heard + SILENCE_S:
+                continue
+            text = f"has sent no sign of life for {SILENCE_S} s; it is stopped, or its host is overloaded"
+            if link is self.pipe:
+                print(f"error: the run {text}", file=sys.stderr, flush=True)
+                self._fail(text, 1)
+            else:
+                self._failed(Failure(link.process or 0, link.host or "unknown", text, 1))
+            return
+
     def _watch(self, end: socket.socket) -> _Link:
         """A new connection. One that was accepted counts once it has said which process it is."""
         end.settimeout(None)
@@ -269,6 +304,8 @@ class _Supervisor:
         for message in messages:
             if link is not self.pipe and link not in self.links:
                 self._introduce(link, message)
+            elif "alive" in message:
+                pass
             elif "ended" in message:
                 link.ended = True
                 if link is self.pipe:

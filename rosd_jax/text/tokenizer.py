@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from rosd_jax.types import Message  # noqa: E402
 # Words, numbers, marks, white space and other scripts, to identify how a tokenizer splits text.
 PROBE = "The 3 foxes' 1,024 naps:\n\n\tx_1 = -(a + b)^2 / 7.5e-3  # na\u00efve \u4e2d\u6587 \U0001f600"
 TODAY = "26 Jul 2024"  # given to every template, so that a run resumed on another day has the same prompts
+SURROGATE = re.compile("[\ud800-\udfff]")
 LEFT_CONTEXT = 4  # tokens before a token, with which a decoder is asked for its text
 
 
@@ -153,17 +155,33 @@ class Tokenizer:
         _, opened, inside = begun.rpartition(OPEN)
         return bool(opened) and CLOSE not in inside
 
-    def chat_ids(self, messages: Iterable[Message], *, thinking: bool) -> list[int]:
-        """Ids of `render`, with control tokens from the template only.
+    def encode_chats(self, chats: Iterable[Iterable[Message]], *, thinking: bool) -> list[list[int]]:
+        """Ids of `render` for each chat, with control tokens from the template only. Uses all cores.
 
         Equal to `apply_chat_template(tokenize=True)` unless a message contains the string of a control
         token, which is encoded as plain text.
         """
-        messages = [{**m, "content": _well_formed(m["content"])} for m in messages]
         control = self._control()
         pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
-        if not any(pattern.search(m["content"]) for m in messages):
-            return self.inner.encode(self.render(messages, thinking), add_special_tokens=False)
+        encoded: list[list[int] | None] = []
+        texts = []
+        for chat in chats:
+            messages = [{**m, "content": _well_formed(m["content"])} for m in chat]
+            if any(pattern.search(m["content"]) for m in messages):
+                encoded.append(self._with_hidden_control(messages, thinking, control, pattern))
+            else:
+                encoded.append(None)
+                texts.append(self.render(messages, thinking))
+        # transformers' own call for many texts takes twice the time, since it also computes offsets.
+        backend = self.inner.backend_tokenizer
+        backend.encode_special_tokens = self.inner.split_special_tokens  # `encode` changes it
+        plain = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
+        return [next(plain).ids if ids is None else ids for ids in encoded]
+
+    def _with_hidden_control(
+        self, messages: list[Message], thinking: bool, control: dict[str, int], pattern: re.Pattern[str]
+    ) -> list[int]:
+        """Ids of a chat whose messages contain strings of control tokens: strings that match `pattern`."""
         mark = _unused_character("".join(m["content"] for m in messages))
         names = {token: string for string, token in control.items()}
 
@@ -185,7 +203,12 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids without control tokens; `<think>` stays. Invalid bytes become U+FFFD."""
-        return self.inner.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.decode_all([ids])[0]
+
+    def decode_all(self, rows: Iterable[Sequence[int] | np.ndarray]) -> list[str]:
+        """`decode` of each row. Uses all cores."""
+        ids = [np.asarray(row, np.int64).tolist() for row in rows]
+        return self.inner.backend_tokenizer.decode_batch(ids, skip_special_tokens=True)
 
     def offsets(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Characters [start, stop) of each token in `decode(ids)`: int64 [len(ids), 2].
@@ -273,7 +296,7 @@ def _stop_ids(inner: Any, path: Path) -> tuple[int, ...]:
 
 def _well_formed(text: str) -> str:
     """Joins surrogate pairs, and replaces unpaired ones, which no encoder accepts, by U+FFFD."""
-    if not any("\ud800" <= c <= "\udfff" for c in text):
+    if not SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -293,6 +316,7 @@ def _byte_alphabet() -> dict[str, int]:
 ALPHABET = _byte_alphabet()
 
 
+@cache
 def _token_bytes(token: str) -> bytes:
     # An added token may have characters outside the alphabet; then it is itself.
     if all(c in ALPHABET for c in token):

@@ -76,7 +76,7 @@ def read_inputs(config: Settings) -> Inputs:
     stops = make_stops(stop, tokenizer.pieces(stop)) if stop else None
     with Grader(config.rewards, config.reward_timeout) as grader:
         grader.start()  # raises if the user's reward function cannot be used
-    chat_ids = partial(tokenizer.chat_ids, thinking=config.thinking.student)
+    encode_chats = partial(tokenizer.encode_chats, thinking=config.thinking.student)
     overlong: dict[str, list[str]] = {}
     found: dict[str, dict[str, int]] = {}
 
@@ -84,7 +84,7 @@ def read_inputs(config: Settings) -> Inputs:
         problems = load_problems(name, split, config.data.dir)
         found[f"{set_name(name)}/{split}"] = {"rows": len(problems), "crc32": problems_crc32(problems)}
         check_kinds(config, problems)
-        kept, dropped = encode_problems(problems, chat_ids, config.data.max_prompt_tokens)
+        kept, dropped = encode_problems(problems, encode_chats, config.data.max_prompt_tokens)
         if dropped:
             overlong[f"{set_name(name)}/{split}"] = dropped
         return kept[:limit] if limit else kept

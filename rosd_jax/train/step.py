@@ -43,6 +43,7 @@ from rosd_jax.types import (
     Problem,
     Prompts,
     Reflected,
+    Reflection,
     Stream,
     TrainState,
 )
@@ -140,23 +141,21 @@ def grade(runtime: Runtime, prompts: Prompts, rollout: HostRollout) -> Graded:
 def read_and_grade(
     runtime: Runtime, rollout: HostRollout, problems: Sequence[Problem]
 ) -> tuple[tuple[str, ...], tuple[Grade, ...]]:
-    """The text of every response and its grade. Each host does a part of the rows."""
+    """The text of every response and its grade. Each host grades a part of the rows."""
+    texts = tuple(runtime.tokenizer.decode_all(responses(rollout)))
 
-    def read(rows: Sequence[tuple[np.ndarray, Problem]]) -> list[tuple[str, Grade]]:
-        texts = [runtime.tokenizer.decode(tokens) for tokens, _ in rows]
-        asked = [problem for _, problem in rows]
-        grades = runtime.grader.grade_all(texts, asked, thinking_open=runtime.student_thinking_open)
-        return list(zip(texts, grades, strict=True))
+    def grade_rows(rows: Sequence[tuple[str, Problem]]) -> Sequence[Grade]:
+        answers, asked = zip(*rows, strict=True)
+        return runtime.grader.grade_all(answers, asked, thinking_open=runtime.student_thinking_open)
 
-    rows = list(zip(responses(rollout), problems, strict=True))
-    texts, grades = zip(*runtime.hosts.share("grade", read, rows), strict=True)
-    return texts, grades
+    rows = list(zip(texts, problems, strict=True))
+    return texts, tuple(runtime.hosts.share("grade", grade_rows, rows))
 
 
 def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int) -> tuple[Reflected, float]:
-    """Asks the reflector about the rollouts that distill/reflect.py selects, and parses its answers.
+    """Asks the reflector about the rollouts that distill/reflect.py selects, and reads its answers.
 
-    Also returns the seconds that an earlier start spent on the answers.
+    Each host reads a part of them. Also returns the seconds that an earlier start spent on the answers.
     """
     config = runtime.config
     plans = reflect.plan_rollouts(graded, config.reflect)
@@ -171,7 +170,7 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
     # A reflection has the uid of its rollout, but another stream of random numbers.
     first = step * len(ids)
     asked = {row: Request(prompt, first + row) for row, prompt in enumerate(ids) if prompt is not None}
-    raws: list[str | None] = [None] * len(ids)
+    raws: dict[int, str] = {}
     answers = None
     earlier = 0.0
     if asked:
@@ -181,16 +180,19 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
         answers, earlier = runtime.unfinished.rollout(
             step, "reflect", lambda: generate(params, requests, key)
         )
-        for row, text in zip(asked, decode(runtime.tokenizer, answers), strict=True):
-            raws[row] = text
-    reflected = reflect.read_reflections(
-        graded,
-        plans,
-        raws,
-        runtime.tokenizer,
-        config.lesson,
-        thinking_open=runtime.reflector_thinking_open,
-    )
+        raws = dict(zip(asked, runtime.tokenizer.decode_all(responses(answers)), strict=True))
+
+    def read(rows: Sequence[int]) -> list[Reflection]:
+        thinking_open = runtime.reflector_thinking_open
+        return [
+            reflect.read_answer(
+                graded, row, raws[row], runtime.tokenizer, config.lesson, thinking_open=thinking_open
+            )
+            for row in rows
+        ]
+
+    said = dict(zip(raws, runtime.hosts.share("reflections", read, list(raws)), strict=True))
+    reflected = reflect.gather(graded, plans, raws, said, config.lesson)
     return replace(reflected, answers=answers), earlier
 
 
@@ -215,11 +217,6 @@ def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Less
         sampler_logp_BR=graded.rollout.logp_BR,
     )
     return reflected, lesson
-
-
-def decode(tokenizer: Tokenizer, rollout: HostRollout) -> list[str]:
-    """The text of every response, special tokens removed."""
-    return [tokenizer.decode(tokens) for tokens in responses(rollout)]
 
 
 def responses(rollout: HostRollout) -> list[np.ndarray]:
