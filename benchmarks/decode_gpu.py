@@ -30,7 +30,7 @@ from benchmarks.decode_shared import QWEN3_4B, random_weights
 from benchmarks.timing import summary, versions
 from rosd_jax.kernels.paged_attention import Operands, write_and_attend, xla
 from rosd_jax.models.decoder import Decoder, StepInputs, Weights, decode_step, fuse, local_logits
-from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.qwen3 import Qwen3Config, param_shapes
 from rosd_jax.rollout.bandwidth import copy_bandwidth, read_each_step
 from rosd_jax.rollout.engine import GPU_OPTIONS
 
@@ -105,7 +105,7 @@ def attention_error(args: argparse.Namespace) -> float:
 def measure(args: argparse.Namespace, model: Qwen3Config, bandwidth: float) -> dict[str, Any]:
     """Milliseconds per step, and the roofline fraction at the copy's bandwidth (bytes per second)."""
     # The shapes of `fuse`'s weights, filled directly: float32 parameters would not fit next to them.
-    shapes = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
+    shapes = jax.eval_shape(partial(fuse, config=model), param_shapes(model))
     weights = random_weights(shapes)
     pages = -(-args.context // args.page)
     page = jax.random.normal(

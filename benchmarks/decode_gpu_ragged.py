@@ -54,7 +54,7 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
     """Seconds of the engine, its memory and its roofline fraction."""
     import jax
 
-    from rosd_jax.models.qwen3 import Qwen3Config, init_params
+    from rosd_jax.models.qwen3 import Qwen3Config, param_shapes
     from rosd_jax.rollout.bandwidth import measure_roofline, position_bytes
     from rosd_jax.rollout.batching import Request
     from rosd_jax.rollout.engine import Engine
@@ -64,7 +64,7 @@ def ours(args: argparse.Namespace, prompt_NP: np.ndarray, length_B: np.ndarray) 
     sizes = (getattr(args, name) for name in QWEN3_4B)
     model = Qwen3Config(*sizes, tie_word_embeddings=True, dtype="bfloat16")
     # bfloat16, since neither contestant needs float32 weights.
-    params = random_weights(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
+    params = random_weights(param_shapes(model))
     dense = args.rows * (args.prompt + args.most)  # positions
     pages = int(args.share * dense) // args.page
     response_pages = pages - len(prompt_NP) * -(-args.prompt // args.page)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rosd_jax.data import builders, sources
-from rosd_jax.data.builders import load_problems
+from rosd_jax.data.sets import load_problems
 from rosd_jax.errors import UserError
 from rosd_jax.gym import problems as gym
 from support import data_dir

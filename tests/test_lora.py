@@ -43,7 +43,7 @@ def config_of(rank=RANK, targets=LAYERS):
 
 @cache
 def base():
-    shapes = jax.eval_shape(lambda: qwen3.init_params(MODEL, jax.random.key(0)))
+    shapes = qwen3.param_shapes(MODEL)
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: rng.normal(0.1, 0.3, x.shape).astype(np.float32), shapes)
 
@@ -285,7 +285,7 @@ def exported(request, tmp_path):
     """A base's directory, its adapters' as PEFT has them, the model's config and both trees in one."""
     plain = {"qk_norm": False, "attention_bias": False, "output_bias": False}
     model = MODEL.replace(num_tokens=None, **(plain if request.param == "llama" else {}))
-    shapes = jax.eval_shape(lambda: qwen3.init_params(model, jax.random.key(0)))
+    shapes = qwen3.param_shapes(model)
     rng = np.random.default_rng(4)
     params = jax.tree.map(lambda x: rng.normal(0.1, 0.3, x.shape).astype(np.float32), shapes)
     weights.save_pretrained(tmp_path / "base", params, model)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rosd_jax.config import default_config, validate
-from rosd_jax.data.builders import load_problems
+from rosd_jax.data.sets import load_problems
 from rosd_jax.distill.teacher import repeats_gold
 from rosd_jax.errors import UserError
 from rosd_jax.rewards import Grade, Grader, check, workers

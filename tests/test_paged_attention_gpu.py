@@ -168,11 +168,11 @@ def test_is_the_default_on_hopper_gpus_for_bfloat16(dtype, capability, ours, mon
 
 def test_a_whole_decoding_step_of_qwen3_4b_lowers_for_cuda():
     from rosd_jax.models.decoder import Decoder, StepInputs, decode_step, fuse
-    from rosd_jax.models.qwen3 import Qwen3Config, init_params
+    from rosd_jax.models.qwen3 import Qwen3Config, param_shapes
 
     sizes = 151936, 2560, 9728, 36, 32, 8, 128
     model = Qwen3Config(*sizes, tie_word_embeddings=True, dtype=jnp.bfloat16)
-    weights = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
+    weights = jax.eval_shape(partial(fuse, config=model), param_shapes(model))
     decoder = Decoder(model, attention="pallas_gpu")
 
     def step(weights, token_B, position_B, cache, table_BM):

@@ -162,7 +162,7 @@ from rosd_jax.hosts import place
 from rosd_jax.models import weights
 from rosd_jax.models.families import read_config
 from rosd_jax.models.sharding import make_mesh, param_shardings
-from rosd_jax.models.qwen3 import init_params
+from rosd_jax.models.qwen3 import param_shapes
 
 process, path = int(sys.argv[2]), sys.argv[3]
 hosts = place.join(place.Place(sys.argv[1], 2, process))
@@ -179,7 +179,7 @@ def counted(*arguments, original=weights._read_shard):
 
 weights._read_shard = counted
 mesh = make_mesh(1, {DEVICES}, 1)
-shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+shapes = param_shapes(config)
 params = weights.load_params(path, config, param_shardings(shapes, mesh))
 whole = sum(x.nbytes for x in jax.tree.leaves(params))
 print(json.dumps([read, largest, whole]))

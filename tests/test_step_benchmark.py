@@ -13,7 +13,7 @@ from benchmarks.step_flops import QWEN3, Flops, forward, heads, ideal, waste
 from benchmarks.step_loss import plain_loss
 from benchmarks.step_rows import PRESETS, Sizes, draw, lesson, needs, padded
 from rosd_jax.kernels.topk_jsd import topk_jsd_loss
-from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.qwen3 import Qwen3Config, param_shapes
 from rosd_jax.train import microbatches
 
 TINY = step.Contest(
@@ -34,7 +34,7 @@ def test_the_planned_flops_are_near_the_ideal(preset, devices, goal):
 
 def test_flops_are_those_of_the_matrices_and_of_causal_attention():
     model = Qwen3Config(96, 32, 48, 3, 4, 2, 16)
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shapes = param_shapes(model)
     weights = sum(x.size for x in jax.tree.leaves(shapes["blocks"]) if x.ndim > 2)
     scores = np.tril(np.ones((64, 64))).sum()
     products = 2 * weights * 64 + 2 * 2 * 3 * 4 * 16 * scores

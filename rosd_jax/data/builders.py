@@ -1,4 +1,4 @@
-"""The data sets as TFDS builders (array_record only, no TensorFlow), and `load_problems`.
+"""The data sets as TFDS builders (array_record only, no TensorFlow).
 
 The user's files are under `data.dir` (sources.py says what a row must have):
 
@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import importlib.util
 import io
 import os
 import tempfile
@@ -27,39 +26,7 @@ from absl import logging
 
 from rosd_jax.data import sources
 from rosd_jax.errors import UserError
-from rosd_jax.gym import problems as gym
 from rosd_jax.rewards import tooluse
-from rosd_jax.types import Problem
-
-
-def load_problems(name: str, split: str, data_dir: str) -> list[Problem]:
-    """The problems of one split, in file order.
-
-    `name` is one of sources.SOURCES, "jsonl:PATH", "NAME=jsonl:PATH" or "gym:FAMILY"; `split` is "train",
-    "validation" or "test". Raises UserError for an unknown set or split, a missing file, a malformed row
-    (before anything is written), and a cache that cannot be written.
-    """
-    if name.startswith("gym:"):
-        return gym.load(name.removeprefix("gym:"), split)
-    folder, split = sources.locate(name, split, data_dir)
-    if importlib.util.find_spec("array_record") is None:
-        logging.log_first_n(logging.WARNING, "array_record is absent: files are read directly", 1)
-        examples = sources.read_examples(name, split, sources.present(name, folder)[split])
-    else:
-        examples = _read_prepared(name, split, folder)
-    return [_problem(example) for example in examples]
-
-
-def _problem(example: sources.Example) -> Problem:
-    messages = tuple({"role": role, "content": example[role]} for role in ("system", "user") if example[role])
-    return Problem(
-        uid=example["uid"],
-        dataset=example["dataset"],
-        kind=example["kind"],
-        messages=messages,
-        answer=example["answer"],
-        extra=example["extra"],
-    )
 
 
 @dataclasses.dataclass(eq=False)
@@ -126,7 +93,7 @@ def _builder(name: str, directory: Path) -> tfds.core.GeneratorBasedBuilder:
     return owner(config=name, **where)
 
 
-def _read_prepared(name: str, split: str, folder: str) -> list[sources.Example]:
+def read_prepared(name: str, split: str, folder: str) -> list[sources.Example]:
     final = _cache() / _content_key(name, folder)
     with _quiet():
         if not final.is_dir():

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.qwen3 import Qwen3Config, param_shapes
 from rosd_jax.types import Params
 
 
@@ -28,7 +28,7 @@ def init_adapters(config: Qwen3Config, rank: int, targets: tuple[str, ...], key:
 
     `targets` are names of layers, such as "q_proj".
     """
-    shapes = jax.eval_shape(lambda: init_params(config, key))["blocks"]
+    shapes = param_shapes(config)["blocks"]
     keys = iter(jax.random.split(key, len(targets)))
 
     def among(layers: Params) -> Params:

@@ -11,6 +11,7 @@ time does not grow with depth. Rows are right-padded everywhere: under a causal 
 needs no mask of its own.
 
     init_params(config, key)                    -> params (float32)
+    param_shapes(config)                        -> their shapes, without any array
     hidden_states(params, config, tokens_BT)    -> hidden_BTD, after the final norm
     head_VD(params)                             -> the output head, tied or separate
     logits(params, config, hidden)              -> float32 logits, padding ids at -inf
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import flax.linen as nn
@@ -261,6 +263,12 @@ def init_params(config: Qwen3Config, key: jax.Array) -> Params:
     """Random float32 parameters: kernels normal with standard deviation 0.02, biases 0, norms 1."""
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     return Qwen3(config).init(key, tokens_BT)["params"]
+
+
+@cache
+def param_shapes(config: Qwen3Config) -> Params:
+    """Shapes and dtypes of `init_params`."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def hidden_states(params: Params, config: Qwen3Config, tokens_BT: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ from rosd_jax.errors import UserError
 from rosd_jax.models import files
 from rosd_jax.models.families import PASS, config_fields, stated_fields
 from rosd_jax.models.files import wrong
-from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.qwen3 import Qwen3Config, param_shapes
 from rosd_jax.models.sharding import fetch
 from rosd_jax.types import Params
 
@@ -71,7 +71,7 @@ BUFFERS = ".self_attn.rotary_emb.inv_freq"  # in old Llama files; ignored, since
 
 def check_weights(path: str | Path, config: Qwen3Config) -> None:
     """Raises the UserError that `load_params` would raise. Reads only the headers of the files."""
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = param_shapes(config)
     with ExitStack() as stack:
         _open_tensors(stack, Path(path), config, shapes)
 
@@ -85,7 +85,7 @@ def load_params(
     float16. Every name and shape is checked before any tensor is read. Raises UserError for a missing,
     extra or mis-shaped tensor, and for pickled weights.
     """
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = param_shapes(config)
     with ExitStack() as stack:
         tensors = _open_tensors(stack, Path(path), config, shapes)
 

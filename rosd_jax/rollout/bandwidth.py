@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rosd_jax.models.decoder import Weights, fuse
-from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.qwen3 import Qwen3Config, param_shapes
 from rosd_jax.types import DecodeStats
 
 COPY_BYTES = 128 << 20
-COPIES = 8  # that are waited for together: to start one and to wait takes time too
+# How many copies are waited for together, as starting one and waiting take time too. On a CPU, where a copy
+# takes tens of milliseconds, that does not matter.
+COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class MemoryRoofline:
 
 def measure_roofline(model: Qwen3Config, tensor: int) -> MemoryRoofline:
     """The roofline of a device that holds 1 / tensor of the heads, inner widths and vocabulary."""
-    weights = jax.eval_shape(lambda key: fuse(init_params(model, key), model), jax.random.key(0))
+    weights = jax.eval_shape(partial(fuse, config=model), param_shapes(model))
     weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read_each_step(weights)))
     bandwidth = copy_bandwidth(COPY_BYTES)
     return MemoryRoofline(weight_bytes / tensor, position_bytes(model) / tensor, bandwidth)
@@ -62,12 +65,13 @@ def copy_bandwidth(size: int, rounds: int = 3) -> float:
     """Bytes a second, read and written, of copying an array of `size` bytes; the best round."""
     # A mere copy could be elided, and without a donation a CPU's time goes into fresh memory's page faults.
     copy = jax.jit(lambda x: x + 1, donate_argnums=0)
+    copies = 1 if jax.default_backend() == "cpu" else COPIES
     x = jax.block_until_ready(copy(jnp.zeros(size // 4, jnp.int32)))
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
-        for _ in range(COPIES):
+        for _ in range(copies):
             x = copy(x)
         jax.block_until_ready(x)
         times.append(time.perf_counter() - start)
-    return 2 * size * COPIES / min(times)
+    return 2 * size * copies / min(times)

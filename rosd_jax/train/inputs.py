@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 from absl import logging
 
-from rosd_jax.data.builders import load_problems
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
+from rosd_jax.data.sets import load_problems
 from rosd_jax.data.sources import same_data, set_name
 from rosd_jax.errors import UserError
 from rosd_jax.evals import health

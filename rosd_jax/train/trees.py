@@ -23,11 +23,11 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from rosd_jax.models.qwen3 import Qwen3Config, init_params
+from rosd_jax.models.qwen3 import Qwen3Config, param_shapes
 from rosd_jax.models.sharding import param_shardings
 from rosd_jax.models.weights import load_params
 from rosd_jax.settings import Settings
-from rosd_jax.train.update import init_state, learning_params
+from rosd_jax.train.update import init_state, learning_params, learning_shapes
 from rosd_jax.types import Params, Stream, TrainState
 
 
@@ -43,12 +43,12 @@ class Trees:
     @cached_property
     def base(self) -> Params:
         """Shapes of the whole model, in float32."""
-        return jax.eval_shape(lambda: init_params(self.model, jax.random.key(0)))
+        return param_shapes(self.model)
 
     @cached_property
     def state(self) -> TrainState:
         """Shapes of the state, without shardings."""
-        params = jax.eval_shape(lambda: learning_params(self.config, self.model, jax.random.key(0)))
+        params = learning_shapes(self.config, self.model)
         return jax.eval_shape(lambda p: init_state(p, self.optimizer), params)
 
     @cached_property

@@ -82,6 +82,13 @@ def learning_params(config: Settings, model: qwen3.Qwen3Config, key: jax.Array) 
     return qwen3.init_params(model, key)
 
 
+def learning_shapes(config: Settings, model: qwen3.Qwen3Config) -> Params:
+    """Shapes of `learning_params`."""
+    if config.model.lora.rank:
+        return jax.eval_shape(lambda: learning_params(config, model, jax.random.key(0)))
+    return qwen3.param_shapes(model)
+
+
 def learner(params: Params, frozen_params: Params, config: Settings) -> Params:
     """The student's whole parameter tree: params, or with LoRA the frozen tree combined with the adapters."""
     if not config.model.lora.rank:
@@ -183,7 +190,7 @@ def make_update(
     """The update of one experiment on one mesh. Compiles nothing yet."""
     param_shardings = state_shardings.params
     replicated = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.eval_shape(lambda: learning_params(config, model, jax.random.key(0)))
+    shapes = learning_shapes(config, model)
 
     # Under jit and with shardings, so that each device allocates its own shard of the gradient only.
     def zeros() -> tuple[Params, Metrics]:
