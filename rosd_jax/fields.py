@@ -18,7 +18,8 @@ import difflib
 import inspect
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
@@ -84,7 +85,7 @@ def describe(of: Any = Settings, above: str = "") -> Iterator[Field]:
 
 def check_name(name: str) -> None:
     """Raises UserError unless `name` is the full name of a field, such as "rollout.slots"."""
-    names = [field.name for field in describe()]
+    names = _all_names()
     if name in names:
         return
     inner = [other for other in names if other.startswith(f"{name}.")]
@@ -93,6 +94,11 @@ def check_name(name: str) -> None:
     nearest = _nearest(name, names)
     hint = f"; similar names: {', '.join(nearest)}" if nearest else ""
     raise UserError(f"the config has no field {name!r}; docs/fields.md lists the fields{hint}")
+
+
+@cache
+def _all_names() -> tuple[str, ...]:
+    return tuple(field.name for field in describe())
 
 
 def mistyped(name: str, given: Any) -> UserError:
@@ -117,7 +123,7 @@ def shown(given: Any, *, quoted: bool = True) -> str:
     return " ".join(text.splitlines())
 
 
-def _nearest(name: str, names: list[str]) -> list[str]:
+def _nearest(name: str, names: Sequence[str]) -> list[str]:
     """Up to three names that are spelled like `name`, or whose last part is spelled like its last part."""
     last = name.rpartition(".")[2]
 
