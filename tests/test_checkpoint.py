@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_hosts import on_each
 
 from rosd_jax.config import default_config, validate
 from rosd_jax.errors import UserError
@@ -159,7 +160,7 @@ def test_the_best_checkpoint_stays_next_to_the_newest_and_its_weights_come_back_
         save(manager, make_state(step), step, {})
         checkpoint.prune(manager, keep=1, best=min(step, 4))
     assert sorted(manager.all_steps()) == [4, 8]
-    params = checkpoint.restore_params(manager, 4, like_of(make_state(0)).params)
+    params = checkpoint.restore_params(manager, 4, like_of(make_state(0)).params, Hosts())
     assert_equal(params, make_state(4).params)
     checkpoint.prune(manager, keep=1, best=0)
     assert manager.all_steps() == [8], "a step that was never saved keeps nothing"
@@ -238,6 +239,31 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, item, how, capfd)
     assert capfd.readouterr() == ("", "")
 
 
+def test_files_that_were_added_do_no_harm(tmp_path):
+    save(checkpoint.open_manager(tmp_path), make_state(2), 2, {})
+    for folder in ("", "params", "meta"):
+        (tmp_path / "checkpoints" / "2" / folder / ".DS_Store").write_text("from a file manager")
+    state, _ = restore(checkpoint.open_manager(tmp_path), like_of(make_state(0)))
+    assert_equal(state, make_state(2))
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("host", [0, 1])
+def test_what_one_host_cannot_read_no_host_restores(tmp_path, how, host):
+    """Each host has its own copy here, as if the storage that they share served them different bytes."""
+    save(checkpoint.open_manager(tmp_path), make_state(2), 2, {})
+    copies = [tmp_path / f"host{i}" for i in range(2)]
+    for copy in copies:
+        shutil.copytree(tmp_path / "checkpoints" / "2", copy)
+    assert on_each(2, lambda hosts: checkpoint._damage(copies[hosts.index], hosts)) == [None, None]
+    files = [p.relative_to(copies[host]) for p in (copies[host] / "params").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: (copies[host] / p).stat().st_size)
+    for copy in copies if how == "flip" else [copies[host]]:
+        damage(copy / largest, how)
+    reasons = on_each(2, lambda hosts: checkpoint._damage(copies[hosts.index], hosts))
+    assert reasons[0] == reasons[1] and reasons[0].endswith("differs from what was saved")
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path):
     manager = checkpoint.open_manager(tmp_path)
     save(manager, make_state(1), 1, {})
@@ -245,7 +271,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"checkpoints/1 cannot be read \(.*\), nor any before it"):
         restore(checkpoint.open_manager(tmp_path), like_of(make_state(0)))
     with pytest.raises(UserError, match="best step by validation"):
-        checkpoint.restore_params(manager, 1, like_of(make_state(0)).params)
+        checkpoint.restore_params(manager, 1, like_of(make_state(0)).params, Hosts())
 
 
 def test_a_save_returns_before_the_files_are_written(tmp_path):

@@ -48,13 +48,14 @@ KILLED = {
     "before the first step": dict(steps=0, checkpoints="empty"),
     "before the first checkpoint": dict(steps=3, checkpoints="empty"),
     "saving the first checkpoint": dict(steps=EVERY, checkpoints="empty"),
+    "saving it while the next step is made": dict(steps=EVERY + 1, checkpoints="empty"),
     "later": dict(steps=9, checkpoints="saved"),
     "finished": dict(steps=9, checkpoints="saved", exported=9),
 }
 ERASED = {
     "removed": dict(steps=12),
     "removed early": dict(steps=3),
-    "emptied": dict(steps=EVERY + 1, checkpoints="empty"),
+    "emptied": dict(steps=EVERY + 2, checkpoints="empty"),
     "emptied behind the export": dict(steps=3, checkpoints="empty", exported=3),
     "removed behind the export": dict(steps=12, exported=10),
 }

@@ -154,7 +154,7 @@ def test_a_single_process_needs_no_flags(monkeypatch):
         ((None, 2, 0), "go together"),
         (("h", 2, 0), "HOST:PORT"),
         (("h:x", 2, 0), "HOST:PORT"),
-        (("h:65535", 2, 0), "HOST:PORT"),
+        (("h:61440", 2, 0), "HOST:PORT"),
         (("h:80", 2, 2), "from 0 to N - 1"),
         (("h:80", 2, -1), "from 0 to N - 1"),
         (("h:80", 0, 0), "from 0 to N - 1"),
@@ -196,6 +196,25 @@ def test_launchers_are_recognised(environment, expected, monkeypatch):
     found = place.find(None, None, None)
     assert found is not None
     assert (found.processes, found.process, found.address[0]) == expected
+
+
+def test_no_two_jobs_of_a_launcher_use_the_same_port(monkeypatch):
+    environment = dict(SLURM_STEP_NODELIST="n", SLURM_NTASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ports = []
+    for job in (1000, 1001, 4094, 4095, 4096):
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        found = place.find(None, None, None)
+        ports += [found.address[1], found.supervisor_port]
+    assert len(set(ports)) == len(ports) and all(0 < port < 65536 for port in ports)
+
+
+def test_a_shell_within_a_job_of_slurm_is_a_single_process(monkeypatch):
+    environment = dict(SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0", JAX_PLATFORMS="cpu")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert place.find(None, None, None) is None
 
 
 def test_a_tpu_without_metadata_is_a_single_process_and_says_so(monkeypatch, caplog):
@@ -334,12 +353,63 @@ def test_strangers_at_the_port_do_no_harm(start):
     assert ends(first) == ends(second) == (0, "")
 
 
-def test_a_port_that_is_taken_is_named(start):
+def test_a_process_that_is_there_twice_is_refused_and_the_run_goes_on(start, tmp_path):
+    end = tmp_path / "end"
+    code = f"while not os.path.exists({str(end)!r}):\n    time.sleep(0.05)\nsupervisor.report_end(0)\n"
+    first, second = start(code)
+    child_of(first)
+    child_of(second)
+    time.sleep(1)  # for the connection
+    again, unknown = (
+        subprocess.run([*second.args[:2], number], capture_output=True, text=True, env=second_environment())
+        for number in ("1", "2")
+    )
+    assert (again.returncode, unknown.returncode) == (2, 2)
+    assert "a process 1 is there already, on host" in again.stderr
+    assert "it has 2 processes, and no process 2" in unknown.stderr
+    end.touch()
+    assert ends(first) == ends(second) == (0, "")
+
+
+def second_environment():
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_a_child_whose_supervisor_died_before_it_ends(tmp_path):
+    code = "from rosd_jax.hosts import supervisor\nsupervisor.given()\nprint('goes on')"
+    passed = '{"place": {"devices": null}, "pipe": 1, "parent": 1}'
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=second_environment() | {supervisor.PLACE: passed},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+
+
+def test_a_failure_elsewhere_leaves_time_to_clean_up(start, tmp_path):
+    code = (
+        "if process == 1:\n    supervisor.report_failure('no such mesh', 2)\n"
+        f"time.sleep(1.5)\nopen({str(tmp_path / 'cleaned')!r}, 'w').close()\n{WAITS}"
+    )
+    assert [ends(run)[0] for run in start(code)] == [2, 2]
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_a_signal_before_the_run_began_stops_all(start):
+    first, second = start(f"if process == 1:\n    sys.exit(143)\n{WAITS}")
+    status, printed = ends(first)
+    assert status == 143 and printed.endswith(": was stopped by SIGTERM\n")
+    assert ends(second) == (143, "")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_port_that_is_taken_is_named(which):
     with socket.socket() as taken:
         port = free_port()
-        taken.bind(("", port + 1))
+        taken.bind(("", port + which))
         taken.listen()
-        with pytest.raises(UserError, match=f"port {port + 1} cannot be opened"):
+        with pytest.raises(UserError, match=f"port {port + which} cannot be opened"):
             supervisor.supervise(place.Place(f"127.0.0.1:{port}", 2, 0))
 
 

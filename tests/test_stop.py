@@ -221,6 +221,12 @@ grader.grade_all(["\\\\boxed{5.0}"], [problem], thinking_open=False)
 STARTING = "worker = workers._Worker('rosd_jax.rewards.maths.checker', ['fixed'])\n"
 BUSY = f"{IDLE}worker.pipe.send((1.0, ('9^{{9^{{9^{{9}}}}}}', '5', 'official')))\n"
 BEGINS = "import os\nfrom rosd_jax.rewards import Grader, workers\nfrom rosd_jax.types import Problem\n"
+SLEEPING = """
+worker = workers._Worker("sleeper", [])
+worker.start()
+worker.pipe.send((1.0, None))
+"""
+SLEEPER = "import time\ndef answerer():\n    return lambda question: time.sleep(1e6)\n"
 DIES = "print(worker.process.pid, flush=True)\nos._exit(130)\n"
 
 
@@ -233,10 +239,15 @@ def exists(pid):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
-@pytest.mark.parametrize("works", [IDLE, STARTING, BUSY], ids=["idle", "starting", "busy"])
-def test_a_run_that_ends_at_once_leaves_no_worker(works):
+@pytest.mark.parametrize(
+    "works", [IDLE, STARTING, BUSY, SLEEPING], ids=["idle", "starting", "busy", "sleeping"]
+)
+def test_a_run_that_ends_at_once_leaves_no_worker(works, tmp_path):
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
     command = [sys.executable, "-c", BEGINS + works + DIES]
-    dead = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)  # until the worker, too, ends
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    # It returns when the worker, too, has ended.
+    dead = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
     assert (dead.returncode, dead.stderr) == (130, "")
     wait_until(lambda: not exists(int(dead.stdout)), 5)
 

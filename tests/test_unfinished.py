@@ -84,6 +84,20 @@ def test_a_damaged_file_is_sampled_again(tmp_path, how):
     assert kept.rollout(5, "rollout", lambda: own)[0] is own
 
 
+def test_no_flip_of_a_bit_is_taken_for_what_was_sampled(tmp_path):
+    kept = Unfinished(tmp_path, Hosts(), "origin")
+    wanted = kept.rollout(5, "rollout", lambda: rollout())[0]
+    (path,) = (tmp_path / "unfinished").iterdir()
+    content = path.read_bytes()
+    own = rollout(1)
+    directory = content.index(b"PK\x01\x02")  # of the zip file, which no checksum protects
+    for at in range(directory, len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        found = kept.rollout(5, "rollout", lambda: own)[0]
+        if found is not own:
+            assert_equal(found, wanted)
+
+
 def test_what_other_steps_have_left_is_dropped(tmp_path):
     kept = Unfinished(tmp_path, Hosts(), "origin")
     kept.rollout(4, "reflect", lambda: rollout())

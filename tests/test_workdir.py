@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from test_hosts import on_each
 
 from rosd_jax.config import default_config, validate
 from rosd_jax.errors import UserError
@@ -115,6 +116,30 @@ def test_a_field_that_is_newer_than_the_run_had_its_default(tmp_path):
     assert workdir.prepare(tmp_path, DEFAULT)
     with pytest.raises(UserError, match="loss.alpha is 0.5 there and 0.25 here"):
         workdir.prepare(tmp_path, config_with(loss__alpha=0.25))
+
+
+@pytest.mark.parametrize(
+    ("directories", "words"),
+    [
+        (["a", "a"], None),
+        (["a", "b"], "is not that of process 0 on the host of process 1"),
+        (["a", "absent/b"], r"cannot be written \(No such file or directory\) on the host of process 1"),
+    ],
+)
+def test_hosts_that_do_not_share_the_workdir_are_refused(directories, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "LATE_S", 0.2)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+
+    def program(hosts):
+        try:
+            workdir.require_shared(tmp_path / directories[hosts.index], hosts)
+        except UserError as error:
+            return str(error)
+
+    for sentence in on_each(2, program):
+        assert sentence is None if words is None else re.search(words, sentence)
+    assert not list(tmp_path.rglob(".shared*"))
 
 
 def test_a_start_that_fails_takes_the_directory_that_it_made_away(tmp_path):

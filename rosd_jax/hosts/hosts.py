@@ -28,7 +28,7 @@ from rosd_jax.train import stopping
 
 T = TypeVar("T")
 X = TypeVar("X")
-WAIT_MS = 60_000  # after which the first process says for whom it waits
+WAIT_MS = 60_000  # after which a process says for whom it waits
 
 
 class Store(Protocol):
@@ -118,8 +118,8 @@ class Hosts:
             except Exception as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
-                if self.first:
-                    stopping.tell(f"waits for process {sender}, which has not finished {what!r}")
+                whom = f"process {sender}, which has" if self.first else "other processes, which have"
+                stopping.tell(f"waits for {whom} not finished {what!r}")
 
 
 def _key(name: str) -> str:

@@ -16,6 +16,7 @@ from rosd_jax.errors import UserError
 from rosd_jax.hosts.hosts import Hosts
 
 PATIENCE_S = 300  # how long the processes wait for each other at the start
+AUTOMATIC = 61440  # JAX chooses a port from here on, by the number of the job of SLURM or Open MPI
 HOW = "--coordinator=HOST:PORT --processes=N --process=I, with I from 0 to N - 1"
 
 
@@ -23,7 +24,7 @@ HOW = "--coordinator=HOST:PORT --processes=N --process=I, with I from 0 to N - 1
 class Place:
     """One process of several."""
 
-    coordinator: str  # HOST:PORT of process 0; its supervisor listens at the next port
+    coordinator: str  # HOST:PORT of process 0
     processes: int
     process: int
     devices: tuple[int, ...] | None = None  # local ids, where a launcher starts a process for each GPU
@@ -33,6 +34,16 @@ class Place:
         """Host and port of the first process."""
         host, _, port = self.coordinator.rpartition(":")
         return host.strip("[]"), int(port)
+
+    @property
+    def supervisor_port(self) -> int:
+        """Where the first process's supervisor listens: the next port.
+
+        If JAX chose the coordinator's port, the next one is that of the next job. So it is one further below,
+        and below those that Linux gives to outgoing connections.
+        """
+        port = self.address[1]
+        return port + 1 if port < AUTOMATIC else port - 32768
 
 
 def find(coordinator: str | None, processes: int | None, process: int | None) -> Place | None:
@@ -46,10 +57,10 @@ def find(coordinator: str | None, processes: int | None, process: int | None) ->
     if coordinator is None or processes is None or process is None:
         raise UserError(f"--coordinator, --processes and --process go together; pass {HOW}")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65535:
+    if not host or not port.isdecimal() or not 0 < int(port) < AUTOMATIC:
         raise UserError(
-            f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0, whose port and the next "
-            "one are free there"
+            f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0, with a port below "
+            f"{AUTOMATIC} that is free there, as is the next one"
         )
     if not 0 <= process < processes:
         raise UserError(f"--process is {process} and --processes {processes}; pass {HOW}")
@@ -77,7 +88,9 @@ def _detected() -> Place | None:
 
 def _launched() -> bool:
     """Whether a launcher of several processes may have started this one. Importing JAX takes longer."""
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+    # In a shell that `srun --pty` opened, the first of these is that of the shell, the second of the job.
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+    if int(tasks) > 1 and "SLURM_PROCID" in os.environ:
         return True
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return True
@@ -101,5 +114,7 @@ def join(place: Place | None) -> Hosts:
         local_device_ids=place.devices,
         cluster_detection_method="deactivate",
         initialization_timeout=PATIENCE_S,
+        # JAX would abort the other processes, and not say which one is to blame. The supervisors are faster.
+        heartbeat_timeout_seconds=PATIENCE_S,
     )
     return Hosts(place.process, place.processes, distributed.global_state.client)

@@ -37,9 +37,11 @@ from rosd_jax.hosts.place import PATIENCE_S, Place
 PLACE = "ROSD_JAX_PLACE"  # environment variable of the child: its place and its pipe to the parent
 BEAT_S = 5
 SILENCE_S = 120  # a thread of Python sends the beats, and a call into C may keep it from running for long
+CLEANING_S = 3  # a child may use it to take its files away before another's failure ends it
 LAST_WORDS_S = 20  # how long a failure waits for a connection to the first host
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 USERS_MISTAKE = 2
+STOPPED = {128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}  # by exit status
 _pipe: int | None = None  # in a child: to its parent
 
 
@@ -70,6 +72,8 @@ def given() -> Place | None:
     fields = passed["place"]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != passed["parent"]:  # it died before
+        os._exit(1)
     threading.Thread(target=_beat, daemon=True).start()
     devices = fields.pop("devices")
     return Place(**fields, devices=None if devices is None else tuple(devices))
@@ -104,12 +108,13 @@ def _report(message: dict[str, Any]) -> None:
 def supervise(place: Place) -> int:
     """Runs this process's command line as a child that knows its place. Returns the exit status for the host.
 
-    It is the child's, or 1 if another host failed (2 if that was a user's mistake). Raises UserError if the
-    first host's port is taken.
+    It is the child's, or 1 if another host failed (if that was a user's mistake or a signal, its status).
+    Raises UserError if one of the first host's two ports is taken.
     """
     server = _listen(place) if place.process == 0 else None
     reading, writing = os.pipe()
-    environment = os.environ | {PLACE: json.dumps({"place": asdict(place), "pipe": writing})}
+    passed = {"place": asdict(place), "pipe": writing, "parent": os.getpid()}
+    environment = os.environ | {PLACE: json.dumps(passed)}
     child = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]],
         pass_fds=[writing],
@@ -129,7 +134,11 @@ def supervise(place: Place) -> int:
 
 def _listen(place: Place) -> socket.socket:
     """The first host's end of all connections."""
-    port = place.address[1] + 1
+    _open(place.address[1]).close()  # JAX would crash if it cannot open its port
+    return _open(place.supervisor_port)
+
+
+def _open(port: int) -> socket.socket:
     try:
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -197,6 +206,7 @@ class _Supervisor:
         self.failure: Failure | None = None  # the first that this parent heard of
         self.until = time.monotonic() + PATIENCE_S  # when all must be connected
         self.beat = 0.0  # when the last one was sent
+        self.kill_at = float("inf")  # when the child is killed, if it has not ended by then
         if server:
             self.selector.register(server, selectors.EVENT_READ, server)
 
@@ -212,9 +222,13 @@ class _Supervisor:
                     self._watch(key.data.accept()[0])
             self._find_silent()
             late = not self._complete() and time.monotonic() > self.until
-            # A failure waits for those that are not connected yet, so that they hear of it.
-            if self.failure and (self._complete() or late):
-                return self._status(self.failure)
+            if self.failure:
+                if self.child.poll() is None and time.monotonic() > self.kill_at:
+                    os.killpg(self.child.pid, signal.SIGKILL)
+                # It waits for those that are not connected yet, so that they hear of it.
+                if (self._complete() or late) and self.child.poll() is not None:
+                    return self._status(self.failure)
+                continue
             if self.ended and self._all_ended():
                 return self.child.wait()
             if late:
@@ -225,7 +239,7 @@ class _Supervisor:
     def _status(self, failure: Failure) -> int:
         """This parent's exit status."""
         mine = failure.process == self.place.process
-        return failure.status if mine or failure.status == USERS_MISTAKE else 1
+        return failure.status if mine or failure.status in (USERS_MISTAKE, *STOPPED) else 1
 
     def _complete(self) -> bool:
         """Whether all connections of this parent are made."""
@@ -248,9 +262,9 @@ class _Supervisor:
         """One attempt to reach the first host's parent, if this is another's."""
         if self.place.process == 0 or self.links:
             return
-        host, port = self.place.address
+        host, _ = self.place.address
         try:
-            end = socket.create_connection((host, port + 1), timeout=2)
+            end = socket.create_connection((host, self.place.supervisor_port), timeout=2)
         except OSError:
             return
         link = self._watch(end)
@@ -312,18 +326,34 @@ class _Supervisor:
                     self.ended = True
                     self._send(message)
             elif link is self.pipe:
+                self.kill_at = 0.0  # it waits for that
                 self._fail(message["failed"], message["status"])
             else:
                 self._failed(Failure(**message["failed"]))
 
     def _introduce(self, link: _Link, message: Any) -> None:
-        """The first message of a connection that was accepted."""
-        if isinstance(message, dict) and message.keys() == {"process", "host"}:
-            link.process = message["process"]
-            link.host = message["host"]
-            self.links.append(link)
-            if self.failure:
-                link.send({"failed": asdict(self.failure)})
+        """The first message of a connection that was accepted.
+
+        A process that is there already, or of another run, is told so; this run goes on.
+        """
+        if not isinstance(message, dict) or message.keys() != {"process", "host"}:
+            return
+        process = message["process"]
+        if not isinstance(process, int):
+            return
+        there = {other.process: other.host for other in self.links}
+        if process in there or process not in range(1, self.place.processes):
+            why = f"a process {process} is there already, on host {there.get(process)}"
+            if process not in there:
+                why = f"it has {self.place.processes} processes, and no process {process}"
+            why += "; give each host a --process of its own, or another run another --coordinator"
+            link.send({"failed": asdict(Failure(0, self.host, why, USERS_MISTAKE))})
+            return
+        link.process = process
+        link.host = message["host"]
+        self.links.append(link)
+        if self.failure:
+            link.send({"failed": asdict(self.failure)})
 
     def _closed(self, link: _Link) -> None:
         """The other end is gone: in good order, or not."""
@@ -331,7 +361,8 @@ class _Supervisor:
             return
         if link is self.pipe:
             text, status = _death(self.child.wait())
-            print(f"error: the run {text}", file=sys.stderr, flush=True)
+            if status not in STOPPED:
+                print(f"error: the run {text}", file=sys.stderr, flush=True)
             self._fail(text, status)
         elif self.place.process and self.ended:
             link.ended = True  # the first host's parent leaves when all have ended
@@ -352,8 +383,7 @@ class _Supervisor:
         if failure.process != self.place.process:
             print(failure.sentence(self.place.processes), file=sys.stderr, flush=True)
         self._send({"failed": asdict(failure)})
-        if self.child.poll() is None:
-            os.killpg(self.child.pid, signal.SIGKILL)
+        self.kill_at = min(self.kill_at, time.monotonic() + CLEANING_S)
 
     def _send(self, message: dict[str, Any]) -> None:
         """To the first host's parent; from there, failures to all others."""
@@ -366,6 +396,8 @@ def _death(status: int) -> tuple[str, int]:
     """What a child's exit status says, and that of its parent."""
     if status == -signal.SIGKILL:
         return "was killed by SIGKILL; if nobody sent it, the host was out of memory", 128 + signal.SIGKILL
+    if status in STOPPED:
+        return f"was stopped by {STOPPED[status]}", status
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}", 128 - status
     return f"ended alone, with exit status {status}; its own output says why", status or 1

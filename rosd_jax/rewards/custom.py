@@ -15,8 +15,10 @@ import json
 import os
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rosd_jax.errors import UserError
 from rosd_jax.rewards.grade import Grade
@@ -31,6 +33,13 @@ RETURNS = ("score", "prediction", "well_formed")
 ROUNDING = 1e-6  # by which a score may be outside [0, 1]
 
 
+class Greeting(NamedTuple):
+    """What a worker says of the function."""
+
+    batched: bool
+    crc32: int  # of its source file; 0 if it has none
+
+
 class OwnReward:
     """Grades by the function that `name` gives. `timeouts` counts the responses beyond the time limit."""
 
@@ -39,8 +48,8 @@ class OwnReward:
         self._name = name
         self._pool = Pool(timeout_s, size, __name__, (name,))
 
-    def start(self) -> bool:
-        """Imports the function in a worker, and returns whether it is batched.
+    def start(self) -> Greeting:
+        """Imports the function in a worker, and returns what it says of the function.
 
         Raises UserError if it cannot be used.
         """
@@ -64,7 +73,7 @@ class OwnReward:
         ]
         if not items:
             return []
-        calls = [items] if self.start() else [[item] for item in items]
+        calls = [items] if self.start().batched else [[item] for item in items]
         try:
             replies = self._pool.answer_all(calls, times=len(calls[0]))
         except UserError as error:
@@ -108,8 +117,8 @@ class _Caller:
     def __init__(self, name: str, function: Callable[..., Any]):
         self.name = name
         self.function = function
-        self.greeting = bool(getattr(function, "batched", False))
-        arguments = "(prompts, responses, rows)" if self.greeting else "(prompt, response, row)"
+        self.greeting = Greeting(bool(getattr(function, "batched", False)), _source_crc32(function))
+        arguments = "(prompts, responses, rows)" if self.greeting.batched else "(prompt, response, row)"
         try:
             inspect.signature(function).bind(None, None, None)
         except TypeError:
@@ -121,14 +130,14 @@ class _Caller:
         _, prompts, responses, fields, extras = map(list, zip(*call, strict=True))
         # A row's own fields take precedence over ours.
         rows = [{**f, **json.loads(extra or "{}")} for f, extra in zip(fields, extras, strict=True)]
-        given = (prompts, responses, rows) if self.greeting else (prompts[0], responses[0], rows[0])
+        given = (prompts, responses, rows) if self.greeting.batched else (prompts[0], responses[0], rows[0])
         try:
             returned = self.function(*given)
         except BaseException as error:
             refusal = _refusal(self.name, call, f"raised {_describe(error)}")
             refusal.add_note(traceback.format_exc())
             raise refusal from None
-        if not self.greeting:
+        if not self.greeting.batched:
             return [self._read(returned, call)]
         if not isinstance(returned, list | tuple) or len(returned) != len(call):
             found = f"{len(returned)} entries" if isinstance(returned, list | tuple) else _name(returned)
@@ -140,6 +149,13 @@ class _Caller:
             return read_grade(value)
         except UserError as error:
             raise _refusal(self.name, call, f"returned {error}") from None
+
+
+def _source_crc32(function: Callable[..., Any]) -> int:
+    try:
+        return zlib.crc32(Path(inspect.getfile(function)).read_bytes())
+    except (TypeError, OSError):  # built in, say
+        return 0
 
 
 def read_grade(value: Any) -> Grade:

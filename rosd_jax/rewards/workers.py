@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,13 +43,13 @@ class Unanswered:
         return self.status in (None, -signal.SIGPROF)
 
 
-def serve(descriptor: int, module: str, given: Sequence[str]) -> None:
+def serve(descriptor: int, module: str, given: Sequence[str], parent: int) -> None:
     """The main function of a worker: answers questions from the pipe until the parent closes it.
 
     The limit for a question is CPU time, so that a busy machine does not change a reward. The kernel's timer
-    ends the process, which also stops C code that never returns to the interpreter, and workers that lost
-    their parent. Signals that ask the run to stop are left to the parent: a worker that ended at once would
-    give the current answer a score of 0.
+    ends the process, which also stops C code that never returns to the interpreter. A worker that sleeps uses
+    no CPU time, so a thread ends one that has lost its parent. Signals that ask the run to stop are left to
+    the parent: a worker that ended at once would give the current answer a score of 0.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # a cluster manager may signal every process of a run
         signal.signal(
@@ -56,6 +57,7 @@ def serve(descriptor: int, module: str, given: Sequence[str]) -> None:
         )  # processes that a reward function starts would inherit SIG_IGN
     # A child inherits what its parent ignores, and libraries (libtpu for one) ignore the timer's signal.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     pipe = Connection(descriptor)
     try:
         answer = importlib.import_module(module).answerer(*given)
@@ -68,6 +70,12 @@ def serve(descriptor: int, module: str, given: Sequence[str]) -> None:
             _answer_one(pipe, answer)
     except (EOFError, OSError):  # the parent closed the pipe, or is gone
         return
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _answer_one(pipe: Connection, answer: Callable[[Any], Any]) -> None:
@@ -87,7 +95,8 @@ class _Worker:
     def __init__(self, module: str, given: Sequence[str]):
         self.greeting: Any = None
         self.pipe, theirs = Pipe()
-        code = f"from {__name__} import serve; serve({theirs.fileno()}, {module!r}, {tuple(given)!r})"
+        arguments = (theirs.fileno(), module, tuple(given), os.getpid())
+        code = f"from {__name__} import serve; serve(*{arguments!r})"
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", code],

@@ -16,7 +16,7 @@ A save copies the state to the host and returns; files and checksums are written
     prune(manager, keep, best)                   removes all but the newest ones and the best
     restore_latest(manager, like, hosts)         -> Restored, or None without a checkpoint
     set_aside(manager, damaged, hosts)           renames damaged checkpoints, so that their steps can be saved
-    restore_params(manager, step, like)          -> the weights of one step
+    restore_params(manager, step, like, hosts)   -> the weights of one step
     check_space(directory, needed_bytes, what)   raises if the disk is too full
     any_saved(workdir)                           -> whether there is a checkpoint; changes nothing
     run_meta(config, origins)                    -> the meta that `save` takes
@@ -33,7 +33,7 @@ import logging
 import math
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,8 @@ def _complete(manager: ocp.CheckpointManager, step: int) -> None:
     # After Orbax's rename: a kill in between leaves a valid checkpoint without checksums (see _damage).
     if jax.process_index() == 0:
         directory = Path(manager.directory) / str(step)
-        atomic.write_text(directory / CHECKSUMS, [json.dumps(_checksums(directory), indent=1)])
+        sums = _checksums(directory, list(_files(directory)))
+        atomic.write_text(directory / CHECKSUMS, [json.dumps(sums, indent=1)])
 
 
 @contextlib.contextmanager
@@ -159,17 +160,18 @@ def restore_latest(manager: ocp.CheckpointManager, like: TrainState, hosts: Host
     """
     damaged: dict[int, str] = {}
     for step in hosts.once("steps", lambda: sorted(manager.all_steps(), reverse=True)):
-        directory = Path(manager.directory) / str(step)
-        reason = hosts.once("checksums", lambda directory=directory: _damage(directory))
-        try:
-            found = None if reason else _restore(manager, step, like)
-        except Unreadable as error:
-            found, reason = None, str(error)
-        # What one host cannot read, no host restores.
-        reason = next((other for other in hosts.exchange("restored", reason) if other), None)
-        if found and not reason:
-            return Restored(*found, damaged)
-        damaged[step] = reason or ""
+        reason = _damage(Path(manager.directory) / str(step), hosts)
+        if reason is None:
+            try:
+                return Restored(*_restore(manager, step, like), damaged)
+            except Unreadable as error:
+                if hosts.count > 1:  # the others may wait for this one inside Orbax
+                    raise UserError(
+                        f"{unreadable(manager, step, str(error))} here; move that directory away to resume "
+                        "from the one before"
+                    ) from error
+                reason = str(error)
+        damaged[step] = reason
     if damaged:
         step, reason = next(iter(damaged.items()))
         raise UserError(f"{unreadable(manager, step, reason)}, nor any before it; use another --workdir")
@@ -196,13 +198,13 @@ def set_aside(manager: ocp.CheckpointManager, damaged: dict[int, str], hosts: Ho
         manager.reload()
 
 
-def restore_params(manager: ocp.CheckpointManager, step: int, like: Params) -> Params:
+def restore_params(manager: ocp.CheckpointManager, step: int, like: Params, hosts: Hosts) -> Params:
     """Only the weights of one step's checkpoint. `like`: as for `restore_latest`.
 
     Raises UserError if they are damaged.
     """
     try:
-        if jax.process_index() == 0 and (reason := _damage(Path(manager.directory) / str(step))):
+        if reason := _damage(Path(manager.directory) / str(step), hosts):
             raise Unreadable(reason)
         return _read(manager, step, params=ocp.args.StandardRestore(like))["params"]
     except Unreadable as error:
@@ -283,37 +285,60 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
         raise Unreadable((str(error).strip() or type(error).__name__).splitlines()[0][:200]) from error
 
 
-def _damage(directory: Path) -> str | None:
+def _damage(directory: Path, hosts: Hosts) -> str | None:
     """Why a checkpoint is not what was saved: a file that is missing or differs; None if it is whole.
 
-    A checkpoint without checksums passes: a kill right after Orbax's rename leaves one that is valid.
+    All hosts get the same answer. Each reads a part of the files, and looks whether it has them all. Files
+    that were added are ignored. A checkpoint without checksums passes: a kill right after Orbax's rename
+    leaves one that is valid.
     """
-    if not (directory / CHECKSUMS).exists():
-        return None
-    try:
-        saved = json.loads((directory / CHECKSUMS).read_bytes())
-        found = _checksums(directory)
-    except (OSError, ValueError) as error:
-        return str(error)
-    if saved == found:
-        return None
-    name = next(n for n in sorted({*saved, *found}) if saved.get(n) != found.get(n))
-    return f"{name} differs from what was saved"
+
+    def saved() -> dict[str, int] | None | Unreadable:
+        try:
+            return json.loads((directory / CHECKSUMS).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return Unreadable(str(error))
+
+    sums = hosts.once("checksums", saved)
+    if isinstance(sums, Unreadable):
+        return str(sums)
+    sizes = hosts.once("files", lambda: _files(directory))
+    here = _files(directory)
+    found: dict[str, int | None] = dict.fromkeys(sums or sizes)
+    if sums:
+        names = list(sums)
+        parts = hosts.share("read", lambda some: list(_checksums(directory, some).values()), names)
+        found = dict(zip(names, parts, strict=True))
+    wrong = [
+        name for name in found if here.get(name) != sizes.get(name) or (sums and found[name] != sums[name])
+    ]
+    reasons = hosts.exchange("damage", f"{wrong[0]} differs from what was saved" if wrong else None)
+    return next((reason for reason in reasons if reason), None)
 
 
-def _checksums(directory: Path) -> dict[str, int]:
-    """CRC-32 of every file of a checkpoint except the list of checksums itself."""
-    files = [p for p in directory.rglob("*") if p.is_file() and p.name != CHECKSUMS]
+def _files(directory: Path) -> dict[str, int]:
+    """The size of every file of a checkpoint except the list of checksums itself."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != CHECKSUMS]
+    return {str(path.relative_to(directory)): path.stat().st_size for path in paths}
+
+
+def _checksums(directory: Path, names: Sequence[str]) -> dict[str, int | None]:
+    """CRC-32 of these files of a checkpoint; None for one that cannot be read."""
     with ThreadPoolExecutor(8) as pool:
-        sums = list(pool.map(_crc32, files))
-    return {str(p.relative_to(directory)): s for p, s in sorted(zip(files, sums, strict=True))}
+        sums = list(pool.map(_crc32, [directory / name for name in names]))
+    return dict(zip(names, sums, strict=True))
 
 
-def _crc32(path: Path) -> int:
+def _crc32(path: Path) -> int | None:
     crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(READ_BYTES):
-            crc = zlib.crc32(chunk, crc)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(READ_BYTES):
+                crc = zlib.crc32(chunk, crc)
+    except OSError:
+        return None
     return crc
 
 

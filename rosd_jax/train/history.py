@@ -95,11 +95,12 @@ def _checkpoints_are_gone(workdir: Path, config: Settings) -> bool:
     """Whether checkpoints that a run must have made were removed.
 
     A run makes checkpoints/ before its first line, and a kill before the first checkpoint leaves it empty.
+    The step after that checkpoint's is made, and its lines are written, while the checkpoint is.
     """
     last = last_step(workdir)
     if last == 0 or checkpoint.any_saved(workdir):
         return False
-    killed_early = last <= config.checkpoint.every and exported_step(workdir) is None
+    killed_early = last <= config.checkpoint.every + 1 and exported_step(workdir) is None
     return not (killed_early and (workdir / "checkpoints").is_dir())
 
 

@@ -49,6 +49,7 @@ class Inputs:
     evals: dict[str, Encoded]  # eval.sets, by name: for the report
     validation: dict[str, Encoded]  # validation.sets, by name: to choose the best step
     overlong: dict[str, list[str]]  # "set/split" -> uids of prompts above data.max_prompt_tokens, left out
+    reward_crc32: int  # of the source file of the user's reward function; 0 if there is none
     found: dict[str, dict[str, int]]  # "set/split" -> "rows" and "crc32" of the problems as read
 
     def sets(self, split: ScoredSplit) -> dict[str, Encoded]:
@@ -75,7 +76,7 @@ def read_inputs(config: Settings) -> Inputs:
     stop = config.rollout.stop
     stops = make_stops(stop, tokenizer.pieces(stop)) if stop else None
     with Grader(config.rewards, config.reward_timeout) as grader:
-        grader.start()  # raises if the user's reward function cannot be used
+        reward_crc32 = grader.start()  # raises if the user's reward function cannot be used
     encode_chats = partial(tokenizer.encode_chats, thinking=config.thinking.student)
     overlong: dict[str, list[str]] = {}
     found: dict[str, dict[str, int]] = {}
@@ -108,7 +109,7 @@ def read_inputs(config: Settings) -> Inputs:
             len(uids),
             ", ".join(uids),
         )
-    return Inputs(model, tokenizer, wording, stops, train, evals, validation, overlong, found)
+    return Inputs(model, tokenizer, wording, stops, train, evals, validation, overlong, reward_crc32, found)
 
 
 def check_samples(config: Settings, name: str, items: int) -> None:

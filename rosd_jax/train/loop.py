@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import signal
 import time
@@ -28,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+import rosd_jax
 from rosd_jax import atomic
 from rosd_jax.data.pipeline import Encoded, batch_at
 from rosd_jax.errors import UserError
@@ -124,16 +126,19 @@ def train(config: Settings, directory: Path, hosts: Hosts) -> None:
 
 
 def require_same_inputs(hosts: Hosts, config: Settings, inputs: Inputs, origins: dict[str, Any]) -> None:
-    """Raises UserError if the hosts got different commands or read different files."""
+    """Raises UserError if the hosts got different commands, read different files or run different code."""
+    versions = {"Python": platform.python_version(), "JAX": jax.__version__, "rosd_jax": rosd_jax.__version__}
+    hosts.require_same("the installation", versions)
     hosts.require_same("the config", dict(workdir.flat(dataclasses.asdict(config))))
     hosts.require_same("the model directory or data", origins | inputs.found)
+    hosts.require_same("the reward function", {"the CRC-32 of its file": inputs.reward_crc32})
 
 
 @contextlib.contextmanager
 def claim(hosts: Hosts, directory: Path, config: Settings) -> Iterator[None]:
     """`workdir.claim` by the first process, for all."""
     with workdir.claim(directory, config) if hosts.first else contextlib.nullcontext():
-        hosts.exchange("claim", None)
+        workdir.require_shared(directory, hosts)
         yield
 
 
@@ -353,7 +358,7 @@ def export_best(run: Run, like: TrainState, frozen_params: Params) -> None:
         if run.hosts.first:
             shutil.rmtree(path, ignore_errors=True)  # left by a shorter run in this directory
         return
-    params = checkpoint.restore_params(run.manager, best, like.params)
+    params = checkpoint.restore_params(run.manager, best, like.params, run.hosts)
     params = learner(params, frozen_params, run.config)
     names = run.hosts.once("unscored", partial(unscored, run, "eval", best))
     score(run, "eval", names, params, best)

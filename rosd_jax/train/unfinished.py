@@ -16,7 +16,6 @@ from __future__ import annotations
 import io
 import shutil
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -57,7 +56,8 @@ class Unfinished:
         if self.hosts.first:
             about = dict(step=np.int64(step), origin=np.array(self.origin))
             seconds = np.float64(time.perf_counter() - began)
-            _write(path, about | {"seconds": seconds} | _arrays(rollout))
+            kept = {"seconds": seconds} | _arrays(rollout)
+            _write(path, about | {"names": np.array(list(kept))} | kept)
         return rollout, 0.0
 
     def drop_unless(self, step: int) -> None:
@@ -77,8 +77,9 @@ class Unfinished:
                 # Arrays are read one by one, so a file of another step costs a few bytes.
                 if int(arrays["step"]) != step or str(arrays["origin"]) != self.origin:
                     return None
-                return {name: arrays[name] for name in arrays.files}  # reading checks their CRC-32
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                # Reading checks their CRC-32, but not what a damaged directory of the file leaves out.
+                return {str(name): arrays[str(name)] for name in arrays["names"]}
+        except Exception:  # NumPy and zipfile raise many types for damaged files
             return None
 
 

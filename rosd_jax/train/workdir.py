@@ -10,6 +10,7 @@ A run that was stopped, even by kill -9, continues when it is started again with
     check_path(workdir)                    raises UserError for a path that cannot be
     claim(workdir, config)                 `prepare` as a context: a failed start leaves no new directory
     prepare(workdir, config)               -> whether a run is being resumed
+    require_shared(workdir, hosts)         raises unless all hosts read and write the same directory
     record(workdir, config)                writes config.json, once a resumed run has passed its checks
     read_config(path)                      -> the fields of a config.json
     flat(tree)                             -> (field, value) pairs of nested dicts
@@ -29,6 +30,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,6 +43,7 @@ from rosd_jax import atomic
 from rosd_jax.config import PATH_RULE, default_config, path_fits
 from rosd_jax.errors import UserError
 from rosd_jax.fields import from_config, shown
+from rosd_jax.hosts import Hosts
 from rosd_jax.settings import Settings
 
 # What a run writes that has begun.
@@ -49,6 +52,8 @@ WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export", "unfin
 MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "validation.")
 CONFIG_FILE = "config.json"
 LOCK = ".lock"
+SHARED = ".shared_"  # and the number of the process that wrote it
+LATE_S = 20
 ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
 ABSENT = object()  # stands for a field that a config does not have
 
@@ -107,6 +112,43 @@ def check_path(workdir: Path) -> None:
             f"--workdir is {str(workdir)!r}, where ~ would be a directory of that name; write the home "
             "directory in full, or ./~ if you mean it"
         )
+
+
+def require_shared(workdir: Path, hosts: Hosts) -> None:
+    """Raises UserError, on every host, unless all of them read and write the same directory."""
+    if hosts.count == 1:
+        return
+    token = hosts.once("token", lambda: secrets.token_hex(8))
+    own = workdir / f"{SHARED}{hosts.index}"
+    problem = None
+    try:
+        own.write_text(token)
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+    hosts.exchange("written", None)
+    if problem is None and not _appears(workdir / f"{SHARED}0", token):
+        problem = "is not that of process 0"
+    problems = hosts.exchange("shared", problem)
+    with contextlib.suppress(OSError):
+        own.unlink()
+    for i, found in enumerate(problems):
+        if found:
+            raise UserError(
+                f"workdir {workdir} {found} on the host of process {i}; give --workdir a directory on "
+                "storage that all hosts share and can write"
+            )
+
+
+def _appears(path: Path, text: str) -> bool:
+    """Whether a file has this text, which another host has written; network storage may show it late."""
+    until = time.monotonic() + LATE_S
+    while True:
+        with contextlib.suppress(OSError):
+            if path.read_text(errors="replace") == text:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
 
 
 def record(workdir: Path, config: Settings) -> None:
@@ -228,7 +270,7 @@ def _has_begun(workdir: Path) -> bool:
 
 def _remove_unused(workdir: Path) -> None:
     """Removes a workdir in which no run has begun, unless it contains other files."""
-    names = {path.name for path in workdir.iterdir()}
+    names = {path.name for path in workdir.iterdir() if not path.name.startswith(SHARED)}
     if names <= {CONFIG_FILE, LOCK, *WRITTEN}:
         shutil.rmtree(workdir)
 
