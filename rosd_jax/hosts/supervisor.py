@@ -37,7 +37,7 @@ from rosd_jax.hosts.place import PATIENCE_S, Place
 PLACE = "ROSD_JAX_PLACE"  # environment variable of the child: its place and its pipe to the parent
 BEAT_S = 5
 SILENCE_S = 120  # a thread of Python sends the beats, and a call into C may keep it from running for long
-CLEANING_S = 3  # a child may use it to take its files away before another's failure ends it
+CLEANING_S = 3  # after a mistake, in which children find it themselves and remove what they have made
 LAST_WORDS_S = 20  # how long a failure waits for a connection to the first host
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 USERS_MISTAKE = 2
@@ -326,7 +326,6 @@ class _Supervisor:
                     self.ended = True
                     self._send(message)
             elif link is self.pipe:
-                self.kill_at = 0.0  # it waits for that
                 self._fail(message["failed"], message["status"])
             else:
                 self._failed(Failure(**message["failed"]))
@@ -383,7 +382,10 @@ class _Supervisor:
         if failure.process != self.place.process:
             print(failure.sentence(self.place.processes), file=sys.stderr, flush=True)
         self._send({"failed": asdict(failure)})
-        self.kill_at = min(self.kill_at, time.monotonic() + CLEANING_S)
+        self.kill_at = time.monotonic()
+        if failure.status == USERS_MISTAKE:
+            # The first child ends last: without its coordination service, JAX would abort the others.
+            self.kill_at += CLEANING_S + (self.place.process == 0)
 
     def _send(self, message: dict[str, Any]) -> None:
         """To the first host's parent; from there, failures to all others."""
