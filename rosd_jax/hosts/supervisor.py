@@ -12,8 +12,9 @@ one fails, all print why and kill theirs. A child or a parent that says nothing 
 
 Messages are lines of JSON. A child sends {"ended": status} or {"failed": text, "status": n} to its parent.
 A parent sends {"process": i, "host": name} to the first host's parent, and later {"ended": status} or
-{"failed": the fields of a Failure}; that one sends every failure on to all others. Children to their parents,
-and parents to those that they are connected to, also send {"alive": true} every BEAT_S.
+{"failed": the fields of a Failure}; that one sends every failure on to all others, and {"refused": the same}
+to a process that is there already. Children to their parents, and parents to those that they are connected
+to, also send {"alive": true} every BEAT_S.
 """
 
 from __future__ import annotations
@@ -327,6 +328,9 @@ class _Supervisor:
                     self._send(message)
             elif link is self.pipe:
                 self._fail(message["failed"], message["status"])
+            elif "refused" in message:
+                self._failed(Failure(**message["refused"]))
+                self.kill_at = 0.0  # the child must not join the other run
             else:
                 self._failed(Failure(**message["failed"]))
 
@@ -346,7 +350,7 @@ class _Supervisor:
             if process not in there:
                 why = f"it has {self.place.processes} processes, and no process {process}"
             why += "; give each host a --process of its own, or another run another --coordinator"
-            link.send({"failed": asdict(Failure(0, self.host, why, USERS_MISTAKE))})
+            link.send({"refused": asdict(Failure(0, self.host, why, USERS_MISTAKE))})
             return
         link.process = process
         link.host = message["host"]
