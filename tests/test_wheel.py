@@ -1,6 +1,7 @@
 """The package as other projects install it: built, unpacked and used from another directory."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,10 @@ import pytest
 
 from support import ROOT
 
+# `sys.modules[name] = None` makes an import of that package fail.
 USE = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[1:]))
 import jax.numpy as jnp, rosd_jax
 from rosd_jax.kernels.topk_jsd import topk_jsd_loss
 h, w = jnp.ones((3, 4)), jnp.eye(6, 4)
@@ -18,6 +22,8 @@ loss, aux = topk_jsd_loss(h, w, h, w, jnp.ones(3), k=2)
 assert abs(float(loss)) < 1e-6, loss
 print(rosd_jax.__file__)
 """
+
+IMPORTED_AS = {"absl-py": "absl", "orbax-checkpoint": "orbax", "math-verify": "math_verify"}
 
 
 @pytest.mark.slow
@@ -32,8 +38,20 @@ def test_the_wheel_works_from_another_directory(tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "configs/"))]
+    (metadata,) = (tmp_path / "site").glob("rosd_jax-*.dist-info/METADATA")
+    needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata.read_text(), re.M)
+    assert needed == ["jax", "numpy"]
+    extra = re.findall(r"^Requires-Dist: ([\w-]+).*extra == .train.$", metadata.read_text(), re.M)
+    asked = re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.M)
+    assert sorted(extra) == sorted(asked)
+    others = [IMPORTED_AS.get(name, name.replace("-", "_")) for name in asked if name not in needed]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     used = subprocess.run(
-        [sys.executable, "-c", USE], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", USE, *others],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert used.stdout.strip().startswith(str(tmp_path))
