@@ -15,6 +15,7 @@ from pod import Pod, arguments, assert_same_texts, finish
 from test_run import numbers
 
 import tiny
+from rosd_jax.hosts.place import PATIENCE_S
 from support import made_once, shared_dir
 
 pytestmark = [
@@ -61,7 +62,8 @@ def kill_at_random(chance, processes, command, directory, cwd, environment):
     alive = [process for process in run.started if process.poll() is None]
     if len(alive) == processes:
         signal_run(run, victim, number)
-    return run.end(120) != [0] * processes
+    # A process that a signal ends before its supervisor stands was never there, and the other waits for it.
+    return run.end(60 + PATIENCE_S) != [0] * processes
 
 
 def wait_for_more(run, directory):
