@@ -88,6 +88,7 @@ class Pod:
             for run in self.started:
                 if run.poll() is None:
                     run.kill()
+                    run.wait()
 
 
 def arguments(model: Path, directory: Path, **fields: Any) -> list[str]:
