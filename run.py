@@ -1,6 +1,6 @@
 """Trains, evaluates or plans one experiment.
 
-    python run.py --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan]
+    python run.py --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan|data]
                   [--config.FIELD=VALUE ...]
     python run.py --mode=plan --topology=v5p:2x2x2 [--compile=all|STAGE,...] [--json] --config=...
 
@@ -55,7 +55,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 config_file.use(_CONFIG, _ARGV)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "data"], "What to do")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "local", "Chips to plan for: local, a TPU slice such as v5p:2x2x2, or GPUs such as h100:8"
 )
@@ -111,7 +111,7 @@ def place_of(argv: list[str]) -> place.Place | None:
         given(argv, known_only=True)
     except flags.Error as error:
         raise UserError(config_file.explain(error)) from error
-    if given["mode"].value == "plan":
+    if given["mode"].value in ("plan", "data"):
         return None
     return place.find(given["coordinator"].value, given["processes"].value, given["process"].value)
 
@@ -164,8 +164,13 @@ def with_stored_config(argv: list[str]) -> list[str]:
 
 
 def run(config: Settings, here: place.Place | None) -> None:
-    """Trains, evaluates or plans."""
+    """Trains, evaluates, plans or shows the data."""
     # Imported here, after the flags are parsed, so that --help and mistakes in flags are answered quickly.
+    if _MODE.value == "data":
+        from rosd_jax.train.preview import preview
+
+        print(preview(config))
+        return
     from rosd_jax.plan import command
     from rosd_jax.train import loop, workdir
 
