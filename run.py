@@ -47,6 +47,7 @@ from rosd_jax.config import validate  # noqa: E402
 from rosd_jax.errors import UserError  # noqa: E402
 from rosd_jax.hosts import place, supervisor  # noqa: E402
 from rosd_jax.settings import Settings  # noqa: E402
+from rosd_jax.train.console import Console  # noqa: E402
 
 # The command line, from which the flag --config takes the overrides; read_flags fills it.
 _ARGV: list[str] = []
@@ -164,11 +165,23 @@ def with_stored_config(argv: list[str]) -> list[str]:
 
 
 def run(config: Settings, here: place.Place | None) -> None:
-    """Trains, evaluates or plans."""
+    """Trains, evaluates or plans. Only the first process prints its progress."""
+    first = here is None or here.process == 0
+    stream = sys.stdout if first and _MODE.value != "plan" else None
+    with Console(stream) as console:
+        console.say(f"{config.name}: reads {config.model.path} and its data")
+        console.stage("loading JAX")
+        do(config, here, console)
+
+
+def do(config: Settings, here: place.Place | None, console: Console) -> None:
+    """Does what --mode asks for."""
     # Imported here, after the flags are parsed, so that --help and mistakes in flags are answered quickly.
     from rosd_jax.plan import command
     from rosd_jax.train import loop, workdir
 
+    if here:
+        console.stage("waiting for the other hosts")
     hosts = place.join(here)
     directory = Path(_WORKDIR.value or hosts.once("workdir", lambda: workdir.default_workdir(config.name)))
     workdir.check_path(directory)
@@ -182,9 +195,9 @@ def run(config: Settings, here: place.Place | None) -> None:
             "--topology, --compile and --json are for --mode=plan; leave them out, or add that mode"
         )
     if _MODE.value == "train":
-        loop.train(config, directory, hosts)
+        loop.train(config, directory, hosts, console)
     else:
-        loop.evaluate_only(config, directory, hosts)
+        loop.evaluate_only(config, directory, hosts, console)
 
 
 def crash(error: Exception) -> int:
