@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rosd_jax.config import default_config
 from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.console import Console, Remaining, bar, clock_text, fitted
+from rosd_jax.train.schedule import work_after
 
 
 class Clock:
@@ -334,6 +336,31 @@ def test_nothing_is_told_where_no_time_is_left():
     assert remaining.seconds("eval", 5) is None
     remaining.done("eval", 5)
     assert remaining.seconds(None, 0) is None
+
+
+class Sets:
+    """The named sets of a run."""
+
+    def sets(self, split):
+        return {"validation": ["a"], "eval": ["a", "b"]}[split]
+
+
+def test_the_work_to_come_is_what_the_config_says():
+    config = default_config()
+    config.steps = 10
+    config.validation.every = 4
+    config.eval.every = 0
+    config.checkpoint.every = 5
+    work = dict(work_after(config, Sets(), 0))
+    assert work == {"step": 10, "validation a": 3, "eval a": 1, "eval b": 1, "checkpoint": 2}
+    assert dict(work_after(config, Sets(), 8)) == {
+        "step": 2,
+        "validation a": 1,
+        "eval a": 1,
+        "eval b": 1,
+        "checkpoint": 1,
+    }
+    assert not work_after(config, Sets(), 10).total()
 
 
 def test_compiling_does_not_count_as_work(screen, clock):

@@ -17,7 +17,6 @@ import shutil
 import signal
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +50,7 @@ from rosd_jax.train.console import STEP, Console
 from rosd_jax.train.inputs import Inputs, ScoredSplit, headline, read_inputs, trained_on
 from rosd_jax.train.metrics import MetricsLog, step_lines
 from rosd_jax.train.numbers import Numbers
+from rosd_jax.train.schedule import is_due, scored_every, work_after
 from rosd_jax.train.step import Runtime, read_and_grade, train_step
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.unfinished import Unfinished
@@ -181,7 +181,7 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
     try:
         score_if_due(run, state.params, frozen_params, start)
         best = best_so_far(run)
-        run.console.expect(work_after(run, start))
+        run.console.expect(work_after(config, run.inputs, start))
         for step in range(start, config.steps):
             run.console.at(step + 1)
             with run.console.work(STEP):
@@ -204,23 +204,6 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
     return state
 
 
-def work_after(run: Run, start: int) -> Counter[str]:
-    """What the run does after step `start` and how often, except for what validation decides."""
-    config = run.config
-    work = Counter({STEP: config.steps - start})
-    for step in range(start + 1, config.steps + 1):
-        for split, every in evaluated(config).items():
-            if is_due(step, every, config.steps):
-                work.update(f"{split} {name}" for name in run.inputs.sets(split))
-        work["checkpoint"] += is_due(step, config.checkpoint.every, config.steps)
-    return work
-
-
-def evaluated(config: Settings) -> dict[ScoredSplit, int]:
-    """The splits that are scored, and after how many steps again."""
-    return {"validation": config.validation.every, "eval": config.eval.every}
-
-
 def best_so_far(run: Run) -> int | None:
     """The best step by validation until now."""
     return run.hosts.once("best step", lambda: best_step(read_metrics(run.log.path)))
@@ -240,7 +223,7 @@ def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> 
     """
     config = run.config
     scored = False
-    for split, every in evaluated(config).items():
+    for split, every in scored_every(config).items():
         due = step == 0 or is_due(step, every, config.steps)
         names = run.hosts.once("unscored", partial(unscored, run, split, step)) if due else []
         if names:
@@ -393,11 +376,6 @@ def best_saved_step(run: Run) -> int | None:
     """The best step by validation of those that have a checkpoint, and step 0, which needs none."""
     saved = {0, *run.manager.all_steps()}
     return best_step([row for row in read_metrics(run.log.path) if row["step"] in saved])
-
-
-def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something is due after `step`: every `every` steps (0: never), and at the last one."""
-    return step == last or (every > 0 and step % every == 0)
 
 
 def evaluate_only(config: Settings, directory: Path, hosts: Hosts, console: Console) -> None:
