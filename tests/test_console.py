@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import struct
+import subprocess
 import sys
 import termios
 import threading
@@ -20,6 +21,7 @@ from rosd_jax.config import default_config
 from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.console import Console, Remaining, bar, clock_text, fitted
 from rosd_jax.train.schedule import work_after
+from support import ROOT
 
 
 class Clock:
@@ -221,6 +223,33 @@ def test_a_paused_terminal_does_not_hold_up_the_run(screen, clock):
     assert screen.read() == "rollout  0:00"
     console.tick()
     assert screen.read() == "update  0:00"
+
+
+DRAWS = """
+import os, sys
+from rosd_jax.train.console import Console
+if {background}:
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        sys.exit()
+    os.setpgid(0, 0)
+console = Console(sys.stdout)
+console.stage("update")
+console.say("printed")
+console.tick()
+"""
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_in_the_background_of_a_shell_draws_nothing(background):
+    spawn = "import pty, sys; pty.spawn(sys.argv[1:])"
+    command = [sys.executable, "-c", spawn, sys.executable, "-c", DRAWS.format(background=background)]
+    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdin=subprocess.DEVNULL, capture_output=True)
+    printed = subprocess.run(command, env=environment, timeout=60, **pipes).stdout
+    assert b"printed\r\n" in printed
+    assert (printed == b"printed\r\n") == background and (b"update  0:00" in printed) != background
 
 
 # --- elsewhere -----------------------------------------------------------------------------------------

@@ -185,13 +185,15 @@ class Console:
         """Prints a line, or several."""
         with self._lock:
             self._printed = self._clock()
-            if not self.live:
+            if not self._may_draw():
+                self._erase()
                 self._write(f"{text}\n")
                 return
-            line = self._line(self._printed) if self._may_draw() else ""
+            line = self._line(self._printed) if self._stage else ""
+            erase = ERASE if self._shown else ""
             self._shown = line
             self._drawn = self._printed
-            self._write(f"{ERASE}{text}\n{line}{CLEAR_REST if line else ''}")
+            self._write(f"{erase}{text}\n{line}{CLEAR_REST if line else ''}")
 
     def tick(self) -> None:
         """Redraws the line on a terminal; elsewhere writes a note if one is due. The thread calls this."""
@@ -282,9 +284,10 @@ class Console:
         return not in_background(terminal) and bool(select.select([], [terminal], [], 0)[1])
 
     def _erase(self) -> None:
-        if self._shown:
-            self._shown = ""
+        # In the background, the shell has written over the line.
+        if self._shown and self._stream is not None and not in_background(self._stream.fileno()):
             self._write(ERASE)
+        self._shown = ""
 
     def _width(self) -> int:
         assert self._stream is not None
