@@ -106,14 +106,15 @@ class Engine:
         check(requests, self.model.num_tokens or self.model.vocab_size)
         parts = []
         done = 0
+        self.progress(done, len(requests))
         # All calls have one shape. What may differ are pages and slots, in few sizes (`call`).
         for batch, row_M in pack(requests, self.limits, self.shards):
             self.before_call(f"decode {[x.shape for x in batch]} in {self.spec(batch).first_slots} slots")
             ended = partial(self._ended, done, len(requests))
-            ended(0)
             rollout: HostRollout = jax.tree.map(fetch, self.call(params, batch, key, ended))
             parts.append(pick(rollout, row_M))
             done += len(row_M)
+            self.progress(done, len(requests))
         return join(parts)
 
     def _ended(self, before: int, total: int, rows: int) -> None:
