@@ -169,7 +169,7 @@ def run(config: Settings, here: place.Place | None) -> None:
     first = here is None or here.process == 0
     stream = sys.stdout if first and _MODE.value != "plan" else None
     with Console(stream) as console:
-        console.say(f"{config.name}: reads {config.model.path} and its data")
+        console.say(f"{config.name}: reads the model and the data")
         console.stage("loading JAX")
         do(config, here, console)
 

@@ -343,7 +343,7 @@ def test_no_time_is_told_before_the_second_step():
     left = {"step": 10, "eval": 1}
     assert measured(left=left, eval=5).seconds("step", 3) is None
     assert measured(99, left=left, eval=5).seconds("step", 3) is None
-    assert measured(99, 2, left=left, eval=5).seconds(None, 0) == (8 * 2 + 5, True)
+    assert measured(99, 2, left=left, eval=5).seconds(None, 0) == (8 * 2 + 5, [])
 
 
 def test_the_work_under_way_counts_down_but_no_further_than_its_usual_time():
@@ -354,14 +354,26 @@ def test_the_work_under_way_counts_down_but_no_further_than_its_usual_time():
 
 def test_an_evaluation_that_was_not_timed_yet_is_told():
     remaining = measured(99, 2, left={"step": 3, "eval": 2})
-    assert remaining.seconds(None, 0) == (2, False)
+    assert remaining.seconds(None, 0) == (2, ["eval"])
     remaining.done("eval", 30)
-    assert remaining.seconds(None, 0) == (2 + 30, True)
+    assert remaining.seconds(None, 0) == (2 + 30, [])
+
+
+def test_what_is_not_included_in_the_time_is_named(screen, clock):
+    console = Console(screen.stream, clock)
+    console.begin(0, 3)
+    console.expect({"step": 3, "eval b": 1, "eval a": 1, "validation a": 1})
+    for step in (1, 2):
+        console.at(step)
+        with console.work("step"):
+            clock.now += 70
+    console.stage("rollout")
+    assert screen.read() == "[========>   ]  step 2/3  rollout  0:00  left 1:10 + eval + validation"
 
 
 def test_nothing_is_told_where_no_time_is_left():
     remaining = measured(99, 2, left={"step": 2, "eval": 1}, eval=5)
-    assert remaining.seconds("eval", 3) == (2, True)
+    assert remaining.seconds("eval", 3) == (2, [])
     assert remaining.seconds("eval", 5) is None
     remaining.done("eval", 5)
     assert remaining.seconds(None, 0) is None

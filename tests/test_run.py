@@ -692,7 +692,7 @@ def is_one_sentence(printed):
 
 def has_only_started(printed):
     """Whether a run printed nothing, or the line that comes before model and data are read."""
-    return re.fullmatch(r"(\w+: reads \S+ and its data\n)?", printed) is not None
+    return re.fullmatch(r"(\w+: reads the model and the data\n)?", printed) is not None
 
 
 def load_run():

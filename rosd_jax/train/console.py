@@ -73,8 +73,8 @@ class Remaining:
         measured = measured[kind == STEP :][-RECENT:]
         return sum(measured) / len(measured) if measured else None
 
-    def seconds(self, kind: str | None, spent: float) -> tuple[float, bool] | None:
-        """The seconds left, and whether that is all: False if some evaluation has not been timed yet.
+    def seconds(self, kind: str | None, spent: float) -> tuple[float, list[str]] | None:
+        """The seconds left, and the kinds of work left that have not been timed and are not included.
 
         None if the pace of the steps is not known yet, or nothing is known to be left.
         kind, spent: the work under way, which counts as left, and the seconds that it has taken so far.
@@ -84,7 +84,8 @@ class Remaining:
             return None
         total = sum(self._left[name] * pace for name, pace in paces.items() if pace is not None)
         total -= min(spent, paces.get(kind or "") or 0.0)
-        return (total, None not in paces.values()) if total >= 1 else None
+        missing = sorted(name for name, pace in paces.items() if pace is None)
+        return (total, missing) if total >= 1 else None
 
 
 class Console:
@@ -251,13 +252,14 @@ class Console:
         return [f"compiling {program[0]}"] if program and now - program[1] >= COMPILES_S else []
 
     def _left(self, now: float) -> list[str]:
-        """`left 4:10`, or `left over 4:10` if some of the work has not been timed yet; empty if unknown."""
+        """`left 4:10`, or `left 4:10 + eval` if no evaluation has been timed yet; empty if unknown."""
         work = self._work
         estimate = self._remaining.seconds(work and work.kind, self._spent(work, now) if work else 0.0)
         if estimate is None:
             return []
-        seconds, whole = estimate
-        return [f"left {'' if whole else 'over '}{clock_text(seconds)}"]
+        seconds, missing = estimate
+        words = dict.fromkeys(name.split()[0] for name in missing)  # without the names of sets
+        return [" + ".join([f"left {clock_text(seconds)}", *words])]
 
     def _spent(self, work: Work, now: float) -> float:
         """Seconds spent on a piece of work so far, without compiling."""
