@@ -98,7 +98,8 @@ class Console:
         self.live = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
         self._stream = stream
         self._clock = clock
-        # Guards what is written. Reentrant, since Python may write a warning to stderr at any moment.
+        # Guards what is written, and `_remaining`. Nobody waits for the run with it. Reentrant, since Python may
+        # write a warning to stderr at any moment.
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="console", daemon=True)
@@ -148,7 +149,8 @@ class Console:
 
     def expect(self, left: Mapping[str, int]) -> None:
         """How many pieces of each kind of work are left."""
-        self._remaining.expect(left)
+        with self._lock:
+            self._remaining.expect(left)
 
     def stage(self, name: str) -> None:
         """What the run does from now on."""
@@ -180,7 +182,8 @@ class Console:
             yield
         finally:
             self._work = None
-        self._remaining.done(kind, self._spent(work, self._clock()))
+        with self._lock:
+            self._remaining.done(kind, self._spent(work, self._clock()))
 
     def say(self, text: str) -> None:
         """Prints a line, or several."""
