@@ -120,10 +120,20 @@ def place_of(argv: list[str]) -> place.Place | None:
 def obey(argv: list[str], here: place.Place | None) -> None:
     """Does what the command line asks for. Raises BrokenPipeError if nobody reads stdout any more."""
     try:
-        run(validate(read_flags(argv)), here)
+        config = validate(read_flags(argv))
+        with open_console(here) as console:
+            console.say(f"{config.name}: reads the model and the data")
+            console.stage("loading JAX")
+            run(config, here, console)
     finally:
         # Also after --help, which raises SystemExit: a closed pipe must raise here, not as Python shuts down.
         sys.stdout.flush()
+
+
+def open_console(here: place.Place | None) -> Console:
+    """The console. Only the first process of a training or an evaluation prints its progress."""
+    first = here is None or here.process == 0
+    return Console(sys.stdout if first and _MODE.value in ("train", "eval") else None)
 
 
 def read_flags(argv: list[str]) -> ConfigDict:
@@ -164,18 +174,8 @@ def with_stored_config(argv: list[str]) -> list[str]:
     return [argv[0], f"--config={STORED_CONFIG}:{directory / workdir.CONFIG_FILE}", *argv[1:]]
 
 
-def run(config: Settings, here: place.Place | None) -> None:
-    """Trains, evaluates or plans. Only the first process prints its progress."""
-    first = here is None or here.process == 0
-    stream = sys.stdout if first and _MODE.value != "plan" else None
-    with Console(stream) as console:
-        console.say(f"{config.name}: reads the model and the data")
-        console.stage("loading JAX")
-        do(config, here, console)
-
-
-def do(config: Settings, here: place.Place | None, console: Console) -> None:
-    """Does what --mode asks for."""
+def run(config: Settings, here: place.Place | None, console: Console) -> None:
+    """Trains, evaluates or plans."""
     # Imported here, after the flags are parsed, so that --help and mistakes in flags are answered quickly.
     from rosd_jax.plan import command
     from rosd_jax.train import loop, workdir
