@@ -98,8 +98,8 @@ class Console:
         self.live = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
         self._stream = stream
         self._clock = clock
-        # Guards what is written, and `_remaining`. Taken for moments only. Reentrant, since Python may write a
-        # warning to stderr at any moment.
+        # Guards what is written, and `_remaining`; taken for moments only. Reentrant, since Python may write
+        # a warning to stderr at any moment.
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="console", daemon=True)
