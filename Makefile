@@ -36,6 +36,7 @@ clean:
 $(BIN)/.installed: requirements.txt requirements-lock.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing packages into .venv: about 1.4 GB, for some minutes; pip prints nothing meanwhile"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -c requirements-lock.txt
 	touch $@

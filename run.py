@@ -47,6 +47,7 @@ from rosd_jax.config import validate  # noqa: E402
 from rosd_jax.errors import UserError  # noqa: E402
 from rosd_jax.hosts import place, supervisor  # noqa: E402
 from rosd_jax.settings import Settings  # noqa: E402
+from rosd_jax.train.console import Console  # noqa: E402
 
 # The command line, from which the flag --config takes the overrides; read_flags fills it.
 _ARGV: list[str] = []
@@ -119,10 +120,20 @@ def place_of(argv: list[str]) -> place.Place | None:
 def obey(argv: list[str], here: place.Place | None) -> None:
     """Does what the command line asks for. Raises BrokenPipeError if nobody reads stdout any more."""
     try:
-        run(validate(read_flags(argv)), here)
+        config = validate(read_flags(argv))
+        with open_console(here) as console:
+            console.say(f"{config.name}: reads the model and the data")
+            console.stage("loading JAX")
+            run(config, here, console)
     finally:
         # Also after --help, which raises SystemExit: a closed pipe must raise here, not as Python shuts down.
         sys.stdout.flush()
+
+
+def open_console(here: place.Place | None) -> Console:
+    """The console. Only the first process of a training or an evaluation prints its progress."""
+    first = here is None or here.process == 0
+    return Console(sys.stdout if first and _MODE.value in ("train", "eval") else None)
 
 
 def read_flags(argv: list[str]) -> ConfigDict:
@@ -163,7 +174,7 @@ def with_stored_config(argv: list[str]) -> list[str]:
     return [argv[0], f"--config={STORED_CONFIG}:{directory / workdir.CONFIG_FILE}", *argv[1:]]
 
 
-def run(config: Settings, here: place.Place | None) -> None:
+def run(config: Settings, here: place.Place | None, console: Console) -> None:
     """Trains, evaluates, plans or shows the data."""
     # Imported here, after the flags are parsed, so that --help and mistakes in flags are answered quickly.
     if _MODE.value == "data":
@@ -174,6 +185,8 @@ def run(config: Settings, here: place.Place | None) -> None:
     from rosd_jax.plan import command
     from rosd_jax.train import loop, workdir
 
+    if here:
+        console.stage("waiting for the other hosts")
     hosts = place.join(here)
     directory = Path(_WORKDIR.value or hosts.once("workdir", lambda: workdir.default_workdir(config.name)))
     workdir.check_path(directory)
@@ -187,9 +200,9 @@ def run(config: Settings, here: place.Place | None) -> None:
             "--topology, --compile and --json are for --mode=plan; leave them out, or add that mode"
         )
     if _MODE.value == "train":
-        loop.train(config, directory, hosts)
+        loop.train(config, directory, hosts, console)
     else:
-        loop.evaluate_only(config, directory, hosts)
+        loop.evaluate_only(config, directory, hosts, console)
 
 
 def crash(error: Exception) -> int:

@@ -1,14 +1,14 @@
-"""metrics.jsonl: exact text, resumable; and what a person sees on the console."""
+"""metrics.jsonl: exact text, resumable; and the lines of a step."""
 
-import io
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rosd_jax.distill.reflect import NOTES
 from rosd_jax.errors import UserError
-from rosd_jax.train.metrics import Console, MetricsLog, format_bar, format_step
+from rosd_jax.train.metrics import MetricsLog, format_step, step_lines
 
 NUMBERS = {
     "reward": 0.4531,
@@ -16,13 +16,9 @@ NUMBERS = {
     "quote_found": 0.914,
     "active_tokens_share": 0.0321,
     "loss": 0.012345,
-    "tokens_per_second_rollout": 1234.4,
+    "seconds": 12.34,
 }
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+NOTED = [f"out_{note}" for note in NOTES]  # every reason for leaving the loss
 
 
 def filled(path):
@@ -127,61 +123,21 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
 
 def test_step_line_reads_well_and_shows_what_is_missing():
     counts = {"taught": 46, "out_all_right": 40, "out_quote_missing": 2, "out_no_idea": 0}
-    assert format_step(7, 100, NUMBERS | counts | {"quote_exact": 0.875}) == (
-        "step   7/100  reward 0.453  taught 46/88  quotes found  91% exact 88%  active tokens  3.2%  "
-        "loss 0.01235   1,234 tokens/s"
+    assert format_step(7, 100, NUMBERS | counts) == (
+        "step   7/100  reward 0.453  taught 46/88  quotes  91%  loss 0.01235  12.3 s"
     )
     empty = format_step(7, 100, {"loss": float("nan"), "reward": None})
-    assert empty.split() == (
-        "step 7/100 reward - taught - quotes found - active tokens - loss - - tokens/s".split()
-    )
+    assert empty.split() == "step 7/100 reward - taught - quotes - loss - - s".split()
+
+
+def test_the_lines_of_a_step_fit_a_terminal():
+    many = {"reward": 1.0, "taught": 1000, "quote_found": 1.0, "seconds": 9999.9} | dict.fromkeys(NOTED, 1000)
+    lines = step_lines(999, 999, NUMBERS | many | {"programs_compiled": 300, "seconds_compiling": 5000.0})
+    assert len(lines) > 3 and max(map(len, lines)) <= 80
 
 
 def test_what_was_not_taught_is_said_with_the_reason():
-    stream = io.StringIO()
     numbers = NUMBERS | {"taught": 46, "out_all_right": 40, "out_quote_missing": 2, "out_no_idea": 0}
-    Console(100, stream=stream).line(7, numbers)
-    assert stream.getvalue().splitlines()[1] == "  not taught: 40 group all right, 2 quote not found"
-    Console(100, stream=stream).line(8, NUMBERS | {"taught": 88})
-    assert len(stream.getvalue().splitlines()) == 3, "nothing is said where all were taught"
-
-
-def test_bar_tells_pace_and_stage():
-    assert format_bar(4, 0, 10, 12.0, "rollout") == (
-        "[========>           ] 4/10  elapsed 0:12  left 0:18  rollout"
-    )
-    assert "left 1:06:40" in format_bar(15, 5, 25, 4000, "")  # resumed at 5: ten steps in 4000 s
-    assert format_bar(10, 0, 10, 1, "").startswith("[====================] 10/10")
-    assert "left -" in format_bar(5, 5, 10, 3, "rollout")
-
-
-def test_off_a_terminal_there_are_only_plain_lines():
-    stream = io.StringIO()
-    console = Console(3, stream=stream)
-    console.stage("rollout")
-    console.line(1, NUMBERS)
-    console.say("eval/a  avg 0.5")
-    console.close()
-    lines = stream.getvalue().splitlines()
-    assert lines == [format_step(1, 3, NUMBERS), "eval/a  avg 0.5"]
-    assert stream.getvalue().replace("\n", "").isprintable()
-
-
-def test_on_a_terminal_lines_stand_above_one_bar_that_fits(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "40")
-    stream = Terminal()
-    console = Console(3, stream=stream)
-    console.stage("rollout")
-    console.line(1, NUMBERS)
-    console.close()
-    bar, line, bar_again, end = stream.getvalue().split("\r\x1b[K")[1:]
-    assert "0/3" in bar and "1/3" in bar_again and max(len(bar), len(bar_again)) < 40
-    assert line == format_step(1, 3, NUMBERS) + "\n" and end == ""
-
-
-def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    stream = Terminal()
-    Console(3, stream=stream).stage("rollout")
-    assert stream.getvalue() == ""
+    said = step_lines(7, 100, numbers)
+    assert said == [format_step(7, 100, numbers), "  not taught: 40 group all right, 2 quote not found"]
+    assert len(step_lines(8, 100, NUMBERS | {"taught": 88})) == 1, "nothing is said where all were taught"

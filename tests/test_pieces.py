@@ -28,13 +28,14 @@ def requests():
     return [Request([1 + n // 4, 5, 9], n, length) for n, length in enumerate(LENGTHS)]
 
 
-def make(shape=None, pages=None, check=module.no_check):
+def make(shape=None, pages=None, check=module.no_check, progress=module.no_progress):
     mesh = None if shape is None else make_mesh(*shape)
     limits = Limits(NEW, 64, slots=16, response_pages=pages, rows=24, prompts=6)
     params = init_params(MODEL, jax.random.key(0))
     if mesh is not None:
         params = jax.device_put(params, param_shardings(params, mesh))
-    return Engine(MODEL, mesh, limits, Sampling(1.0, stop_ids=(140,)), before_call=check), params
+    sampling = Sampling(1.0, stop_ids=(140,))
+    return Engine(MODEL, mesh, limits, sampling, before_call=check, progress=progress), params
 
 
 @pytest.mark.parametrize("pages", [None, 14])
@@ -73,6 +74,16 @@ def test_the_host_is_asked_between_the_pieces_and_may_stop(shape):
     assert len(asked) == 4 and all(what.startswith("decode") for what in asked)
     again, params = make(shape)
     assert again.generate(params, requests(), KEY).length_B.sum() > 200
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
+def test_the_host_is_told_how_many_responses_have_ended(shape):
+    told = []
+    engine, params = make(shape, progress=lambda done, total: told.append((done, total)))
+    engine.generate(params, [*requests(), *requests()], KEY)
+    done = [count for count, _ in told]
+    assert {total for _, total in told} == {48} and done == sorted(done)
+    assert done.count(24) >= 1 and done[0] == 0 and 8 <= len(set(done)) and done[-1] == 48
 
 
 def test_a_second_call_compiles_nothing():

@@ -20,7 +20,8 @@ from support import ROOT, run_environment
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 ANSWER_S = 2  # for the answer to a signal, on a busy machine
-FIRST_LINE = 3  # printed lines: the headline, two of evaluation, then a step's
+HEADLINE = 2  # printed lines: that the run starts, the headline, two of evaluation, then a step's
+FIRST_LINE = 4
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_a_signal_while_modules_load_ends_the_run_at_once(number, model, tmp_pat
 def test_the_first_signal_stops_the_run_and_a_second_ends_it_at_once(model, tmp_path):
     slow = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     run = Run(arguments(model, tmp_path / "run"), tmp_path, **slow)  # nothing is compiled yet
-    wait_for_lines(run, 1)
+    wait_for_lines(run, HEADLINE)
     time.sleep(0.5)
     send(run, signal.SIGINT)
     assert run.process.poll() is None  # compiling, which no exception can interrupt
@@ -112,18 +113,18 @@ def test_the_first_signal_stops_the_run_and_a_second_ends_it_at_once(model, tmp_
 
 def test_the_first_signal_ends_the_run_when_the_call_under_way_returns(model, cache, tmp_path):
     run = Run(arguments(model, tmp_path / "run"), tmp_path, **cache)
-    wait_for_lines(run, 1)
+    wait_for_lines(run, HEADLINE)
     time.sleep(0.2)
     send(run, signal.SIGINT)
     first, last = assert_stopped(run, signal.SIGINT).splitlines()
     assert "stops when the current device call returns" in first
     assert last == f"Ctrl-C: stopped; the same command with --workdir={tmp_path / 'run'} resumes"
-    assert run.out.read_text().count("\n") == 1 and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert run.out.read_text().count("\n") == HEADLINE and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_signal_that_a_launcher_sends_twice_is_one(model, cache, tmp_path):
     run = Run(arguments(model, tmp_path / "run"), tmp_path, **cache)
-    wait_for_lines(run, 1)
+    wait_for_lines(run, HEADLINE)
     run.signal(signal.SIGTERM)
     time.sleep(0.005)
     run.signal(signal.SIGTERM)
@@ -272,7 +273,7 @@ def moments(seed, count):
     """`count` signals, each some time after a number of printed lines; two in three are Ctrl-C."""
     chance = random.Random(seed)
     for number in range(count):
-        lines = number % 4  # the modules load; set-up is done; evaluated or resumed; one step on
+        lines = number % 5  # modules load; inputs are read; set-up is done; evaluated or resumed; one step on
         yield chance.choice([*NAMES, signal.SIGINT]), lines, chance.uniform(0, 0.6 if lines else 4)
 
 
@@ -298,7 +299,7 @@ def test_a_run_stopped_while_it_exports_or_reports_is_made_whole(delay, finished
     shutil.rmtree(directory / "export")
     command = arguments(model, directory)
     run = Run(command, tmp_path, **cache)
-    wait_for_lines(run, 1)
+    wait_for_lines(run, HEADLINE)
     time.sleep(delay)
     if "all settings of the run" in run.out.read_text():  # the report's last line: the next test's moment
         run.end()

@@ -2,6 +2,7 @@
 
 import itertools
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -378,6 +379,15 @@ def test_what_is_in_idle_rows_does_not_matter():
 
 
 # --- steps that are not taken, and what never learns ---------------------------------------------------
+
+
+def test_progress_is_told_before_each_micro_batch():
+    told = []
+    update, lay, mesh = prepared(device_rows=4)
+    update = replace(update, progress=lambda done, total: told.append((done, total)))
+    with jax.set_mesh(mesh), quickly(True):
+        update(*lay(make_lesson()))
+    assert len(told) > 1 and told == [(done, len(told)) for done in range(len(told))]
 
 
 def test_an_empty_lesson_changes_nothing_and_is_counted():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -63,6 +63,14 @@ def no_check(what: str) -> None:
     """Goes on."""
 
 
+def no_count(rows: int) -> None:
+    """Tells nobody."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tells nobody."""
+
+
 @dataclass(frozen=True, eq=False)
 class Engine:
     """Samples responses to prompts.
@@ -80,6 +88,8 @@ class Engine:
     attention: Implementation | None = None  # of a decoding step; None: the best for the device
     # Called before each call of the devices, with its shapes in words; may raise.
     before_call: Callable[[str], None] = no_check
+    # Called as responses end, as far as the host knows, with how many of the requests' have.
+    progress: Callable[[int, int], None] = no_progress
 
     @property
     def shards(self) -> int:
@@ -95,21 +105,38 @@ class Engine:
         """
         check(requests, self.model.num_tokens or self.model.vocab_size)
         parts = []
+        done = 0
+        self.progress(done, len(requests))
         # All calls have one shape. What may differ are pages and slots, in few sizes (`call`).
         for batch, row_M in pack(requests, self.limits, self.shards):
             self.before_call(f"decode {[x.shape for x in batch]} in {self.spec(batch).first_slots} slots")
-            rollout: HostRollout = jax.tree.map(fetch, self.call(params, batch, key))
+            ended = partial(self._ended, done, len(requests))
+            rollout: HostRollout = jax.tree.map(fetch, self.call(params, batch, key, ended))
             parts.append(pick(rollout, row_M))
+            done += len(row_M)
+            self.progress(done, len(requests))
         return join(parts)
 
-    def call(self, params: Params, batch: Batch[np.ndarray], key: jax.Array) -> DeviceRollout:
+    def _ended(self, before: int, total: int, rows: int) -> None:
+        """Tells of the rows of a call that have ended, `before` of earlier calls."""
+        self.progress(before + rows, total)
+
+    def call(
+        self,
+        params: Params,
+        batch: Batch[np.ndarray],
+        key: jax.Array,
+        ended: Callable[[int], None] = no_count,
+    ) -> DeviceRollout:
         """One call of the devices, whose B rows lie along the mesh's "data" and "fsdp" axes.
 
         It is traced once for each combination of shapes, of pages for its prompts (powers of two) and of the
         number of slots that suffice for the rows with a limit above 0. Long responses may take minutes, so
-        `before_call` is called every PIECE steps of theirs, and may raise.
+        `before_call` is called every PIECE steps of theirs, and may raise; and then `ended`, with the number
+        of rows that have ended.
         """
         spec = self.spec(batch)
+        waiting = int(np.sum(batch.limit_B > 0))
         if self.limits.max_new < LONG:
             return self.compiled(params, batch, key, self.stops, spec=spec)
         weights = self.pieces.decoding_weights(params, model=self.model, mesh=self.mesh)
@@ -125,7 +152,9 @@ class Engine:
                 state, left_by_shard = self.pieces.advance(
                     weights, sequences, state, fewer=fewer, steps=PIECE, spec=spec
                 )
-                left = int(fetch(left_by_shard).max())
+                left_by_shard = fetch(left_by_shard)
+                ended(waiting - int(left_by_shard.sum()))
+                left = int(left_by_shard.max())
         return self.pieces.finish(state)
 
     @cached_property

@@ -12,6 +12,7 @@ from rosd_jax.rollout.bandwidth import measure_roofline
 from rosd_jax.settings import Settings
 from rosd_jax.train import stopping
 from rosd_jax.train.compiling import keep_programs
+from rosd_jax.train.console import Console
 from rosd_jax.train.devices import check_rows, split_cpu
 from rosd_jax.train.engines import Ends, capability, check_attention, make_engines
 from rosd_jax.train.inputs import Inputs
@@ -23,7 +24,9 @@ from rosd_jax.train.update import make_optimizer, make_update
 TASK_METRICS = {"gym": quote_exact}  # by the kind of the training problems
 
 
-def build(config: Settings, inputs: Inputs, grader: Grader, unfinished: Unfinished) -> tuple[Runtime, Trees]:
+def build(
+    config: Settings, inputs: Inputs, grader: Grader, unfinished: Unfinished, console: Console
+) -> tuple[Runtime, Trees]:
     """The runtime of a run, and the `Trees` that load or initialise its weights.
 
     Raises UserError if the mesh does not suit the devices, the model or the batch, or rollout.attention
@@ -34,6 +37,7 @@ def build(config: Settings, inputs: Inputs, grader: Grader, unfinished: Unfinish
         jax.config.update("jax_default_matmul_precision", "highest")
     keep_programs(config.compile_cache)
     hosts = unfinished.hosts
+    console.stage("starting the devices")
     if hosts.count == 1:
         split_cpu(config)  # before make_mesh, which starts JAX
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -49,6 +53,7 @@ def build(config: Settings, inputs: Inputs, grader: Grader, unfinished: Unfinish
     ends = Ends(inputs.tokenizer.stop_ids, inputs.stops)
     longest = max(len(ids) for _, ids in inputs.train)
     kinds = {problem.kind for problem, _ in inputs.train}
+    console.stage("measuring the memory bandwidth")
     runtime = Runtime(
         config=config,
         model=model,
@@ -62,8 +67,8 @@ def build(config: Settings, inputs: Inputs, grader: Grader, unfinished: Unfinish
         unfinished=unfinished,
         key=jax.random.key(config.seed),
         roofline=measure_roofline(model, mesh.shape["tensor"]),
-        engines=make_engines(config, model, mesh, ends, longest),
+        engines=make_engines(config, model, mesh, ends, longest, console.progress),
         task_metrics=TASK_METRICS.get(kinds.pop()) if len(kinds) == 1 else None,
-        update=make_update(config, model, optimizer, mesh, trees.shardings, stopping.check),
+        update=make_update(config, model, optimizer, mesh, trees.shardings, stopping.check, console.progress),
     )
     return runtime, trees

@@ -1,7 +1,7 @@
 """Caches compiled programs on disk, and counts those that a run compiles.
 
     keep_programs(config.compile_cache)
-    compiled = Compiled(); ...; compiled.since()     -> programs compiled since the last call, and seconds
+    compiled = Compiled(begins); ...; compiled.since()   -> programs compiled since the last call, and seconds
 
 A program found in the cache is loaded instead of compiled. It is not counted, but the time to load it is.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,7 +18,8 @@ from jax import monitoring
 
 from rosd_jax.errors import UserError
 
-# Names of JAX's monitoring events. REQUEST comes for every program, HIT also for one that the cache had.
+# Names of JAX's monitoring events. REQUEST comes for every program: as a scalar when JAX begins to compile
+# it, as a duration when it is done. HIT comes also, for one that the cache had.
 REQUEST = "/jax/core/compile/backend_compile_duration"
 HIT = "/jax/compilation_cache/cache_hits"
 
@@ -51,12 +53,22 @@ def processor() -> str:
     return f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
 
 
-class Compiled:
-    """Counts the programs that this process compiles from now on."""
+def ignore(name: str | None) -> None:
+    """Tells nobody."""
 
-    def __init__(self) -> None:
+
+class Compiled:
+    """Counts the programs that this process compiles from now on.
+
+    under_way: called with the name of a program when JAX begins to compile or load it, and with None at the
+    end.
+    """
+
+    def __init__(self, under_way: Callable[[str | None], None] = ignore) -> None:
         self._programs = 0
         self._seconds = 0.0
+        self._under_way = under_way
+        monitoring.register_scalar_listener(self._on_scalar)
         monitoring.register_event_duration_secs_listener(self._on_duration)
         monitoring.register_event_listener(self._on_event)
 
@@ -68,9 +80,16 @@ class Compiled:
         self._seconds = 0.0
         return programs, seconds
 
+    def _on_scalar(self, event: str, value: float | int, **kwargs: str | int) -> None:
+        del value
+        if event == REQUEST:
+            name = str(kwargs.get("fun_name", "a program"))
+            self._under_way(name.removeprefix("jit(").removesuffix(")"))
+
     def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         del kwargs
         if event == REQUEST:
+            self._under_way(None)
             self._programs += 1
             self._seconds += duration_secs
 

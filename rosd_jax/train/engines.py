@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from rosd_jax.errors import UserError
 from rosd_jax.kernels.paged_attention import misfit, platform_of
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.rollout.engine import Engine
+from rosd_jax.rollout.engine import Engine, no_progress
 from rosd_jax.rollout.limits import LONGEST_PAGE, Limits, own_pages, page_length
 from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.rollout.stops import Stops
@@ -41,11 +42,17 @@ class Ends:
 
 
 def make_engines(
-    config: Settings, model: Qwen3Config, mesh: Mesh, ends: Ends, longest_train: int | None = None
+    config: Settings,
+    model: Qwen3Config,
+    mesh: Mesh,
+    ends: Ends,
+    longest_train: int | None = None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> Engines:
     """The engines of a run. Raises UserError if rollout.cache_tokens is too small for one response.
 
     longest_train: tokens of the longest training prompt; None: data.max_prompt_tokens.
+    progress: called by every engine as responses end.
     """
     c = config
     rows = config.rows
@@ -54,7 +61,7 @@ def make_engines(
 
     def engine(section: Sampled, limits: Limits, top_p: float, stops: Stops | None) -> Engine:
         sampling = Sampling(section.temperature, top_p, ends.stop_ids)
-        return Engine(model, mesh, limits, sampling, stops, c.rollout.attention, stopping.check)
+        return Engine(model, mesh, limits, sampling, stops, c.rollout.attention, stopping.check, progress)
 
     return Engines(
         rollouts=engine(

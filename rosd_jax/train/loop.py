@@ -12,13 +12,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import signal
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,9 +46,11 @@ from rosd_jax.settings import Settings
 from rosd_jax.train import checkpoint, history, stopping, workdir
 from rosd_jax.train.build import build
 from rosd_jax.train.compiling import Compiled
+from rosd_jax.train.console import STEP, Console
 from rosd_jax.train.inputs import Inputs, ScoredSplit, headline, read_inputs, trained_on
-from rosd_jax.train.metrics import Console, MetricsLog
+from rosd_jax.train.metrics import MetricsLog, step_lines
 from rosd_jax.train.numbers import Numbers
+from rosd_jax.train.schedule import is_due, scored_every, work_after
 from rosd_jax.train.step import Runtime, read_and_grade, train_step
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.unfinished import Unfinished
@@ -79,31 +80,33 @@ class Run:
         return self.runtime.hosts
 
 
-def train(config: Settings, directory: Path, hosts: Hosts) -> None:
+def train(config: Settings, directory: Path, hosts: Hosts, console: Console) -> None:
     """Trains for config.steps steps in `directory`, or resumes the run there; then exports and reports.
 
     Raises UserError for a mistake of the user's, Stopped after a signal.
     """
     # Mistakes should show early, so what needs no device is checked first. `resume` drops lines of earlier
     # starts, so it comes after everything that can fail.
+    console.stage("reading the model's files and the data")
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
     origins = history.origins(config, inputs)
     require_same_inputs(hosts, config, inputs, origins)
     meta = checkpoint.run_meta(config, origins)
     unfinished = Unfinished(directory, hosts, json.dumps(meta, sort_keys=True))
-    compiled = Compiled()  # counts from here, so before anything is compiled
+    compiled = Compiled(console.compiling)  # counts from here, so before anything is compiled
     with claim(hosts, directory, config), Grader(config.rewards, config.reward_timeout) as grader:
         history.require_checkpoint(directory, config)
-        runtime, trees = build(config, inputs, grader, unfinished)
+        runtime, trees = build(config, inputs, grader, unfinished, console)
         manager = checkpoint.open_manager(directory)
         # Before minutes are spent on reading weights.
         hosts.once("disk", lambda: check_disk(directory, manager, trees, config))
-        restored = begin(hosts, manager, trees, origins)
+        restored = begin(hosts, manager, trees, origins, console)
         state = restored.state
         start = restored.step
+        console.stage("preparing the frozen weights")
         frozen_params = trees.frozen(None if start else state)
-        console = open_console(hosts, config, start)
+        console.begin(start, config.steps)
         log = hosts.once("resume", lambda: resume(directory, config, inputs, start, console))
         checkpoint.set_aside(manager, restored.damaged, hosts)
         del restored  # it refers to the state, whose memory is needed later
@@ -114,15 +117,15 @@ def train(config: Settings, directory: Path, hosts: Hosts) -> None:
         with jax.set_mesh(runtime.mesh), stopping.deferred(directory, agreed(hosts)):
             state = take_steps(run, state, frozen_params, start)
             stopping.check("export")
+            console.stage("export")
             export(run, learner(state.params, frozen_params, config), directory / "export", config.steps)
             del state  # frees device memory for the parameters of the best step
             export_best(run, trees.like, frozen_params)
             manager.close()
             if hosts.first:
                 unfinished.drop()
-            console.close()
-            if hosts.first:
-                print(write_report(directory, trained_on(config)))
+                console.stage("report")
+                console.say(write_report(directory, trained_on(config)))
 
 
 def require_same_inputs(hosts: Hosts, config: Settings, inputs: Inputs, origins: dict[str, Any]) -> None:
@@ -140,11 +143,6 @@ def claim(hosts: Hosts, directory: Path, config: Settings) -> Iterator[None]:
     with workdir.claim(directory, config) if hosts.first else contextlib.nullcontext():
         workdir.require_shared(directory, hosts)
         yield
-
-
-def open_console(hosts: Hosts, config: Settings, start: int) -> Console:
-    """The console. Only that of the first process prints."""
-    return Console(config.steps, start, None if hosts.first else open(os.devnull, "w"))
 
 
 def agreed(hosts: Hosts) -> stopping.Agree:
@@ -183,8 +181,11 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
     try:
         score_if_due(run, state.params, frozen_params, start)
         best = best_so_far(run)
+        run.console.expect(work_after(config, run.inputs, start))
         for step in range(start, config.steps):
-            state = one_step(run, state, frozen_params, step)
+            run.console.at(step + 1)
+            with run.console.work(STEP):
+                state = one_step(run, state, frozen_params, step)
             done = step + 1
             if score_if_due(run, state.params, frozen_params, done):
                 best = best_so_far(run)
@@ -192,7 +193,9 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
             saving = finish_saving(run, saving, best)
             if is_due(done, config.checkpoint.every, config.steps) or done == best:
                 run.console.stage("checkpoint")
-                saving = checkpoint.save(run.manager, state, done, run.meta)
+                with run.console.work("checkpoint"):
+                    saving = checkpoint.save(run.manager, state, done, run.meta)
+        run.console.stage("checkpoint")
         finish_saving(run, saving, best)
     except stopping.Stopped:  # raised before the update of step done + 1, or while step `done` is scored
         finish_saving(run, saving, best)
@@ -220,8 +223,7 @@ def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> 
     """
     config = run.config
     scored = False
-    every_of: dict[ScoredSplit, int] = {"validation": config.validation.every, "eval": config.eval.every}
-    for split, every in every_of.items():
+    for split, every in scored_every(config).items():
         due = step == 0 or is_due(step, every, config.steps)
         names = run.hosts.once("unscored", partial(unscored, run, split, step)) if due else []
         if names:
@@ -252,7 +254,8 @@ def write_step(run: Run, step: int, numbers: Numbers, rows: list[dict]) -> None:
     """Writes what a step leaves."""
     workdir.write_rollouts(run.directory, step, rows)
     run.log.write(step, "train", numbers)
-    run.console.line(step, numbers)
+    for line in step_lines(step, run.config.steps, numbers):
+        run.console.say(line)
     train_rows = [row for row in read_metrics(run.log.path) if row["split"] == "train"]
     for sentence in new_findings(train_rows):
         run.console.say(f"warning: {sentence}")
@@ -288,16 +291,19 @@ def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
     return rows
 
 
-def score(run: Run, split: ScoredSplit, names: Iterable[str], params: Params, step: int) -> None:
+def score(run: Run, split: ScoredSplit, names: Sequence[str], params: Params, step: int) -> None:
     """Evaluates each named set: one line in metrics.jsonl, and its generations in a file."""
     c = run.config.eval
-    for name in names:
+    for number, name in enumerate(names, start=1):
         stopping.check(f"{split} {name}")
-        run.console.stage(f"{split} {name}")
+        of_sets = f" (set {number}/{len(names)})" if len(names) > 1 else ""
+        run.console.stage(f"{split} {name}{of_sets}")
         # The key depends on step and set, so the answers do not depend on which other sets are scored.
         key = jax.random.fold_in(Stream.EVAL.key(run.runtime.key), step)
         key = jax.random.fold_in(key, zlib.crc32(f"{split}/{name}".encode()))
-        numbers, generations = evaluate_set(run.runtime, params, name, run.inputs.sets(split)[name], key)
+        encoded = run.inputs.sets(split)[name]
+        with run.console.work(f"{split} {name}"):
+            numbers, generations = evaluate_set(run.runtime, params, name, encoded, key)
         if not run.hosts.first:
             continue
         # The line comes last: a set that has one is not scored again when the run is resumed.
@@ -362,6 +368,7 @@ def export_best(run: Run, like: TrainState, frozen_params: Params) -> None:
     params = learner(params, frozen_params, run.config)
     names = run.hosts.once("unscored", partial(unscored, run, "eval", best))
     score(run, "eval", names, params, best)
+    run.console.stage("export of the best step")
     export(run, params, path, best)
 
 
@@ -371,12 +378,7 @@ def best_saved_step(run: Run) -> int | None:
     return best_step([row for row in read_metrics(run.log.path) if row["step"] in saved])
 
 
-def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something is due after `step`: every `every` steps (0: never), and at the last one."""
-    return step == last or (every > 0 and step % every == 0)
-
-
-def evaluate_only(config: Settings, directory: Path, hosts: Hosts) -> None:
+def evaluate_only(config: Settings, directory: Path, hosts: Hosts, console: Console) -> None:
     """Evaluates the newest checkpoint in `directory`, or the original model if nothing was trained there.
 
     If the checkpoints of a run were removed, its exported model is evaluated. Lines of an earlier evaluation
@@ -386,6 +388,7 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts) -> None:
     exported = history.export_to_evaluate(directory, config)
     if exported:
         config = replace(config, "model.path", str(directory / "export"))
+    console.stage("reading the model's files and the data")
     inputs = read_inputs(config)
     if not inputs.evals:
         raise UserError(
@@ -396,9 +399,11 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts) -> None:
     require_same_inputs(hosts, config, inputs, origins)
     unfinished = Unfinished(directory, hosts, "evaluation")  # which makes no step
     with claim(hosts, directory, config), Grader(config.rewards, config.reward_timeout) as grader:
-        runtime, trees = build(config, inputs, grader, unfinished)
+        compiled = Compiled(console.compiling)
+        runtime, trees = build(config, inputs, grader, unfinished, console)
         manager = checkpoint.open_manager(directory)
         if exported:
+            console.stage("reading the weights")
             state = trees.first()
             step = history.exported_step(directory) or 0
             what = f"{config.model.path}, the model of step {step}, since the checkpoints are gone"
@@ -408,23 +413,23 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts) -> None:
             names = ["model", "tokenizer"]
             if config.model.lora.rank:
                 names.append("weights")
-            restored = begin(hosts, manager, trees, {name: origins[name] for name in names})
+            restored = begin(hosts, manager, trees, {name: origins[name] for name in names}, console)
             state = restored.state
             step = restored.step
             what = f"the checkpoint of step {step}" if step else f"the original model in {config.model.path}"
         params = state.params
         if config.model.lora.rank:
             params = learner(params, trees.frozen(None), config)
-        console = open_console(hosts, config, step)
+        console.begin(step, config.steps)
         console.say(f"{config.name}: evaluates {what}, in {directory}")
         path = directory / "metrics.jsonl"
         log = hosts.once("log", lambda: MetricsLog.resume(path, lambda step, split: True))
-        run = Run(runtime, inputs, directory, log, console, manager, Compiled(), {})
+        run = Run(runtime, inputs, directory, log, console, manager, compiled, {})
         with jax.set_mesh(runtime.mesh), stopping.deferred(directory, agreed(hosts)):
-            score(run, "eval", inputs.evals, params, step)
-            console.close()
+            score(run, "eval", list(inputs.evals), params, step)
             if hosts.first:
-                print(write_report(directory, trained_on(config)))
+                console.stage("report")
+                console.say(write_report(directory, trained_on(config)))
 
 
 def begin(
@@ -432,13 +437,16 @@ def begin(
     manager: ocp.CheckpointManager,
     trees: Trees,
     origins: dict[str, Any],
+    console: Console,
 ) -> checkpoint.Restored:
     """The newest checkpoint that can be read; without one, the initial state at step 0.
 
     Raises UserError if the checkpoint's run began with other `origins`.
     """
+    console.stage("reading the checkpoint")
     restored = checkpoint.restore_latest(manager, trees.like, hosts)
     if restored is None:
+        console.stage("reading the weights")
         return checkpoint.Restored(trees.first(), {"step": 0}, {})
     history.require_same_origins(restored.meta, origins, trees.config)
     if hosts.first:

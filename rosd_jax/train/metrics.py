@@ -1,9 +1,9 @@
-"""What a run reports: metrics.jsonl for programs; a line per step and a progress bar for people.
+"""What a run reports: metrics.jsonl for programs, and lines of a step for people.
 
     MetricsLog(path).write(step, split, numbers)
     MetricsLog(path).replace(step, split, numbers)   also removes earlier lines of that step and split
     MetricsLog.resume(path, keep)                    the log with only the lines for which keep(step, split)
-    Console(total_steps).stage(name) / .line(step, numbers) / .say(text) / .close()
+    step_lines(step, total, numbers)                 what the console prints of a step
 
 loop.py says in which order a step writes, which resuming relies on.
 """
@@ -13,23 +13,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import sys
-import time
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from rosd_jax import atomic
 from rosd_jax.distill.reflect import NOTES
 from rosd_jax.errors import UserError
-from rosd_jax.train import stopping
-from rosd_jax.train.stopping import ERASE
 
 RESERVED = ("step", "split")
-BAR_WIDTH = 20
+COLUMNS = 80  # of a terminal
 NOTED = 10  # seconds of compiling in a step from which on the console mentions it
 
 
@@ -71,73 +67,30 @@ class MetricsLog:
         return cls(path)
 
 
-class Console:
-    """Progress for people: on a terminal lines above a progress bar, elsewhere plain lines.
+def step_lines(step: int, total: int, numbers: Mapping[str, Any]) -> list[str]:
+    """What is printed of a step: its line, why rollouts were not taught, and a long compilation.
 
-    If nobody reads the stream any more, the run is asked to stop.
+    No line is wider than COLUMNS, unless the numbers are.
     """
-
-    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
-        self.total = total_steps
-        self.start = start_step
-        self.step = start_step
-        self.stream = sys.stdout if stream is None else stream
-        self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.began = time.monotonic()
-        self.stage_name = ""
-
-    def stage(self, name: str) -> None:
-        """Shows on the bar what the run is doing."""
-        self.stage_name = name
-        self._draw()
-
-    def line(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Prints the line of a step, why rollouts were not taught, and a long compilation."""
-        self.step = step
-        self.say(format_step(step, self.total, numbers))
-        for more in (format_left_out(numbers), format_compiled(numbers)):
-            if more:
-                self.say(f"  {more}")
-
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self._print(f"{ERASE}{text}\n" if self.live else f"{text}\n")
-        self._draw()
-
-    def close(self) -> None:
-        """Erases the bar."""
-        if self.live:
-            self._print(ERASE)
-
-    def _draw(self) -> None:
-        if not self.live:
-            return
-        elapsed = time.monotonic() - self.began
-        bar = format_bar(self.step, self.start, self.total, elapsed, self.stage_name)
-        width = shutil.get_terminal_size().columns - 1  # a bar of full width would wrap
-        self._print(ERASE + bar[:width])
-
-    def _print(self, text: str) -> None:
-        try:
-            print(text, end="", file=self.stream, flush=True)
-        except BrokenPipeError:
-            stopping.reader_left()
+    lines = [format_step(step, total, numbers)]
+    for more in (format_left_out(numbers), format_compiled(numbers)):
+        lines += textwrap.wrap(more, COLUMNS, initial_indent="  ", subsequent_indent="    ")
+    return lines
 
 
 def format_step(step: int, total: int, numbers: Mapping[str, Any]) -> str:
     """The line of a step. A number that is missing, NaN or infinite is shown as `-`."""
     taught = numbers.get("taught")
     rows = sum(left_out(numbers).values())
-    exact = f" exact {_show(numbers['quote_exact'], '.0%')}" if "quote_exact" in numbers else ""
+    seconds = numbers.get("seconds")
     return "  ".join(
         (
             f"step {step:>{len(str(total))}}/{total}",
             f"reward {_show(numbers.get('reward'), '.3f'):>5}",
             "taught -" if taught is None else f"taught {taught}/{taught + rows}",
-            f"quotes found {_show(numbers.get('quote_found'), '.0%'):>4}{exact}",
-            f"active tokens {_show(numbers.get('active_tokens_share'), '.1%'):>5}",
+            f"quotes {_show(numbers.get('quote_found'), '.0%'):>4}",
             f"loss {_show(numbers.get('loss'), '.5f'):>7}",
-            f"{_show(numbers.get('tokens_per_second_rollout'), ',.0f'):>6} tokens/s",
+            f"{_show(seconds, '.1f' if (seconds or 0) < 100 else '.0f'):>4} s",
         )
     )
 
@@ -160,14 +113,6 @@ def format_compiled(numbers: Mapping[str, Any]) -> str:
     if seconds < NOTED:
         return ""
     return f"compiled {programs} programs in {seconds:.0f} s"
-
-
-def format_bar(step: int, start: int, total: int, elapsed: float, stage: str) -> str:
-    """`[====>     ] 4/10  elapsed 0:12  left 0:18  rollout`; `left` assumes the pace since this start."""
-    filled = BAR_WIDTH * min(step, total) // max(total, 1)
-    left = elapsed * (total - step) / (step - start) if step > start else math.nan
-    bar = ("=" * filled + ">" * (filled < BAR_WIDTH)).ljust(BAR_WIDTH)
-    return f"[{bar}] {step}/{total}  elapsed {_clock(elapsed)}  left {_clock(left)}  {stage}"
 
 
 def _line(step: int, split: str, numbers: Mapping[str, Any]) -> str:
@@ -216,11 +161,3 @@ def _plain(name: str, value: Any) -> int | float | None:
 
 def _show(value: Any, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(float(value), form)
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "-"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

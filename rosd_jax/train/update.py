@@ -118,6 +118,7 @@ class Update:
     device_rows: int
     longest: tuple[int, int]  # the most positions of a student's and of a teacher's row
     before: Callable[[str], None]  # called before each micro-batch, with its shape in words; may raise
+    progress: Callable[[int, int], None]  # called before each micro-batch: how many are done, of how many
 
     @property
     def rows(self) -> int:
@@ -163,6 +164,7 @@ class Update:
         for number, microbatch in enumerate(microbatches):
             sizes = (*microbatch.student_BS.shape, microbatch.teacher_BT.shape[1])
             self.before(f"micro-batch {number} of {len(microbatches)}, {sizes}")
+            self.progress(number, len(microbatches))
             previous_sums = sums
             microbatch = place_rows(scaled(microbatch, total), self.mesh)
             teacher_BTD = self.teach(frozen_params, microbatch.teacher_BT)
@@ -186,6 +188,7 @@ def make_update(
     mesh: Mesh,
     state_shardings: TrainState,
     before: Callable[[str], None] = lambda what: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Update:
     """The update of one experiment on one mesh. Compiles nothing yet."""
     param_shardings = state_shardings.params
@@ -236,6 +239,7 @@ def make_update(
         device_rows=config.batch.device_rows,
         longest=longest_rows(config),
         before=before,
+        progress=progress,
     )
 
 
