@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rosd_jax.errors import UserError
-from rosd_jax.evals.evaluate import generations_path
+from rosd_jax.evals.generations import generations_path
 
 MetricsRow = dict[str, Any]  # one line of metrics.jsonl
 # Fields that must agree, or else a change of avg@k is not due to the model. The samples per item (k) are not

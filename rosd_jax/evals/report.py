@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rosd_jax.distill.reflect import NOTES
+from rosd_jax.distill.notes import NOTES
 from rosd_jax.errors import UserError
 from rosd_jax.evals.health import findings
 from rosd_jax.evals.outcome import (

@@ -33,7 +33,8 @@ import rosd_jax
 from rosd_jax import atomic
 from rosd_jax.data.pipeline import Encoded, batch_at
 from rosd_jax.errors import UserError
-from rosd_jax.evals.evaluate import requests_of, score_set, write_generations
+from rosd_jax.evals.evaluate import requests_of, score_set
+from rosd_jax.evals.generations import write_generations
 from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
 from rosd_jax.evals.report import Z, write_report

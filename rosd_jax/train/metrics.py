@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from rosd_jax import atomic
-from rosd_jax.distill.reflect import NOTES
+from rosd_jax.distill.notes import NOTES
 from rosd_jax.errors import UserError
 from rosd_jax.train import stopping
 from rosd_jax.train.stopping import ERASE
