@@ -37,6 +37,7 @@ from rosd_jax.evals.evaluate import requests_of, score_set
 from rosd_jax.evals.generations import write_generations
 from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
+from rosd_jax.evals.page import drop_after, write_page, write_step_file
 from rosd_jax.evals.report import Z, write_report
 from rosd_jax.fields import replace
 from rosd_jax.hosts import Hosts
@@ -123,7 +124,14 @@ def train(config: Settings, directory: Path, hosts: Hosts) -> None:
                 unfinished.drop()
             console.close()
             if hosts.first:
-                print(write_report(directory, trained_on(config)))
+                report(run)
+
+
+def report(run: Run) -> None:
+    """Writes the reports and prints what they say."""
+    names = trained_on(run.config)
+    write_page(run.directory, names)
+    print(write_report(run.directory, names))
 
 
 def require_same_inputs(hosts: Hosts, config: Settings, inputs: Inputs, origins: dict[str, Any]) -> None:
@@ -169,6 +177,7 @@ def resume(directory: Path, config: Settings, inputs: Inputs, start: int, consol
     workdir.record(directory, config)
     log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: step <= start)
     workdir.drop_rollouts_after(directory, start)
+    drop_after(directory, start)
     console.say(headline(inputs, config, directory, start))
     if last > start:
         console.say(f"steps after {start}, up to {last}, have no checkpoint and are dropped")
@@ -249,14 +258,16 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
     return state
 
 
-def write_step(run: Run, step: int, numbers: Numbers, rows: list[dict]) -> None:
+def write_step(run: Run, step: int, numbers: Numbers, rollouts: list[dict]) -> None:
     """Writes what a step leaves."""
-    workdir.write_rollouts(run.directory, step, rows)
+    workdir.write_rollouts(run.directory, step, rollouts)
     run.log.write(step, "train", numbers)
     run.console.line(step, numbers)
-    train_rows = [row for row in read_metrics(run.log.path) if row["split"] == "train"]
-    for sentence in new_findings(train_rows):
+    rows = read_metrics(run.log.path)
+    for sentence in new_findings([row for row in rows if row["split"] == "train"]):
         run.console.say(f"warning: {sentence}")
+    write_step_file(run.directory, step, rollouts)
+    write_page(run.directory, trained_on(run.config), rows)
 
 
 def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
@@ -425,7 +436,7 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts) -> None:
             score(run, "eval", inputs.evals, params, step)
             console.close()
             if hosts.first:
-                print(write_report(directory, trained_on(config)))
+                report(run)
 
 
 def begin(
