@@ -31,6 +31,7 @@ def test_the_wheel_works_from_another_directory(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
+    assert "rosd_jax/evals/page.html" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "configs/"))]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     used = subprocess.run(

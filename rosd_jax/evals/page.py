@@ -229,13 +229,8 @@ def _headline(train: Sequence[MetricsRow], run: Json, config: Json) -> list[list
         tiles.append([f"avg@{outcome['k']} in %, {outcome['name']}", score, f"{where}, {outcome['change']}"])
     if not train:
         return tiles
-    tiles.append(
-        [
-            "Reward",
-            first_and_last(train, "reward", ".3f").replace("->", "→"),
-            f"mean of the first and last {ends(train)} steps",
-        ]
-    )
+    reward = first_and_last(train, "reward", ".3f").replace("->", "→")
+    tiles.append(["Reward", reward, f"first {ends(train)} and last {ends(train)} of {len(train)} steps"])
     taught = sum(row.get("taught") or 0 for row in train)
     rollouts = taught + sum(row.get(f"out_{note}") or 0 for row in train for note in NOTES)
     if rollouts:
