@@ -162,7 +162,7 @@ def report(argv: list[str]) -> None:
     from rosd_jax.train import workdir
 
     directory = Path(given["workdir"].value)
-    others = [Path(other) for other in given["compare"].value]
+    others = [Path(other) for other in given["compare"].value or ()]
     page.require_run(directory)
     workdir.lock(directory)
     trained_on = page.remake(directory, others)

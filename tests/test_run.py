@@ -54,6 +54,7 @@ OWN_FLAGS = (
     "topology",
     "compile",
     "json",
+    "compare",
     "coordinator",
     "processes",
     "process",
