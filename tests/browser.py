@@ -41,6 +41,7 @@ class Browser:
         attached = self.ask("Target.attachToTarget", targetId=target, flatten=True)
         self.session = {"sessionId": attached["sessionId"]}
         self.ask("Page.enable")
+        self.ask("Emulation.setScrollbarsHidden", hidden=True)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -29,7 +29,17 @@ from rosd_jax.distill.notes import NOTES
 from rosd_jax.errors import UserError
 from rosd_jax.evals.health import findings, spikes
 from rosd_jax.evals.outcome import MetricsRow, Outcome, compare, mean, number, read_metrics
-from rosd_jax.evals.report import Z, ends, first_and_last, notes_of, percent, show, shown_change, steps_of
+from rosd_jax.evals.report import (
+    Z,
+    ends,
+    first_and_last,
+    notes_of,
+    outcomes_at_best,
+    percent,
+    show,
+    shown_change,
+    steps_of,
+)
 from rosd_jax.rewards.grade import SUCCESS
 
 Json = dict[str, Any]
@@ -248,12 +258,14 @@ def _run(workdir: Path, trained_on: Sequence[str], rows: Sequence[MetricsRow]) -
     """The learning curves and evaluations of one run."""
     train = [row for row in rows if row["split"] == "train"]
     fields = [field for _, _, names in CURVES for field in names]
+    outcomes = compare(rows, workdir, trained_on)
+    best = outcomes_at_best(rows, workdir, trained_on, outcomes)
     return {
         "name": workdir.resolve().name,
         "steps": [row["step"] for row in train],
         "columns": [[field, _column(train, field)] for field in fields],
         "scores": _scores(rows, trained_on),
-        "outcomes": [_outcome(outcome) for outcome in compare(rows, workdir, trained_on)],
+        "outcomes": [*map(_outcome, outcomes), *map(_at_best, best)],
     }
 
 
@@ -290,6 +302,11 @@ def _outcome(outcome: Outcome) -> Json:
         "steps": steps_of(outcome).replace("->", "→"),
         "notes": notes_of(outcome, steps_of(outcome)),
     }
+
+
+def _at_best(outcome: Outcome) -> Json:
+    shown = _outcome(outcome)
+    return {**shown, "notes": ["at the step that validation chose", *shown["notes"]]}
 
 
 def _problem(uid: str, row: Mapping[str, Any]) -> Json:

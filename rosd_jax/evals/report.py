@@ -61,7 +61,7 @@ def write_report(workdir: str | Path, trained_on: Sequence[str]) -> str:
     workdir = Path(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
     outcomes = compare(rows, workdir, trained_on)
-    at_best = _at_best(rows, workdir, trained_on, outcomes)
+    at_best = outcomes_at_best(rows, workdir, trained_on, outcomes)
     train = [row for row in rows if row["split"] == "train"]
     lines = [*_training_lines(train), *_findings_lines(train), *_validation_lines(rows), ""]
     if at_best:
@@ -124,7 +124,7 @@ def _quotes_said(train: Sequence[MetricsRow]) -> list[str]:
     return [f"  {', '.join(known)} (mean over steps)"] if known else []
 
 
-def _at_best(
+def outcomes_at_best(
     rows: Sequence[MetricsRow], workdir: Path, trained_on: Sequence[str], outcomes: Sequence[Outcome]
 ) -> list[Outcome]:
     """The outcomes at the step that validation chose; none if that is the first or the last."""
