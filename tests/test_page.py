@@ -361,6 +361,33 @@ def test_the_keyboard_moves_through_rollouts_and_steps_and_searches(browser, run
     assert browser.run("document.getElementById('step').value") == "1"
 
 
+def test_a_key_scrolls_to_the_error_of_a_long_response(browser, tmp_path):
+    response = "fine\n" * 2000 + "wrong" + "\nfine" * 2000
+    row = rollout(response=response, error_span_chars=[10_000, 10_005], reward=0.0)
+    run = make_run(tmp_path / "run", {1: [row]})
+    page.remake(run)
+    browser.open(run / "report.html")
+    place = "document.querySelector('mark.error').getBoundingClientRect().top"
+    frame = "document.getElementById('detail').getBoundingClientRect()"
+    assert browser.run(f"{place} > {frame}.bottom")
+    browser.press("e")
+    assert browser.run(f"{place} > {frame}.top && {place} < {frame}.bottom")
+
+
+def test_the_nearest_steps_with_a_reason_are_offered(browser, tmp_path):
+    noted = rollout(note="no_idea", reward=0.0)
+    run = make_run(tmp_path / "run", {1: [noted], 2: [rollout()], 3: [noted]})
+    rows = [trained(1, out_no_idea=1, taught=0), trained(2), trained(3, out_no_idea=1, taught=0)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page.remake(run)
+    browser.open(run / "report.html", "step=2&note=no_idea")
+    assert texts_of(browser, "#detail button") == ["step 1", "step 3"]
+    browser.run("document.querySelector('#detail button').click()")
+    browser.wait_for("document.getElementById('count').textContent == '1 of 1 rollouts'")
+    assert "step=1" in browser.run("location.hash")
+    assert texts_of(browser, ".legend button") == ["taught 33 %", f"{NOTES['no_idea']} 67 %"]
+
+
 def test_a_page_without_its_folder_says_so(browser, run, tmp_path):
     alone = tmp_path / "report.html"
     alone.write_text(run.read_text())

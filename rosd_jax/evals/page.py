@@ -236,7 +236,13 @@ def _headline(train: Sequence[MetricsRow], run: Json, config: Json) -> list[list
     for outcome in run["outcomes"][:1]:
         where = "in domain" if outcome["in_domain"] else "out of domain"
         score = f"{outcome['before']} → {outcome['after']}" if outcome["after"] else outcome["before"]
-        tiles.append([f"avg@{outcome['k']} in %, {outcome['name']}", score, f"{where}, {outcome['change']}"])
+        tiles.append(
+            [
+                f"avg@{outcome['k']} in %, {outcome['name']}",
+                score,
+                ", ".join(filter(None, (where, outcome["change"]))),
+            ]
+        )
     if not train:
         return tiles
     reward = first_and_last(train, "reward", ".3f").replace("->", "→")
