@@ -132,8 +132,11 @@ def test_resuming_drops_the_files_of_later_steps(tmp_path):
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"step_1.js", "step_9.js", "notes.txt"}
 
 
-def test_every_note_has_a_sentence():
+def test_every_note_has_a_sentence_and_a_colour():
     assert list(page.WHY) == list(NOTES)
+    template = (ROOT / "rosd_jax" / "evals" / "page.html").read_text()
+    for kind in range(len(NOTES) + 1):  # of the taught ones first, in the light and in the dark scheme
+        assert template.count(f"--f{kind}:") == 2
 
 
 def test_spikes_are_said_with_step_and_size():

@@ -214,6 +214,7 @@ def page_data(
         runs.append(_run(other, training_sets(read_config(other)), read_metrics(other / "metrics.jsonl")))
     return {
         "name": workdir.resolve().name,
+        "unfinished": _is_unfinished(train, config),
         "headline": _headline(train, runs[0], config),
         "findings": [*findings(train).values(), *spikes(train)],
         "notes": [[note, words, WHY[note]] for note, words in NOTES.items()],
@@ -226,6 +227,12 @@ def page_data(
         "rollouts": steps,
         "config": [[field, json.dumps(value)] for field, value in _flat(config)],
     }
+
+
+def _is_unfinished(train: Sequence[MetricsRow], config: Json) -> bool:
+    """Whether steps are missing that the config asks for."""
+    steps = config.get("steps")
+    return type(steps) is int and (train[-1]["step"] if train else 0) < steps
 
 
 def _headline(train: Sequence[MetricsRow], run: Json, config: Json) -> list[list[str]]:

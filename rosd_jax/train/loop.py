@@ -1,10 +1,10 @@
 """The run: set up or resume, step, evaluate, checkpoint, export, report.
 
-A step writes, in this order: rollouts/step_N.jsonl, its train line, its validation and evaluation lines if
-due, and a checkpoint if due or if validation finds this step the best so far. Resuming relies on this order:
-a step that has a checkpoint has all its lines. A resumed run drops the lines of later steps and writes them
-again. history.py decides whether a run may resume. A signal stops the run between two device calls, and the
-last step whose lines are all written is then saved.
+A step writes, in this order: rollouts/step_N.jsonl, its train line, its part of the report page, its
+validation and evaluation lines if due, and a checkpoint if due or if validation finds this step the best so
+far. Resuming relies on this order: a step that has a checkpoint has all its lines. A resumed run drops the
+lines of later steps and writes them again. history.py decides whether a run may resume. A signal stops the
+run between two device calls, and the last step whose lines are all written is then saved.
 """
 
 from __future__ import annotations
@@ -178,6 +178,8 @@ def resume(directory: Path, config: Settings, inputs: Inputs, start: int, consol
     log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: step <= start)
     workdir.drop_rollouts_after(directory, start)
     drop_after(directory, start)
+    if start:  # the page may show later steps
+        write_page(directory, trained_on(config))
     console.say(headline(inputs, config, directory, start))
     if last > start:
         console.say(f"steps after {start}, up to {last}, have no checkpoint and are dropped")
@@ -226,7 +228,7 @@ def finish_saving(run: Run, saving: checkpoint.Saving | None, best: int | None) 
 def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> bool:
     """Scores the validation and evaluation sets that are due at a step and have not been scored.
 
-    Returns whether there were any.
+    Returns whether there were any. The report page then shows them.
     """
     config = run.config
     scored = False
@@ -238,6 +240,8 @@ def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> 
             model = learner(params, frozen_params, config)  # only here, since it may copy from the host
             score(run, split, names, model, step)
             scored = True
+    if scored and run.hosts.first:
+        write_page(run.directory, trained_on(config))
     return scored
 
 
