@@ -1,8 +1,9 @@
-"""Trains, evaluates or plans one experiment.
+"""Trains, evaluates, plans or reports one experiment.
 
     python run.py --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan|data]
                   [--config.FIELD=VALUE ...]
     python run.py --mode=plan --topology=v5p:2x2x2 [--compile=all|STAGE,...] [--json] --config=...
+    python run.py --mode=report --workdir=DIR [--compare=DIR,...]
 
 The same command on the same DIR resumes the run there. Without --config it uses the config stored in DIR.
 
@@ -56,12 +57,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 config_file.use(_CONFIG, _ARGV)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "data"], "What to do")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "data", "report"], "What to do")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "local", "Chips to plan for: local, a TPU slice such as v5p:2x2x2, or GPUs such as h100:8"
 )
 _COMPILE = flags.DEFINE_list("compile", [], "Stages that the plan compiles, separated by commas, or all")
 _JSON = flags.DEFINE_bool("json", False, "Print the plan as one JSON object")
+flags.DEFINE_list("compare", [], "Directories of other runs to report next to this one")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, on several hosts without a known launcher")
 flags.DEFINE_integer("processes", None, "How many processes, one per host, take part")
 flags.DEFINE_integer("process", None, "Which of them this is, from 0")
@@ -112,7 +114,7 @@ def place_of(argv: list[str]) -> place.Place | None:
         given(argv, known_only=True)
     except flags.Error as error:
         raise UserError(config_file.explain(error)) from error
-    if given["mode"].value in ("plan", "data"):
+    if given["mode"].value in ("plan", "data", "report"):
         return None
     return place.find(given["coordinator"].value, given["processes"].value, given["process"].value)
 
@@ -120,6 +122,9 @@ def place_of(argv: list[str]) -> place.Place | None:
 def obey(argv: list[str], here: place.Place | None) -> None:
     """Does what the command line asks for. Raises BrokenPipeError if nobody reads stdout any more."""
     try:
+        if asks_for_report(argv):
+            report(argv)
+            return
         config = validate(read_flags(argv))
         with open_console(here) as console:
             console.say(f"{config.name}: reads the model and the data")
@@ -134,6 +139,45 @@ def open_console(here: place.Place | None) -> Console:
     """The console. Only the first process of a training or an evaluation prints its progress."""
     first = here is None or here.process == 0
     return Console(sys.stdout if first and _MODE.value in ("train", "eval") else None)
+
+
+def asks_for_report(argv: list[str]) -> bool:
+    """Whether --mode is report. Mistakes in other flags are left to those who read them."""
+    given = flags.FlagValues()
+    flags.DEFINE_string("mode", None, "", flag_values=given)
+    try:
+        given(argv, known_only=True)
+    except flags.Error as error:
+        raise UserError(config_file.explain(error)) from error
+    return given["mode"].value == "report"
+
+
+def report(argv: list[str]) -> None:
+    """Makes the reports of a run again and prints them. It needs neither a config nor devices, nor JAX."""
+    given = flags.FlagValues()
+    for name in ("mode", "workdir"):
+        flags.DEFINE_string(name, None, "", flag_values=given)
+    flags.DEFINE_list("compare", [], "", flag_values=given)
+    try:
+        rest = given(argv)
+    except flags.Error as error:
+        raise UserError(
+            f"{config_file.explain(error)}; --mode=report takes --workdir and --compare only"
+        ) from error
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
+    if not given["workdir"].value:
+        raise UserError("--mode=report needs --workdir=DIR, the directory of the run to report")
+    from rosd_jax.evals import page
+    from rosd_jax.evals.report import write_report
+    from rosd_jax.train import workdir
+
+    directory = Path(given["workdir"].value)
+    others = [Path(other) for other in given["compare"].value or ()]
+    page.require_run(directory)
+    workdir.lock(directory)
+    trained_on = page.remake(directory, others)
+    print(write_report(directory, trained_on))
 
 
 def read_flags(argv: list[str]) -> ConfigDict:
@@ -199,6 +243,8 @@ def run(config: Settings, here: place.Place | None, console: Console) -> None:
         raise UserError(
             "--topology, --compile and --json are for --mode=plan; leave them out, or add that mode"
         )
+    if flags.FLAGS["compare"].value:
+        raise UserError("--compare is for --mode=report; leave it out, or add that mode")
     if _MODE.value == "train":
         loop.train(config, directory, hosts, console)
     else:

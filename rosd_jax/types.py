@@ -133,7 +133,7 @@ class Reflection:
     token_span: Span | None = None  # the same in tokens
     ambiguous: bool = False  # the quote occurs more than once
     solution: str | None = None  # the correct sibling that the reflector was shown, if any
-    note: str = ""  # why the rollout is not taught, a key of distill/reflect.py: NOTES; "": it is taught
+    note: str = ""  # why the rollout is not taught, a key of distill/notes.py: NOTES; "": it is taught
 
 
 @dataclass(frozen=True)

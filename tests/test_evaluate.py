@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 
 from rosd_jax.errors import UserError
-from rosd_jax.evals.evaluate import (
-    generations_path,
-    majority_letter,
-    requests_of,
-    score_set,
-    scores,
-    write_generations,
-)
+from rosd_jax.evals.evaluate import majority_letter, requests_of, score_set, scores
+from rosd_jax.evals.generations import generations_path, write_generations
 from rosd_jax.rewards.grade import Grade
 from rosd_jax.types import Problem, Rollout
 

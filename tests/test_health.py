@@ -2,7 +2,7 @@
 
 import pytest
 
-from rosd_jax.distill.reflect import NOTES
+from rosd_jax.distill.notes import NOTES
 from rosd_jax.evals.health import ADVICE, findings, new_findings
 
 

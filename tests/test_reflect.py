@@ -7,6 +7,7 @@ import pytest
 
 from rosd_jax.config import default_config, use_preset
 from rosd_jax.distill import reflect, teacher
+from rosd_jax.distill.notes import NOTES
 from rosd_jax.distill.reflect import choose
 from rosd_jax.text.prompts import ENGLISH
 from rosd_jax.types import Graded, Problem, Prompts, Reflected, Rollout
@@ -249,11 +250,11 @@ def test_counts():
 
 def test_every_reason_for_leaving_the_loss_has_a_count_and_words():
     reflected, weight_BR = read(["a", "b"], [0, 1], [answer("a"), answer("")])
-    for note in reflect.NOTES:
+    for note in NOTES:
         rows = tuple(replace(row, note=note) for row in reflected.reflections)
         counts = teacher.count(replace(reflected, reflections=rows), weight_BR)
         assert counts[f"out_{note}"] == 2 and counts["taught"] == 0
-        assert reflect.NOTES[note]
+        assert NOTES[note]
 
 
 def test_the_reflector_is_shown_the_shortest_correct_sibling_or_the_first():

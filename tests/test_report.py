@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rosd_jax.errors import UserError
-from rosd_jax.evals.evaluate import write_generations
+from rosd_jax.evals.generations import write_generations
 from rosd_jax.evals.outcome import best_step, compare, read_metrics
 from rosd_jax.evals.report import write_report
 

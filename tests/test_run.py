@@ -55,6 +55,7 @@ OWN_FLAGS = (
     "topology",
     "compile",
     "json",
+    "compare",
     "coordinator",
     "processes",
     "process",
@@ -144,7 +145,7 @@ def numbers(directory):
 
 def assert_same_run(directory, other):
     assert numbers(directory) == numbers(other)
-    for folder in ("export", "rollouts", "evals"):
+    for folder in ("export", "rollouts", "evals", "report"):
         files = {p.relative_to(other) for p in (other / folder).rglob("*") if p.is_file()}
         assert files == {p.relative_to(directory) for p in (directory / folder).rglob("*") if p.is_file()}
         for name in files:
@@ -165,6 +166,8 @@ def test_a_run_leaves_all_that_the_readme_names(finished):
         "evals",
         "checkpoints",
         "export",
+        "report",
+        "report.html",
         "report.md",
         "report.png",
     }
@@ -172,6 +175,7 @@ def test_a_run_leaves_all_that_the_readme_names(finished):
     assert (config["seed"], config["steps"], config["batch"]["samples"]) == (2, STEPS, 32)
     assert {p.name for p in (directory / "checkpoints").iterdir()} == {"4", "6"}  # keep is 2
     assert {p.name for p in (directory / "rollouts").iterdir()} == {f"step_{n}.jsonl" for n in range(1, 7)}
+    assert {p.name for p in (directory / "report").iterdir()} == {f"step_{n}.js" for n in range(1, 7)}
     for name in SETS:
         assert name in (directory / "report.md").read_text() and name in printed
     assert f"step 6/{STEPS}" in printed and "\r" not in printed and "\x1b" not in printed
@@ -398,7 +402,7 @@ def test_a_run_whose_checkpoints_were_removed_is_evaluated_by_its_export(finishe
     assert_same_run(directory, finished[0])
     after = files_of(directory)
     changed = {path.name for path in before if before[path] != after[path]}
-    assert changed <= {"metrics.jsonl", "report.md", "report.png"}
+    assert changed <= {"metrics.jsonl", "report.html", "report.md", "report.png"}
 
 
 @pytest.mark.slow

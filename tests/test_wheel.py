@@ -37,6 +37,7 @@ def test_the_wheel_works_from_another_directory(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
+    assert "rosd_jax/evals/page.html" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "configs/"))]
     (metadata,) = (tmp_path / "site").glob("rosd_jax-*.dist-info/METADATA")
     needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata.read_text(), re.M)

@@ -169,7 +169,7 @@ def test_a_workdir_that_another_process_made_meanwhile_is_not_taken_away(tmp_pat
         workdir.record(path, DEFAULT)  # as the other process does
         raise UserError("in use")
 
-    monkeypatch.setattr(workdir, "_lock", lock)
+    monkeypatch.setattr(workdir, "lock", lock)
     with pytest.raises(UserError, match="in use"):
         workdir.prepare(tmp_path / "new" / "run", DEFAULT)
     assert (tmp_path / "new" / "run" / "config.json").exists()

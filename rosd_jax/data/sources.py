@@ -128,6 +128,20 @@ def same_data(name: str, other: str, data_dir: str) -> bool:
     return name == other or not _all_files(name, data_dir).isdisjoint(_all_files(other, data_dir))
 
 
+def listed(sets: str) -> tuple[str, ...]:
+    """The set names in a field such as eval.sets, which separates them by commas."""
+    return tuple(name.strip() for name in sets.split(",") if name.strip())
+
+
+def names_of_same(train: str, sets: str, data_dir: str) -> tuple[str, ...]:
+    """The name of the set `train`, then the names of those in `sets` that are the same data.
+
+    sets: separated by commas, as in eval.sets.
+    """
+    same = [name for name in listed(sets) if same_data(name, train, data_dir)]
+    return tuple(dict.fromkeys(set_name(name) for name in (train, *same)))
+
+
 def _all_files(name: str, data_dir: str) -> set[Path]:
     """The files of all splits of a set, resolved. A gym family has none."""
     path = own_path(name)

@@ -16,18 +16,6 @@ from rosd_jax.text.thinking import outside_thinking
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.types import Graded, Message, Reflected, Reflection, Span
 
-# Why a rollout is out of the loss: the `note` of its reflection, and what a person reads.
-NOTES = {
-    "all_right": "group all right",
-    "all_wrong": "group all wrong",
-    "correct_left_out": "right (reflect.correct is off)",
-    "overlong": "reflection prompt too long",
-    "no_solution": "no correct sibling to show",
-    "no_idea": "no idea found",
-    "quote_missing": "quote not found",
-    "teacher_overlong": "teacher prompt too long",
-}
-
 
 @dataclass(frozen=True)
 class ReflectionPlan:
@@ -255,7 +243,7 @@ def _token_span(char_span: Span, text: str, ids: np.ndarray, tokenizer: Tokenize
 
 
 def note_of(plan: ReflectionPlan, reflection: Reflection, lesson: LessonSettings) -> str:
-    """Why a rollout leaves the loss, a key of NOTES; "" if it stays."""
+    """Why a rollout leaves the loss, a key of notes.NOTES; "" if it stays."""
     if plan.kind is None or plan.note:
         return plan.note
     lacking = _lacking(plan, reflection, lesson)

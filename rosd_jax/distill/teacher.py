@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from rosd_jax.distill.gold import repeats_gold, strip_gold
-from rosd_jax.distill.reflect import NOTES
+from rosd_jax.distill.notes import NOTES
 from rosd_jax.rewards.grade import SUCCESS
 from rosd_jax.settings import LessonSettings
 from rosd_jax.text.prompts import Wording, idea_text, solution_text

@@ -1,28 +1,21 @@
-"""avg@k, pass@k and maj@k of one data set, and its raw generations on disk.
+"""avg@k, pass@k and maj@k of one data set, and its raw generations.
 
 Each set is scored separately; sets are never pooled. train/loop.py samples and grades between the two parts,
 so this module depends neither on the model nor on the tokenizer.
 
     requests_of(name, encoded, samples)                      -> what to sample
     score_set(problems, rollout, texts, grades, votes)       -> numbers, generations
-    write_generations(workdir, step, name, rows, split)      -> path
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
-from rosd_jax import atomic
 from rosd_jax.data.pipeline import Encoded
 from rosd_jax.errors import UserError
 from rosd_jax.rewards.grade import SUCCESS, Grade
@@ -116,32 +109,6 @@ def score_set(
         for i, (problem, text, ids, grade, vote, done) in enumerate(columns)
     ]
     return _numbers(problems, generations, K), generations
-
-
-def write_generations(
-    workdir: str | Path, step: int, set_name: str, rows: Iterable[dict[str, Any]], split: str = "eval"
-) -> Path:
-    """Writes one ASCII JSON object per line to `generations_path`. The file appears complete or not at all.
-
-    Raises UserError if it cannot be written.
-    """
-    path = generations_path(workdir, step, set_name, split)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path, (json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); free space there or choose another --workdir"
-        ) from error
-    return path
-
-
-def generations_path(workdir: str | Path, step: int, set_name: str, split: str = "eval") -> Path:
-    """evals/step_N/<set>.jsonl (or validations/...), a different file for each name of a set."""
-    safe = quote(os.fsencode(set_name), safe="")
-    if len(safe) > 150:  # file systems allow 255 bytes
-        safe = f"{safe[:100]}%{hashlib.sha256(os.fsencode(set_name)).hexdigest()[:24]}"
-    return Path(workdir, f"{split}s", f"step_{step}", f"{safe}.jsonl")
 
 
 def _majority(votes: Sequence[str]) -> int:

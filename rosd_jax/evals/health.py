@@ -6,7 +6,9 @@ same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import median
 
 from rosd_jax.evals.outcome import MetricsRow, mean, number
 
@@ -16,6 +18,8 @@ TRUNCATED = 0.5  # share of responses
 DEAD = 0.2  # share of steps that change no weight
 COLLAPSE = 0.5  # the mean reward fell below this share of its best ...
 LEAST_FALL = 0.1  # ... and by at least this much
+SPIKE = 8.0  # times the median of all steps
+SPIKING = {"loss": "the loss", "grad_norm": "the gradient norm", "seconds": "the time of a step"}
 
 # What to try if most rollouts were out of the loss for this reason.
 ADVICE = {
@@ -49,6 +53,30 @@ def new_findings(train: Sequence[MetricsRow]) -> list[str]:
         return []
     before = findings(train[:-1]) if len(train) > WINDOW else {}
     return [sentence for kind, sentence in findings(train).items() if kind not in before]
+
+
+def spikes(train: Sequence[MetricsRow]) -> list[str]:
+    """A sentence for each number of SPIKING that is far above its median in some steps, the first left out.
+
+    The first step compiles. Nothing is said about fewer than WINDOW steps.
+    """
+    return [said for field, words in SPIKING.items() if (said := _spike(train[1:], field, words))]
+
+
+def _spike(train: Sequence[MetricsRow], field: str, words: str) -> str:
+    values = {row["step"]: value for row in train if math.isfinite(value := number(row, field))}
+    if len(values) < WINDOW:
+        return ""
+    usual = median(values.values())
+    high = [step for step, value in values.items() if usual > 0 and value > SPIKE * usual]
+    if not high:
+        return ""
+    top = max(high, key=lambda step: values[step])
+    times = f"{values[top] / usual:,.0f} times its median at step {top} ({values[top]:.3g}, {usual:.3g})"
+    others = len(high) - 1
+    if others == 0:
+        return f"{words} was {times}"
+    return f"{words} was {times}, and over {SPIKE:.0f} times at {others} other step{'s' * (others > 1)}"
 
 
 def _no_update(train: Sequence[MetricsRow]) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rosd_jax.errors import UserError
-from rosd_jax.evals.evaluate import generations_path
+from rosd_jax.evals.generations import generations_path
 
 MetricsRow = dict[str, Any]  # one line of metrics.jsonl
 # Fields that must agree, or else a change of avg@k is not due to the model. The samples per item (k) are not
@@ -147,13 +148,25 @@ def _paired_se(workdir: Path, name: str, before: MetricsRow, after: MetricsRow) 
     return float(change.std(ddof=1) / math.sqrt(len(change))) if len(change) > 1 else math.nan
 
 
-def _item_means(workdir: Path, step: int, name: str) -> dict[str, float]:
+def _item_means(workdir: Path, step: int, name: str) -> Mapping[str, float]:
     """Mean reward of each item of one evaluation; {} if its file is missing or damaged."""
+    path = generations_path(workdir, step, name)
+    try:
+        found = path.stat()
+    except OSError:
+        return {}
+    return _read_item_means(path, found.st_mtime_ns, found.st_size)
+
+
+# The page is written after every step, and the files may have gigabytes.
+@lru_cache(maxsize=256)
+def _read_item_means(path: Path, mtime_ns: int, size: int) -> Mapping[str, float]:
+    """`_item_means` of a file in the state that the time and the size name."""
     rewards: dict[str, list[float]] = {}
     try:
-        text = generations_path(workdir, step, name).read_text(encoding="ascii")
-        for row in map(json.loads, text.splitlines()):
-            rewards.setdefault(row["uid"], []).append(float(row["reward"]))
+        with open(path, encoding="ascii") as lines:
+            for row in map(json.loads, lines):
+                rewards.setdefault(row["uid"], []).append(float(row["reward"]))
     except (OSError, ValueError, LookupError, TypeError):
         return {}  # the report then says that the interval is unpaired
     return {uid: sum(found) / len(found) for uid, found in rewards.items()}

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rosd_jax.distill.reflect import NOTES
+from rosd_jax.distill.notes import NOTES
 from rosd_jax.errors import UserError
 from rosd_jax.evals.health import findings
 from rosd_jax.evals.outcome import (
@@ -38,6 +38,7 @@ BEST = "tab:green"
 AFTER = "tab:blue"
 LABEL = 18  # characters of a set's name that fit into the table
 MADE = {
+    "report.html": "the same in a browser, with every rollout (in the folder report)",
     "metrics.jsonl": "all numbers, one object per line",
     "evals": "the raw generations of each evaluation",
     "validations": "the same for the sets that chose the best step",
@@ -60,7 +61,7 @@ def write_report(workdir: str | Path, trained_on: Sequence[str]) -> str:
     workdir = Path(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
     outcomes = compare(rows, workdir, trained_on)
-    at_best = _at_best(rows, workdir, trained_on, outcomes)
+    at_best = outcomes_at_best(rows, workdir, trained_on, outcomes)
     train = [row for row in rows if row["split"] == "train"]
     lines = [*_training_lines(train), *_findings_lines(train), *_validation_lines(rows), ""]
     if at_best:
@@ -80,12 +81,22 @@ def write_report(workdir: str | Path, trained_on: Sequence[str]) -> str:
 def _training_lines(train: Sequence[MetricsRow]) -> list[str]:
     if not train:
         return ["No training step was taken."]
-    ends = min(5, (len(train) + 1) // 2)
-    lines = [f"Training: {len(train)} steps, mean of the first and of the last {ends}"]
-    for field, show in (("reward", ".3f"), ("loss", ".3g")):
-        first, last = (mean(rows, field) for rows in (train[:ends], train[-ends:]))
-        lines.append(f"  {field:<8}{_show(first, show)} -> {_show(last, show)}")
+    lines = [f"Training: {len(train)} steps, mean of the first and of the last {ends(train)}"]
+    for field, form in (("reward", ".3f"), ("loss", ".3g")):
+        lines.append(f"  {field:<8}{first_and_last(train, field, form)}")
     return lines
+
+
+def ends(train: Sequence[MetricsRow]) -> int:
+    """How many steps the mean of the first and of the last ones takes."""
+    return min(5, (len(train) + 1) // 2)
+
+
+def first_and_last(train: Sequence[MetricsRow], field: str, form: str) -> str:
+    """A field's mean over the first and over the last `ends` steps. form: a format specification."""
+    count = ends(train)
+    first, last = (mean(rows, field) for rows in (train[:count], train[-count:]))
+    return f"{show(first, form)} -> {show(last, form)}"
 
 
 def _findings_lines(train: Sequence[MetricsRow]) -> list[str]:
@@ -113,7 +124,7 @@ def _quotes_said(train: Sequence[MetricsRow]) -> list[str]:
     return [f"  {', '.join(known)} (mean over steps)"] if known else []
 
 
-def _at_best(
+def outcomes_at_best(
     rows: Sequence[MetricsRow], workdir: Path, trained_on: Sequence[str], outcomes: Sequence[Outcome]
 ) -> list[Outcome]:
     """The outcomes at the step that validation chose; none if that is the first or the last."""
@@ -132,14 +143,14 @@ def _validation_lines(rows: Sequence[MetricsRow]) -> list[str]:
     names: dict[int, list[str]] = {}
     for step, name in ((min(scores), "before"), (best, "best"), (max(scores), "last")):
         names.setdefault(step, []).append(name)
-    said = [f"{_percent(scores[step])} at step {step} ({', '.join(names[step])})" for step in names]
+    said = [f"{percent(scores[step])} at step {step} ({', '.join(names[step])})" for step in names]
     return [f"Validation: avg@k in %, {', '.join(said)}"]
 
 
 def _table_lines(outcomes: Sequence[Outcome], train_set: str) -> list[str]:
     if not outcomes:
         return ["There was no evaluation."]
-    span = _steps(outcomes[0])
+    span = steps_of(outcomes[0])
     lines = [
         f"Evaluation: avg@k in %, {span}, with 95% intervals",
         f"{'':<{LABEL + 2}}  k  before   after  {'change':<21}  pass@k",
@@ -149,28 +160,29 @@ def _table_lines(outcomes: Sequence[Outcome], train_set: str) -> list[str]:
         if group:
             lines.append("in domain" if in_domain else f"out of domain (not {_label(train_set)})")
         for outcome in group:
-            lines += [_table_row(outcome), *(f"      {note}" for note in _notes(outcome, span))]
+            lines += [_table_row(outcome), *(f"      {note}" for note in notes_of(outcome, span))]
     return lines
 
 
 def _table_row(outcome: Outcome) -> str:
     before = outcome.before
     after = outcome.after or {}
-    old, new = (_percent(number(row, "avg")) for row in (before, after))
-    passed = _percent(number(before, "pass"))
+    old, new = (percent(number(row, "avg")) for row in (before, after))
+    passed = percent(number(before, "pass"))
     if after:
-        passed += f" -> {_percent(number(after, 'pass'))}"
-    change = _change(outcome) if after else "-"
+        passed += f" -> {percent(number(after, 'pass'))}"
+    change = shown_change(outcome) if after else "-"
     if outcome.differences:
         change = "not comparable"
-    k = _show(number(before, "k"), ".0f")
+    k = show(number(before, "k"), ".0f")
     return (
         f"  {_label(outcome.name):<{LABEL}}{k:>3}  {old:>6}  {new if after else '-':>6}"
         f"  {change:<21}  {passed}"
     )
 
 
-def _change(outcome: Outcome) -> str:
+def shown_change(outcome: Outcome) -> str:
+    """The change of avg@k in percentage points, with its 95% interval if that is known."""
     change = number(outcome.after or {}, "avg") - number(outcome.before, "avg")
     if not math.isfinite(change):
         return "n/a"
@@ -180,11 +192,11 @@ def _change(outcome: Outcome) -> str:
     return f"{100 * change:+.1f} [{100 * (change - half):+.1f}, {100 * (change + half):+.1f}]"
 
 
-def _notes(outcome: Outcome, span: str) -> list[str]:
+def notes_of(outcome: Outcome, span: str) -> list[str]:
     """What a reader must know about a row in addition to its numbers."""
     notes = []
-    if _steps(outcome) != span:
-        notes.append(f"here {_steps(outcome)}")
+    if steps_of(outcome) != span:
+        notes.append(f"here {steps_of(outcome)}")
     notes += [f"not comparable: {difference}" for difference in outcome.differences]
     old = number(outcome.before, "k")
     new = number(outcome.after or {}, "k")
@@ -197,7 +209,7 @@ def _notes(outcome: Outcome, span: str) -> list[str]:
         notes.append("interval unpaired: the generations of the same items are missing")
     letter = number(outcome.before, "majority_letter")
     if math.isfinite(letter):
-        notes.append(f"{MAJORITY}: {_percent(letter)}")
+        notes.append(f"{MAJORITY}: {percent(letter)}")
     return notes
 
 
@@ -206,21 +218,24 @@ def _interval(row: MetricsRow) -> str:
     half = Z * number(row, "avg_se")
     if not math.isfinite(avg + half):
         return "unknown"
-    return f"[{_percent(avg - half)}, {_percent(avg + half)}]"
+    return f"[{percent(avg - half)}, {percent(avg + half)}]"
 
 
-def _steps(outcome: Outcome) -> str:
+def steps_of(outcome: Outcome) -> str:
+    """The two steps that an outcome compares."""
     if outcome.after is None:
         return f"step {outcome.before['step']} alone"
     return f"step {outcome.before['step']} -> step {outcome.after['step']}"
 
 
-def _show(value: float, form: str) -> str:
+def show(value: float, form: str) -> str:
+    """A number in a format specification; n/a if it is not finite."""
     return format(value, form) if math.isfinite(value) else "n/a"
 
 
-def _percent(share: float) -> str:
-    return _show(100 * share, ".1f")
+def percent(share: float) -> str:
+    """A share in %, or n/a."""
+    return show(100 * share, ".1f")
 
 
 def _label(name: str) -> str:
@@ -243,7 +258,7 @@ def _markdown(workdir: Path, lines: Sequence[str], rows: Sequence[MetricsRow]) -
         kind, _, name = row["split"].partition("/")
         if kind in ("eval", "validation"):
             name = name.replace("|", "\\|")
-            cells = " | ".join(_show(number(row, field), ".4g") for field in fields)
+            cells = " | ".join(show(number(row, field), ".4g") for field in fields)
             label = f"`{name}`" if kind == "eval" else f"`{name}` (validation)"
             table.append(f"| {row['step']} | {label} | {cells} |")
     about = "A change is taken item by item; an interval is 1.96 standard errors to either side."

@@ -15,7 +15,7 @@ from absl import logging
 
 from rosd_jax.data.pipeline import Encoded, batch_at, encode_problems, problems_crc32
 from rosd_jax.data.sets import load_problems
-from rosd_jax.data.sources import same_data, set_name
+from rosd_jax.data.sources import listed, names_of_same, same_data, set_name
 from rosd_jax.errors import UserError
 from rosd_jax.evals import health
 from rosd_jax.fields import value
@@ -146,11 +146,6 @@ def model_path(config: Settings) -> Path:
     return path
 
 
-def listed(sets: str) -> tuple[str, ...]:
-    """The set names in a field such as eval.sets, which separates them by commas."""
-    return tuple(name.strip() for name in sets.split(",") if name.strip())
-
-
 def check_names(config: Settings) -> None:
     """Raises UserError if two different sets of the user's have the same name."""
     known: dict[str, str] = {}
@@ -166,9 +161,7 @@ def check_names(config: Settings) -> None:
 
 def trained_on(config: Settings) -> tuple[str, ...]:
     """The names of the training set: that in data.train, then those of the same data in eval.sets."""
-    train = config.data.train
-    same = [name for name in listed(config.eval.sets) if same_data(name, train, config.data.dir)]
-    return tuple(dict.fromkeys(set_name(name) for name in (train, *same)))
+    return names_of_same(config.data.train, config.eval.sets, config.data.dir)
 
 
 def headline(inputs: Inputs, config: Settings, directory: Path, start: int) -> str:

@@ -1,10 +1,10 @@
 """The run: set up or resume, step, evaluate, checkpoint, export, report.
 
-A step writes, in this order: rollouts/step_N.jsonl, its train line, its validation and evaluation lines if
-due, and a checkpoint if due or if validation finds this step the best so far. Resuming relies on this order:
-a step that has a checkpoint has all its lines. A resumed run drops the lines of later steps and writes them
-again. history.py decides whether a run may resume. A signal stops the run between two device calls, and the
-last step whose lines are all written is then saved.
+A step writes, in this order: rollouts/step_N.jsonl, its train line, its part of the report page, its
+validation and evaluation lines if due, and a checkpoint if due or if validation finds this step the best so
+far. Resuming relies on this order: a step that has a checkpoint has all its lines. A resumed run drops the
+lines of later steps and writes them again. history.py decides whether a run may resume. A signal stops the
+run between two device calls, and the last step whose lines are all written is then saved.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ import rosd_jax
 from rosd_jax import atomic
 from rosd_jax.data.pipeline import Encoded, batch_at
 from rosd_jax.errors import UserError
-from rosd_jax.evals.evaluate import requests_of, score_set, write_generations
+from rosd_jax.evals.evaluate import requests_of, score_set
+from rosd_jax.evals.generations import write_generations
 from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
+from rosd_jax.evals.page import drop_after, write_page, write_step_file
 from rosd_jax.evals.report import Z, write_report
 from rosd_jax.fields import replace
 from rosd_jax.hosts import Hosts
@@ -124,8 +126,15 @@ def train(config: Settings, directory: Path, hosts: Hosts, console: Console) -> 
             manager.close()
             if hosts.first:
                 unfinished.drop()
-                console.stage("report")
-                console.say(write_report(directory, trained_on(config)))
+                report(run)
+
+
+def report(run: Run) -> None:
+    """Writes the reports and prints what they say."""
+    run.console.stage("report")
+    names = trained_on(run.config)
+    write_page(run.directory, names)
+    run.console.say(write_report(run.directory, names))
 
 
 def require_same_inputs(hosts: Hosts, config: Settings, inputs: Inputs, origins: dict[str, Any]) -> None:
@@ -166,6 +175,9 @@ def resume(directory: Path, config: Settings, inputs: Inputs, start: int, consol
     workdir.record(directory, config)
     log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: step <= start)
     workdir.drop_rollouts_after(directory, start)
+    drop_after(directory, start)
+    if start:  # the page may show later steps
+        write_page(directory, trained_on(config))
     console.say(headline(inputs, config, directory, start))
     if last > start:
         console.say(f"steps after {start}, up to {last}, have no checkpoint and are dropped")
@@ -219,7 +231,7 @@ def finish_saving(run: Run, saving: checkpoint.Saving | None, best: int | None) 
 def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> bool:
     """Scores the validation and evaluation sets that are due at a step and have not been scored.
 
-    Returns whether there were any.
+    Returns whether there were any. The report page then shows them.
     """
     config = run.config
     scored = False
@@ -230,6 +242,8 @@ def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> 
             model = learner(params, frozen_params, config)  # only here, since it may copy from the host
             score(run, split, names, model, step)
             scored = True
+    if scored and run.hosts.first:
+        write_page(run.directory, trained_on(config))
     return scored
 
 
@@ -250,15 +264,17 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
     return state
 
 
-def write_step(run: Run, step: int, numbers: Numbers, rows: list[dict]) -> None:
+def write_step(run: Run, step: int, numbers: Numbers, rollouts: list[dict]) -> None:
     """Writes what a step leaves."""
-    workdir.write_rollouts(run.directory, step, rows)
+    workdir.write_rollouts(run.directory, step, rollouts)
     run.log.write(step, "train", numbers)
     for line in step_lines(step, run.config.steps, numbers):
         run.console.say(line)
-    train_rows = [row for row in read_metrics(run.log.path) if row["split"] == "train"]
-    for sentence in new_findings(train_rows):
+    rows = read_metrics(run.log.path)
+    for sentence in new_findings([row for row in rows if row["split"] == "train"]):
         run.console.say(f"warning: {sentence}")
+    write_step_file(run.directory, step, rollouts)
+    write_page(run.directory, trained_on(run.config), rows)
 
 
 def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
@@ -428,8 +444,7 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts, console: Cons
         with jax.set_mesh(runtime.mesh), stopping.deferred(directory, agreed(hosts)):
             score(run, "eval", list(inputs.evals), params, step)
             if hosts.first:
-                console.stage("report")
-                console.say(write_report(directory, trained_on(config)))
+                report(run)
 
 
 def begin(

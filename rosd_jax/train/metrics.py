@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from rosd_jax import atomic
-from rosd_jax.distill.reflect import NOTES
+from rosd_jax.distill.notes import NOTES
 from rosd_jax.errors import UserError
 
 RESERVED = ("step", "split")

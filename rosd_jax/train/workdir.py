@@ -11,6 +11,7 @@ A run that was stopped, even by kill -9, continues when it is started again with
     claim(workdir, config)                 `prepare` as a context: a failed start leaves no new directory
     prepare(workdir, config)               -> whether a run is being resumed
     require_shared(workdir, hosts)         raises unless all hosts read and write the same directory
+    lock(workdir)                          for this process, or raises UserError
     record(workdir, config)                writes config.json, once a resumed run has passed its checks
     read_config(path)                      -> the fields of a config.json
     flat(tree)                             -> (field, value) pairs of nested dicts
@@ -47,7 +48,7 @@ from rosd_jax.hosts import Hosts
 from rosd_jax.settings import Settings
 
 # What a run writes that has begun.
-WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export", "unfinished")
+WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export", "unfinished", "report")
 # Fields that may differ when a run is resumed; with a dot at the end, a whole section.
 MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "validation.")
 CONFIG_FILE = "config.json"
@@ -87,7 +88,7 @@ def prepare(workdir: Path, config: Settings) -> bool:
     locked = False
     try:
         _make_directory(workdir)
-        _lock(workdir)
+        lock(workdir)
         locked = True
         path = workdir / CONFIG_FILE
         resuming = path.exists() and _has_begun(workdir)
@@ -275,8 +276,10 @@ def _remove_unused(workdir: Path) -> None:
         shutil.rmtree(workdir)
 
 
-def _lock(workdir: Path) -> None:
+def lock(workdir: Path) -> None:
     """Locks the workdir until this process ends. The system releases the lock even after kill -9.
+
+    Raises UserError if it cannot be written or is in use by another process.
 
     A record lock (fcntl) belongs to the process: no child inherits it, and the same process may take it
     again. Closing any descriptor of the file would release it, so this one stays open.

@@ -1,0 +1,396 @@
+"""The report page of a run: report.html for a browser, with one file of rollouts per step in report/.
+
+    write_step_file(workdir, step, rows)   report/step_N.js, from the lines of rollouts/step_N.jsonl
+    write_page(workdir, trained_on)        report.html, and the step files that are missing
+    drop_after(workdir, step)              removes the files of steps that a resumed run makes again
+    remake(workdir, others)                everything again, from what is in the directory
+
+The page is page.html with the numbers of the run inside. A page that is opened from disk may not read other
+files, but it may run scripts. So the rollouts of a step are a script that calls one function with a JSON
+literal, and the page loads it when a reader looks at that step.
+
+Texts of models and data files are hostile. Here they only become JSON in ASCII without <, > and &; the page
+puts them into the document as text alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rosd_jax import atomic
+from rosd_jax.data.sources import names_of_same
+from rosd_jax.distill.notes import NOTES
+from rosd_jax.errors import UserError
+from rosd_jax.evals.health import findings, spikes
+from rosd_jax.evals.outcome import MetricsRow, Outcome, compare, mean, number, read_metrics
+from rosd_jax.evals.report import (
+    Z,
+    ends,
+    first_and_last,
+    notes_of,
+    outcomes_at_best,
+    percent,
+    show,
+    shown_change,
+    steps_of,
+)
+from rosd_jax.rewards.grade import SUCCESS
+
+Json = dict[str, Any]
+
+PAGE = "report.html"
+FOLDER = "report"
+STEP_FILE = re.compile(r"step_(\d+)\.js")
+ROLLOUT_FILE = re.compile(r"step_(\d+)\.jsonl")
+PLACE = "@DATA@"  # of the data in the template
+# What a reader of one rollout is told about its note, in addition to the words of NOTES.
+WHY = {
+    "all_right": "Every rollout of this problem is right, so there is no error to learn from.",
+    "all_wrong": "Every rollout of this problem is wrong, so there is no correct one to show the reflector.",
+    "correct_left_out": "Right rollouts are not taught in this run.",
+    "overlong": "It was not reflected, since the prompt would be longer than reflect.max_prompt_tokens.",
+    "no_solution": "The teacher needs another rollout that solves the problem, and there is none.",
+    "no_idea": "The reflector's answer contains no idea that the teacher could be shown.",
+    "quote_missing": "What the reflector quoted is not in the response, so the error has no place.",
+    "teacher_overlong": "The teacher's prompt would be longer than lesson.max_teacher_tokens.",
+}
+# The learning curves: title, how numbers are shown, and the fields of metrics.jsonl.
+CURVES = (
+    ("Reward", "number", ("reward",)),
+    ("Loss", "number", ("loss",)),
+    ("Entropy", "number", ("entropy",)),
+    ("Response length, tokens", "number", ("response_length",)),
+    ("Responses cut at the limit", "share", ("truncated",)),
+    ("Rollouts reflected", "share", ("reflected",)),
+    ("Quotes found, and found exactly", "share", ("quote_found", "quote_exact")),
+    ("Tokens in the loss", "number", ("active_tokens",)),
+    ("Gradient norm", "number", ("grad_norm",)),
+    (
+        "Seconds by stage",
+        "number",
+        ("seconds_rollout", "seconds_grade", "seconds_reflect", "seconds_lesson", "seconds_update"),
+    ),
+)
+
+
+def write_step_file(workdir: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes report/step_N.js. rows: those of rollouts/step_N.jsonl."""
+    problems: dict[str, int] = {}
+    shared = []
+    lines = []
+    for row in rows:
+        uid = _text(row.get("uid"))
+        if uid not in problems:
+            problems[uid] = len(shared)
+            shared.append(_problem(uid, row))
+        lines.append(_rollout(problems[uid], row))
+    content = {"step": step, "problems": shared, "rollouts": lines}
+    path = workdir / FOLDER / f"step_{step}.js"
+    path.parent.mkdir(exist_ok=True)
+    atomic.write_text(path, ["rosdStep(", script_json(content), ");\n"])
+
+
+def write_page(
+    workdir: Path,
+    trained_on: Sequence[str],
+    rows: Sequence[MetricsRow] | None = None,
+    others: Sequence[Path] = (),
+) -> None:
+    """Writes report.html, and the files of those steps that have rollouts and no file yet.
+
+    trained_on: the names of the training set. rows: of metrics.jsonl, if they have been read. others: run
+    directories whose curves and evaluations are shown next to these. Raises UserError for a malformed line of
+    metrics.jsonl or of a rollout file.
+    """
+    if rows is None:
+        rows = read_metrics(workdir / "metrics.jsonl")
+    made = steps_in(workdir / FOLDER, STEP_FILE)
+    for step in steps_in(workdir / "rollouts", ROLLOUT_FILE) - made:
+        write_step_file(workdir, step, read_rollouts(workdir / "rollouts" / f"step_{step}.jsonl"))
+        made.add(step)
+    template = files("rosd_jax.evals").joinpath("page.html").read_text(encoding="utf-8")
+    before, _, after = template.partition(PLACE)
+    data = page_data(workdir, trained_on, rows, sorted(made), others)
+    atomic.write_text(workdir / PAGE, [before, script_json(data), after])
+
+
+def drop_after(workdir: Path, step: int) -> None:
+    """Removes the files of steps after `step`, and what a killed process left."""
+    for path in list((workdir / FOLDER).glob("*" + atomic.TEMPORARY)):
+        path.unlink()
+    for later in steps_in(workdir / FOLDER, STEP_FILE):
+        if later > step:
+            (workdir / FOLDER / f"step_{later}.js").unlink()
+
+
+def remake(workdir: Path, others: Sequence[Path] = ()) -> tuple[str, ...]:
+    """Makes the page again for a finished or foreign run. Returns the names of the training set.
+
+    Raises UserError if there is no such directory or no metrics.jsonl, here or in one of `others`, and for a
+    malformed line in them.
+    """
+    for path in (workdir, *others):
+        require_run(path)
+    drop_after(workdir, -1)
+    trained_on = training_sets(read_config(workdir))
+    write_page(workdir, trained_on, others=others)
+    return trained_on
+
+
+def require_run(workdir: Path) -> None:
+    """Raises UserError unless there is a metrics.jsonl."""
+    if not workdir.is_dir():
+        raise UserError(f"{workdir} is not a directory; name the directory of a run")
+    if not (workdir / "metrics.jsonl").is_file():
+        raise UserError(
+            f"{workdir} has no metrics.jsonl, so there is nothing to report; name a run's directory"
+        )
+
+
+def script_json(content: Any) -> str:
+    """JSON that is safe inside a script of an HTML page: ASCII, without <, > and &."""
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def steps_in(folder: Path, name: re.Pattern[str]) -> set[int]:
+    """The steps that have a file of this name in the folder."""
+    found = [name.fullmatch(path.name) for path in folder.glob("step_*")]
+    return {int(match[1]) for match in found if match}
+
+
+def read_rollouts(path: Path) -> Iterator[Json]:
+    """The lines of a rollout file. Raises UserError for one that is no JSON object."""
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for count, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{path} line {count} must be a JSON object; correct or delete the line")
+            yield row
+
+
+def read_config(workdir: Path) -> Json:
+    """The run's config.json; {} if there is none. Nothing but the page's captions depends on it."""
+    try:
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def training_sets(config: Json) -> tuple[str, ...]:
+    """The names of the training set by a config.json; ("training set",) if it does not say."""
+    section = config.get("data")
+    data = section if isinstance(section, dict) else {}
+    section = config.get("eval")
+    sets = section.get("sets") if isinstance(section, dict) else ""
+    train = data.get("train")
+    if not isinstance(train, str) or not isinstance(sets, str):
+        return ("training set",)
+    return names_of_same(train, sets, _text(data.get("dir")))
+
+
+def page_data(
+    workdir: Path,
+    trained_on: Sequence[str],
+    rows: Sequence[MetricsRow],
+    steps: Sequence[int],
+    others: Sequence[Path],
+) -> Json:
+    """All that the page shows, except the rollouts. steps: those that have a file of rollouts."""
+    train = [row for row in rows if row["split"] == "train"]
+    config = read_config(workdir)
+    runs = [_run(workdir, trained_on, rows)]
+    for other in others:
+        runs.append(_run(other, training_sets(read_config(other)), read_metrics(other / "metrics.jsonl")))
+    return {
+        "name": workdir.resolve().name,
+        "unfinished": _is_unfinished(train, config),
+        "headline": _headline(train, runs[0], config),
+        "findings": [*findings(train).values(), *spikes(train)],
+        "notes": [[note, words, WHY[note]] for note, words in NOTES.items()],
+        "fates": {
+            "steps": [row["step"] for row in train],
+            "counts": [_column(train, field) for field in ("taught", *(f"out_{note}" for note in NOTES))],
+        },
+        "curves": [[title, form, fields] for title, form, fields in CURVES],
+        "runs": runs,
+        "rollouts": steps,
+        "config": [[field, json.dumps(value)] for field, value in _flat(config)],
+    }
+
+
+def _is_unfinished(train: Sequence[MetricsRow], config: Json) -> bool:
+    """Whether steps are missing that the config asks for."""
+    steps = config.get("steps")
+    return type(steps) is int and (train[-1]["step"] if train else 0) < steps
+
+
+def _headline(train: Sequence[MetricsRow], run: Json, config: Json) -> list[list[str]]:
+    """Label, number and remark of what a reader wants to know first."""
+    steps = config.get("steps")
+    last = train[-1]["step"] if train else 0
+    tiles = [["Step", f"{last}" if type(steps) is not int else f"{last} of {steps}", ""]]
+    for outcome in run["outcomes"][:1]:
+        where = "in domain" if outcome["in_domain"] else "out of domain"
+        score = f"{outcome['before']} → {outcome['after']}" if outcome["after"] else outcome["before"]
+        tiles.append(
+            [
+                f"avg@{outcome['k']} in %, {outcome['name']}",
+                score,
+                ", ".join(filter(None, (where, outcome["change"]))),
+            ]
+        )
+    if not train:
+        return tiles
+    reward = first_and_last(train, "reward", ".3f").replace("->", "→")
+    tiles.append(["Reward", reward, f"first {ends(train)} and last {ends(train)} of {len(train)} steps"])
+    taught = sum(row.get("taught") or 0 for row in train)
+    rollouts = taught + sum(row.get(f"out_{note}") or 0 for row in train for note in NOTES)
+    if rollouts:
+        tiles.append(["Rollouts taught", f"{taught / rollouts:.0%}", f"{taught:,} of {rollouts:,}"])
+    found = mean(train, "quote_found")
+    if math.isfinite(found):
+        tiles.append(["Quotes found", f"{found:.0%}", f"{show(mean(train, 'quote_exact'), '.0%')} exactly"])
+    seconds = sum(number(row, "seconds") for row in train[1:]) / max(len(train) - 1, 1)
+    if math.isfinite(seconds) and len(train) > 1:
+        tiles.append(["Seconds a step", f"{seconds:,.3g}", "mean, without the first"])
+    return tiles
+
+
+def _run(workdir: Path, trained_on: Sequence[str], rows: Sequence[MetricsRow]) -> Json:
+    """The learning curves and evaluations of one run."""
+    train = [row for row in rows if row["split"] == "train"]
+    fields = [field for _, _, names in CURVES for field in names]
+    outcomes = compare(rows, workdir, trained_on)
+    best = outcomes_at_best(rows, workdir, trained_on, outcomes)
+    return {
+        "name": workdir.resolve().name,
+        "steps": [row["step"] for row in train],
+        "columns": [[field, _column(train, field)] for field in fields],
+        "scores": _scores(rows, trained_on),
+        "outcomes": [*map(_outcome, outcomes), *map(_at_best, best)],
+    }
+
+
+def _scores(rows: Sequence[MetricsRow], trained_on: Sequence[str]) -> list[Json]:
+    """avg@k in % of each scored set by step, with half the width of its 95% interval."""
+    sets: dict[str, list[list[float | None]]] = {}
+    for row in rows:
+        kind, _, name = row["split"].partition("/")
+        if kind in ("eval", "validation"):
+            half = 100 * Z * number(row, "avg_se")
+            point = [row["step"], _finite(100 * number(row, "avg")), _finite(half)]
+            sets.setdefault(row["split"], []).append(point)
+    scores = []
+    for split, points in sets.items():
+        kind, _, name = split.partition("/")
+        scores.append({"kind": kind, "name": name, "in_domain": name in trained_on, "points": points})
+    return sorted(scores, key=lambda score: (score["kind"] != "eval", not score["in_domain"]))
+
+
+def _outcome(outcome: Outcome) -> Json:
+    before = outcome.before
+    after = outcome.after
+    passed = percent(number(before, "pass"))
+    if after:
+        passed += f" → {percent(number(after, 'pass'))}"
+    return {
+        "name": outcome.name,
+        "in_domain": outcome.in_domain,
+        "k": show(number(before, "k"), ".0f"),
+        "before": percent(number(before, "avg")),
+        "after": percent(number(after, "avg")) if after else "",
+        "change": "not comparable" if outcome.differences else shown_change(outcome) if after else "",
+        "pass": passed,
+        "steps": steps_of(outcome).replace("->", "→"),
+        "notes": notes_of(outcome, steps_of(outcome)),
+    }
+
+
+def _at_best(outcome: Outcome) -> Json:
+    shown = _outcome(outcome)
+    return {**shown, "notes": ["at the step that validation chose", *shown["notes"]]}
+
+
+def _problem(uid: str, row: Mapping[str, Any]) -> Json:
+    """What all rollouts of a problem share. The last two parts of a uid are its split and number."""
+    prompt = row.get("prompt")
+    messages = prompt if isinstance(prompt, list) else []
+    return {
+        "uid": uid,
+        "set": uid.rsplit("/", 2)[0] if uid.count("/") > 1 else "",
+        "prompt": [[_text(m.get("role")), _text(m.get("content"))] for m in messages if isinstance(m, dict)],
+        "answer": _text(row.get("answer")),
+    }
+
+
+def _rollout(problem: int, row: Mapping[str, Any]) -> Json:
+    """One rollout. `response` has one part, or three: before the error, the error, after it."""
+    response = _text(row.get("response"))
+    reward = number(dict(row), "reward")
+    tokens = row.get("token_ids")
+    return {
+        "problem": problem,
+        "sample": row.get("sample") if type(row.get("sample")) is int else None,
+        "response": _parts(response, row.get("error_span_chars")),
+        "reward": _finite(reward),
+        "right": reward >= SUCCESS,
+        "tokens": len(tokens) if isinstance(tokens, list) else None,
+        "active": _finite(number(dict(row), "active_tokens")),
+        "note": _text(row.get("note")),
+        "quote": _maybe(row.get("quote")),
+        "idea": _maybe(row.get("idea")),
+        "reflection": _maybe(row.get("reflection")),
+        "ambiguous": bool(row.get("ambiguous")),
+    }
+
+
+def _parts(text: str, span: Any) -> list[str]:
+    """The text, cut at both ends of the span.
+
+    It is cut here, because a place in characters of Python is another one in JavaScript, where a character
+    outside the basic plane counts as two.
+    """
+    valid = isinstance(span, list | tuple) and len(span) == 2 and all(type(at) is int for at in span)
+    if not valid or not 0 <= span[0] <= span[1] <= len(text):
+        return [text]
+    return [text[: span[0]], text[span[0] : span[1]], text[span[1] :]]
+
+
+def _column(rows: Sequence[MetricsRow], field: str) -> list[float | None]:
+    return [_finite(number(row, field)) for row in rows]
+
+
+def _finite(value: float) -> float | None:
+    """The number with seven digits, or None for one that JSON lacks."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def _text(value: Any) -> str:
+    """A field of a row as text. What is neither text nor absent is shown as JSON."""
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, default=repr)
+
+
+def _maybe(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _flat(tree: Json, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of nested dicts with its value, named like "section.name"."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
