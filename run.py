@@ -1,6 +1,6 @@
 """Trains, evaluates, plans or reports one experiment.
 
-    python run.py --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan|data]
+    python run.py --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan|data|report]
                   [--config.FIELD=VALUE ...]
     python run.py --mode=plan --topology=v5p:2x2x2 [--compile=all|STAGE,...] [--json] --config=...
     python run.py --mode=report --workdir=DIR [--compare=DIR,...]

@@ -728,7 +728,7 @@ FLAG_MISTAKES = {
     "no such config": (["--config=configs/none.py"], "--config does not name a Python file"),
     "unknown flag": ([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
     "no flag": ([QUICKSTART, "train"], "'train' is not a flag"),
-    "unknown mode": ([QUICKSTART, "--mode=dance"], "<train|eval|plan|data>"),
+    "unknown mode": ([QUICKSTART, "--mode=dance"], "<train|eval|plan|data|report>"),
     "unknown variant": ([f"{QUICKSTART},turbo"], "'turbo'; it must be one of paper, span, official, debug"),
     "unknown field": (
         [QUICKSTART, "--config.loss.alhpa=1"],
