@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rosd_jax.distill.reflect import NOTES
+from rosd_jax.distill.notes import NOTES
 from rosd_jax.errors import UserError
 from rosd_jax.train.metrics import MetricsLog, format_step, step_lines
 
