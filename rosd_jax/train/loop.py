@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -57,7 +56,7 @@ from rosd_jax.train.step import Runtime, read_and_grade, train_step
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.unfinished import Unfinished
 from rosd_jax.train.update import learner
-from rosd_jax.types import Params, Reflected, Stream, TrainState
+from rosd_jax.types import Params, Stream, TrainState
 
 
 @dataclass(frozen=True)
@@ -260,7 +259,7 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
     numbers["seconds"] = time.perf_counter() - began
     numbers["programs_compiled"], numbers["seconds_compiling"] = run.compiled.since()
     if run.hosts.first:
-        write_step(run, step + 1, numbers, rollout_rows(reflected, weight_BR))
+        write_step(run, step + 1, numbers, workdir.rollout_rows(reflected, weight_BR))
     return state
 
 
@@ -275,36 +274,6 @@ def write_step(run: Run, step: int, numbers: Numbers, rollouts: list[dict]) -> N
         run.console.say(f"warning: {sentence}")
     write_step_file(run.directory, step, rollouts)
     write_page(run.directory, trained_on(run.config), rows)
-
-
-def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
-    """The lines of rollouts/step_N.jsonl, one per rollout."""
-    graded = reflected.graded
-    tokens_BR = graded.rollout.tokens_BR
-    length_B = graded.rollout.length_B
-    rows = []
-    for row, (text, r) in enumerate(zip(graded.texts, reflected.reflections, strict=True)):
-        problem = graded.problem(row)
-        rows.append(
-            dict(
-                uid=problem.uid,
-                sample=row % graded.group_size,
-                prompt=list(problem.messages),
-                answer=problem.answer,
-                response=text,
-                token_ids=np.asarray(tokens_BR[row, : length_B[row]]).tolist(),
-                reward=float(graded.rewards_B[row]),
-                reflection=r.raw,
-                idea=r.idea,
-                quote=r.quote,
-                ambiguous=r.ambiguous,
-                error_span_chars=r.char_span,
-                error_span_tokens=r.token_span,
-                active_tokens=int(weight_BR[row].sum()),
-                note=r.note,
-            )
-        )
-    return rows
 
 
 def score(run: Run, split: ScoredSplit, names: Sequence[str], params: Params, step: int) -> None:

@@ -17,6 +17,7 @@ A run that was stopped, even by kill -9, continues when it is started again with
     flat(tree)                             -> (field, value) pairs of nested dicts
     default_workdir(config_name)           -> runs/<config>-<time>
     fingerprint(config)                    -> short hash of the fields that a resumed run must keep
+    rollout_rows(reflected, weight_BR)     -> the lines of a rollout file
     write_rollouts(workdir, step, rows)    -> path
     rollout_steps(workdir)                 -> the steps that have a rollout file
     drop_rollouts_after(workdir, step)
@@ -36,7 +37,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,6 +47,9 @@ from rosd_jax.errors import UserError
 from rosd_jax.fields import from_config, shown
 from rosd_jax.hosts import Hosts
 from rosd_jax.settings import Settings
+
+if TYPE_CHECKING:  # types.py imports JAX, which --mode=report does without
+    from rosd_jax.types import Reflected
 
 # What a run writes that has begun.
 WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export", "unfinished", "report")
@@ -190,6 +194,36 @@ def fingerprint(config: Settings) -> str:
     """Sixteen hex digits, equal for two configs if `prepare` would resume a run of one with the other."""
     kept = {field: value for field, value in flat(_as_json(config)) if not _may_change(field)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
+    """The lines of rollouts/step_N.jsonl, one per rollout."""
+    graded = reflected.graded
+    tokens_BR = graded.rollout.tokens_BR
+    length_B = graded.rollout.length_B
+    rows = []
+    for row, (text, r) in enumerate(zip(graded.texts, reflected.reflections, strict=True)):
+        problem = graded.problem(row)
+        rows.append(
+            dict(
+                uid=problem.uid,
+                sample=row % graded.group_size,
+                prompt=list(problem.messages),
+                answer=problem.answer,
+                response=text,
+                token_ids=np.asarray(tokens_BR[row, : length_B[row]]).tolist(),
+                reward=float(graded.rewards_B[row]),
+                reflection=r.raw,
+                idea=r.idea,
+                quote=r.quote,
+                ambiguous=r.ambiguous,
+                error_span_chars=r.char_span,
+                error_span_tokens=r.token_span,
+                active_tokens=int(weight_BR[row].sum()),
+                note=r.note,
+            )
+        )
+    return rows
 
 
 def write_rollouts(workdir: Path, step: int, rows: Iterable[dict[str, Any]]) -> Path:
