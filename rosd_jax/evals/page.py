@@ -96,20 +96,13 @@ def write_step_file(workdir: Path, step: int, rows: Iterable[Mapping[str, Any]])
     atomic.write_text(path, ["rosdStep(", script_json(content), ");\n"])
 
 
-def write_page(
-    workdir: Path,
-    trained_on: Sequence[str],
-    rows: Sequence[MetricsRow] | None = None,
-    others: Sequence[Path] = (),
-) -> None:
+def write_page(workdir: Path, trained_on: Sequence[str], others: Sequence[Path] = ()) -> None:
     """Writes report.html, and the files of those steps that have rollouts and no file yet.
 
-    trained_on: the names of the training set. rows: of metrics.jsonl, if they have been read. others: run
-    directories whose curves and evaluations are shown next to these. Raises UserError for a malformed line of
-    metrics.jsonl or of a rollout file.
+    trained_on: the names of the training set. others: run directories whose curves and evaluations are shown
+    next to these. Raises UserError for a malformed line of metrics.jsonl or of a rollout file.
     """
-    if rows is None:
-        rows = read_metrics(workdir / "metrics.jsonl")
+    rows = read_metrics(workdir / "metrics.jsonl")
     made = steps_in(workdir / FOLDER, STEP_FILE)
     for step in steps_in(workdir / "rollouts", ROLLOUT_FILE) - made:
         write_step_file(workdir, step, read_rollouts(workdir / "rollouts" / f"step_{step}.jsonl"))
@@ -139,7 +132,7 @@ def remake(workdir: Path, others: Sequence[Path] = ()) -> tuple[str, ...]:
         require_run(path)
     drop_after(workdir, -1)
     trained_on = training_sets(read_config(workdir))
-    write_page(workdir, trained_on, others=others)
+    write_page(workdir, trained_on, others)
     return trained_on
 
 

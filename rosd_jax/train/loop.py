@@ -1,10 +1,10 @@
 """The run: set up or resume, step, evaluate, checkpoint, export, report.
 
-A step writes, in this order: rollouts/step_N.jsonl, its train line, its part of the report page, its
-validation and evaluation lines if due, and a checkpoint if due or if validation finds this step the best so
-far. Resuming relies on this order: a step that has a checkpoint has all its lines. A resumed run drops the
-lines of later steps and writes them again. history.py decides whether a run may resume. A signal stops the
-run between two device calls, and the last step whose lines are all written is then saved.
+A step writes, in this order: rollouts/step_N.jsonl and the same for the report page, its train line, its
+validation and evaluation lines if due, a checkpoint if due or if validation finds this step the best so far,
+and the report page. Resuming relies on this order: a step that has a checkpoint has all its lines. A resumed
+run drops the lines of later steps and writes them again. history.py decides whether a run may resume. A
+signal stops the run between two device calls, and the last step whose lines are all written is then saved.
 """
 
 from __future__ import annotations
@@ -131,9 +131,14 @@ def train(config: Settings, directory: Path, hosts: Hosts, console: Console) -> 
 def report(run: Run) -> None:
     """Writes the reports and prints what they say."""
     run.console.stage("report")
-    names = trained_on(run.config)
-    write_page(run.directory, names)
-    run.console.say(write_report(run.directory, names))
+    refresh_page(run)
+    run.console.say(write_report(run.directory, trained_on(run.config)))
+
+
+def refresh_page(run: Run) -> None:
+    """Writes the report page by the first process. The others make the next step meanwhile."""
+    if run.hosts.first:
+        write_page(run.directory, trained_on(run.config))
 
 
 def require_same_inputs(hosts: Hosts, config: Settings, inputs: Inputs, origins: dict[str, Any]) -> None:
@@ -175,8 +180,6 @@ def resume(directory: Path, config: Settings, inputs: Inputs, start: int, consol
     log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: step <= start)
     workdir.drop_rollouts_after(directory, start)
     drop_after(directory, start)
-    if start:  # the page may show later steps
-        write_page(directory, trained_on(config))
     console.say(headline(inputs, config, directory, start))
     if last > start:
         console.say(f"steps after {start}, up to {last}, have no checkpoint and are dropped")
@@ -193,6 +196,7 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
         score_if_due(run, state.params, frozen_params, start)
         best = best_so_far(run)
         run.console.expect(work_after(config, run.inputs, start))
+        refresh_page(run)
         for step in range(start, config.steps):
             run.console.at(step + 1)
             with run.console.work(STEP):
@@ -206,11 +210,13 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
                 run.console.stage("checkpoint")
                 with run.console.work("checkpoint"):
                     saving = checkpoint.save(run.manager, state, done, run.meta)
+            refresh_page(run)
         run.console.stage("checkpoint")
         finish_saving(run, saving, best)
     except stopping.Stopped:  # raised before the update of step done + 1, or while step `done` is scored
         finish_saving(run, saving, best)
         save_unsaved(run, state, done)
+        refresh_page(run)
         raise
     return state
 
@@ -230,7 +236,7 @@ def finish_saving(run: Run, saving: checkpoint.Saving | None, best: int | None) 
 def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> bool:
     """Scores the validation and evaluation sets that are due at a step and have not been scored.
 
-    Returns whether there were any. The report page then shows them.
+    Returns whether there were any.
     """
     config = run.config
     scored = False
@@ -241,8 +247,6 @@ def score_if_due(run: Run, params: Params, frozen_params: Params, step: int) -> 
             model = learner(params, frozen_params, config)  # only here, since it may copy from the host
             score(run, split, names, model, step)
             scored = True
-    if scored and run.hosts.first:
-        write_page(run.directory, trained_on(config))
     return scored
 
 
@@ -266,14 +270,13 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
 def write_step(run: Run, step: int, numbers: Numbers, rollouts: list[dict]) -> None:
     """Writes what a step leaves."""
     workdir.write_rollouts(run.directory, step, rollouts)
+    write_step_file(run.directory, step, rollouts)
     run.log.write(step, "train", numbers)
     for line in step_lines(step, run.config.steps, numbers):
         run.console.say(line)
-    rows = read_metrics(run.log.path)
-    for sentence in new_findings([row for row in rows if row["split"] == "train"]):
+    train_rows = [row for row in read_metrics(run.log.path) if row["split"] == "train"]
+    for sentence in new_findings(train_rows):
         run.console.say(f"warning: {sentence}")
-    write_step_file(run.directory, step, rollouts)
-    write_page(run.directory, trained_on(run.config), rows)
 
 
 def score(run: Run, split: ScoredSplit, names: Sequence[str], params: Params, step: int) -> None:
