@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -28,6 +29,7 @@ from rosd_jax.train import stopping
 
 T = TypeVar("T")
 X = TypeVar("X")
+LOST_S = 5.0
 WAIT_MS = 60_000  # after which a process says for whom it waits
 
 
@@ -64,14 +66,13 @@ class Hosts:
             return [value]
         call = next(self._calls)
         mine = pickle.dumps((what, value))
-        if self.first:
-            parts = [mine, *(self._await(f"{call}/{i}", what, i) for i in range(1, self.count))]
-            self.store.key_value_set_bytes(_key(f"{call}/all"), pickle.dumps(parts))
-            # All have sent their part of this call, so all have read the list of the one before.
-            self.store.key_value_delete(_key(f"{call - 1}/"))
-        else:
-            self.store.key_value_set_bytes(_key(f"{call}/{self.index}"), mine)
-            parts = pickle.loads(self._await(f"{call}/all", what, 0))
+        try:
+            parts = self._gather(self.store, call, what, mine)
+        except Exception:
+            # The first process may have died, and with it the store. Then its supervisor ends this process,
+            # and names it, before this one can be blamed.
+            time.sleep(LOST_S)
+            raise
         found = [pickle.loads(part) for part in parts]
         places = [place for place, _ in found]
         if set(places) != {what}:
@@ -81,6 +82,16 @@ class Hosts:
                 f"{apart} at {places[apart]!r}; this is a bug, please report it"
             )
         return [value for _, value in found]
+
+    def _gather(self, store: Store, call: int, what: str, mine: bytes) -> list[bytes]:
+        if not self.first:
+            store.key_value_set_bytes(_key(f"{call}/{self.index}"), mine)
+            return pickle.loads(self._await(f"{call}/all", what, 0))
+        parts = [mine, *(self._await(f"{call}/{i}", what, i) for i in range(1, self.count))]
+        store.key_value_set_bytes(_key(f"{call}/all"), pickle.dumps(parts))
+        # All have sent their part of this call, so all have read the list of the one before.
+        store.key_value_delete(_key(f"{call - 1}/"))
+        return parts
 
     def once(self, what: str, work: Callable[[], T]) -> T:
         """The result of `work`, which the first process calls; it must pickle.
