@@ -27,7 +27,7 @@ MODEL = Qwen3Config(16, 16, 16, 1, 2, 2, 8)
 class Told(Engine):
     """An engine whose devices say of a row its uid and the first and last token of its prompt."""
 
-    def call(self, params, batch, key):
+    def call(self, params, batch, key, ended):
         params.append(batch)
         first_B = batch.prompt_NT[batch.prompt_of_B, 0]
         last_B = batch.prompt_NT[batch.prompt_of_B, batch.prompt_len_N[batch.prompt_of_B] - 1]
