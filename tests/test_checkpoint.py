@@ -247,6 +247,16 @@ def test_files_that_were_added_do_no_harm(tmp_path):
     assert_equal(state, make_state(2))
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"a": 1}'])
+def test_damaged_checksums_are_a_damaged_checkpoint(tmp_path, text):
+    manager = checkpoint.open_manager(tmp_path)
+    for step in (1, 2):
+        save(manager, make_state(step), step, {})
+    (tmp_path / "checkpoints" / "2" / "checksums.json").write_text(text)
+    found = checkpoint.restore_latest(checkpoint.open_manager(tmp_path), like_of(make_state(0)), Hosts())
+    assert found is not None and found.step == 1 and list(found.damaged) == [2]
+
+
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
 @pytest.mark.parametrize("host", [0, 1])
 def test_what_one_host_cannot_read_no_host_restores(tmp_path, how, host):

@@ -39,8 +39,8 @@ class Place:
     def supervisor_port(self) -> int:
         """Where the first process's supervisor listens: the next port.
 
-        If JAX chose the coordinator's port, the next one is that of the next job. So it is one further below,
-        and below those that Linux gives to outgoing connections.
+        If JAX chose the coordinator's port, the next one may be that of another job. Then it is 32768 lower,
+        below the ports that Linux gives to outgoing connections.
         """
         port = self.address[1]
         return port + 1 if port < AUTOMATIC else port - 32768

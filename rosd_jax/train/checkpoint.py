@@ -295,11 +295,12 @@ def _damage(directory: Path, hosts: Hosts) -> str | None:
 
     def saved() -> dict[str, int] | None | Unreadable:
         try:
-            return json.loads((directory / CHECKSUMS).read_bytes())
+            content = json.loads((directory / CHECKSUMS).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             return Unreadable(str(error))
+        return content if isinstance(content, dict) else Unreadable(f"{CHECKSUMS} contains no checksums")
 
     sums = hosts.once("checksums", saved)
     if isinstance(sums, Unreadable):
