@@ -33,6 +33,7 @@ import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 # Silence start-up messages of XLA, transformers and gRPC. They read these variables when they are imported.
@@ -105,24 +106,30 @@ def main(argv: list[str]) -> int:
 
 def place_of(argv: list[str]) -> place.Place | None:
     """This process's place among those of several hosts; None for a run of one process, and for a plan."""
-    given = flags.FlagValues()
-    for name in ("coordinator", "mode"):
-        flags.DEFINE_string(name, None, "", flag_values=given)
-    for name in ("processes", "process"):
-        flags.DEFINE_integer(name, None, "", flag_values=given)
-    try:
-        given(argv, known_only=True)
-    except flags.Error as error:
-        raise UserError(config_file.explain(error)) from error
+    given = peek(argv, "coordinator", "mode", numbers=("processes", "process"))
     if given["mode"].value in ("plan", "data", "report"):
         return None
     return place.find(given["coordinator"].value, given["processes"].value, given["process"].value)
 
 
+def peek(argv: list[str], *names: str, numbers: Sequence[str] = ()) -> flags.FlagValues:
+    """These flags alone, whatever the others are. Raises UserError for a number that is none."""
+    given = flags.FlagValues()
+    for name in names:
+        flags.DEFINE_string(name, None, "", flag_values=given)
+    for name in numbers:
+        flags.DEFINE_integer(name, None, "", flag_values=given)
+    try:
+        given(argv, known_only=True)
+    except flags.Error as error:
+        raise UserError(config_file.explain(error)) from error
+    return given
+
+
 def obey(argv: list[str], here: place.Place | None) -> None:
     """Does what the command line asks for. Raises BrokenPipeError if nobody reads stdout any more."""
     try:
-        if asks_for_report(argv):
+        if peek(argv, "mode")["mode"].value == "report":
             report(argv)
             return
         config = validate(read_flags(argv))
@@ -139,17 +146,6 @@ def open_console(here: place.Place | None) -> Console:
     """The console. Only the first process of a training or an evaluation prints its progress."""
     first = here is None or here.process == 0
     return Console(sys.stdout if first and _MODE.value in ("train", "eval") else None)
-
-
-def asks_for_report(argv: list[str]) -> bool:
-    """Whether --mode is report. Mistakes in other flags are left to those who read them."""
-    given = flags.FlagValues()
-    flags.DEFINE_string("mode", None, "", flag_values=given)
-    try:
-        given(argv, known_only=True)
-    except flags.Error as error:
-        raise UserError(config_file.explain(error)) from error
-    return given["mode"].value == "report"
 
 
 def report(argv: list[str]) -> None:
@@ -201,10 +197,7 @@ def read_flags(argv: list[str]) -> ConfigDict:
 
 def with_stored_config(argv: list[str]) -> list[str]:
     """argv, with the stored config of the run in --workdir as --config if none is given."""
-    given = flags.FlagValues()
-    for name in ("config", "workdir"):
-        flags.DEFINE_string(name, None, "", flag_values=given)
-    given(argv, known_only=True)
+    given = peek(argv, "config", "workdir")
     if given["workdir"].value == "":
         raise UserError("--workdir is empty; give it a directory, or leave it out for runs/NAME-TIME")
     if given["config"].value is not None or given["workdir"].value is None:

@@ -3,6 +3,7 @@
 from_config(config)          -> Settings; raises UserError for an unknown, missing or mistyped field
 replace(settings, field, x)  -> Settings with one field changed; `field` is a name such as "rollout.slots"
 value(settings, field)       -> the value of a field
+flat(tree)                   -> (name, value) of every field of nested dicts
 defaults()                   -> the defaults as nested dicts
 describe()                   -> name, type, default and text of every field
 check_name(name)             raises UserError, with the nearest names, if there is no such field
@@ -99,6 +100,15 @@ def check_name(name: str) -> None:
 @cache
 def _all_names() -> tuple[str, ...]:
     return tuple(field.name for field in describe())
+
+
+def flat(tree: dict[str, Any], above: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Every field of nested dicts with its value, named like "section.name"."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, (*above, name))
+        else:
+            yield ".".join((*above, name)), value
 
 
 def mistyped(name: str, given: Any) -> UserError:

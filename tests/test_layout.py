@@ -10,7 +10,7 @@ import pytest
 from support import ROOT
 
 FLOORS = [
-    {"types", "errors", "atomic", "config", "config_file", "settings", "fields", "kernels"},
+    {"types", "errors", "atomic", "step_files", "config", "config_file", "settings", "fields", "kernels"},
     {"models"},
     {"text"},
     {"data", "gym", "rollout", "rewards"},

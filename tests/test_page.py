@@ -12,6 +12,7 @@ from rosd_jax.distill.notes import NOTES
 from rosd_jax.errors import UserError
 from rosd_jax.evals import page
 from rosd_jax.evals.health import spikes
+from rosd_jax.step_files import drop_after
 from support import ROOT
 
 HOSTILE = {
@@ -123,12 +124,12 @@ def test_old_steps_are_not_written_again_and_missing_ones_are(tmp_path):
 
 
 def test_resuming_drops_the_files_of_later_steps(tmp_path):
-    page.drop_after(tmp_path, 5)
+    drop_after(tmp_path / "report", page.SUFFIX, 5)
     for step in (1, 9, 10, 11):
         page.write_step_file(tmp_path, step, [rollout()])
     (tmp_path / "report" / "step_12.js.tmp").write_text("rosd")
     (tmp_path / "report" / "notes.txt").write_text("mine")
-    page.drop_after(tmp_path, 9)
+    drop_after(tmp_path / "report", page.SUFFIX, 9)
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"step_1.js", "step_9.js", "notes.txt"}
 
 

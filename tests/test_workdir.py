@@ -15,6 +15,7 @@ from test_hosts import on_each
 from rosd_jax.config import default_config, validate
 from rosd_jax.errors import UserError
 from rosd_jax.settings import Settings
+from rosd_jax.step_files import drop_after
 from rosd_jax.train import workdir
 from support import ROOT
 
@@ -292,11 +293,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
 
 
 def test_resuming_drops_rollouts_of_later_steps(tmp_path):
-    workdir.drop_rollouts_after(tmp_path, 5)
+    drop_after(tmp_path / "rollouts", ".jsonl", 5)
     for step in (2, 9, 10, 100):
         workdir.write_rollouts(tmp_path, step, [{"step": step}])
     (tmp_path / "rollouts" / "step_11.jsonl.tmp").write_text("{")
     (tmp_path / "rollouts" / "notes.txt").write_text("mine")
-    workdir.drop_rollouts_after(tmp_path, 9)
+    drop_after(tmp_path / "rollouts", ".jsonl", 9)
     names = sorted(p.name for p in (tmp_path / "rollouts").iterdir())
     assert names == ["notes.txt", "step_2.jsonl", "step_9.jsonl"]

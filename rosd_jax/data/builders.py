@@ -94,6 +94,10 @@ def _builder(name: str, directory: Path) -> tfds.core.GeneratorBasedBuilder:
 
 
 def read_prepared(name: str, split: str, folder: str) -> list[sources.Example]:
+    """The rows of a set from its prepared copy, which is made if there is none.
+
+    Raises UserError for a malformed row and for a copy that is damaged or cannot be written.
+    """
     final = _cache() / _content_key(name, folder)
     with _quiet():
         if not final.is_dir():

@@ -2,7 +2,6 @@
 
     write_step_file(workdir, step, rows)   report/step_N.js, from the lines of rollouts/step_N.jsonl
     write_page(workdir, trained_on)        report.html, and the step files that are missing
-    drop_after(workdir, step)              removes the files of steps that a resumed run makes again
     remake(workdir, others)                everything again, from what is in the directory
 
 The page is page.html with the numbers of the run inside. A page that is opened from disk may not read other
@@ -17,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -40,14 +38,15 @@ from rosd_jax.evals.report import (
     shown_change,
     steps_of,
 )
+from rosd_jax.fields import flat
 from rosd_jax.rewards.grade import SUCCESS
+from rosd_jax.step_files import drop_after, steps_in
 
 Json = dict[str, Any]
 
 PAGE = "report.html"
 FOLDER = "report"
-STEP_FILE = re.compile(r"step_(\d+)\.js")
-ROLLOUT_FILE = re.compile(r"step_(\d+)\.jsonl")
+SUFFIX = ".js"  # of the files there
 PLACE = "@DATA@"  # of the data in the template
 # What a reader of one rollout is told about its note, in addition to the words of NOTES.
 WHY = {
@@ -91,7 +90,7 @@ def write_step_file(workdir: Path, step: int, rows: Iterable[Mapping[str, Any]])
             shared.append(_problem(uid, row))
         lines.append(_rollout(problems[uid], row))
     content = {"step": step, "problems": shared, "rollouts": lines}
-    path = workdir / FOLDER / f"step_{step}.js"
+    path = workdir / FOLDER / f"step_{step}{SUFFIX}"
     path.parent.mkdir(exist_ok=True)
     atomic.write_text(path, ["rosdStep(", script_json(content), ");\n"])
 
@@ -103,23 +102,14 @@ def write_page(workdir: Path, trained_on: Sequence[str], others: Sequence[Path] 
     next to these. Raises UserError for a malformed line of metrics.jsonl or of a rollout file.
     """
     rows = read_metrics(workdir / "metrics.jsonl")
-    made = steps_in(workdir / FOLDER, STEP_FILE)
-    for step in steps_in(workdir / "rollouts", ROLLOUT_FILE) - made:
+    made = steps_in(workdir / FOLDER, SUFFIX)
+    for step in steps_in(workdir / "rollouts", ".jsonl") - made:
         write_step_file(workdir, step, read_rollouts(workdir / "rollouts" / f"step_{step}.jsonl"))
         made.add(step)
     template = files("rosd_jax.evals").joinpath("page.html").read_text(encoding="utf-8")
     before, _, after = template.partition(PLACE)
     data = page_data(workdir, trained_on, rows, sorted(made), others)
     atomic.write_text(workdir / PAGE, [before, script_json(data), after])
-
-
-def drop_after(workdir: Path, step: int) -> None:
-    """Removes the files of steps after `step`, and what a killed process left."""
-    for path in list((workdir / FOLDER).glob("*" + atomic.TEMPORARY)):
-        path.unlink()
-    for later in steps_in(workdir / FOLDER, STEP_FILE):
-        if later > step:
-            (workdir / FOLDER / f"step_{later}.js").unlink()
 
 
 def remake(workdir: Path, others: Sequence[Path] = ()) -> tuple[str, ...]:
@@ -130,7 +120,7 @@ def remake(workdir: Path, others: Sequence[Path] = ()) -> tuple[str, ...]:
     """
     for path in (workdir, *others):
         require_run(path)
-    drop_after(workdir, -1)
+    drop_after(workdir / FOLDER, SUFFIX, -1)
     trained_on = training_sets(read_config(workdir))
     write_page(workdir, trained_on, others)
     return trained_on
@@ -150,12 +140,6 @@ def script_json(content: Any) -> str:
     """JSON that is safe inside a script of an HTML page: ASCII, without <, > and &."""
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def steps_in(folder: Path, name: re.Pattern[str]) -> set[int]:
-    """The steps that have a file of this name in the folder."""
-    found = [name.fullmatch(path.name) for path in folder.glob("step_*")]
-    return {int(match[1]) for match in found if match}
 
 
 def read_rollouts(path: Path) -> Iterator[Json]:
@@ -218,7 +202,7 @@ def page_data(
         "curves": [[title, form, fields] for title, form, fields in CURVES],
         "runs": runs,
         "rollouts": steps,
-        "config": [[field, json.dumps(value)] for field, value in _flat(config)],
+        "config": [[field, json.dumps(value)] for field, value in flat(config)],
     }
 
 
@@ -378,12 +362,3 @@ def _text(value: Any) -> str:
 
 def _maybe(value: Any) -> str | None:
     return None if value is None else _text(value)
-
-
-def _flat(tree: Json, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of nested dicts with its value, named like "section.name"."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value

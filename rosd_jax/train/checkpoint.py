@@ -33,11 +33,11 @@ import logging
 import math
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -51,6 +51,7 @@ from rosd_jax.settings import Settings
 from rosd_jax.train.workdir import fingerprint
 from rosd_jax.types import Params, TrainState
 
+T = TypeVar("T")
 CHECKSUMS = "checksums.json"
 READ_BYTES = 1 << 20
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -128,7 +129,8 @@ def _complete(manager: ocp.CheckpointManager, step: int) -> None:
     # After Orbax's rename: a kill in between leaves a valid checkpoint without checksums (see _damage).
     if jax.process_index() == 0:
         directory = Path(manager.directory) / str(step)
-        sums = _checksums(directory, list(_files(directory)))
+        names = list(_files(directory))
+        sums = dict(zip(names, _each(_crc32, directory, names), strict=True))
         atomic.write_text(directory / CHECKSUMS, [json.dumps(sums, indent=1)])
 
 
@@ -310,8 +312,8 @@ def _damage(directory: Path, hosts: Hosts) -> str | None:
     found: dict[str, int | None] = dict.fromkeys(sums or sizes)
     if sums:
         names = list(sums)
-        parts = hosts.share("read", lambda some: list(_checksums(directory, some).values()), names)
-        found = dict(zip(names, parts, strict=True))
+        read = hosts.share("read", lambda some: _each(_crc32_if_readable, directory, some), names)
+        found = dict(zip(names, read, strict=True))
     wrong = [
         name for name in found if here.get(name) != sizes.get(name) or (sums and found[name] != sums[name])
     ]
@@ -325,22 +327,25 @@ def _files(directory: Path) -> dict[str, int]:
     return {str(path.relative_to(directory)): path.stat().st_size for path in paths}
 
 
-def _checksums(directory: Path, names: Sequence[str]) -> dict[str, int | None]:
-    """CRC-32 of these files of a checkpoint; None for one that cannot be read."""
+def _each(read: Callable[[Path], T], directory: Path, names: Sequence[str]) -> list[T]:
+    """What `read` says of each of these files, several of which are read at the same time."""
     with ThreadPoolExecutor(8) as pool:
-        sums = list(pool.map(_crc32, [directory / name for name in names]))
-    return dict(zip(names, sums, strict=True))
+        return list(pool.map(read, [directory / name for name in names]))
 
 
-def _crc32(path: Path) -> int | None:
+def _crc32(path: Path) -> int:
     crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(READ_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _crc32_if_readable(path: Path) -> int | None:
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(READ_BYTES):
-                crc = zlib.crc32(chunk, crc)
+        return _crc32(path)
     except OSError:
         return None
-    return crc
 
 
 def _is_full_disk(error: BaseException) -> bool:

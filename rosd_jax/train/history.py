@@ -28,9 +28,9 @@ from rosd_jax.errors import UserError
 from rosd_jax.evals.outcome import PROBLEMS, MetricsRow, read_metrics
 from rosd_jax.models.weights import weights_fingerprint
 from rosd_jax.settings import Settings
+from rosd_jax.step_files import steps_in
 from rosd_jax.train import checkpoint
 from rosd_jax.train.inputs import FILES, Inputs, ScoredSplit
-from rosd_jax.train.workdir import rollout_steps
 
 EXPORTED = "trained_steps.txt"  # in export/
 
@@ -38,7 +38,7 @@ EXPORTED = "trained_steps.txt"  # in export/
 def last_step(workdir: Path) -> int:
     """The last step that left metrics, rollouts or an export; 0 if there is none."""
     lines = [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
-    return max([0, _noted_step(workdir) or 0, *lines, *rollout_steps(workdir)])
+    return max([0, _noted_step(workdir) or 0, *lines, *steps_in(workdir / "rollouts", ".jsonl")])
 
 
 def exported_step(workdir: Path) -> int | None:

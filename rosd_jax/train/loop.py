@@ -31,19 +31,21 @@ import rosd_jax
 from rosd_jax import atomic
 from rosd_jax.data.pipeline import Encoded, batch_at
 from rosd_jax.errors import UserError
+from rosd_jax.evals import page
 from rosd_jax.evals.evaluate import requests_of, score_set
 from rosd_jax.evals.generations import write_generations
 from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
-from rosd_jax.evals.page import drop_after, write_page, write_step_file
+from rosd_jax.evals.page import write_page, write_step_file
 from rosd_jax.evals.report import Z, write_report
-from rosd_jax.fields import replace
+from rosd_jax.fields import flat, replace
 from rosd_jax.hosts import Hosts
 from rosd_jax.models.lora import merge
 from rosd_jax.models.peft_files import save_adapters
 from rosd_jax.models.weights import check_weights, save_pretrained
 from rosd_jax.rewards import Grader
 from rosd_jax.settings import Settings
+from rosd_jax.step_files import drop_after
 from rosd_jax.train import checkpoint, history, stopping, workdir
 from rosd_jax.train.build import build
 from rosd_jax.train.compiling import Compiled
@@ -145,7 +147,7 @@ def require_same_inputs(hosts: Hosts, config: Settings, inputs: Inputs, origins:
     """Raises UserError if the hosts got different commands, read different files or run different code."""
     versions = {"Python": platform.python_version(), "JAX": jax.__version__, "rosd_jax": rosd_jax.__version__}
     hosts.require_same("the installation", versions)
-    hosts.require_same("the config", dict(workdir.flat(dataclasses.asdict(config))))
+    hosts.require_same("the config", dict(flat(dataclasses.asdict(config))))
     hosts.require_same("the model directory or data", origins | inputs.found)
     hosts.require_same("the reward function", {"the CRC-32 of its file": inputs.reward_crc32})
 
@@ -178,8 +180,8 @@ def resume(directory: Path, config: Settings, inputs: Inputs, start: int, consol
     last = history.last_step(directory)
     workdir.record(directory, config)
     log = MetricsLog.resume(directory / "metrics.jsonl", lambda step, split: step <= start)
-    workdir.drop_rollouts_after(directory, start)
-    drop_after(directory, start)
+    drop_after(directory / "rollouts", ".jsonl", start)
+    drop_after(directory / page.FOLDER, page.SUFFIX, start)
     console.say(headline(inputs, config, directory, start))
     if last > start:
         console.say(f"steps after {start}, up to {last}, have no checkpoint and are dropped")

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from rosd_jax.config import default_config
 from rosd_jax.errors import UserError
-from rosd_jax.train.workdir import flat, read_config
+from rosd_jax.fields import flat
+from rosd_jax.train.workdir import read_config
 
 
 def get_config(path: str) -> ConfigDict:

@@ -14,13 +14,10 @@ A run that was stopped, even by kill -9, continues when it is started again with
     lock(workdir)                          for this process, or raises UserError
     record(workdir, config)                writes config.json, once a resumed run has passed its checks
     read_config(path)                      -> the fields of a config.json
-    flat(tree)                             -> (field, value) pairs of nested dicts
     default_workdir(config_name)           -> runs/<config>-<time>
     fingerprint(config)                    -> short hash of the fields that a resumed run must keep
     rollout_rows(reflected, weight_BR)     -> the lines of a rollout file
     write_rollouts(workdir, step, rows)    -> path
-    rollout_steps(workdir)                 -> the steps that have a rollout file
-    drop_rollouts_after(workdir, step)
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ import numpy as np
 from rosd_jax import atomic
 from rosd_jax.config import PATH_RULE, default_config, path_fits
 from rosd_jax.errors import UserError
-from rosd_jax.fields import from_config, shown
+from rosd_jax.fields import flat, from_config, shown
 from rosd_jax.hosts import Hosts
 from rosd_jax.settings import Settings
 
@@ -59,7 +56,6 @@ CONFIG_FILE = "config.json"
 LOCK = ".lock"
 SHARED = ".shared_"  # and the number of the process that wrote it
 LATE_S = 20
-ROLLOUT_NAME = re.compile(r"step_(\d+)\.jsonl")
 ABSENT = object()  # stands for a field that a config does not have
 
 
@@ -175,15 +171,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def flat(tree: dict[str, Any], above: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Every field of nested dicts with its value, named like "section.name"."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, (*above, name))
-        else:
-            yield ".".join((*above, name)), value
-
-
 def default_workdir(config_name: str) -> Path:
     """runs/<config>-<YYYYmmdd-HHMMSS>. Characters that are awkward in a path become `-`."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", config_name).strip("-.") or "run"
@@ -236,21 +223,6 @@ def write_rollouts(workdir: Path, step: int, rows: Iterable[dict[str, Any]]) -> 
     lines = (json.dumps(row, ensure_ascii=True, default=_plain) for row in rows)
     atomic.write_text(path, (line + "\n" for line in lines))
     return path
-
-
-def rollout_steps(workdir: Path) -> list[int]:
-    """The steps that have a rollout file, in no particular order."""
-    names = [ROLLOUT_NAME.fullmatch(path.name) for path in (workdir / "rollouts").glob("*")]
-    return [int(name[1]) for name in names if name]
-
-
-def drop_rollouts_after(workdir: Path, step: int) -> None:
-    """Removes the rollout files of steps after `step`, which a resumed run writes again."""
-    for path in list((workdir / "rollouts").glob("*" + atomic.TEMPORARY)):
-        path.unlink()
-    for later in rollout_steps(workdir):
-        if later > step:
-            (workdir / "rollouts" / f"step_{later}.jsonl").unlink()
 
 
 def _plain(value: np.ndarray | np.generic) -> Any:
