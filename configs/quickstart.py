@@ -11,6 +11,7 @@ Variants    paper | span | official: that preset, with its own reflect.correct
             debug: two short steps, to check that everything runs
 """
 
+from rosd_jax import shipped
 from rosd_jax.config import PRESETS, choose_one, default_config, parse_variant, use_preset
 
 
@@ -22,7 +23,7 @@ def get_config(arg=None):
     c.steps = 8
     c.wording = "gym"
     c.mesh.update(data=-1, fsdp=1)  # the model is replicated; rows are split over all devices, or CPU cores
-    c.model.update(path="models/gym", dtype="float32", remat="none")
+    c.model.update(path=shipped.find("models/gym"), dtype="float32", remat="none")
     c.data.update(train="gym:chain", max_prompt_tokens=64)
     c.batch.update(prompts=16, samples=8, device_rows=16)
     c.rollout.max_new_tokens = 48

@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
+from rosd_jax import shipped
 from rosd_jax.errors import UserError
 from rosd_jax.fields import check_name, mistyped, shown
 
@@ -47,7 +48,8 @@ class ConfigFile(flags.ArgumentParser):
         Also for an override on the command line that names no field, since ml_collections, which reads the
         overrides next, names no section.
         """
-        path, colon, variant = argument.partition(":")
+        name, colon, variant = argument.partition(":")
+        path = shipped.find(name)
         if not _is_file(path):
             raise UserError(NO_CONFIG)
         arguments = (variant,) if colon else ()

@@ -1,4 +1,4 @@
-"""The error of a user's mistake. run.py prints its sentence and exits with status 2."""
+"""The error of a user's mistake. The command prints its sentence and exits with status 2."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import pytest
 from support import ROOT
 
 FLOORS = [
-    {"types", "errors", "atomic", "step_files", "config", "config_file", "settings", "fields", "kernels"},
+    {"types", "errors", "atomic", "step_files", "shipped"},
+    {"config", "config_file", "settings", "fields", "kernels"},
     {"models"},
     {"text"},
     {"data", "gym", "rollout", "rewards"},
@@ -18,6 +19,7 @@ FLOORS = [
     {"evals"},
     {"train", "hosts"},
     {"plan"},
+    {"cli", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PACKAGE = sorted(path for path in (ROOT / "rosd_jax").rglob("*.py") if "kernels" not in path.parts)

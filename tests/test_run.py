@@ -700,11 +700,11 @@ def has_only_started(printed):
 
 
 def load_run():
-    """run.py as a module with flags of its own, so that one process can start it many times."""
+    """The command as a module with flags of its own, so that one process can start it many times."""
     for name in list(flags.FLAGS):
         if name in OWN_FLAGS or name.startswith("config."):
             delattr(flags.FLAGS, name)
-    spec = importlib.util.spec_from_file_location("run_once", ROOT / "run.py")
+    spec = importlib.util.spec_from_file_location("run_once", ROOT / "rosd_jax" / "cli.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

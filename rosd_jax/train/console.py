@@ -13,7 +13,7 @@ On a terminal, a thread redraws one line in place while the run works or waits, 
 compilation. Elsewhere (a pipe, a file, TERM=dumb) nothing is redrawn, and a stage that takes long writes
 plain lines at growing intervals.
 
-run.py imports this module before all slow ones, so it uses only the standard library.
+The command imports this module before all slow ones, so it uses only the standard library.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ thread receives the signal, it writes the signal's number to the wake-up descrip
 there, acknowledges the signal, and records the request for `check`. (Blocking the signals and waiting with
 sigwait would work too, but child processes inherit blocked signals.)
 
-run.py imports this module before all slow ones, so it uses only the standard library.
+The command imports this module before all slow ones, so it uses only the standard library.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The stored config of an earlier run as a config file: --config=rosd_jax/train/stored.py:DIR/config.json.
 
-run.py uses it if --workdir names a run and --config is not given.
+The command uses it if --workdir names a run and --config is not given.
 """
 
 from __future__ import annotations
