@@ -1,7 +1,7 @@
 """Trains, evaluates, plans or reports one experiment.
 
     rosd --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan|data|report]
-         [--config.FIELD=VALUE ...]
+         [--profile] [--config.FIELD=VALUE ...]
     rosd --mode=plan --topology=v5p:2x2x2 [--compile=all|STAGE,...] [--json] --config=...
     rosd --mode=report --workdir=DIR [--compare=DIR,...]
 
@@ -63,6 +63,7 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _COMPILE = flags.DEFINE_list("compile", [], "Stages that the plan compiles, separated by commas, or all")
 _JSON = flags.DEFINE_bool("json", False, "Print the plan as one JSON object")
+_PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of one training step to DIR/profile")
 flags.DEFINE_list("compare", [], "Directories of other runs to report next to this one")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, on several hosts without a known launcher")
 flags.DEFINE_integer("processes", None, "How many processes, one per host, take part")
@@ -214,6 +215,8 @@ def with_stored_config(argv: list[str]) -> list[str]:
 def run(config: Settings, here: place.Place | None, console: Console) -> None:
     """Trains, evaluates, plans or shows the data."""
     # Imported here, after the flags are parsed, so that --help and mistakes in flags are answered quickly.
+    if _PROFILE.value and _MODE.value != "train":
+        raise UserError("--profile is for --mode=train; leave it out, or use that mode")
     if _MODE.value == "data":
         from rosd_jax.train.preview import preview
 
@@ -239,7 +242,7 @@ def run(config: Settings, here: place.Place | None, console: Console) -> None:
     if flags.FLAGS["compare"].value:
         raise UserError("--compare is for --mode=report; leave it out, or add that mode")
     if _MODE.value == "train":
-        loop.train(config, directory, hosts, console)
+        loop.train(config, directory, hosts, console, profile=_PROFILE.value)
     else:
         loop.evaluate_only(config, directory, hosts, console)
 

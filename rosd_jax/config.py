@@ -20,7 +20,7 @@ from ml_collections.config_dict import placeholder
 
 from rosd_jax.errors import UserError
 from rosd_jax.fields import defaults, describe, from_config, shown, value
-from rosd_jax.settings import LAYERS, TEMPERATURE_RULE, LoraSettings, Settings, is_temperature
+from rosd_jax.settings import LAYERS, TEMPERATURE_RULE, TRACKERS, LoraSettings, Settings, is_temperature
 
 T = TypeVar("T")
 Draft: TypeAlias = Any  # a ConfigDict that config files and flags may still change, until `validate`
@@ -217,6 +217,9 @@ def _validate_task(settings: Settings) -> None:
     _require("wording", wording, known, "be english, gym or the path of a .toml file of your own")
     stop = settings.rollout.stop
     _require("rollout.stop", stop, all(map(_is_text, stop)), "contain only strings that are not empty")
+    trackers = settings.trackers
+    known = all(name in TRACKERS and trackers.count(name) == 1 for name in trackers)
+    _require("trackers", trackers, known, f"name some of {', '.join(TRACKERS)}, each once")
     timeout = settings.reward_timeout
     _require("reward_timeout", timeout, 0 < timeout <= 3600, "be above 0 and at most 3600")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
+TRACKERS = ("tensorboard", "wandb")
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -289,6 +290,9 @@ class Settings:
     """CPU seconds to grade one response; one that takes longer scores 0."""
     compile_cache: str = "~/.cache/rosd_jax/compiled"
     """Directory in which compiled programs are cached for later starts; empty: no cache."""
+    trackers: tuple[str, ...] = ()
+    """Where the numbers of metrics.jsonl are also sent: tensorboard, wandb. As a flag: names separated by
+    commas."""
 
     @property
     def rows(self) -> int:

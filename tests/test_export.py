@@ -20,7 +20,7 @@ from rosd_jax.errors import UserError
 from rosd_jax.hosts import Hosts
 from rosd_jax.models import families, weights
 from rosd_jax.text.tokenizer import load_tokenizer
-from rosd_jax.train import loop
+from rosd_jax.train.export import export as export_run
 from support import ROOT, data_dir
 
 OLD = "4.57.6"
@@ -267,7 +267,7 @@ def trained(source, path, dtype):
     config = types.SimpleNamespace(model=types.SimpleNamespace(path=str(source), dtype=dtype, lora=lora))
     inputs = types.SimpleNamespace(model=model, tokenizer=tokenizer)
     run = types.SimpleNamespace(hosts=Hosts(), config=config, inputs=inputs)
-    loop.export(run, params, path / "export", 1)
+    export_run(run, params, path / "export", 1)
     return path / "export"
 
 

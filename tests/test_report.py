@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
+from rosd_jax.config import default_config, use_preset, validate
 from rosd_jax.errors import UserError
+from rosd_jax.evals.card import model_card
 from rosd_jax.evals.generations import write_generations
 from rosd_jax.evals.outcome import best_step, compare, read_metrics
 from rosd_jax.evals.report import write_report
@@ -251,3 +254,26 @@ def test_one_table_where_the_best_step_is_the_first_or_the_last(tmp_path, best):
     text = write_report(tmp_path, ["a"])
     assert text.count("Evaluation: ") == 1
     assert f"at step {best} ({'best, last' if best else 'before, best'})" in text
+
+
+def test_the_model_card_has_the_scores_of_its_step_and_no_local_path(tmp_path):
+    rows = [scored(0, "gym:chain", 0.4), scored(0, "jsonl:/home/me/secret/a|b.jsonl", 0.3)]
+    rows += [scored(5, "gym:chain", 0.6), scored(9, "gym:chain", 0.5)]
+    metrics(tmp_path, rows)
+    config = use_preset(default_config(), "span")
+    config.model.path = "/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0123"
+    config.data.train = "gym:chain"
+    card = model_card(validate(config), tmp_path, ["gym:chain"], 5)
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == "Qwen/Qwen3-0.6B"
+    assert "Qwen/Qwen3-0.6B after 5 steps of training on gym:chain" in text
+    assert "| gym:chain | in domain | 50 | 8 | 40.0 | 60.0 | +20.0 [+14.5, +25.5] |" in text
+    assert "| a\\|b.jsonl | out of domain | 50 | 8 | 30.0 | n/a |" in text
+    assert "/home" not in card and "| `lesson.region` | `span` |" in text
+
+
+def test_the_model_card_of_a_run_without_evaluation_says_so(tmp_path):
+    config = use_preset(default_config(), "span")
+    config.model.path = "models/gym"
+    card = model_card(validate(config), tmp_path, ["gym:chain"], 1)
+    assert "The model was not evaluated." in card and "base_model" not in card

@@ -55,6 +55,7 @@ OWN_FLAGS = (
     "topology",
     "compile",
     "json",
+    "profile",
     "compare",
     "coordinator",
     "processes",
@@ -122,7 +123,8 @@ def finished_run(cache, tmp_path_factory):
 
     def make(path):
         path.mkdir()
-        finish(arguments(tiny.model_dir(tmp_path_factory), path / "run"), path, **cache)
+        command = arguments(tiny.model_dir(tmp_path_factory), path / "run", trackers="tensorboard")
+        finish([*command, "--profile"], path, **cache)
 
     path = made_once(shared_dir(tmp_path_factory) / "finished", make)
     return path / "run", (path / "stdout").read_text()
@@ -170,6 +172,8 @@ def test_a_run_leaves_all_that_the_readme_names(finished):
         "report.html",
         "report.md",
         "report.png",
+        "tensorboard",
+        "profile",
     }
     config = json.loads((directory / "config.json").read_text())
     assert (config["seed"], config["steps"], config["batch"]["samples"]) == (2, STEPS, 32)
@@ -178,6 +182,8 @@ def test_a_run_leaves_all_that_the_readme_names(finished):
     assert {p.name for p in (directory / "report").iterdir()} == {f"step_{n}.js" for n in range(1, 7)}
     for name in SETS:
         assert name in (directory / "report.md").read_text() and name in printed
+    assert list((directory / "profile").rglob("perfetto_trace.json.gz"))
+    assert (directory / "export" / "README.md").read_text().startswith("---\nlibrary_name:")
     assert f"step 6/{STEPS}" in printed and "\r" not in printed and "\x1b" not in printed
 
 

@@ -40,6 +40,8 @@ LABEL = 18  # characters of a set's name that fit into the table
 MADE = {
     "report.html": "the same in a browser, with every rollout (in the folder report)",
     "metrics.jsonl": "all numbers, one object per line",
+    "tensorboard": "for tensorboard --logdir",
+    "profile": "a trace of one step (--profile)",
     "evals": "the raw generations of each evaluation",
     "validations": "the same for the sets that chose the best step",
     "rollouts": "responses, rewards and reflections of each step",

@@ -18,7 +18,6 @@ import signal
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 import rosd_jax
-from rosd_jax import atomic
 from rosd_jax.data.pipeline import Encoded, batch_at
 from rosd_jax.errors import UserError
 from rosd_jax.evals import page
@@ -40,9 +38,7 @@ from rosd_jax.evals.page import write_page, write_step_file
 from rosd_jax.evals.report import Z, write_report
 from rosd_jax.fields import flat, replace
 from rosd_jax.hosts import Hosts
-from rosd_jax.models.lora import merge
-from rosd_jax.models.peft_files import save_adapters
-from rosd_jax.models.weights import check_weights, save_pretrained
+from rosd_jax.models.weights import check_weights
 from rosd_jax.rewards import Grader
 from rosd_jax.settings import Settings
 from rosd_jax.step_files import drop_after
@@ -50,46 +46,30 @@ from rosd_jax.train import checkpoint, history, stopping, workdir
 from rosd_jax.train.build import build
 from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.console import STEP, Console
+from rosd_jax.train.export import export
 from rosd_jax.train.inputs import Inputs, ScoredSplit, headline, read_inputs, trained_on
 from rosd_jax.train.metrics import MetricsLog, step_lines
 from rosd_jax.train.numbers import Numbers
+from rosd_jax.train.run import Run
 from rosd_jax.train.schedule import is_due, scored_every, work_after
 from rosd_jax.train.step import Runtime, read_and_grade, train_step
+from rosd_jax.train.trackers import Trackers, require_trackers
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.unfinished import Unfinished
 from rosd_jax.train.update import learner
 from rosd_jax.types import Params, Stream, TrainState
 
 
-@dataclass(frozen=True)
-class Run:
-    """What all parts of a run use."""
-
-    runtime: Runtime
-    inputs: Inputs
-    directory: Path
-    log: MetricsLog
-    console: Console
-    manager: ocp.CheckpointManager
-    compiled: Compiled
-    meta: dict[str, Any]  # saved with every checkpoint
-
-    @property
-    def config(self) -> Settings:
-        return self.runtime.config
-
-    @property
-    def hosts(self) -> Hosts:
-        return self.runtime.hosts
-
-
-def train(config: Settings, directory: Path, hosts: Hosts, console: Console) -> None:
+def train(config: Settings, directory: Path, hosts: Hosts, console: Console, *, profile: bool) -> None:
     """Trains for config.steps steps in `directory`, or resumes the run there; then exports and reports.
+
+    profile: traces one step, see `traced`.
 
     Raises UserError for a mistake of the user's, Stopped after a signal.
     """
     # Mistakes should show early, so what needs no device is checked first. `resume` drops lines of earlier
     # starts, so it comes after everything that can fail.
+    require_trackers(config.trackers)
     console.stage("reading the model's files and the data")
     inputs = read_inputs(config)
     check_weights(config.model.path, inputs.model)
@@ -98,8 +78,11 @@ def train(config: Settings, directory: Path, hosts: Hosts, console: Console) -> 
     meta = checkpoint.run_meta(config, origins)
     unfinished = Unfinished(directory, hosts, json.dumps(meta, sort_keys=True))
     compiled = Compiled(console.compiling)  # counts from here, so before anything is compiled
-    with claim(hosts, directory, config), Grader(config.rewards, config.reward_timeout) as grader:
-        history.require_checkpoint(directory, config)
+    with (
+        claim(hosts, directory, config, to_train=True),
+        Grader(config.rewards, config.reward_timeout) as grader,
+        track(config, directory, hosts) as trackers,
+    ):
         runtime, trees = build(config, inputs, grader, unfinished, console)
         manager = checkpoint.open_manager(directory)
         # Before minutes are spent on reading weights.
@@ -115,7 +98,7 @@ def train(config: Settings, directory: Path, hosts: Hosts, console: Console) -> 
         del restored  # it refers to the state, whose memory is needed later
         if hosts.first:
             unfinished.drop_unless(start)
-        run = Run(runtime, inputs, directory, log, console, manager, compiled, meta)
+        run = Run(runtime, inputs, directory, log, trackers, console, manager, compiled, meta, profile)
         # The model reads the mesh from the context, to shard its activations.
         with jax.set_mesh(runtime.mesh), stopping.deferred(directory, agreed(hosts)):
             state = take_steps(run, state, frozen_params, start)
@@ -133,14 +116,20 @@ def train(config: Settings, directory: Path, hosts: Hosts, console: Console) -> 
 def report(run: Run) -> None:
     """Writes the reports and prints what they say."""
     run.console.stage("report")
-    refresh_page(run)
+    show(run)
     run.console.say(write_report(run.directory, trained_on(run.config)))
 
 
-def refresh_page(run: Run) -> None:
-    """Writes the report page by the first process. The others make the next step meanwhile."""
+def show(run: Run) -> None:
+    """Updates the report page and the trackers. The first process does so; the others go on."""
     if run.hosts.first:
         write_page(run.directory, trained_on(run.config))
+        run.trackers.send()
+
+
+def track(config: Settings, directory: Path, hosts: Hosts) -> contextlib.closing[Trackers]:
+    """The trackers of a run, until the end of a block. Only the first process sends anything."""
+    return contextlib.closing(Trackers(config.trackers if hosts.first else (), directory, config))
 
 
 def require_same_inputs(hosts: Hosts, config: Settings, inputs: Inputs, origins: dict[str, Any]) -> None:
@@ -153,10 +142,12 @@ def require_same_inputs(hosts: Hosts, config: Settings, inputs: Inputs, origins:
 
 
 @contextlib.contextmanager
-def claim(hosts: Hosts, directory: Path, config: Settings) -> Iterator[None]:
-    """`workdir.claim` by the first process, for all."""
+def claim(hosts: Hosts, directory: Path, config: Settings, *, to_train: bool) -> Iterator[None]:
+    """`workdir.claim` by the first process, for all. Raises UserError also if training would start over."""
     with workdir.claim(directory, config) if hosts.first else contextlib.nullcontext():
         workdir.require_shared(directory, hosts)
+        if to_train:
+            history.require_checkpoint(directory, config)
         yield
 
 
@@ -198,10 +189,10 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
         score_if_due(run, state.params, frozen_params, start)
         best = best_so_far(run)
         run.console.expect(work_after(config, run.inputs, start))
-        refresh_page(run)
+        show(run)
         for step in range(start, config.steps):
             run.console.at(step + 1)
-            with run.console.work(STEP):
+            with run.console.work(STEP), traced(run, step, start):
                 state = one_step(run, state, frozen_params, step)
             done = step + 1
             if score_if_due(run, state.params, frozen_params, done):
@@ -212,15 +203,25 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
                 run.console.stage("checkpoint")
                 with run.console.work("checkpoint"):
                     saving = checkpoint.save(run.manager, state, done, run.meta)
-            refresh_page(run)
+            show(run)
         run.console.stage("checkpoint")
         finish_saving(run, saving, best)
     except stopping.Stopped:  # raised before the update of step done + 1, or while step `done` is scored
         finish_saving(run, saving, best)
         save_unsaved(run, state, done)
-        refresh_page(run)
+        show(run)
         raise
     return state
+
+
+def traced(run: Run, step: int, start: int) -> contextlib.AbstractContextManager[None]:
+    """Writes what happens in the block to profile/, if it is the step to trace.
+
+    That is the second step of this start, in which little is compiled, or the only one.
+    """
+    if not run.profile or step != min(start + 1, run.config.steps - 1):
+        return contextlib.nullcontext()
+    return jax.profiler.trace(run.directory / "profile", create_perfetto_trace=True)
 
 
 def best_so_far(run: Run) -> int | None:
@@ -378,6 +379,7 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts, console: Cons
     exported = history.export_to_evaluate(directory, config)
     if exported:
         config = replace(config, "model.path", str(directory / "export"))
+    require_trackers(config.trackers)
     console.stage("reading the model's files and the data")
     inputs = read_inputs(config)
     if not inputs.evals:
@@ -388,7 +390,11 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts, console: Cons
     origins = history.origins(config, inputs)
     require_same_inputs(hosts, config, inputs, origins)
     unfinished = Unfinished(directory, hosts, "evaluation")  # which makes no step
-    with claim(hosts, directory, config), Grader(config.rewards, config.reward_timeout) as grader:
+    with (
+        claim(hosts, directory, config, to_train=False),
+        Grader(config.rewards, config.reward_timeout) as grader,
+        track(config, directory, hosts) as trackers,
+    ):
         compiled = Compiled(console.compiling)
         runtime, trees = build(config, inputs, grader, unfinished, console)
         manager = checkpoint.open_manager(directory)
@@ -414,7 +420,7 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts, console: Cons
         console.say(f"{config.name}: evaluates {what}, in {directory}")
         path = directory / "metrics.jsonl"
         log = hosts.once("log", lambda: MetricsLog.resume(path, lambda step, split: True))
-        run = Run(runtime, inputs, directory, log, console, manager, compiled, {})
+        run = Run(runtime, inputs, directory, log, trackers, console, manager, compiled, {})
         with jax.set_mesh(runtime.mesh), stopping.deferred(directory, agreed(hosts)):
             score(run, "eval", list(inputs.evals), params, step)
             if hosts.first:
@@ -457,26 +463,3 @@ def check_disk(directory: Path, manager: ocp.CheckpointManager, trees: Trees, co
     more = 0 if config.steps in saved else max(1, most - len(saved))
     needed = more * checkpoint.state_bytes(trees.like) + checkpoint.state_bytes(trees.base)
     checkpoint.check_space(directory, needed, f"{more} checkpoints and the exported model")
-
-
-def export(run: Run, params: Params, path: Path, step: int) -> None:
-    """Writes the model of a step as a Hugging Face directory, with its step in trained_steps.txt.
-
-    LoRA adapters are merged into it, and also written to adapter/ for PEFT.
-    """
-    source = Path(run.config.model.path)
-    lora = run.config.model.lora
-    if lora.rank:
-        save_adapters(
-            path / "adapter",
-            params,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            targets=tuple(lora.targets),
-            base=str(source),
-        )
-        params = jax.jit(partial(merge, config=run.inputs.model))(params)
-    save_pretrained(path, params, run.inputs.model, source=source, dtype=run.config.model.dtype)
-    if run.hosts.first:
-        run.inputs.tokenizer.save(path)
-        atomic.write_text(path / history.EXPORTED, [f"{step}\n"])

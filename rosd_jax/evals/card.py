@@ -1,0 +1,109 @@
+"""The model card of an exported model: what it is, how it was trained, and its scores."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rosd_jax
+from rosd_jax.data.sources import own_path
+from rosd_jax.evals.outcome import Outcome, compare, number, read_metrics
+from rosd_jax.evals.report import percent, shown_change
+from rosd_jax.fields import value
+from rosd_jax.settings import Settings
+
+METHOD = """\
+ROSD ([arXiv 2605.28014](https://arxiv.org/abs/2605.28014)) trains a model on its own mistakes. The model
+answers each problem several times. A frozen copy of it reads a wrong answer, quotes the first error and
+explains the idea that corrects it. Given that idea, the frozen copy is the teacher: the model learns its
+next-token distribution on the tokens that `lesson.region` names."""
+
+# What a reader asks for first. The run's config.json has every field.
+SHOWN = (
+    "steps",
+    "batch.prompts",
+    "batch.samples",
+    "rollout.max_new_tokens",
+    "reflect.correct",
+    "lesson.region",
+    "lesson.quote_missing",
+    "loss.topk",
+    "loss.alpha",
+    "optimizer.lr",
+    "model.lora.rank",
+    "seed",
+)
+HUB = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a directory of the Hugging Face cache
+
+
+def model_card(settings: Settings, directory: Path, trained_on: Sequence[str], step: int) -> str:
+    """README.md of the model after `step` steps, as the Hugging Face Hub shows it. It names no local path.
+
+    directory: of the run. trained_on: the names of the set that training drew from.
+    """
+    base = Path(settings.model.path).resolve()
+    hub = HUB.search(str(base))
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front["tags"] = ["rosd", "self-distillation"]
+    if hub:
+        front["base_model"] = f"{hub[1]}/{hub[2]}"
+    rows = read_metrics(directory / "metrics.jsonl")
+    outcomes = compare(rows, directory, trained_on, until=step)
+    fields = (f"| `{name}` | `{value(settings, name)}` |" for name in SHOWN)
+    lines = [
+        "---",
+        *(f"{name}: {json.dumps(given)}" for name, given in front.items()),
+        "---",
+        f"# {settings.name or base.name}",
+        "",
+        f"{front.get('base_model', base.name)} after {step} steps of training on {_plain(trained_on[0])} "
+        f"with rosd_jax {rosd_jax.__version__}.",
+        "",
+        METHOD,
+        "",
+        "| field | value |",
+        "|---|---|",
+        *fields,
+        "",
+        "## Scores",
+        "",
+        *_scores(outcomes, settings),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(outcomes: Sequence[Outcome], settings: Settings) -> list[str]:
+    """A table of the sets that were evaluated."""
+    if not outcomes:
+        return ["The model was not evaluated."]
+    e = settings.eval
+    sampled = f"temperature {e.temperature:g}, top-p {e.top_p:g}, at most {e.max_new_tokens} tokens"
+    lines = [
+        f"avg@k in %, {sampled}; the change with its 95 % interval.",
+        "",
+        "| set | | problems | k | before | after | change |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for outcome in outcomes:
+        before = outcome.before
+        after = outcome.after or {}
+        cells = [
+            _plain(outcome.name),
+            "in domain" if outcome.in_domain else "out of domain",
+            f"{number(before, 'n'):g}",
+            f"{number(before, 'k'):g}",
+            percent(number(before, "avg")),
+            percent(number(after, "avg")),
+            "not comparable" if outcome.differences else shown_change(outcome),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _plain(name: str) -> str:
+    """The name of a set without the folders of its path, for a table."""
+    own = own_path(name)
+    return (own.name if own else name).replace("|", "\\|")
