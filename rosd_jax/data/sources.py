@@ -92,7 +92,7 @@ def source(name: str) -> Source:
     if path is None:
         return SOURCES[name]
     files = OWN_SPLITS if path.is_dir() else {"train": path.name}
-    return Source(files, _own_row)
+    return Source(files, own_row)
 
 
 def set_name(name: str) -> str:
@@ -351,7 +351,7 @@ def _chat_row(row: SourceRow, kind: str) -> Example:
     return {"kind": kind, "system": system, "user": user, "answer": GOLD[kind](row)}
 
 
-def _own_row(row: SourceRow) -> Example:
+def own_row(row: SourceRow) -> Example:
     """A row of a user's file. `extra` keeps the other fields, as a JSON object, for a reward function."""
     example = _chat_row(row, kind="math")
     whole = example["kind"] == "own" and not isinstance(row.fields.get("answer", ""), str)
