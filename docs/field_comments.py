@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from griffe import Attribute, Class, Extension
@@ -19,17 +18,16 @@ class FieldComments(Extension):
         fields = [field for field in cls.attributes.values() if "property" not in field.labels]
         if cls.docstring is None or not fields:
             return
-        lines = cls.lines_collection[cls.filepath]
-        rows = "".join(f"\n    {field.name}: {described(field, lines) or '-'}" for field in fields)
+        rows = "".join(f"\n    {field.name}: {described(field, cls) or '-'}" for field in fields)
         cls.docstring.value += f"\n\nAttributes:{rows}"
 
 
-def described(field: Attribute, lines: Sequence[str]) -> str:
-    """The comment of a field as HTML. lines: those of its file."""
-    last = (field.lineno or 1) - 1
-    if trailing := TRAILING.search(lines[last]):
+def described(field: Attribute, cls: Class) -> str:
+    """The comment of a field as HTML."""
+    last = (field.lineno or 0) - (cls.lineno or 0)
+    if trailing := TRAILING.search(cls.lines[last]):
         return html.escape(trailing[1], quote=False)
     first = last
-    while lines[first - 1].strip().startswith("#"):
+    while cls.lines[first - 1].strip().startswith("#"):
         first -= 1
-    return html.escape(" ".join(line.strip(" #") for line in lines[first:last]), quote=False)
+    return html.escape(" ".join(line.strip(" #") for line in cls.lines[first:last]), quote=False)
