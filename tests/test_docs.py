@@ -21,7 +21,7 @@ from rosd_jax.types import Graded, Problem, Prompts, Reflected, Reflection, Roll
 from support import ROOT, run_environment
 
 DOCS = ROOT / "docs"
-PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "kernels").glob("*/README.md")]
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "kernels").glob("*/README.md")])
 HISTORY = {"CHANGELOG.md", "log.md"}  # name what is no more
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
 INDENTED = re.compile(r"^ {4}.*$", re.M)
