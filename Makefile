@@ -2,6 +2,7 @@
 #             whose jax build is in .venv (README, the real run)
 # make test   the test suite (make test-fast leaves out what takes more than ten seconds; make test-nightly
 #             runs what takes minutes, and make test leaves out)
+# make docs   the documentation as a site, in site/; look at it with python -m http.server -d site
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 BIN := .venv/bin
 # A file's tests run in one process, which shares what they compile; conftest.py puts the slow files first.
@@ -9,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # A jax that can drive a TPU looks for one for seconds, and complains where there is none.
 ACCELERATORS := $(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*)
 
-.PHONY: demo test test-fast test-nightly lint clean
+.PHONY: demo test test-fast test-nightly lint docs clean
 
 demo: export JAX_PLATFORMS ?= $(if $(ACCELERATORS),,cpu)
 demo: $(BIN)/.installed
@@ -30,8 +31,11 @@ lint: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(BIN)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv
+	rm -rf .venv site
 
 $(BIN)/.installed: requirements.txt requirements-lock.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
