@@ -13,7 +13,7 @@ A batch has N prompts with G samples each, prompt by prompt, so B = N x G.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Generic, TypeVar
@@ -25,7 +25,12 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 Array = jax.Array | np.ndarray
 Params = Any  # a tree of arrays as models/qwen3.py defines it
 Span = tuple[int, int]  # half-open [start, stop)
+Progress = Callable[[int, int], None]  # called with how much of a stage is done, and of how much
 A = TypeVar("A", jax.Array, np.ndarray)  # where a record's arrays are: on the devices, or on the host
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 class Stream(IntEnum):

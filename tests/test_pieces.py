@@ -12,6 +12,7 @@ from rosd_jax.rollout.decode_loop import generate
 from rosd_jax.rollout.engine import Engine
 from rosd_jax.rollout.limits import Limits
 from rosd_jax.rollout.sampler import Sampling
+from rosd_jax.types import no_progress
 
 MODEL = Qwen3Config(150, 32, 48, 2, 4, 2, 8, tie_word_embeddings=True)
 NEW, KEY = 40, jax.random.key(3)
@@ -28,7 +29,7 @@ def requests():
     return [Request([1 + n // 4, 5, 9], n, length) for n, length in enumerate(LENGTHS)]
 
 
-def make(shape=None, pages=None, check=module.no_check, progress=module.no_progress):
+def make(shape=None, pages=None, check=module.no_check, progress=no_progress):
     mesh = None if shape is None else make_mesh(*shape)
     limits = Limits(NEW, 64, slots=16, response_pages=pages, rows=24, prompts=6)
     params = init_params(MODEL, jax.random.key(0))

@@ -174,6 +174,17 @@ def test_saving_over_an_older_save_leaves_only_the_new_one(first, second, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_reading_and_saving_tell_how_many_arrays_are_done(tmp_path):
+    told = []
+    params = params_of(CONFIG)
+    weights.save_pretrained(tmp_path, params, CONFIG, progress=lambda *counts: told.append(counts))
+    arrays = len(jax.tree.leaves(params))
+    assert told == [(done, arrays) for done in range(arrays)]
+    told.clear()
+    weights.load_params(tmp_path, CONFIG, progress=lambda *counts: told.append(counts))
+    assert told == [(done, arrays) for done in range(arrays)]
+
+
 def test_half_precision_storage_loads_as_float32(dtype, tmp_path):
     params = params_of(CONFIG)
     weights.save_pretrained(tmp_path, params, CONFIG, dtype=dtype)

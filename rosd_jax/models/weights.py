@@ -12,13 +12,13 @@ writes config.json.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from rosd_jax.models.families import PASS, config_fields, stated_fields
 from rosd_jax.models.files import wrong
 from rosd_jax.models.qwen3 import Qwen3Config, param_shapes
 from rosd_jax.models.sharding import fetch
-from rosd_jax.types import Params
+from rosd_jax.types import Params, Progress, no_progress
 
 # Leaf path -> (Hugging Face's name, transposed). "{}" is the layer number: those leaves are stacked here.
 # Kernels are [in, out] here and [out, in] there.
@@ -77,20 +77,28 @@ def check_weights(path: str | Path, config: Qwen3Config) -> None:
 
 
 def load_params(
-    path: str | Path, config: Qwen3Config, shardings: Any = None, *, dtype: str = "float32"
+    path: str | Path,
+    config: Qwen3Config,
+    shardings: Any = None,
+    *,
+    dtype: str = "float32",
+    progress: Progress = no_progress,
 ) -> Params:
     """The weights in `dtype`, in the structure of `init_params`; `shardings`, a tree like it, places them.
 
     A host reads each shard that its devices need once, and no other. Files may store float32, bfloat16 or
     float16. Every name and shape is checked before any tensor is read. Raises UserError for a missing,
-    extra or mis-shaped tensor, and for pickled weights.
+    extra or mis-shaped tensor, and for pickled weights. progress counts arrays.
     """
     shapes = param_shapes(config)
+    arrays = len(jax.tree.leaves(shapes))
+    read_before = itertools.count()
     with ExitStack() as stack:
         tensors = _open_tensors(stack, Path(path), config, shapes)
 
         def leaf(key_path: Any, shape: Any, sharding: Any = None) -> jax.Array:
             name = _path(key_path)
+            progress(next(read_before), arrays)
             # Devices with the same shard share one read.
             read = cache(lambda *ranges: _read_shard(tensors, name, shape.shape, ranges, jnp.dtype(dtype)))
             if sharding is None:
@@ -237,13 +245,14 @@ def save_pretrained(
     source: str | Path | None = None,
     dtype: str = "float32",
     max_shard_bytes: float = 5e9,
+    progress: Progress = no_progress,
 ) -> None:
     """Writes config.json and safetensors that `transformers` loads; equal params give equal bytes.
 
     With `source`, its config.json is copied, with the new dtype and with explicit values of what it left to
     defaults. Every file is written to a temporary name and renamed once it is complete; files of an older
-    save are removed. Of several processes all must call it; only the first one writes. Raises UserError if
-    the directory cannot be written (because the disk is full, for example).
+    save are removed. Of several processes all must call it; only the first one writes. progress counts
+    arrays. Raises UserError if the directory cannot be written (because the disk is full, for example).
     """
     folder = Path(path)
     fields = config_fields(config)
@@ -253,7 +262,7 @@ def save_pretrained(
         fields = given | {name: value for name, value in stated.items() if given.get(name) is None}
     fields.pop("torch_dtype", None)  # the older name of the same field
     shards = _plan(params, jnp.dtype(dtype).itemsize, max_shard_bytes)
-    tensors = _tensors(params, dtype)
+    tensors = _tensors(params, dtype, progress)
     if jax.process_index() != 0:
         for _ in tensors:  # takes part in fetching the leaves
             pass
@@ -287,9 +296,11 @@ def _plan(params: Params, itemsize: int, limit: float) -> dict[str, list[tuple[s
     return {f"model-{i:05}-of-{total:05}.safetensors": g for i, g in enumerate(groups, 1)}
 
 
-def _tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(params: Params, dtype: str, progress: Progress) -> Iterator[tuple[str, np.ndarray]]:
     """Names and values in the order of `_plan`, with one leaf on the host at a time."""
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for written, (key_path, leaf) in enumerate(leaves):
+        progress(written, len(leaves))
         path = _path(key_path)
         name, transposed = LEAVES[path]
         host = fetch(leaf).astype(jnp.dtype(dtype))
@@ -300,7 +311,7 @@ def _tensors(params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
 def _write_shards(folder: Path, shards: dict, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
     for name, group in shards.items():
         part = atomic.temporary(folder / name)
-        save_file(dict(islice(tensors, len(group))), part, metadata={"format": "pt"})
+        save_file(dict(itertools.islice(tensors, len(group))), part, metadata={"format": "pt"})
         os.chmod(part, 0o644)  # safetensors makes files that only their owner can read
     # If the process is killed from here on, files are missing, and every loader notices that.
     old = [*folder.glob("model-?????-of-?????.safetensors"), folder / SINGLE, folder / INDEX]

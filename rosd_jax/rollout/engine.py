@@ -32,7 +32,7 @@ from rosd_jax.rollout.decode_loop import WHOLE, DecodeSpec, slots_for
 from rosd_jax.rollout.limits import Limits
 from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.rollout.stops import Stops
-from rosd_jax.types import DeviceRollout, HostRollout, Params, Rollout
+from rosd_jax.types import DeviceRollout, HostRollout, Params, Progress, Rollout, no_progress
 
 LONG = 256  # tokens from which a smaller number of slots repays its compilation, and a call is in pieces
 PIECE = 256  # decoding steps between which a long call may be stopped
@@ -67,10 +67,6 @@ def no_count(rows: int) -> None:
     """Tells nobody."""
 
 
-def no_progress(done: int, total: int) -> None:
-    """Tells nobody."""
-
-
 @dataclass(frozen=True, eq=False)
 class Engine:
     """Samples responses to prompts.
@@ -89,7 +85,7 @@ class Engine:
     # Called before each call of the devices, with its shapes in words; may raise.
     before_call: Callable[[str], None] = no_check
     # Called as responses end, as far as the host knows, with how many of the requests' have.
-    progress: Callable[[int, int], None] = no_progress
+    progress: Progress = no_progress
 
     @property
     def shards(self) -> int:

@@ -47,7 +47,7 @@ def build(
     device = mesh.devices.flat[0]
     check_attention(config, model, device.platform, capability(device))
     optimizer = make_optimizer(config)
-    trees = Trees(config, model, mesh, optimizer)
+    trees = Trees(config, model, mesh, optimizer, console.progress)
     for leaf in replicated_dims(trees.base, mesh):
         logging.warning("not sharded, because the mesh does not divide it: %s", leaf)
     ends = Ends(inputs.tokenizer.stop_ids, inputs.stops)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +12,13 @@ from jax.sharding import Mesh
 from rosd_jax.errors import UserError
 from rosd_jax.kernels.paged_attention import misfit, platform_of
 from rosd_jax.models.qwen3 import Qwen3Config
-from rosd_jax.rollout.engine import Engine, no_progress
+from rosd_jax.rollout.engine import Engine
 from rosd_jax.rollout.limits import LONGEST_PAGE, Limits, own_pages, page_length
 from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import EvalSettings, ReflectSettings, RolloutSettings, Settings
 from rosd_jax.train import stopping
+from rosd_jax.types import Progress, no_progress
 
 HOPPER = "9.0"  # the compute capability of H100 and H200
 Sampled = RolloutSettings | ReflectSettings | EvalSettings
@@ -47,7 +47,7 @@ def make_engines(
     mesh: Mesh,
     ends: Ends,
     longest_train: int | None = None,
-    progress: Callable[[int, int], None] = no_progress,
+    progress: Progress = no_progress,
 ) -> Engines:
     """The engines of a run. Raises UserError if rollout.cache_tokens is too small for one response.
 

@@ -35,7 +35,14 @@ def export(run: Run, params: Params, path: Path, step: int) -> None:
             base=str(source),
         )
         params = jax.jit(partial(merge, config=run.inputs.model))(params)
-    save_pretrained(path, params, run.inputs.model, source=source, dtype=run.config.model.dtype)
+    save_pretrained(
+        path,
+        params,
+        run.inputs.model,
+        source=source,
+        dtype=run.config.model.dtype,
+        progress=run.console.progress,
+    )
     if run.hosts.first:
         run.inputs.tokenizer.save(path)
         card = model_card(run.config, run.directory, trained_on(run.config), step)

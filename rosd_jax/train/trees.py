@@ -28,7 +28,7 @@ from rosd_jax.models.sharding import param_shardings
 from rosd_jax.models.weights import load_params
 from rosd_jax.settings import Settings
 from rosd_jax.train.update import init_state, learning_params, learning_shapes
-from rosd_jax.types import Params, Stream, TrainState
+from rosd_jax.types import Params, Progress, Stream, TrainState, no_progress
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Trees:
     model: Qwen3Config
     mesh: Mesh
     optimizer: optax.GradientTransformation
+    progress: Progress = no_progress  # of reading weights
 
     @cached_property
     def base(self) -> Params:
@@ -85,7 +86,7 @@ class Trees:
         if self.config.model.lora.rank:
             key = Stream.ADAPTERS.key(jax.random.key(self.config.seed))
             return jax.jit(from_key, out_shardings=self.shardings)(key)
-        params = load_params(Path(self.config.model.path), self.model, self.shardings.params)
+        params = self._load(self.shardings.params, "float32")
         # params is donated: the state takes over its buffers instead of a copy.
         return jax.jit(from_params, out_shardings=self.shardings, donate_argnums=0)(params)
 
@@ -97,9 +98,13 @@ class Trees:
         dtype = self.model.dtype
         places = self.frozen_shardings
         if first is None or self.config.model.lora.rank:
-            return load_params(Path(self.config.model.path), self.model, places, dtype=dtype)
+            return self._load(places, dtype)
         cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
         return jax.device_put(cast(first.params), places)
+
+    def _load(self, places: Params, dtype: str) -> Params:
+        path = Path(self.config.model.path)
+        return load_params(path, self.model, places, dtype=dtype, progress=self.progress)
 
 
 def shapes_at(tree: Params, shardings: Params, dtype: str | None = None) -> Params:

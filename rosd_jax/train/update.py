@@ -42,7 +42,7 @@ from rosd_jax.models.lora import combine, init_adapters
 from rosd_jax.models.sharding import AXES, on_device, place_rows, row_devices, row_sharding
 from rosd_jax.settings import Settings
 from rosd_jax.train.microbatches import MicroBatch, plan_microbatches
-from rosd_jax.types import Array, Lesson, Params, TrainState
+from rosd_jax.types import Array, Lesson, Params, Progress, TrainState, no_progress
 
 Metrics = dict[str, jax.Array]
 # Accumulated over micro-batches. The loss is already divided by the number of active tokens, the others not.
@@ -118,7 +118,7 @@ class Update:
     device_rows: int
     longest: tuple[int, int]  # the most positions of a student's and of a teacher's row
     before: Callable[[str], None]  # called before each micro-batch, with its shape in words; may raise
-    progress: Callable[[int, int], None]  # called before each micro-batch: how many are done, of how many
+    progress: Progress  # called before each micro-batch: how many are done, of how many
 
     @property
     def rows(self) -> int:
@@ -188,7 +188,7 @@ def make_update(
     mesh: Mesh,
     state_shardings: TrainState,
     before: Callable[[str], None] = lambda what: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Update:
     """The update of one experiment on one mesh. Compiles nothing yet."""
     param_shardings = state_shardings.params
