@@ -15,6 +15,7 @@ import json
 import platform
 import shutil
 import signal
+import textwrap
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,7 @@ from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.console import STEP, Console
 from rosd_jax.train.export import export
 from rosd_jax.train.inputs import Inputs, ScoredSplit, headline, read_inputs, trained_on
-from rosd_jax.train.metrics import MetricsLog, step_lines
+from rosd_jax.train.metrics import COLUMNS, MetricsLog, step_lines
 from rosd_jax.train.numbers import Numbers
 from rosd_jax.train.run import Run
 from rosd_jax.train.schedule import is_due, scored_every, work_after
@@ -279,7 +280,7 @@ def write_step(run: Run, step: int, numbers: Numbers, rollouts: list[dict]) -> N
         run.console.say(line)
     train_rows = [row for row in read_metrics(run.log.path) if row["split"] == "train"]
     for sentence in new_findings(train_rows):
-        run.console.say(f"warning: {sentence}")
+        run.console.say(textwrap.fill(f"warning: {sentence}", COLUMNS, subsequent_indent="  "))
 
 
 def score(run: Run, split: ScoredSplit, names: Sequence[str], params: Params, step: int) -> None:
