@@ -64,7 +64,7 @@ def test_the_reference_is_the_definition(double, T):
 
 @pytest.mark.parametrize("T", [1, 256, 257, 700, 1025, 2100])
 def test_blocks_of_queries_agree_in_float64(double, T):
-    given = operands(T, (6, 2), 16, rows=2)
+    given = operands(T, (6, 2), 16, rows=2 if T < 1000 else 1)
     assert max(errors(results(xla.attend, *given), results(reference.attend, *given))) < 1e-13
 
 

@@ -83,7 +83,7 @@ def test_only_the_first_process_prints(pair):
     assert [line for line in second if not line.startswith("[Gloo]")] == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_processes_do_what_one_does(model, alone, cache, tmp_path):
     finish(4, arguments(model, tmp_path / "run"), tmp_path, **cache)
     assert_same_texts(tmp_path / "run", alone)
