@@ -412,9 +412,9 @@ def test_a_bar_under_each_token_in_the_loss_shows_its_divergence(browser, strip)
     known = f"[...document.querySelectorAll('{token}:not(.unknown)')]"
     sizes = browser.run(f"{known}.map((e) => getComputedStyle(e).backgroundSize)")
     heights = [float(size.split(" ")[-1].removesuffix("px")) for size in sizes]
-    assert heights[0] == heights[1] == pytest.approx(2 + 7 * 0.75)
-    assert heights[2] == heights[3] == pytest.approx(2 + 7 * 0.25) and heights[4] == heights[6] == 2
-    assert heights[5] == max(heights) < 9
+    assert heights[0] == heights[1] == pytest.approx(2 + 8 * 0.75)
+    assert heights[2] == heights[3] == pytest.approx(2 + 8 * 0.25) and heights[4] == heights[6] == 2
+    assert heights[5] == max(heights) < 10
     empty = f"document.querySelectorAll('{token}')[4].getBoundingClientRect().width"
     assert browser.run(empty) > 3, "a token without text can be pointed at"
     assert texts_of(browser, ".scale .token") == ["0.0001 or less", "0.001", "0.01", "0.1", "1"]

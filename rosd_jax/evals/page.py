@@ -343,8 +343,8 @@ def _heat(row: Mapping[str, Any], response: str) -> Json | None:
     """
     widths = row.get("active_widths")
     divergence = row.get("divergence")
-    span = row.get("active_span_chars")
-    if not _is_span(span, response) or not isinstance(widths, list) or not isinstance(divergence, list):
+    span = _span(row.get("active_span_chars"), response)
+    if span is None or not isinstance(widths, list) or not isinstance(divergence, list):
         return None
     if len(widths) != len(divergence) or not all(type(width) is int and width >= 0 for width in widths):
         return None
@@ -367,21 +367,24 @@ def _utf16(text: str) -> int:
     return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
-def _parts(text: str, span: Any) -> list[str]:
-    """The text, cut at both ends of the span.
+def _parts(text: str, place: Any) -> list[str]:
+    """The text, cut at both ends of a place [start, stop) if it is one.
 
     It is cut here, because a place in characters of Python is another one in JavaScript, where a character
     outside the basic plane counts as two.
     """
-    if not _is_span(span, text):
+    span = _span(place, text)
+    if span is None:
         return [text]
     return [text[: span[0]], text[span[0] : span[1]], text[span[1] :]]
 
 
-def _is_span(span: Any, text: str) -> bool:
-    """Whether this is a place [start, stop) in the text."""
-    valid = isinstance(span, list | tuple) and len(span) == 2 and all(type(at) is int for at in span)
-    return valid and 0 <= span[0] <= span[1] <= len(text)
+def _span(place: Any, text: str) -> tuple[int, int] | None:
+    """A field of a row as a place [start, stop) in the text; None if it is not one."""
+    if not isinstance(place, list | tuple) or len(place) != 2 or not all(type(at) is int for at in place):
+        return None
+    start, stop = place
+    return (start, stop) if 0 <= start <= stop <= len(text) else None
 
 
 def _column(rows: Sequence[MetricsRow], field: str) -> list[float | None]:
