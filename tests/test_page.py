@@ -145,8 +145,9 @@ def test_divergences_that_do_not_fit_the_response_are_left_out(tmp_path):
         {"response": "a"},
     )
     assert heats_of(tmp_path, [rollout(), *(row | change for change in changes)]) == [None] * 9
-    (heat,) = heats_of(tmp_path, [row | {"divergence": ["high", 1e308]}])
-    assert heat["nats"] == [None, None]
+    for odd in ("high", True, 1e308, 10**400, float("nan")):
+        (heat,) = heats_of(tmp_path, [row | {"divergence": [odd, 1]}])
+        assert heat["nats"] == [None, 100_000]
 
 
 def test_foreign_rows_of_other_types_are_shown_as_they_are(tmp_path):

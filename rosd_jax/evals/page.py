@@ -358,8 +358,8 @@ def _heat(row: Mapping[str, Any], response: str) -> Json | None:
 
 
 def _nats(value: Any) -> int | None:
-    """A divergence in units of NATS; None for one that was not finite."""
-    return round(value / NATS) if type(value) is float and math.isfinite(value / NATS) else None
+    """A divergence in units of NATS; None for one that was not finite, or that no loss gives."""
+    return round(value / NATS) if type(value) in (int, float) and abs(value) < 1e6 else None
 
 
 def _utf16(text: str) -> int:
