@@ -259,7 +259,7 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
     began = time.perf_counter()
     timeouts = run.runtime.grader.timeouts
     prompts = batch_at(run.inputs.train, step, run.config.seed, run.config.batch.prompts)
-    state, numbers, reflected, weight_BR = train_step(
+    state, numbers, reflected, weight_BR, divergence_BR = train_step(
         run.runtime, state, frozen_params, prompts, step, run.console.stage
     )
     timeouts = run.runtime.grader.timeouts - timeouts
@@ -267,7 +267,12 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
     numbers["seconds"] = time.perf_counter() - began
     numbers["programs_compiled"], numbers["seconds_compiling"] = run.compiled.since()
     if run.hosts.first:
-        write_step(run, step + 1, numbers, workdir.rollout_rows(reflected, weight_BR))
+        write_step(
+            run,
+            step + 1,
+            numbers,
+            workdir.rollout_rows(reflected, weight_BR, divergence_BR, run.runtime.tokenizer),
+        )
     return state
 
 

@@ -1,7 +1,7 @@
 """The update: one optimizer step from one lesson, with gradients accumulated over micro-batches.
 
     input    a TrainState, the frozen tree, a Lesson (host)
-    output   the next TrainState and a dict of float32 scalars
+    output   the next TrainState, a dict of float32 scalars, and the divergence of each response token
     correct  when loss and gradients depend neither on the micro-batches nor on the number of devices
 
 The host groups the rows into micro-batches (train/microbatches.py) and calls five compiled functions: the
@@ -10,7 +10,7 @@ first and the last once, the others for every micro-batch.
     zeros()                                                     -> grads, sums
     teach(frozen, teacher_BT)                                   -> hidden_BTD
     align(hidden_BTD, shift_B, S)                               -> hidden_BSD, at the student's positions
-    learn(params, frozen, grads, sums, hidden_BSD, microbatch)  -> grads, sums
+    learn(params, frozen, grads, sums, hidden_BSD, microbatch)  -> grads, sums, divergence_BS
     apply(state, grads, sums, total)                            -> state, metrics
 
 `teach` is compiled once per width T and `learn` once per width S, when that width first occurs. `align` is
@@ -39,9 +39,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
 from rosd_jax.models import qwen3
 from rosd_jax.models.lora import combine, init_adapters
-from rosd_jax.models.sharding import AXES, on_device, place_rows, row_devices, row_sharding
+from rosd_jax.models.sharding import AXES, fetch, on_device, place_rows, row_devices, row_sharding
 from rosd_jax.settings import Settings
-from rosd_jax.train.microbatches import MicroBatch, plan_microbatches
+from rosd_jax.train.microbatches import MicroBatch, by_response, plan_microbatches
 from rosd_jax.types import Array, Lesson, Params, Progress, TrainState, no_progress
 
 Metrics = dict[str, jax.Array]
@@ -156,11 +156,16 @@ class Update:
 
     def __call__(
         self, state: TrainState, frozen_params: Params, lesson: Lesson
-    ) -> tuple[TrainState, Metrics]:
-        """The next state, and the metrics of the step as float32 scalars on the devices."""
+    ) -> tuple[TrainState, Metrics, np.ndarray]:
+        """The next state, the metrics of the step as float32 scalars on the devices, and divergence_BR.
+
+        divergence_BR: float32 [B, R] on the host, in nats. Of each active response token, the divergence of
+        student and teacher before the update, without weight and ratio; 0 elsewhere.
+        """
         total = np.float32(lesson.weight_BR.sum())  # active tokens of the whole lesson
         grads, sums = self.zeros()
         microbatches = plan_microbatches(lesson, self.rows, self.longest)
+        divergences = []
         for number, microbatch in enumerate(microbatches):
             sizes = (*microbatch.student_BS.shape, microbatch.teacher_BT.shape[1])
             self.before(f"micro-batch {number} of {len(microbatches)}, {sizes}")
@@ -169,11 +174,17 @@ class Update:
             microbatch = place_rows(scaled(microbatch, total), self.mesh)
             teacher_BTD = self.teach(frozen_params, microbatch.teacher_BT)
             teacher_BSD = self.align(teacher_BTD, microbatch.shift_B, microbatch.student_BS.shape[1])
-            grads, sums = self.learn(state.params, frozen_params, grads, sums, teacher_BSD, microbatch)
+            grads, sums, divergence_BS = self.learn(
+                state.params, frozen_params, grads, sums, teacher_BSD, microbatch
+            )
+            divergences.append(divergence_BS)
             # Calls are asynchronous. Without this wait for the previous micro-batch, the host would enqueue
             # them all, and the hidden states of each would be allocated at once.
             jax.block_until_ready(previous_sums)
-        return self.apply(state, grads, sums, total)
+        state, metrics = self.apply(state, grads, sums, total)
+        # Only now, so that no micro-batch waits for a copy to the host.
+        fetched = [fetch(divergence_BS) for divergence_BS in divergences]
+        return state, metrics, by_response(fetched, lesson, self.rows, self.longest)
 
 
 def scaled(microbatch: MicroBatch, total: np.float32) -> MicroBatch:
@@ -204,8 +215,8 @@ def make_update(
         def loss(params):
             return microbatch_loss(params, frozen_params, teacher_BSD, microbatch, config, model, mesh)
 
-        (_, new_sums), new_grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return add(grads, new_grads), add(sums, new_sums)
+        (_, (new_sums, divergence_BS)), new_grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return add(grads, new_grads), add(sums, new_sums), divergence_BS
 
     def apply(state, grads, sums, total):
         # The accumulator may be bfloat16 (optimizer.grad_dtype); clipping and AdamW compute in float32.
@@ -231,7 +242,11 @@ def make_update(
         teach=jax.jit(partial(teach, model=model), out_shardings=row_sharding(mesh)),
         align=jax.jit(align, static_argnums=2, out_shardings=row_sharding(mesh)),
         # grads is donated, so that the accumulated gradient is in memory once.
-        learn=jax.jit(learn, donate_argnums=2, out_shardings=(param_shardings, replicated)),
+        learn=jax.jit(
+            learn,
+            donate_argnums=2,
+            out_shardings=(param_shardings, replicated, row_sharding(mesh)),
+        ),
         # The state is donated, so that weights and moments are in memory once.
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, replicated)),
         model=model,
@@ -269,8 +284,8 @@ def microbatch_loss(
     config: Settings,
     model: qwen3.Qwen3Config,
     mesh: Mesh,
-) -> tuple[jax.Array, Metrics]:
-    """One micro-batch's share of the loss, and the SUMS over its active tokens.
+) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+    """One micro-batch's share of the loss, the SUMS over its active tokens, and their divergence [B, S].
 
     With LoRA the head is a constant, so XLA drops the matmul for its gradient.
     """
@@ -304,7 +319,8 @@ def microbatch_loss(
         "teacher_topk_mass": aux.teacher_mass_N,
     }
     sums = {name: jnp.where(active_N, x, 0.0).sum() for name, x in per_token.items()}
-    return loss, {"loss": loss, **jax.lax.stop_gradient(sums)}
+    divergence_BS = aux.divergence_N.reshape(microbatch.weight_BS.shape)
+    return loss, ({"loss": loss, **jax.lax.stop_gradient(sums)}, jax.lax.stop_gradient(divergence_BS))
 
 
 def add(total: Any, more: Any) -> Any:
