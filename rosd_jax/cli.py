@@ -1,8 +1,9 @@
 """Trains, evaluates, plans or reports one experiment.
 
-    rosd --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|plan|data|report]
+    rosd --config=configs/NAME.py[:VARIANT,...] [--workdir=DIR] [--mode=train|eval|localize|plan|data|report]
          [--profile] [--config.FIELD=VALUE ...]
     rosd --mode=plan --topology=v5p:2x2x2 [--compile=all|STAGE,...] [--json] --config=...
+    rosd --mode=localize --labels=FILE --config=... [--workdir=DIR]
     rosd --mode=report --workdir=DIR [--compare=DIR,...]
 
 In a checkout, `python run.py` does the same as `rosd`. docs/running.md says more.
@@ -59,12 +60,17 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 config_file.use(_CONFIG, _ARGV)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/NAME-TIME)")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "data", "report"], "What to do")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "localize", "plan", "data", "report"], "What to do"
+)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "local", "Chips to plan for: local, a TPU slice such as v5p:2x2x2, or GPUs such as h100:8"
 )
 _COMPILE = flags.DEFINE_list("compile", [], "Stages that the plan compiles, separated by commas, or all")
 _JSON = flags.DEFINE_bool("json", False, "Print the plan as one JSON object")
+_LABELS = flags.DEFINE_string(
+    "labels", None, "File of responses with known first errors, for --mode=localize"
+)
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of one training step to DIR/profile")
 flags.DEFINE_list("compare", [], "Directories of other runs to report next to this one")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, on several hosts without a known launcher")
@@ -110,7 +116,7 @@ def main(argv: list[str]) -> int:
 def place_of(argv: list[str]) -> place.Place | None:
     """This process's place among those of several hosts; None for a run of one process, and for a plan."""
     given = peek(argv, "coordinator", "mode", numbers=("processes", "process"))
-    if given["mode"].value in ("plan", "data", "report"):
+    if given["mode"].value in ("localize", "plan", "data", "report"):
         return None
     return place.find(given["coordinator"].value, given["processes"].value, given["process"].value)
 
@@ -157,7 +163,7 @@ def open_console(here: place.Place | None) -> Console:
     if _MODE.value == "plan":
         return Console(sys.stderr if _COMPILE.value or sys.stderr.isatty() else None)
     first = here is None or here.process == 0
-    return Console(sys.stdout if first and _MODE.value in ("train", "eval") else None)
+    return Console(sys.stdout if first and _MODE.value in ("train", "eval", "localize") else None)
 
 
 def report(argv: list[str]) -> None:
@@ -233,6 +239,8 @@ def with_stored_config(argv: list[str]) -> list[str]:
 def run(config: Settings, here: place.Place | None, console: Console) -> None:
     """Trains, evaluates, plans or shows the data."""
     # Imported here, after the flags are parsed, so that --help and mistakes in flags are answered quickly.
+    if _LABELS.value is not None and _MODE.value != "localize":
+        raise UserError("--labels is for --mode=localize; leave it out, or use that mode")
     if _PROFILE.value and _MODE.value != "train":
         raise UserError("--profile is for --mode=train; leave it out, or use that mode")
     if _MODE.value == "data":
@@ -259,7 +267,13 @@ def run(config: Settings, here: place.Place | None, console: Console) -> None:
         )
     if flags.FLAGS["compare"].value:
         raise UserError("--compare is for --mode=report; leave it out, or add that mode")
-    if _MODE.value == "train":
+    if _MODE.value == "localize":
+        from rosd_jax.train.localize import localize
+
+        if not _LABELS.value:
+            raise UserError("--mode=localize needs --labels=FILE, responses with known first errors")
+        console.say(localize(config, Path(_LABELS.value), directory, console))
+    elif _MODE.value == "train":
         loop.train(config, directory, hosts, console, profile=_PROFILE.value)
     else:
         loop.evaluate_only(config, directory, hosts, console)

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from configs import quickstart
+from rosd_jax.config import validate
 from rosd_jax.errors import UserError
 from rosd_jax.evals.localize import (
     Finding,
@@ -14,8 +16,12 @@ from rosd_jax.evals.localize import (
     localization_scores,
     processbench_truth,
 )
+from rosd_jax.fields import replace
 from rosd_jax.gym import problems as gym
-from support import data_dir
+from rosd_jax.gym.texts import wrong_solution
+from rosd_jax.train.console import Console
+from rosd_jax.train.localize import localize
+from support import ROOT, data_dir
 
 STEPS = ((0, 10), (12, 20), (22, 30), (32, 40))
 TEXT = "12 +7 *3 -5 +9"
@@ -122,3 +128,79 @@ def test_a_malformed_row_is_named(change, named):
     row = {"id": "math-7", "response": "one step", "step_char_spans": [[0, 8]], "label": 0}
     with pytest.raises(UserError, match=f"'math-7'.*{named}"):
         processbench_truth({**row, **change})
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings():
+    config = quickstart.get_config()
+    config.model.path = str(ROOT / "models" / "gym")
+    config.compile_cache = ""
+    return validate(config)
+
+
+def labelled(count):
+    """Rows of the gym's shipped reflector, whose quotes are exact: every fourth response is right."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        chain = gym.sample_chain(rng, "chain", "test")
+        solution = gym.respond(gym.solve(chain))
+        response = gym.respond(wrong_solution(chain, rng)) if i % 4 else solution
+        truth = gym_truth(chain.text, response)
+        label = -1 if truth.error is None else truth.steps.index(truth.error)
+        yield {
+            "id": f"row {i}",
+            "subset": "wrong" if i % 4 else "right",
+            "problem": chain.text,
+            "reference_solution": solution,
+            "response": response,
+            "step_char_spans": truth.steps,
+            "label": label,
+        }
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_shipped_reflector_is_scored_and_scored_again_without_it(settings, tmp_path):
+    labels = write(tmp_path / "labels.jsonl", labelled(16))
+    console = Console(None)
+    said = localize(settings, labels, tmp_path / "run", console)
+    scores = {line.split()[0]: line.split()[1:] for line in said.splitlines()[1:4]}
+    # wrong, right, quote found, exact, within one, early, right kept, F1
+    assert scores["wrong"] == ["12", "0", "100.0", "100.0", "100.0", "0.0", "n/a", "n/a"]
+    assert scores["all"][:2] == ["12", "4"] and scores["all"][3] == "100.0"
+    again = localize(
+        replace(settings, "model.path", ""), tmp_path / "run" / "localize.jsonl", tmp_path, console
+    )
+    assert again.splitlines()[:4] == said.splitlines()[:4]
+
+
+def test_a_prompt_that_is_too_long_counts_as_without_a_quote(settings, tmp_path):
+    rows = list(labelled(4))
+    rows[1]["problem"] = " ".join(["12 +7"] * 40)
+    said = localize(settings, write(tmp_path / "labels.jsonl", rows), tmp_path, Console(None))
+    assert "1 prompts exceed reflect.max_prompt_tokens" in said
+    kept = [json.loads(line) for line in (tmp_path / "localize.jsonl").read_text().splitlines()]
+    assert [row["reflection"] is None for row in kept] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"problem": 7}, "labels.jsonl line 2: field 'problem' must be a string"),
+        ({"reference_solution": None}, "line 2: field 'reference_solution' must be a string"),
+        ({"label": 9}, "'row 1': label is 9"),
+        ({"step_char_spans": [[0, 10**6]]}, "'row 1': step_char_spans must list"),
+    ],
+)
+def test_a_wrong_row_is_named(change, words, settings, tmp_path):
+    rows = list(labelled(2))
+    rows[1] |= change
+    with pytest.raises(UserError, match=words):
+        localize(settings, write(tmp_path / "labels.jsonl", rows), tmp_path / "run", Console(None))
+    assert not (tmp_path / "run").exists()

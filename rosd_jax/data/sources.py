@@ -82,7 +82,7 @@ def read_examples(name: str, split: str, path: Path) -> list[Example]:
     called = set_name(name)
     return [
         {"uid": f"{called}/{split}/{i}", "dataset": called, "extra": "", **read_row(row)}
-        for i, row in enumerate(_read_rows(path))
+        for i, row in enumerate(read_rows(path))
     ]
 
 
@@ -203,7 +203,8 @@ def file_bytes(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
 
 
-def _read_rows(path: Path) -> list[SourceRow]:
+def read_rows(path: Path) -> list[SourceRow]:
+    """The rows of a file of JSON lines. Raises UserError naming the first malformed line."""
     lines = file_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     rows = [_parse(f"{path} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not rows:

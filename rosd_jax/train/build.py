@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 
 from rosd_jax.gym.metric import quote_exact
+from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh, replicated_dims, row_devices, validate_mesh_for
 from rosd_jax.rewards import Grader
 from rosd_jax.rollout.bandwidth import measure_roofline
@@ -24,6 +26,25 @@ from rosd_jax.train.update import make_optimizer, make_update
 TASK_METRICS = {"gym": quote_exact}  # by the kind of the training problems
 
 
+def start_devices(config: Settings, model: Qwen3Config, *, alone: bool) -> Mesh:
+    """Starts JAX as the config says. alone: this is the run's only process.
+
+    Raises UserError if the mesh or rollout.attention does not suit the devices, the model or the batch.
+    """
+    if config.model.dtype == "float32":
+        # By default, accelerators round the operands of float32 matmuls to 10 bits of mantissa or fewer.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    keep_programs(config.compile_cache)
+    if alone:
+        split_cpu(config)  # before make_mesh, which starts JAX
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    validate_mesh_for(model, mesh)
+    check_rows(config, row_devices(mesh))
+    device = mesh.devices.flat[0]
+    check_attention(config, model, device.platform, capability(device))
+    return mesh
+
+
 def build(
     config: Settings, inputs: Inputs, grader: Grader, unfinished: Unfinished, console: Console
 ) -> tuple[Runtime, Trees]:
@@ -32,20 +53,10 @@ def build(
     Raises UserError if the mesh does not suit the devices, the model or the batch, or rollout.attention
     does not suit the devices or the model.
     """
-    if config.model.dtype == "float32":
-        # By default, accelerators round the operands of float32 matmuls to 10 bits of mantissa or fewer.
-        jax.config.update("jax_default_matmul_precision", "highest")
-    keep_programs(config.compile_cache)
     hosts = unfinished.hosts
-    console.stage("starting the devices")
-    if hosts.count == 1:
-        split_cpu(config)  # before make_mesh, which starts JAX
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = inputs.model
-    validate_mesh_for(model, mesh)
-    check_rows(config, row_devices(mesh))
-    device = mesh.devices.flat[0]
-    check_attention(config, model, device.platform, capability(device))
+    console.stage("starting the devices")
+    mesh = start_devices(config, model, alone=hosts.count == 1)
     optimizer = make_optimizer(config)
     trees = Trees(config, model, mesh, optimizer, console.progress)
     for leaf in replicated_dims(trees.base, mesh):

@@ -59,20 +59,9 @@ class Inputs:
 
 def read_inputs(config: Settings) -> Inputs:
     """Reads and checks them all. Raises UserError for the first mistake."""
-    path = model_path(config)
-    # Only checks config.json, so that a wrong model directory is reported as one, not by its tokenizer.
-    read_config(path, num_tokens=None, dtype=config.model.dtype, remat="none")
-    tokenizer = load_tokenizer(path)
-    model = read_config(
-        path,
-        num_tokens=tokenizer.num_tokens,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-    )
-    lora = config.model.lora
-    model = model.replace(lora_scale=lora.alpha / lora.rank if lora.rank else 0.0)
+    model, tokenizer = read_model(config)
     check_lengths(config, model)
-    wording = WORDINGS.get(config.wording) or read_wording(config.wording)
+    wording = find_wording(config)
     stop = config.rollout.stop
     stops = make_stops(stop, tokenizer.pieces(stop)) if stop else None
     with Grader(config.rewards, config.reward_timeout) as grader:
@@ -111,6 +100,27 @@ def read_inputs(config: Settings) -> Inputs:
             ", ".join(uids),
         )
     return Inputs(model, tokenizer, wording, stops, train, evals, validation, overlong, reward_crc32, found)
+
+
+def read_model(config: Settings) -> tuple[Qwen3Config, Tokenizer]:
+    """The model's config.json and its tokenizer. Raises UserError for a mistake in them."""
+    path = model_path(config)
+    # Only checks config.json, so that a wrong model directory is reported as one, not by its tokenizer.
+    read_config(path, num_tokens=None, dtype=config.model.dtype, remat="none")
+    tokenizer = load_tokenizer(path)
+    model = read_config(
+        path,
+        num_tokens=tokenizer.num_tokens,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+    )
+    lora = config.model.lora
+    return model.replace(lora_scale=lora.alpha / lora.rank if lora.rank else 0.0), tokenizer
+
+
+def find_wording(config: Settings) -> Wording:
+    """The texts of the prompts. Raises UserError for a file that cannot be used."""
+    return WORDINGS.get(config.wording) or read_wording(config.wording)
 
 
 def check_samples(config: Settings, name: str, items: int) -> None:
