@@ -19,8 +19,8 @@ Variants    biology | chemistry | material | physics (default: biology)
             lora: trains adapters of rank 64 instead of all weights; 8B then fits on one H100 (h100:1)
             debug: small batch, short texts, two steps
 Smallest    slices that fit at these lengths, according to the plan. 8B: v5p-8, v6e-8 with mesh.tensor=4,
-            v5e-32 with mesh.tensor=4, or four H100 (not one H200, where training all weights needs 148
-            GB). 4B: v6e-4 with mesh.tensor=2, v5e-8 with mesh.tensor=8, two H100, or one H200. None of
+            v5e-16 with mesh.tensor=8, or four H100 (not one H200, where training all weights needs 148
+            GB). 4B: v6e-4 with mesh.tensor=2, v5e-8 with mesh.tensor=4, two H100, or one H200. None of
             them has been used yet. More than 4 chips of v5p, or 8 of v5e and v6e, are several hosts:
             start the same command on each (docs/pods.md)
 """

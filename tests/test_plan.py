@@ -322,9 +322,26 @@ def test_where_no_changes_suffice_adapters_and_a_larger_slice_are_named():
     assert json.loads(printed.as_json(found))["remedy"] == list(found.remedies)
 
 
+@pytest.mark.parametrize(
+    "size, small, found, mesh",
+    [
+        ("8b", "v6e-1", "v6e:2x4", "mesh.fsdp=2 mesh.tensor=4"),
+        ("8b", "h100:2", "h100:4", "mesh.fsdp=4 mesh.tensor=1"),
+        ("4b", "v6e-1", "v6e:2x2", "mesh.fsdp=2 mesh.tensor=2"),
+        ("4b", "v5e-1", "v5e:2x4", "mesh.fsdp=2 mesh.tensor=4"),
+    ],
+)
+@pytest.mark.usefixtures("without_libtpu")
+def test_the_smallest_slices_are_those_that_the_config_names(size, small, found, mesh):
+    """In the docstring of configs/qwen3_science.py."""
+    job = make_job(validate(qwen3_science.get_config(size)), MODELS[size], read_topology(small))
+    line = make_plan(job, read_topology(small), STOP, None, ITEMS).remedies[-1]
+    assert f"--topology={found} with mesh.data=1 {mesh}: " in line
+
+
 @pytest.mark.usefixtures("without_libtpu")
 def test_where_nothing_suffices_that_is_said():
-    """8B with adapters, on one v5e, for which eight do not suffice either at such a cache."""
+    """8B with adapters and a very large cache, on one v5e: the eight that the tests have do not suffice."""
     chips_of_v5e = read_topology("v5e:1x1")
     config = qwen3_science.get_config("8b,lora")
     config.rollout.cache_tokens = 2**21

@@ -85,7 +85,7 @@ COUNTED = {
     "v6e": 1,
 }  # Cloud TPU's names count the TensorCores of v5p, the chips of others
 FORMS = "local, a TPU slice such as v5p:2x2x2 or v5p-16, or a number of GPUs such as h100:8 or h200x1"
-STAND_INS = 256  # CPU devices that represent chips, at least; slices up to this size are tried (remedies.py)
+STAND_INS = 1024  # CPU devices that represent chips, at least; slices up to this size are tried (remedies.py)
 NO_LIBTPU = "--compile needs libtpu: pip install libtpu (no TPU is needed)"
 
 
