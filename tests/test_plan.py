@@ -314,7 +314,7 @@ def test_where_no_changes_suffice_adapters_and_a_larger_slice_are_named():
     together, adapters, larger = found.remedies
     assert together.startswith("all changes together do not suffice") and "of 81.2 GB" in together
     assert adapters.startswith("with model.lora.rank=64 it fits, but then adapters are trained")
-    assert "smallest slice that suffices, with 5% to spare, is --topology=h100:4 with mesh.data=1" in larger
+    assert "smallest slice that suffices, with 5 % to spare, is --topology=h100:4 with mesh.data=1" in larger
     assert "mesh.fsdp=4 mesh.tensor=1: evaluation takes 66.2 of 81.2 GB" in larger
     assert planned_of(job_of("8b", "h100:4", **{"mesh.fsdp": 4}), "h100:4").fits
     assert not planned_of(job_of("8b", "h100:2", **{"mesh.fsdp": 1, "mesh.tensor": 2}), "h100:2").fits

@@ -176,14 +176,19 @@ def _whole_run(plan: Plan) -> str:
     if plan.chips.chip is None:
         return ""
     times = sum(scoring.times for scoring in plan.scorings)
-    lines = []
+    bounds = []
     for lengths in plan.lengths:
-        hours = {part: s / 3600 for part, s in plan.run_seconds(lengths).items()}
-        lines.append(
-            f"at least {hours['run']:.3g} h {TITLES[lengths.name]}: {plan.job.config.steps} steps "
-            f"{hours['steps']:.3g} h, {times} evaluations of one set {hours['evaluations']:.3g} h"
+        took = {part: _duration(seconds) for part, seconds in plan.run_seconds(lengths).items()}
+        bounds.append(
+            f"at least {took['run']} {TITLES[lengths.name]}: {plan.job.config.steps} steps {took['steps']}, "
+            f"{times} evaluations of one set {took['evaluations']}"
         )
-    return f"whole run   {f'{chr(10)}            '.join(lines)}\n{NOT_COUNTED}"
+    indented = "\n            ".join(bounds)
+    return f"whole run   {indented}\n{NOT_COUNTED}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.3g} h" if seconds >= 360 else f"{seconds:.3g} s"
 
 
 def _compiling(plan: Plan) -> str:

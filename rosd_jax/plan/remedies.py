@@ -155,7 +155,7 @@ def _larger_slice(trial: Trial) -> str:
                 continue
             if max(totals.values()) <= (1 - SPARE) * trial.limit:
                 return (
-                    f"the smallest slice that suffices, with {SPARE:.0%} to spare, is "
+                    f"the smallest slice that suffices, with {100 * SPARE:.0f} % to spare, is "
                     f"--topology={chips.name} with mesh.data=1 mesh.fsdp={fsdp} mesh.tensor={tensor}: "
                     f"{trial.used(totals)}"
                 )

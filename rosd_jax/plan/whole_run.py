@@ -1,7 +1,7 @@
 """The evaluations of a whole run, for a lower bound on its time.
 
-scored_sets(config, inputs)          -> how often each number of problems is scored
-scorings(config, stage, sets)        -> a Scoring each
+scored_sets(config, inputs)     -> number of problems -> how often a set of that size is scored
+scorings(config, stage, sets)   -> a Scoring for each size
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rosd_jax.train.schedule import scored_every, work_after
 
 @dataclass(frozen=True)
 class Scoring:
-    """One set of this many problems, which a run scores this many times."""
+    """How often a run scores a set with this number of problems."""
 
     problems: int
     times: int
@@ -27,7 +27,7 @@ class Scoring:
 
 
 def scored_sets(config: Settings, inputs: Inputs) -> Counter[int]:
-    """Number of problems -> how often a run scores a set of so many, validation included."""
+    """Number of problems -> how often a run scores a set of that size, validation sets included."""
     work = work_after(config, inputs, 0)
     sets: Counter[int] = Counter()
     for split in scored_every(config):
@@ -37,7 +37,7 @@ def scored_sets(config: Settings, inputs: Inputs) -> Counter[int]:
 
 
 def scorings(config: Settings, evaluation: Stage, sets: Mapping[int, int]) -> tuple[Scoring, ...]:
-    """The work of scoring the sets, by the stage `evaluation`. `sets` is as `scored_sets` returns it."""
+    """The work of scoring whole sets. evaluation: that stage; sets: as `scored_sets` returns them."""
     found = []
     for problems, times in sets.items():
         responses = problems * config.eval.samples
