@@ -53,7 +53,7 @@ def plans(topology: str, prompts: int) -> list[Plan]:
         settings = validate(config)
         model = QWEN3["8b"].replace(num_tokens=151669, dtype="bfloat16", remat=settings.model.remat)
         try:
-            job = make_job(settings, model, chips.devices)
+            job = make_job(settings, model, chips)
             plan = make_plan(job, chips, STOP_IDS, None, EVALUATED)
         except UserError:  # more shards of rows than rows
             continue

@@ -10,15 +10,17 @@ Command     python run.py --config=configs/qwen3_science.py:physics \\
                 --config.model.path=DIR --config.data.dir=DIR
 Variants    biology | chemistry | material | physics (default: biology)
             paper | span | official (default: paper; METHOD in rosd_jax/config.py lists their fields)
-            4b | 8b: the size of the model in model.path, so that a slice too small for it is refused
+            4b | 8b: the size of the model in model.path, with which it is not compared, so that a slice too
+            small for it is refused
             v5p-8 | v5p-64 | v6e-16 | v6e-64 | v5e-64 | h100x8 | h200: the mesh for that slice (SLICES), which
-            fits according to `--mode=plan`. Cloud TPU counts v5p in TensorCores: v5p-8 is 2x2x1 = 4
-            chips, v5p-64 is 2x4x4 = 32; v6e-16 is 4x4 chips, v6e-64 and v5e-64 are 8x8
+            fits according to `--mode=plan --topology=v5p-8`, for example (h200: h200:1). Cloud TPU counts v5p
+            in TensorCores: v5p-8 is 2x2x1 = 4 chips, v5p-64 is 2x4x4 = 32; v6e-16 is 4x4 chips, v6e-64 and
+            v5e-64 are 8x8
             lora: trains adapters of rank 64 instead of all weights; 8B then fits on one H100 (h100:1)
             debug: small batch, short texts, two steps
 Smallest    slices that fit at these lengths, according to the plan. 8B: v5p-8, v6e-8 with mesh.tensor=4,
-            v5e-32 with mesh.tensor=4, or four H100 (not one H200, where training all weights needs 148
-            GB). 4B: v6e-4 with mesh.tensor=2, v5e-8 with mesh.tensor=8, two H100, or one H200. None of
+            v5e-16 with mesh.tensor=8, or four H100 (not one H200, where training all weights needs 148
+            GB). 4B: v6e-4 with mesh.tensor=2, v5e-8 with mesh.tensor=4, two H100, or one H200. None of
             them has been used yet. More than 4 chips of v5p, or 8 of v5e and v6e, are several hosts:
             start the same command on each (docs/pods.md)
 """
@@ -28,9 +30,9 @@ from rosd_jax.errors import UserError
 
 EPOCH_STEPS = {"biology": 14, "chemistry": 59, "material": 26, "physics": 22}
 SIZES = ("4b", "8b")
-# The slice as --topology names it, and (mesh.data, mesh.fsdp, mesh.tensor). At most 16 row devices: with more
-# of them, the last micro-batches of an update are mostly empty rows. The remaining factor goes to tensor, so
-# that the weights for decoding fit.
+# The slice by its sides, as --topology also names it, and (mesh.data, mesh.fsdp, mesh.tensor). At most 16 row
+# devices: with more of them, the last micro-batches of an update are mostly empty rows. The remaining factor
+# goes to tensor, so that the weights for decoding fit.
 SLICES = {
     "v5p-8": ("v5p:2x2x1", (1, 4, 1)),
     "v5p-64": ("v5p:2x4x4", (1, 16, 2)),

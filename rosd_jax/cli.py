@@ -259,7 +259,7 @@ def run(config: Settings, here: place.Place | None, console: Console) -> None:
     hosts.require_same("the command", {"--workdir": str(directory.absolute())})
     asked = command.Asked(_TOPOLOGY.value, tuple(_COMPILE.value), _JSON.value)
     if _MODE.value == "plan":
-        command.plan(config, directory, asked, console.stage)
+        command.plan(config, asked, console.stage)
         return
     if asked != command.Asked():
         raise UserError(

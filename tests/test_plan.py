@@ -2,7 +2,9 @@
 
 import contextlib
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from functools import cache, partial
 
 import jax
@@ -21,14 +23,17 @@ from rosd_jax.models.sharding import row_devices
 from rosd_jax.plan import command as plans
 from rosd_jax.plan import printed, roofline
 from rosd_jax.plan.budget import frozen_bytes, gradients, resident
-from rosd_jax.plan.chips import CHIPS, Slice, read_topology
+from rosd_jax.plan.chips import CHIPS, COUNTED, SIDES, Slice, read_topology
 from rosd_jax.plan.command import Asked, make_plan
 from rosd_jax.plan.roofline import at_limits, realistic
 from rosd_jax.plan.stages import STAGES, make_job, microbatch_widths, stages
+from rosd_jax.plan.whole_run import scored_sets
 from rosd_jax.train.engines import check_attention
+from rosd_jax.train.inputs import read_inputs
 from rosd_jax.train.microbatches import plan_microbatches
+from rosd_jax.train.schedule import is_due
 from rosd_jax.types import Lesson
-from support import NEEDS_LIBTPU, ROOT
+from support import NEEDS_LIBTPU, ROOT, run_environment
 
 MODELS = {
     size: QWEN3[size].replace(num_tokens=151669, dtype="bfloat16", remat="block") for size in ("4b", "8b")
@@ -46,12 +51,17 @@ def job_of(size: str, topology: str, *variants: str, **fields):
     config = qwen3_science.get_config(",".join(variants))
     config.update_from_flattened_dict(fields)
     config = validate(config)
-    return make_job(config, MODELS[size].replace(remat=config.model.remat), chips(topology).devices)
+    return make_job(config, MODELS[size].replace(remat=config.model.remat), chips(topology))
 
 
-def planned_of(job, topology: str):
+def planned_of(job, topology: str, sets=None):
     """By arithmetic alone."""
-    return make_plan(job, replace(chips(topology), compiles=False), STOP, None, ITEMS)
+    return make_plan(job, replace(chips(topology), compiles=False), STOP, None, ITEMS, sets=sets)
+
+
+def plan(config, topology: str, *compiled: str, as_json: bool = False):
+    """Prints the plan."""
+    plans.plan(validate(config), Asked(topology, compiled, as_json), lambda what: None)
 
 
 # --- slices -------------------------------------------------------------------------------------------
@@ -63,6 +73,91 @@ def test_a_tpu_slice_has_its_chips(name, count):
     found = chips(name)
     assert len(found.devices) == count and found.chip is CHIPS[name[:3]]
     assert found.devices[0].device_kind in found.chip.kinds
+
+
+@pytest.mark.parametrize("kind", SIDES)
+@NEEDS_LIBTPU
+def test_every_named_tpu_slice_exists(kind):
+    for count, sides in SIDES[kind].items():
+        name = f"{kind}-{count * COUNTED[kind]}"
+        found = read_topology(name)
+        assert len(found.devices) == count and found.name == f"{kind}:{sides}", name
+
+
+@pytest.mark.parametrize("variant", qwen3_science.SLICES)
+@NEEDS_LIBTPU
+def test_the_slices_of_the_preset_are_named_as_topologies(variant):
+    """h200, which is one GPU, is the only variant whose name is not also a topology."""
+    topology, mesh = qwen3_science.SLICES[variant]
+    found = read_topology(topology if variant == "h200" else variant)
+    assert found.name == topology and len(found.devices) == np.prod(mesh)
+
+
+def hide_libtpu(monkeypatch):
+    """As if it were not installed."""
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)  # which libtpu sets once it is imported
+
+
+COMPARED = [("v6e:4x4", "v6e-16"), ("v5p:2x2x2", "mesh")]
+
+
+def arithmetic_of(topology: str, variant: str):
+    """What a plan says without the compiler, and the devices that it was made for."""
+    slice_ = read_topology(topology)
+    config = qwen3_science.get_config("8b" if variant == "mesh" else f"8b,{variant}")
+    job = make_job(validate(config), MODELS["8b"], slice_)
+    planned = [stages(job, STOP, None, ITEMS), (at_limits(job.config), realistic(job.config))]
+    numbers = [(s.name, s.bytes, [asdict(s.work(n)) for n in planned[1]]) for s in planned[0]]
+    return slice_.devices[0].platform, slice_.platform, numbers
+
+
+def compare_without_libtpu():
+    """Called by the test below in a process that has not started JAX, so that it can have 16 CPU devices."""
+    described = [arithmetic_of(*compared) for compared in COMPARED]
+    hide_libtpu(pytest.MonkeyPatch())
+    represented = [arithmetic_of(*compared) for compared in COMPARED]
+    for (topology, _), with_it, without in zip(COMPARED, described, represented, strict=True):
+        assert with_it[:2] == ("tpu", "tpu") and without[:2] == ("cpu", "tpu")
+        assert with_it[2] == without[2] and len(with_it[2]) == len(STAGES)
+        print(topology, "is the same")
+
+
+@NEEDS_LIBTPU
+def test_a_tpu_slice_is_planned_without_libtpu_as_with_it():
+    """Bytes, FLOPs, memory traffic and GB sent of every stage."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_plan; test_plan.compare_without_libtpu()"],
+        env=run_environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == [f"{topology} is the same" for topology, _ in COMPARED]
+
+
+@pytest.fixture
+def without_libtpu(monkeypatch):
+    hide_libtpu(monkeypatch)
+
+
+@pytest.mark.usefixtures("without_libtpu")
+def test_without_libtpu_only_compiling_is_refused(tmp_path_factory, capsys):
+    config = quickstart.get_config("debug")
+    config.model.path = str(tiny.model_dir(tmp_path_factory))
+    plan(config, "v5p-16")
+    told = capsys.readouterr().out
+    assert "8 (v5p:2x2x2: v5p, 102.8 GB each)" in told and "verdict     fits" in told
+    assert "not lowered or compiled, since libtpu is not installed" in told
+    with pytest.raises(UserError, match=r"--compile needs libtpu: pip install libtpu \(no TPU is needed\)"):
+        plan(config, "v5p-16", "all")
+
+
+@pytest.mark.usefixtures("without_libtpu")
+def test_without_libtpu_a_slice_must_still_be_one_that_exists():
+    with pytest.raises(UserError, match="the first two sides must be even, since a host has 2x2 chips"):
+        read_topology("v5p:3x5")
 
 
 def test_gpus_are_planned_without_any():
@@ -81,6 +176,9 @@ def test_gpus_are_planned_without_any():
         ("h100:2000", "plan in a new process"),
         pytest.param("v5p:3x5", "which the TPU compiler does not accept", marks=NEEDS_LIBTPU),
         ("v6e:x", "it must give the sides of a slice"),
+        ("v5p-9", "Cloud TPU has v5p-8, v5p-16"),
+        ("v6e-", "Cloud TPU has v6e-1, v6e-4"),
+        ("h100x0", "it must give the number of GPUs"),
         ("v5p:0x0x0", "it must give the sides of a slice"),  # libtpu divides by it
         ("v5p:999x999x999", "it must give the sides of a slice of at most 16384 chips"),
     ],
@@ -98,7 +196,36 @@ def test_a_mesh_that_does_not_fit_the_slice_or_the_model_is_named():
     config = qwen3_science.get_config()
     config.mesh.tensor = 8
     with pytest.raises(UserError, match="mesh.tensor is 8; it must divide"):
-        make_job(validate(config), MODELS["8b"].replace(num_key_value_heads=4), chips("h100:8").devices)
+        make_job(validate(config), MODELS["8b"].replace(num_key_value_heads=4), chips("h100:8"))
+
+
+@pytest.mark.parametrize(
+    "mesh, topology, words",
+    [
+        ((1, 4, 1), "h100x8", "is a mesh of 4 chips, and h100:8 has 8; .* such as h100:4, with --topology"),
+        ((1, 8, 1), "h100:4", "such as h100:8, with --topology"),
+        ((1, -1, 3), "h100:4", "a mesh of a multiple of 3 chips, and h100:4 has 4; .* such as h100:3,"),
+        ((1, 16, 1), "local", "such as v5e:4x4, v5p:2x2x4, v6e:4x4, h100:16, h200:16, with --topology"),
+        ((1, 7, 1), "h200:2", "such as h200:7, with --topology"),
+        ((1, -1, 1), "h100:4", ""),
+        ((-1, 2, 2), "h100:4", ""),
+        ((1, 2, 2), "h100:4", ""),
+    ],
+)
+def test_a_mesh_of_another_size_is_told_which_slice_it_needs(mesh, topology, words):
+    config = qwen3_science.get_config()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
+    found = chips(topology)
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        plans.check_mesh(validate(config).mesh, found)
+
+
+def test_a_plan_names_the_slice_that_its_mesh_needs(tmp_path_factory):
+    config = quickstart.get_config("debug")
+    config.model.path = str(tiny.model_dir(tmp_path_factory))
+    config.mesh.data = 4
+    with pytest.raises(UserError, match="such as h100:4, with --topology"):
+        plan(config, "h100:8")
 
 
 # --- what fits ----------------------------------------------------------------------------------------
@@ -168,6 +295,61 @@ def test_what_does_not_fit_is_said_with_fields_that_help():
     assert "XLA_CLIENT_MEM_FRACTION" in text
 
 
+def test_changes_that_suffice_only_together_are_named():
+    """4B trained whole on one H100."""
+    found = planned_of(job_of("4b", "h100:1"), "h100:1")
+    assert found.fits is False
+    (line,) = found.remedies
+    assert line.startswith("it fits with ")
+    changed = dict(word.rstrip(":").split("=") for word in line.split() if "=" in word)
+    typed = {name: int(new) if new.isdigit() else new for name, new in changed.items()}
+    assert len(typed) > 1
+    assert planned_of(job_of("4b", "h100:1", **typed), "h100:1").fits
+    for name, new in typed.items():
+        assert not planned_of(job_of("4b", "h100:1", **{name: new}), "h100:1").fits
+
+
+def test_where_no_changes_suffice_adapters_and_a_larger_slice_are_named():
+    found = planned_of(job_of("8b", "h100:1"), "h100:1")
+    together, adapters, larger = found.remedies
+    assert together.startswith("all changes together do not suffice") and "of 81.2 GB" in together
+    assert adapters.startswith("with model.lora.rank=64 it fits, but then adapters are trained")
+    assert "smallest slice that suffices, with 5 % to spare, is --topology=h100:4 with mesh.data=1" in larger
+    assert "mesh.fsdp=4 mesh.tensor=1: evaluation takes 66.2 of 81.2 GB" in larger
+    assert planned_of(job_of("8b", "h100:4", **{"mesh.fsdp": 4}), "h100:4").fits
+    assert not planned_of(job_of("8b", "h100:2", **{"mesh.fsdp": 1, "mesh.tensor": 2}), "h100:2").fits
+    assert all(remedy in printed.as_text(found) for remedy in found.remedies)
+    assert json.loads(printed.as_json(found))["remedy"] == list(found.remedies)
+
+
+@pytest.mark.parametrize(
+    "size, small, found, mesh",
+    [
+        ("8b", "v6e-1", "v6e:2x4", "mesh.fsdp=2 mesh.tensor=4"),
+        ("8b", "h100:2", "h100:4", "mesh.fsdp=4 mesh.tensor=1"),
+        ("4b", "v6e-1", "v6e:2x2", "mesh.fsdp=2 mesh.tensor=2"),
+        ("4b", "v5e-1", "v5e:2x4", "mesh.fsdp=2 mesh.tensor=4"),
+    ],
+)
+@pytest.mark.usefixtures("without_libtpu")
+def test_the_smallest_slices_are_those_that_the_config_names(size, small, found, mesh):
+    """In the docstring of configs/qwen3_science.py."""
+    job = make_job(validate(qwen3_science.get_config(size)), MODELS[size], read_topology(small))
+    line = make_plan(job, read_topology(small), STOP, None, ITEMS).remedies[-1]
+    assert f"--topology={found} with mesh.data=1 {mesh}: " in line
+
+
+@pytest.mark.usefixtures("without_libtpu")
+def test_where_nothing_suffices_that_is_said():
+    """8B with adapters and a very large cache, on one v5e: the eight that the tests have do not suffice."""
+    chips_of_v5e = read_topology("v5e:1x1")
+    config = qwen3_science.get_config("8b,lora")
+    config.rollout.cache_tokens = 2**21
+    job = make_job(validate(config), MODELS["8b"], chips_of_v5e)
+    *_, last = make_plan(job, chips_of_v5e, STOP, None, ITEMS).remedies
+    assert last == "no change that was tried makes it fit"
+
+
 def test_a_named_change_does_what_it_says():
     before = job_of("8b", "h200:1")
     after = job_of("8b", "h200:1", **{"optimizer.mu_dtype": "bfloat16"})
@@ -186,7 +368,7 @@ def small(tmp_path_factory):
     config.model.path = str(path)
     config = validate(config)
     model = read_config(path, num_tokens=None, dtype="float32", remat="none")
-    return make_job(config, model, jax.devices()[:2])
+    return make_job(config, model, Slice("local", None, jax.devices()[:2], "cpu", compiles=True))
 
 
 def on_first_device(tree) -> int:
@@ -215,8 +397,8 @@ def test_every_stage_of_the_demo_takes_what_is_planned_within_a_fifth():
     """The shipped model over two CPU devices, each stage against what its compiled program takes."""
     config = validate(quickstart.get_config())
     model = read_config(ROOT / config.model.path, num_tokens=None, dtype="float32", remat="none")
-    job = make_job(config, model, jax.devices()[:2])
     local = Slice("local", None, jax.devices()[:2], "cpu", compiles=True)
+    job = make_job(config, model, local)
     told = []
     found = make_plan(job, local, (5,), None, 256, compiled=STAGES, announce=told.append)
     assert told[::2] == [f"lowering {name} (stage {i}/6)" for i, name in enumerate(STAGES, 1)]
@@ -224,7 +406,7 @@ def test_every_stage_of_the_demo_takes_what_is_planned_within_a_fifth():
     assert found.fits is None
     for stage in found.stages:
         assert sum(stage.bytes.values()) == pytest.approx(stage.total, rel=0.2), stage.name
-    assert "unknown" in printed.as_text(found)
+    assert "unknown: a CPU's memory is not checked" in printed.as_text(found)
 
 
 @pytest.mark.optimized
@@ -341,6 +523,51 @@ def test_microbatches_are_those_of_the_update(small):
     assert active >= held.sum()
 
 
+# --- the whole run ------------------------------------------------------------------------------------
+
+
+def test_a_run_takes_its_steps_and_its_evaluations():
+    config = validate(qwen3_science.get_config("8b,h100x8"))
+    job = job_of("8b", "h100:8", "8b", "h100x8")
+    found = planned_of(job, "h100:8", sets={210: 15, 30: 2})
+    for lengths in found.lengths:
+        took = found.run_seconds(lengths)
+        assert took["steps"] == config.steps * found.seconds(lengths)["step"]
+        assert took["run"] == took["steps"] + took["evaluations"]
+    assert [(s.problems, s.times) for s in found.scorings] == [(210, 15), (30, 2)]
+    full = at_limits(config, 210 * 16)
+    assert set(full.evaluated_B) == {8192} and len(full.evaluated_B) == 210 * 16
+    evaluation = next(s for s in stages(job, STOP, None, ITEMS) if s.name == "evaluation")
+    assert found.scorings[0].work["limits"] == evaluation.work(full)
+    # eval.batch responses are decoded at a time: 13 times 8192 steps, and each reads the weights.
+    weights = 2 * (PARAMETERS["8b"] - 151936 * 4096)
+    assert found.scorings[0].work["limits"].bytes > 210 * 16 / 256 * 8192 * weights
+    text = printed.as_text(found)
+    hours = {name: s / 3600 for name, s in found.run_seconds(found.lengths[1]).items()}
+    assert f"at least {hours['run']:.3g} h at realistic lengths: 140 steps {hours['steps']:.3g} h" in text
+    assert f"17 evaluations of one set {hours['evaluations']:.3g} h" in text
+    assert "They leave out norms, softmax" in text
+    told = json.loads(printed.as_json(found))
+    assert told["run_seconds"]["realistic"] == found.run_seconds(found.lengths[1])
+
+
+def test_every_evaluation_of_a_run_is_counted(tmp_path_factory):
+    """Before the first step, then whenever it is due, for evaluation and validation sets."""
+    config = quickstart.get_config("debug")
+    config.model.path = str(tiny.model_dir(tmp_path_factory))
+    config.steps = 7
+    config.eval.every = 3
+    config.validation.every = 2
+    config = validate(config)
+    inputs = read_inputs(config)
+    expected: dict[int, int] = {}
+    for every, sets in ((3, inputs.evals), (2, inputs.validation)):
+        times = 1 + sum(is_due(step, every, 7) for step in range(1, 8))
+        for items in sets.values():
+            expected[len(items)] = expected.get(len(items), 0) + times
+    assert inputs.evals and scored_sets(config, inputs) == expected
+
+
 # --- what is printed ----------------------------------------------------------------------------------
 
 
@@ -353,7 +580,7 @@ def test_a_plan_is_one_json_object_that_holds_what_the_text_does():
     assert [stage["name"] for stage in told["stages"]] == list(STAGES)
     for stage in told["stages"]:
         assert stage["held"] == sum(stage["bytes"].values()) < told["chip"]["memory"]
-        assert stage["counted_by"] == "arithmetic" and stage["compiled"] is None
+        assert stage["counted_by"] == "arithmetic" and stage["compiled"] is stage["lowering_seconds"] is None
         at_least = told["seconds"]["limits"][stage["name"]]
         assert at_least >= stage["work"]["limits"]["flops"] / told["chip"]["flops"]
     step = told["seconds"]["realistic"]
@@ -361,6 +588,7 @@ def test_a_plan_is_one_json_object_that_holds_what_the_text_does():
     assert step["step"] < told["seconds"]["limits"]["step"]
     text = printed.as_text(found)
     assert "mesh.fsdp=8 mesh.tensor=2" in text and "not lowered" in text and "fits" in text
+    assert "communication is not counted" not in text
 
 
 def test_a_plan_reads_no_weights(tmp_path_factory, tmp_path, capsys):
@@ -370,10 +598,14 @@ def test_a_plan_reads_no_weights(tmp_path_factory, tmp_path, capsys):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     config = quickstart.get_config("debug")
     config.model.path = str(tmp_path)
-    plans.plan(validate(config), tmp_path / "run", Asked("h100:8"))
-    printed = capsys.readouterr().out
-    assert "cannot be loaded" in printed and "verdict     fits" in printed
-    assert not (tmp_path / "run").exists()
+    plan(config, "h100:8")
+    told = capsys.readouterr().out
+    assert "not needed for a plan" in told and "cannot be loaded" not in told and "verdict     fits" in told
+    assert "runs/" not in told  # no run directory, since none is made
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    plan(config, "h100:8")
+    told = capsys.readouterr().out
+    assert "cannot be loaded" in told and "is not a safetensors file" in told and "verdict     fits" in told
 
 
 @pytest.mark.parametrize(
@@ -383,11 +615,11 @@ def test_a_plan_reads_no_weights(tmp_path_factory, tmp_path, capsys):
         (Asked("h100:8", compile=("all",)), "--compile needs the compiler of h100:8"),
     ],
 )
-def test_what_cannot_be_compiled_is_named(asked, words, tmp_path_factory, tmp_path):
+def test_what_cannot_be_compiled_is_named(asked, words, tmp_path_factory):
     config = quickstart.get_config("debug")
     config.model.path = str(tiny.model_dir(tmp_path_factory))
     with pytest.raises(UserError, match=words):
-        plans.plan(validate(config), tmp_path / "run", asked)
+        plan(config, asked.topology, *asked.compile)
 
 
 @pytest.mark.parametrize(
@@ -411,12 +643,12 @@ def test_attention_that_does_not_suit_the_chips_is_named(attention, dtype, platf
         check_attention(validate(config), model, platform, capability)
 
 
-def test_a_plan_for_other_chips_refuses_their_attention_too(tmp_path_factory, tmp_path):
+def test_a_plan_for_other_chips_refuses_their_attention_too(tmp_path_factory):
     config = quickstart.get_config("debug")
     config.model.path = str(tiny.model_dir(tmp_path_factory))
     config.rollout.attention = "pallas_tpu"
     with pytest.raises(UserError, match="'pallas_tpu', a kernel for tpu, and the devices are gpu"):
-        plans.plan(validate(config), tmp_path / "run", Asked("h100:8"))
+        plan(config, "h100:8")
 
 
 def test_the_flags_are_refused_without_a_plan(run):  # noqa: F811

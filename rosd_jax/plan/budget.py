@@ -57,6 +57,7 @@ class Job:
     config: Settings
     model: Qwen3Config
     mesh: Mesh
+    platform: str  # of the chips: "tpu", "cuda" or "cpu". The mesh's devices may only represent them
     trees: Trees
     update: Update
 
@@ -198,7 +199,7 @@ def optimizer(job: Job) -> Bytes:
     """AdamW's step."""
     # XLA for TPU writes the new state over the old one. For CPU it needs two more trees; GPUs are assumed
     # to be like CPUs here, which nothing has confirmed.
-    if job.mesh.devices.flat[0].platform == "tpu":
+    if job.platform == "tpu":
         return {"temporaries": 0}
     return {"temporaries": 2 * shard_bytes(job.trees.state.params, job.trees.shardings.params)}
 

@@ -9,13 +9,16 @@ v5e, v5p, v6e   docs.cloud.google.com/tpu/docs/v5e, .../v5p-training, .../v6e: p
                 bandwidth, bidirectional ICI bandwidth per chip
 h100, h200      NVIDIA's data sheets of the SXM modules: bfloat16 without sparsity, memory bandwidth, NVLink;
                 nvidia-smi shows 81,559 MiB and 143,771 MiB
+SIDES           the same pages list the slices that Cloud TPU offers
 
-    read_topology(name)  -> Slice; the name is "local", "v5p:2x2x2" or "h100:8", for example
+    read_topology(name)     -> Slice; the name is "local", "v5p:2x2x2", "v5p-16" or "h100:8", for example
+    slice_name(chip, count) -> the name of the slice with that number of chips, such as "v5p:2x2x2"
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import os
 import re
@@ -61,15 +64,37 @@ CHIPS = {
     )
 }
 MOST_CHIPS = 16384  # of a slice; the largest that Google offers has 9216
-FORMS = "local, a TPU slice such as v5p:2x2x2, or a number of GPUs such as h100:8"
+FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+CUBIC = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+    1024: "8x8x16",
+    2048: "8x16x16",
+    4096: "16x16x16",
+}
+SIDES = {"v5e": FLAT, "v5p": CUBIC, "v6e": FLAT}  # number of chips -> sides of that slice
+COUNTED = {
+    "v5e": 1,
+    "v5p": 2,
+    "v6e": 1,
+}  # Cloud TPU's names count the TensorCores of v5p, the chips of others
+FORMS = "local, a TPU slice such as v5p:2x2x2 or v5p-16, or a number of GPUs such as h100:8 or h200x1"
+STAND_INS = 1024  # CPU devices that represent chips, at least; slices up to this size are tried (remedies.py)
+NO_LIBTPU = "--compile needs libtpu: pip install libtpu (no TPU is needed)"
 
 
 @dataclass(frozen=True)
 class Slice:
     """The devices that a plan is made for.
 
-    For a TPU slice they are the compiler's descriptions of its chips. Absent GPUs are represented by CPU
-    devices, for which nothing is compiled.
+    For a TPU slice they are the compiler's descriptions of its chips. Absent GPUs, and TPUs without libtpu,
+    are represented by CPU devices, for which nothing is compiled. The arithmetic is the same.
     """
 
     name: str
@@ -83,12 +108,44 @@ def read_topology(name: str) -> Slice:
     """The slice of that name. Raises UserError if it does not exist."""
     if name == "local":
         return _local()
-    kind, _, shape = name.partition(":")
+    full_name = _full_name(name)
+    kind, _, shape = full_name.partition(":")
     chip = CHIPS.get(kind)
     if chip is None or not shape:
         raise UserError(f"--topology is {name!r}; it must be {FORMS}; known chips are {', '.join(CHIPS)}")
     jax.config.update("jax_platforms", "cpu")  # do not occupy this machine's accelerators
-    return _gpus(chip, name, shape) if chip.platform == "gpu" else _tpus(chip, name, shape)
+    return _gpus(chip, full_name, shape) if chip.platform == "gpu" else _tpus(chip, full_name, shape)
+
+
+def slice_name(chip: Chip, count: int) -> str | None:
+    """The name of the slice of `count` chips; None if Cloud TPU offers none of that size."""
+    if chip.platform == "gpu":
+        return f"{chip.name}:{count}"
+    sides = SIDES[chip.name].get(count)
+    return None if sides is None else f"{chip.name}:{sides}"
+
+
+def represented(count: int) -> list[Any]:
+    """That many CPU devices, or as many as there are, to represent absent chips."""
+    with contextlib.suppress(RuntimeError):  # JAX is already initialized
+        jax.config.update("jax_num_cpu_devices", max(count, STAND_INS))
+    return jax.devices("cpu")[:count]
+
+
+def _full_name(name: str) -> str:
+    """`v5p-16` as v5p:2x2x2, and `h100x8` as h100:8; other names as they are."""
+    if gpus := re.fullmatch(r"(h\d+)x(\d+)", name):
+        return f"{gpus[1]}:{gpus[2]}"
+    kind, dash, count = name.partition("-")
+    if not dash or kind not in SIDES:
+        return name
+    names = {f"{kind}-{COUNTED[kind] * chips}": f"{kind}:{sides}" for chips, sides in SIDES[kind].items()}
+    if name not in names:
+        raise UserError(
+            f"--topology is {name!r}; Cloud TPU has {', '.join(names)}; give one of these, or the sides of "
+            f"the slice, as in {kind}:{SIDES[kind][8]}"
+        )
+    return names[name]
 
 
 def _local() -> Slice:
@@ -105,37 +162,54 @@ def _gpus(chip: Chip, name: str, count: str) -> Slice:
             f"--topology is {name!r}; after {chip.name}: it must give the number of GPUs, at most 9999, "
             "as in h100:8"
         )
-    with contextlib.suppress(RuntimeError):  # JAX is already initialized; the number is checked below
-        jax.config.update("jax_num_cpu_devices", int(count))
-    devices = jax.devices("cpu")[: int(count)]
-    if len(devices) < int(count):
+    return _without_compiler(chip, name, int(count), "cuda")
+
+
+def _without_compiler(chip: Chip, name: str, count: int, platform: str) -> Slice:
+    devices = represented(count)
+    if len(devices) < count:
         raise UserError(
             f"--topology is {name!r}, but JAX has already started with only {len(devices)} CPU devices to "
-            "represent the GPUs; plan in a new process, without JAX_NUM_CPU_DEVICES"
+            "represent the chips; plan in a new process, without JAX_NUM_CPU_DEVICES"
         )
-    return Slice(name, chip, devices, "cuda", compiles=False)
-
-
-def _chips_of(shape: str) -> int:
-    return math.prod(int(side) for side in shape.split("x"))
+    return Slice(name, chip, devices, platform, compiles=False)
 
 
 def _tpus(chip: Chip, name: str, shape: str) -> Slice:
-    from jax.experimental import topologies
-
     # libtpu crashes on a side of 0, and makes a list of all chips.
-    if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", shape) or _chips_of(shape) > MOST_CHIPS:
+    is_shape = re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", shape)
+    sides = [int(side) for side in shape.split("x")] if is_shape else []
+    if not sides or math.prod(sides) > MOST_CHIPS:
         raise UserError(
             f"--topology is {name!r}; after {chip.name}: it must give the sides of a slice of at most "
             f"{MOST_CHIPS} chips, as in v5p:2x2x2 or v6e:4x4"
         )
+    if _has_libtpu():
+        return _described(chip, name)
+    if math.prod(sides) > 2 and (sides[0] % 2 or sides[1] % 2):
+        raise UserError(
+            f"--topology is {name!r}; the first two sides must be even, since a host has 2x2 chips; give a "
+            "slice such as v5p:2x2x2, v6e:4x4 or v5e:8x8"
+        )
+    return _without_compiler(chip, name, math.prod(sides), "tpu")
+
+
+def _has_libtpu() -> bool:
+    return "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu") is not None
+
+
+def _described(chip: Chip, name: str) -> Slice:
+    """A TPU slice as the compiler describes it. Raises UserError if the compiler does not accept its name."""
+    from jax.experimental import topologies
+
+    represented(0)  # before JAX is initialized
     os.environ.update(COMPILE_ONLY)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # libtpu is missing or rejects the name; its errors have no type of their own
+    except Exception as error:  # libtpu's errors have no type of their own
         raise UserError(
             f"--topology is {name!r}, which the TPU compiler does not accept ({_first_line(error)}); give a "
-            "slice such as v5p:2x2x2, v6e:4x4 or v5e:8x8, and install libtpu if it is missing"
+            "slice such as v5p:2x2x2, v6e:4x4 or v5e:8x8"
         ) from error
     return Slice(name, chip, devices, "tpu", compiles=True)
 

@@ -4,48 +4,37 @@ Bytes are estimates; for a stage that is compiled (`--compile`) they are the com
 bounds from the chips' peak rates (plan/roofline.py). The plan is only printed: no file is written, no weights
 are read and nothing runs on a device.
 
-    plan(config, directory, Asked(...))    prints the plan of one run
+    plan(config, Asked(...), announce)     prints the plan of one run
     make_plan(job, slice, ...)             -> Plan; needs no data
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rosd_jax.errors import UserError
-from rosd_jax.fields import replace, value
 from rosd_jax.models.weights import check_weights
 from rosd_jax.plan import printed
 from rosd_jax.plan.budget import Job
-from rosd_jax.plan.chips import Slice, read_topology
+from rosd_jax.plan.chips import CHIPS, NO_LIBTPU, Slice, read_topology, slice_name
 from rosd_jax.plan.printed import Plan, StagePlan
 from rosd_jax.plan.programs import Program, compile_stage
+from rosd_jax.plan.remedies import Trial, changes, remedies
 from rosd_jax.plan.roofline import Work, at_limits, realistic
 from rosd_jax.plan.stages import STAGES, Stage, lower, make_job, stages
+from rosd_jax.plan.whole_run import scored_sets, scorings
 from rosd_jax.rollout.stops import Stops
-from rosd_jax.settings import Settings
+from rosd_jax.settings import MeshSettings, Settings
 from rosd_jax.train.devices import split_cpu
 from rosd_jax.train.engines import capability, check_attention
-from rosd_jax.train.inputs import Inputs, headline, read_inputs
+from rosd_jax.train.inputs import Inputs, read_inputs, trained_on
 
-# Fields that save memory, and the value that is tried for each if a stage does not fit.
-LEVERS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
-    ("batch.device_rows", lambda n: 1),
-    ("model.remat", lambda remat: "block"),
-    ("model.remat", lambda remat: "offload"),
-    ("model.frozen", lambda where: "host"),
-    ("optimizer.grad_dtype", lambda dtype: "bfloat16"),
-    ("optimizer.mu_dtype", lambda dtype: "bfloat16"),
-    ("loss.chunk", lambda n: max(128, n // 2)),
-    ("rollout.cache_tokens", lambda n: n // 2),
-    ("rollout.prompt_tokens", lambda n: n // 2),
-    ("mesh.tensor", lambda n: 2 * n),
-)
+WEIGHT_FILES = ("*.safetensors*", "*.bin", "*.pt*")
 
 
 @dataclass(frozen=True)
@@ -57,7 +46,7 @@ class Asked:
     json: bool = False
 
 
-def plan(config: Settings, directory: Path, asked: Asked, announce: Callable[[str], None]) -> None:
+def plan(config: Settings, asked: Asked, announce: Callable[[str], None]) -> None:
     """Prints the plan. announce: called with what is done from now on.
 
     Raises UserError for an unknown slice or stage, and if the mesh or rollout.attention does not fit the
@@ -67,17 +56,38 @@ def plan(config: Settings, directory: Path, asked: Asked, announce: Callable[[st
     if asked.topology == "local":
         split_cpu(config)  # before JAX is initialized
     chips = read_topology(asked.topology)
+    check_mesh(config.mesh, chips)
     announce("reading the model's files and the data")
     inputs = read_inputs(config)
-    job = make_job(config, inputs.model, chips.devices)
+    job = make_job(config, inputs.model, chips)
     platform = "gpu" if chips.platform == "cuda" else chips.platform
     check_attention(config, inputs.model, platform, capability(chips.devices[0]))
     largest = _largest_set(inputs)
-    found = make_plan(job, chips, inputs.tokenizer.stop_ids, inputs.stops, largest, wanted, announce)
+    sets = scored_sets(config, inputs)
+    found = make_plan(job, chips, inputs.tokenizer.stop_ids, inputs.stops, largest, wanted, announce, sets)
     if asked.json:
         print(printed.as_json(found))
         return
-    print(f"{headline(inputs, config, directory, 0)}\n{_about(config, inputs)}\n\n{printed.as_text(found)}")
+    print(f"{_about(config, inputs)}\n\n{printed.as_text(found)}")
+
+
+def check_mesh(mesh: MeshSettings, chips: Slice) -> None:
+    """Raises UserError, which names a topology for the mesh, if its product is not the number of chips."""
+    given = [n for n in (mesh.data, mesh.fsdp, mesh.tensor) if n != -1]
+    needed = math.prod(given)
+    count = len(chips.devices)
+    if needed == count or needed < 1 or (len(given) < 3 and count % needed == 0):
+        return
+    kinds = [chips.chip] if chips.chip else list(CHIPS.values())
+    suitable = ", ".join(name for kind in kinds if (name := slice_name(kind, needed)))
+    such = f", such as {suitable}," if suitable else ""
+    whose = "this machine has" if chips.name == "local" else f"{chips.name} has"
+    multiple = "" if len(given) == 3 else "a multiple of "
+    raise UserError(
+        f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor} is a mesh of {multiple}"
+        f"{needed} chips, and {whose} {count}; name a slice of that size{such} with --topology, or change "
+        "the mesh"
+    )
 
 
 def compiled_stages(names: Sequence[str]) -> tuple[str, ...]:
@@ -96,18 +106,16 @@ def make_plan(
     evaluated: int,
     compiled: Sequence[str] = (),
     announce: Callable[[str], None] = lambda what: None,
+    sets: Mapping[int, int] | None = None,
 ) -> Plan:
     """The plan of all stages.
 
     Stages are lowered if the chips' compiler is available, and those in `compiled` are compiled. `evaluated`
-    is the number of items of the largest evaluation set. Raises UserError if stages are to be compiled for
-    GPUs that are absent.
+    is the number of items of the largest evaluation set, `sets` how often each number of items is scored in
+    the run. Raises UserError if stages are to be compiled for GPUs that are absent, or without libtpu.
     """
     if compiled and not chips.compiles:
-        raise UserError(
-            f"--compile needs the compiler of {chips.name}, which is only available on a machine with such "
-            "GPUs; leave it out, or plan there with --topology=local"
-        )
+        raise UserError(_no_compiler(chips))
     lengths = (at_limits(job.config), realistic(job.config))
     planned = []
     found_stages = list(stages(job, stop_ids, stops, evaluated))
@@ -124,10 +132,23 @@ def make_plan(
                 program = compile_stage(lowered, chips.platform)
         work = {n.name: stage.work(n) for n in lengths}
         planned.append(_stage_plan(stage, chips, seconds, program, work))
-    found = Plan(job, chips, lengths, tuple(planned), ())
-    if found.fits is False:
-        return dataclasses.replace(found, changes=_changes(job, stop_ids, stops, evaluated, planned))
-    return found
+    evaluation = next(stage for stage in found_stages if stage.name == "evaluation")
+    scored = scorings(job.config, evaluation, sets or {})
+    found = Plan(job, chips, lengths, tuple(planned), scored)
+    if found.fits is not False:
+        return found
+    largest = max((plan for plan in planned if plan.fits is False), key=lambda plan: plan.total)
+    trial = Trial(job.config, job.model, chips, stop_ids, stops, evaluated)
+    return dataclasses.replace(found, changes=changes(trial, largest.name), remedies=remedies(trial))
+
+
+def _no_compiler(chips: Slice) -> str:
+    if chips.platform == "tpu":
+        return NO_LIBTPU
+    return (
+        f"--compile needs the compiler of {chips.name}, which is only available on a machine with such "
+        "GPUs; leave it out, or plan there with --topology=local"
+    )
 
 
 def _stage_plan(
@@ -141,44 +162,6 @@ def _stage_plan(
     return StagePlan(stage.name, stage.bytes, total, fits, lowered, compiled, work)
 
 
-def _changes(
-    job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int, planned: Sequence[StagePlan]
-) -> tuple[str, ...]:
-    """Fields to change, one sentence each: those that make the largest stage smaller, the best first.
-
-    Each change is tried alone, by arithmetic.
-    """
-    largest = max((plan for plan in planned if plan.fits is False), key=lambda plan: plan.total)
-    before = sum(largest.bytes.values())
-    found: list[tuple[int, str]] = []
-    for field, change in LEVERS:
-        config = _changed(job.config, field, change)
-        if config is None:
-            continue
-        model = job.model.replace(remat=config.model.remat)
-        try:
-            changed = make_job(config, model, job.mesh.devices.flatten().tolist())
-            others = {stage.name: stage for stage in stages(changed, stop_ids, stops, evaluated)}
-        except UserError:  # the change would break another rule
-            continue
-        after = sum(others[largest.name].bytes.values())
-        if after < before:
-            gain = f"{largest.name} takes {after / 1e9:.1f} GB per chip instead of {before / 1e9:.1f}"
-            found.append((after, f"{field} to {value(config, field)}: {gain}"))
-    return tuple(sentence for _, sentence in sorted(found))
-
-
-def _changed(config: Settings, field: str, change: Callable[[Any], Any]) -> Settings | None:
-    """The config with that change; None if the field has the new value already."""
-    new = change(value(config, field))
-    if new == value(config, field):
-        return None
-    changed = replace(config, field, new)
-    if field == "mesh.tensor" and changed.mesh.data != -1:  # more tensor devices leave fewer row devices
-        changed = replace(changed, "mesh.fsdp", -1)
-    return changed
-
-
 def _largest_set(inputs: Inputs) -> int:
     """Number of items of the largest evaluation or validation set; 1 if there are none."""
     sets = [*inputs.evals.values(), *inputs.validation.values()]
@@ -186,18 +169,26 @@ def _largest_set(inputs: Inputs) -> int:
 
 
 def _about(config: Settings, inputs: Inputs) -> str:
-    """The lines about weights, data and sizes."""
-    try:
-        check_weights(config.model.path, inputs.model)
-        weights = "can be loaded"
-    except UserError as error:
-        weights = f"cannot be loaded: {error}"
+    """The lines about the run, its weights, its data and its sizes."""
     rows = config.batch.prompts * config.batch.samples
     sets = ", ".join(f"{name} {len(items)}" for name, items in inputs.evals.items()) or "none"
     return (
-        f"weights     {weights}\n"
+        f"{config.name}: {len(inputs.train)} problems of {trained_on(config)[0]}, {config.steps} steps\n"
+        f"weights     {_weights(config, inputs)}\n"
         f"a step      {config.batch.prompts} prompts x {config.batch.samples} samples = {rows} rollouts of "
         f"up to {config.rollout.max_new_tokens} tokens\n"
         f"evaluation  {sets}; {config.eval.samples} samples per item\n"
         f"left out    {sum(map(len, inputs.overlong.values()))} prompts longer than data.max_prompt_tokens"
     )
+
+
+def _weights(config: Settings, inputs: Inputs) -> str:
+    """Whether a run could load the weights. A plan needs none, but reports those that are damaged."""
+    path = Path(config.model.path)
+    if not any(file for pattern in WEIGHT_FILES for file in path.glob(pattern)):
+        return f"not in {path}, and not needed for a plan; a run needs them there"
+    try:
+        check_weights(config.model.path, inputs.model)
+    except UserError as error:
+        return f"cannot be loaded: {error}"
+    return "can be loaded"

@@ -17,8 +17,15 @@ from rosd_jax.plan.chips import Slice
 from rosd_jax.plan.collectives import COLLECTIVES
 from rosd_jax.plan.programs import Program
 from rosd_jax.plan.roofline import Lengths, Work
+from rosd_jax.plan.whole_run import Scoring
 
 GPU_NOTE = "By default JAX uses only 75 % of a GPU's memory; this plan assumes XLA_CLIENT_MEM_FRACTION=0.95"
+
+TITLES = {"limits": "at the length limits", "realistic": "at realistic lengths"}
+NOT_COUNTED = (
+    "The bounds count matmuls, memory traffic and GB sent, each by formula. They leave out norms, softmax,\n"
+    "sampling, the latency of collectives, compiling, and the host (grading, reading weights, checkpoints)."
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,9 @@ class Plan:
     chips: Slice
     lengths: Sequence[Lengths]
     stages: Sequence[StagePlan]
-    changes: Sequence[str]  # fields to change if it does not fit
+    scorings: Sequence[Scoring]  # of the whole run
+    changes: Sequence[str] = ()  # fields to change if it does not fit, each alone
+    remedies: Sequence[str] = ()  # what makes it fit then
 
     @property
     def fits(self) -> bool | None:
@@ -62,6 +71,18 @@ class Plan:
             return {}
         each = {stage.name: stage.work[lengths.name].seconds(chip) for stage in self.stages}
         return each | {"step": sum(s for name, s in each.items() if name != "evaluation")}
+
+    def run_seconds(self, lengths: Lengths) -> dict[str, float]:
+        """Lower bounds on the time of all steps, of all evaluations and of both.
+
+        Empty if the chip is not known. Evaluations before the first step and on validation sets are included.
+        """
+        chip = self.chips.chip
+        if chip is None:
+            return {}
+        steps = self.job.config.steps * self.seconds(lengths)["step"]
+        evaluations = sum(s.times * s.work[lengths.name].seconds(chip) for s in self.scorings)
+        return {"steps": steps, "evaluations": evaluations, "run": steps + evaluations}
 
     @property
     def parameters(self) -> int:
@@ -83,7 +104,9 @@ def as_json(plan: Plan) -> str:
             stages=[_stage_json(stage) for stage in plan.stages],
             lengths={lengths.name: asdict(lengths) for lengths in plan.lengths},
             seconds={lengths.name: plan.seconds(lengths) for lengths in plan.lengths},
+            run_seconds={lengths.name: plan.run_seconds(lengths) for lengths in plan.lengths},
             change=list(plan.changes),
+            remedy=list(plan.remedies),
         )
     )
 
@@ -95,7 +118,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         held=stage.total,
         counted_by="arithmetic" if _by_arithmetic(stage) else "compiler",
         fits=stage.fits,
-        lower_seconds=stage.lowered,
+        lowering_seconds=stage.lowered,
         compiled=None if stage.compiled is None else asdict(stage.compiled),
         work={name: asdict(work) for name, work in stage.work.items()},
     )
@@ -108,7 +131,7 @@ def _by_arithmetic(stage: StagePlan) -> bool:
 def as_text(plan: Plan) -> str:
     """Tables and a verdict."""
     parts = [_head(plan), _memory(plan), *(_roofline(plan, lengths) for lengths in plan.lengths)]
-    parts += [_compiling(plan), _verdict(plan)]
+    parts += [_whole_run(plan), _compiling(plan), _verdict(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -145,29 +168,47 @@ def _roofline(plan: Plan, lengths: Lengths) -> str:
     if seconds:
         rows.append(["step", "", "", "", f"{seconds['step']:.3g}"])
     note = "Every response is taught in full. Evaluation is of eval.batch rows and not part of a step."
-    title = {"limits": "at the length limits", "realistic": "at realistic lengths"}[lengths.name]
-    return f"Per chip and step, {title}: {lengths}.\n{note}\n{_table(rows)}"
+    return f"Per chip and step, {TITLES[lengths.name]}: {lengths}.\n{note}\n{_table(rows)}"
+
+
+def _whole_run(plan: Plan) -> str:
+    """The time of the run; empty if the chip is not known."""
+    if plan.chips.chip is None:
+        return ""
+    times = sum(scoring.times for scoring in plan.scorings)
+    bounds = []
+    for lengths in plan.lengths:
+        took = {part: _duration(seconds) for part, seconds in plan.run_seconds(lengths).items()}
+        bounds.append(
+            f"at least {took['run']} {TITLES[lengths.name]}: {plan.job.config.steps} steps {took['steps']}, "
+            f"{times} evaluations of one set {took['evaluations']}"
+        )
+    indented = "\n            ".join(bounds)
+    return f"whole run   {indented}\n{NOT_COUNTED}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.3g} h" if seconds >= 360 else f"{seconds:.3g} s"
 
 
 def _compiling(plan: Plan) -> str:
-    lines = []
-    for stage in plan.stages:
-        if stage.lowered is None:
-            text = "not lowered or compiled, so communication is not counted"
-        else:
-            text = f"lowered in {stage.lowered:.1f} s{_compiled(stage.compiled)}"
-        lines.append(f"{stage.name:12}{text}")
-    return "\n".join(lines)
+    lines = [
+        f"{stage.name:12}lowered in {stage.lowered:.1f} s{_compiled(stage.compiled)}"
+        for stage in plan.stages
+        if stage.lowered is not None
+    ]
+    why = ", since libtpu is not installed" if plan.chips.platform == "tpu" else ""
+    return "\n".join(lines) or f"By arithmetic alone: the stages were not lowered or compiled{why}."
 
 
 def _compiled(compiled: Program | None) -> str:
     if compiled is None:
-        return ", not compiled, so communication is not counted"
+        return ", not compiled"
     if compiled.refused:
         return f", rejected by the compiler after {compiled.seconds:.0f} s: {compiled.refused}"
     text = f", compiled in {compiled.seconds:.1f} s"
     if compiled.collectives is None:
-        return f"{text}; communication is not counted, because the program's text is not available"
+        return f"{text}; its collectives are not known, because the program's text is not available"
     sums = []
     for kind in COLLECTIVES:
         mine = [c for c in compiled.collectives if c.kind == kind]
@@ -179,10 +220,12 @@ def _compiled(compiled: Program | None) -> str:
             )
     loops = any(c.data_loop for c in compiled.collectives)
     note = " (one iteration is counted of loops whose trip count depends on data)" if loops else ""
-    return f"{text}; communication: {'; '.join(sums) or 'none'}{note}"
+    return f"{text}; collectives: {'; '.join(sums) or 'none'}{note}"
 
 
 def _verdict(plan: Plan) -> str:
+    if plan.chips.platform == "cpu":
+        return "verdict     unknown: a CPU's memory is not checked; --topology names other chips to plan for"
     if plan.fits is None:
         return "verdict     unknown: rosd_jax/plan/chips.py does not list the memory of this device"
     largest = max(plan.stages, key=lambda stage: stage.total)
@@ -191,6 +234,7 @@ def _verdict(plan: Plan) -> str:
     used = f"{largest.name} takes {largest.total / 1e9:.1f} of {chip.memory / 1e9:.1f} GB"
     lines = [f"verdict     {plan.verdict}: {used}"]
     lines += [f"            change {change}" for change in plan.changes]
+    lines += [f"            {remedy}" for remedy in plan.remedies]
     return "\n".join(lines)
 
 

@@ -41,7 +41,7 @@ class Lengths:
     teacher: int  # the teacher's prompt
     reflector: int  # the reflector's prompt
     reflection_B: tuple[int, ...]
-    evaluated_B: tuple[int, ...]  # responses of eval.batch rows
+    evaluated_B: tuple[int, ...]  # responses of eval.batch rows, or of a whole set
 
     def __str__(self) -> str:
         mean = sum(self.response_B) / len(self.response_B)
@@ -53,8 +53,8 @@ class Lengths:
         )
 
 
-def at_limits(config: Settings) -> Lengths:
-    """Every text as long as the config allows."""
+def at_limits(config: Settings, evaluated: int | None = None) -> Lengths:
+    """Every text as long as the config allows; `evaluated` responses of an evaluation (None: eval.batch)."""
     rows = config.batch.prompts * config.batch.samples
     return Lengths(
         name="limits",
@@ -63,11 +63,11 @@ def at_limits(config: Settings) -> Lengths:
         teacher=config.lesson.max_teacher_tokens,
         reflector=config.reflect.max_prompt_tokens,
         reflection_B=(config.reflect.max_new_tokens,) * rows,
-        evaluated_B=(config.eval.max_new_tokens,) * config.eval.batch,
+        evaluated_B=(config.eval.max_new_tokens,) * (evaluated or config.eval.batch),
     )
 
 
-def realistic(config: Settings) -> Lengths:
+def realistic(config: Settings, evaluated: int | None = None) -> Lengths:
     """Texts of the lengths to expect: the constants above, cut at the config's limits."""
     rows = config.batch.prompts * config.batch.samples
     return Lengths(
@@ -77,7 +77,7 @@ def realistic(config: Settings) -> Lengths:
         teacher=min(TEACHER, config.lesson.max_teacher_tokens),
         reflector=min(REFLECTOR, config.reflect.max_prompt_tokens),
         reflection_B=_lognormal(REFLECTION, rows, config.reflect.max_new_tokens),
-        evaluated_B=_lognormal(RESPONSE, config.eval.batch, config.eval.max_new_tokens),
+        evaluated_B=_lognormal(RESPONSE, evaluated or config.eval.batch, config.eval.max_new_tokens),
     )
 
 

@@ -1,6 +1,6 @@
 """Every compiled stage of a run, from its config alone: its memory, its work and its lowered program.
 
-    make_job(config, model, devices)              -> Job
+    make_job(config, model, chips)                -> Job
     stages(job, stop_ids, stops, evaluated)       -> one Stage each, in the order of a step
     lower(stage, job)                             -> jax.stages.Lowered; needs no weights and no device
 
@@ -9,7 +9,7 @@ Dimensions: B rows. S and T are the widths of the student's and the teacher's ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -22,6 +22,7 @@ from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import make_mesh, row_devices, validate_mesh_for
 from rosd_jax.plan import budget, roofline
 from rosd_jax.plan.budget import Bytes, Job
+from rosd_jax.plan.chips import Slice
 from rosd_jax.plan.roofline import Lengths, MeshSplit, Work
 from rosd_jax.rollout.decode_loop import Capacity, DecodeSpec
 from rosd_jax.rollout.engine import CallShape, Engine
@@ -53,14 +54,15 @@ class Stage:
         return {kind: n for kind, n in both.items() if n}
 
 
-def make_job(config: Settings, model: Qwen3Config, devices: Sequence[Any]) -> Job:
-    """The run on these devices. Raises UserError if the mesh does not fit the devices or the model."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+def make_job(config: Settings, model: Qwen3Config, chips: Slice) -> Job:
+    """The run on this slice. Raises UserError if the mesh does not fit the slice or the model."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, chips.devices)
     validate_mesh_for(model, mesh)
     check_rows(config, row_devices(mesh))
     optimizer = make_optimizer(config)
     trees = Trees(config, model, mesh, optimizer)
-    return Job(config, model, mesh, trees, make_update(config, model, optimizer, mesh, trees.shardings))
+    update = make_update(config, model, optimizer, mesh, trees.shardings)
+    return Job(config, model, mesh, chips.platform, trees, update)
 
 
 def stages(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int) -> list[Stage]:
