@@ -195,7 +195,7 @@ def update(model: Qwen3Config, lora: bool, tiny: bool, rows: int = 4, rounds: in
     def turn() -> None:
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = run(state, frozen, given)
+            state, metrics, _ = run(state, frozen, given)
         jax.block_until_ready(state)
         losses.append(float(metrics["loss"]))
 

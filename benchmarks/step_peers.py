@@ -76,7 +76,7 @@ def ours(folder: Path, rows: Rows, settings: dict[str, Any]) -> Step:
     def step() -> float:
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = update(state, frozen, lesson)
+            state, metrics, _ = update(state, frozen, lesson)
         jax.block_until_ready(state)
         return float(metrics["loss"])
 

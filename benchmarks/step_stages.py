@@ -126,7 +126,7 @@ class Step:
             rollout.logp_BR,
         )
         with jax.set_mesh(self.mesh):
-            self.state, metrics = self.update(self.state, self.frozen, lesson)
+            self.state, metrics, _ = self.update(self.state, self.frozen, lesson)
         jax.block_until_ready(self.state)
         return float(metrics["loss"])
 

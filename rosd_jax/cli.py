@@ -138,7 +138,8 @@ def obey(argv: list[str], here: place.Place | None) -> None:
             return
         config = validate(read_flags(argv))
         with open_console(here) as console:
-            console.say(f"{config.name}: reads the model and the data")
+            if _MODE.value != "plan":
+                console.say(f"{config.name}: reads the model and the data")
             console.stage("loading JAX")
             run(config, here, console)
     finally:
@@ -147,7 +148,9 @@ def obey(argv: list[str], here: place.Place | None) -> None:
 
 
 def open_console(here: place.Place | None) -> Console:
-    """The console. Only the first process of a training or an evaluation prints its progress."""
+    """The console. Only the first process of a run prints its progress; a plan does so on stderr."""
+    if _MODE.value == "plan":
+        return Console(sys.stderr if _COMPILE.value or sys.stderr.isatty() else None)
     first = here is None or here.process == 0
     return Console(sys.stdout if first and _MODE.value in ("train", "eval") else None)
 
@@ -233,7 +236,7 @@ def run(config: Settings, here: place.Place | None, console: Console) -> None:
     hosts.require_same("the command", {"--workdir": str(directory.absolute())})
     asked = command.Asked(_TOPOLOGY.value, tuple(_COMPILE.value), _JSON.value)
     if _MODE.value == "plan":
-        command.plan(config, directory, asked)
+        command.plan(config, directory, asked, console.stage)
         return
     if asked != command.Asked():
         raise UserError(

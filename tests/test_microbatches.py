@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosd_jax.train.microbatches import cuts, needs, plan_microbatches, width
+from rosd_jax.train.microbatches import by_response, cuts, needs, plan_microbatches, width
 from rosd_jax.types import Lesson
 
 
@@ -47,6 +47,15 @@ def test_every_active_token_is_in_one_microbatch_behind_all_that_it_attends_to(s
             found.append((student, teacher, batch.target_BS[b, s], batch.sampler_logp_BS[b, s]))
     assert len(found) == np.count_nonzero(lesson.weight_BR)
     assert set(found) == wanted
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_what_positions_give_comes_back_to_the_tokens_that_they_predict(rows):
+    lesson = make_lesson(5)
+    values = [batch.sampler_logp_BS for batch in plan_microbatches(lesson, rows, (340, 390))]
+    found_BR = by_response(values, lesson, rows, (340, 390))
+    read_BR = np.arange(lesson.weight_BR.shape[1]) < cuts(lesson.weight_BR)[:, None]
+    np.testing.assert_array_equal(found_BR, np.where(read_BR, lesson.sampler_logp_BR, 0))
 
 
 def test_a_row_ends_at_its_last_active_token_and_one_without_is_left_out():

@@ -55,6 +55,16 @@ def trained(step, **fields):
     return {"step": step, "split": "train", "reward": 0.5, "loss": 0.01, **counts, **fields}
 
 
+def in_loss(text, start, widths, divergence):
+    """The fields of a rollout whose tokens from character `start` on are in the loss."""
+    return {
+        "response": text,
+        "active_span_chars": [start, start + sum(widths)],
+        "active_widths": widths,
+        "divergence": divergence,
+    }
+
+
 def make_run(directory, steps, **config):
     """A run directory with the given rollouts by step."""
     (directory / "rollouts").mkdir(parents=True)
@@ -104,6 +114,40 @@ def test_the_response_is_cut_where_the_span_is(tmp_path):
     page.write_step_file(tmp_path, 1, [rollout(response=text, error_span_chars=span) for span in spans])
     found = [row["response"] for row in step_content(tmp_path / "report" / "step_1.js")["rollouts"]]
     assert found == [[ASTRAL, QUOTE, " after"]] * 2 + [[text]] * 5
+
+
+def heats_of(tmp_path, rows):
+    page.write_step_file(tmp_path, 1, rows)
+    return [row["heat"] for row in step_content(tmp_path / "report" / "step_1.js")["rollouts"]]
+
+
+def test_tokens_in_the_loss_are_counted_as_javascript_counts(tmp_path):
+    basic = rollout(**in_loss("abcde", 1, [1, 0, 2], [0.25, 1.234e-5, None]))
+    text = "a\U0001f600b\U0001d54f\ud83d"
+    other = rollout(**in_loss(text, 1, [1, 1, 0, 2], [0.1, 0.2, 0.3, 0.4]))
+    wanted = [
+        {"start": 1, "widths": [1, 0, 2], "nats": [25_000, 1, None]},
+        {"start": 1, "widths": [2, 1, 0, 3], "nats": [10_000, 20_000, 30_000, 40_000]},
+    ]
+    assert heats_of(tmp_path, [basic, other]) == wanted
+
+
+def test_divergences_that_do_not_fit_the_response_are_left_out(tmp_path):
+    row = rollout(**in_loss("abcde", 1, [1, 2], [0.1, 0.2]))
+    changes = (
+        {"active_span_chars": None},
+        {"active_span_chars": [1, 9]},
+        {"active_span_chars": [1, 5]},
+        {"active_widths": [1, 2, 0]},
+        {"active_widths": [4, -1]},
+        {"active_widths": [1.0, 2.0]},
+        {"divergence": "high"},
+        {"response": "a"},
+    )
+    assert heats_of(tmp_path, [rollout(), *(row | change for change in changes)]) == [None] * 9
+    for odd in ("high", True, 1e308, 10**400, float("nan")):
+        (heat,) = heats_of(tmp_path, [row | {"divergence": [odd, 1]}])
+        assert heat["nats"] == [None, 100_000]
 
 
 def test_foreign_rows_of_other_types_are_shown_as_they_are(tmp_path):
@@ -242,13 +286,20 @@ def hostile(tmp_path_factory):
         )
         for name, text in HOSTILE.items()
     ]
-    run = make_run(tmp_path_factory.mktemp("hostile") / "<b>run", {1: rows}, **{"<i>": "</script><script>"})
+    steps = {1: rows, 2: [in_tokens(row) for row in rows]}
+    run = make_run(tmp_path_factory.mktemp("hostile") / "<b>run", steps, **{"<i>": "</script><script>"})
     row = {"step": 1, "avg": 0.5, "avg_se": 0.1, "k": 1}
     with open(run / "metrics.jsonl", "a") as file:
         for text in HOSTILE.values():
             file.write(json.dumps({**row, "split": f"eval/{text}"}) + "\n")
     page.remake(run)
     return run / "report.html"
+
+
+def in_tokens(row):
+    """The row with tokens of three characters in the loss, from the fourth character on."""
+    count = (len(row["response"]) - 4) // 3
+    return row | in_loss(row["response"], 4, [3] * count, [0.01] * count)
 
 
 SHOWN = {
@@ -272,6 +323,22 @@ def test_hostile_texts_are_shown_and_do_nothing(browser, hostile, name, width):
     assert browser.run(f"document.querySelectorAll('{made}').length") == 0
     for element in ("document.documentElement", "document.getElementById('detail')"):
         assert browser.run(f"{element}.scrollWidth - {element}.clientWidth") <= 0, "nothing scrolls sideways"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_tokens_are_shown_and_do_nothing(browser, hostile, name):
+    browser.open(hostile, f"step=2&row={list(HOSTILE).index(name)}", width=400)
+    wanted = SHOWN.get(name, HOSTILE[name])
+    assert text_of(browser, "mark.error") == wanted
+    assert text_of(browser, "#detail .response") == f"before {wanted} after"
+    titles = browser.run("[...document.querySelectorAll('#detail .response .token')].map((e) => e.title)")
+    assert all(title.endswith(": 0.01 nats") for title in titles) and titles
+    said = "".join(titles)
+    assert not any(character in said for character in "\u202e\u2067\u200f\u2028\x07\x1b\ufeff\n")
+    assert browser.run("document.title") == "<b>run · ROSD"
+    assert browser.run("document.querySelectorAll('#detail .response :not(span, mark)').length") == 0
+    detail = "document.getElementById('detail')"
+    assert browser.run(f"{detail}.scrollWidth - {detail}.clientWidth") <= 0, "nothing scrolls sideways"
 
 
 def test_only_the_page_may_run_scripts(browser, hostile):
@@ -307,6 +374,98 @@ def test_the_error_is_marked_in_place_after_characters_outside_the_basic_plane(b
     assert text_of(browser, "#detail .response") == ASTRAL + QUOTE + " after"
     assert text_of(browser, "#detail .idea") == "It is 4."
     assert text_of(browser, ".verdict") == "Wrong, reward 0. Taught: 2 of 3 tokens are in the loss."
+
+
+# The tokens " go", "od 😀𝕏", "", " bad", "\n" and "" are in the loss. The error cuts two of them.
+IN_LOSS = "all good \U0001f600\U0001d54f bad\n"
+HEAT = dict(
+    widths=[3, 5, 0, 4, 1, 0],
+    divergence=[0.1, 0.001, 0.00007, 0.693147, None, 0.000002],
+)
+
+
+@pytest.fixture(scope="module")
+def strip(tmp_path_factory):
+    start = IN_LOSS.index("od")
+    fields = dict(reward=0.0, reflection="said", quote="od", error_span_chars=[start - 1, start + 2])
+    wrong = rollout(**in_loss(IN_LOSS, 3, **HEAT), **fields, active_tokens=6)
+    directory = make_run(tmp_path_factory.mktemp("strip") / "run", {1: [wrong, rollout()]})
+    page.remake(directory)
+    return directory / "report.html"
+
+
+def test_a_bar_under_each_token_in_the_loss_shows_its_divergence(browser, strip):
+    browser.open(strip, "step=1&row=0")
+    assert text_of(browser, "#detail .response") == IN_LOSS and text_of(browser, "mark.error") == "ood"
+    token = "#detail .response .token"
+    assert texts_of(browser, token) == [" g", "o", "od", " \U0001f600\U0001d54f", "", " bad", "\n", ""]
+    titles = browser.run(f"[...document.querySelectorAll('{token}')].map((e) => e.title)")
+    assert titles == [
+        "“ g”: 0.1 nats",
+        "“o”: 0.1 nats",
+        "“od”: 0.001 nats",
+        "“ \U0001f600\U0001d54f”: 0.001 nats",
+        "a token without text of its own: 0.00007 nats",
+        "“ bad”: 0.693 nats",
+        "“↵”: not a finite number",
+        "a token without text of its own: less than 0.00001 nats",
+    ]
+    known = f"[...document.querySelectorAll('{token}:not(.unknown)')]"
+    sizes = browser.run(f"{known}.map((e) => getComputedStyle(e).backgroundSize)")
+    heights = [float(size.split(" ")[-1].removesuffix("px")) for size in sizes]
+    assert heights[0] == heights[1] == pytest.approx(2 + 8 * 0.75)
+    assert heights[2] == heights[3] == pytest.approx(2 + 8 * 0.25) and heights[4] == heights[6] == 2
+    assert heights[5] == max(heights) < 10
+    empty = f"document.querySelectorAll('{token}')[4].getBoundingClientRect().width"
+    assert browser.run(empty) > 3, "a token without text can be pointed at"
+    assert texts_of(browser, ".scale .token") == ["0.0001 or less", "0.001", "0.01", "0.1", "1"]
+    assert "mean 0.159 nats, highest 0.693 nats" in text_of(browser, ".token-read")
+    browser.press("j")
+    assert browser.run("document.querySelector('.token, .scale, .token-read')") is None
+
+
+def test_the_keyboard_and_the_pointer_tell_the_divergence_of_a_token(browser, strip):
+    browser.open(strip, "step=1&row=0")
+    for key, wanted in ((".", 1), (".", 2), (".", 3), (",", 2), (",", 1), (",", 1)):
+        browser.press(key)
+        assert text_of(browser, ".token-read").startswith(f"Token {wanted} of 6 in the loss, ")
+    assert texts_of(browser, ".token.current") == [" g", "o"], "the error begins inside this token"
+    place = browser.run(
+        "JSON.stringify(document.querySelector('[data-token=\"3\"]').getBoundingClientRect())"
+    )
+    x, y = (json.loads(place)[side] + 4 for side in ("x", "y"))
+    browser.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    assert text_of(browser, ".token-read") == "Token 4 of 6 in the loss, “ bad”: 0.693 nats."
+    browser.ask("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    assert text_of(browser, ".token-read").startswith("6 tokens in the loss")
+
+
+def test_bars_are_seen_in_both_schemes(browser, strip):
+    for scheme in ("light", "dark"):
+        browser.colours(scheme)
+        browser.open(strip, "step=1&row=0")
+        low, high, ground = browser.run(COLOURS)
+        assert contrast(low, ground) > 1.5 and contrast(high, low) > 2 and contrast(high, ground) > 7, scheme
+
+
+def contrast(*colours):
+    """The ratio of two colours of the sRGB space, by the formula of the WCAG."""
+    lights = []
+    for colour in colours:
+        parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        lights.append(0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+# The lowest and the highest colour of the scale, and the ground that they are on.
+COLOURS = """(() => {
+  const paint = document.createElement("canvas").getContext("2d");
+  return ["--heat-low", "--heat-high", "--page"].map((name) => {
+    paint.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(name);
+    paint.fillRect(0, 0, 1, 1);
+    return [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3).map((c) => c / 255);
+  });
+})()"""
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,10 @@ def test_every_stage_of_the_demo_takes_what_is_planned_within_a_fifth():
     model = read_config(ROOT / config.model.path, num_tokens=None, dtype="float32", remat="none")
     job = make_job(config, model, jax.devices()[:2])
     local = Slice("local", None, jax.devices()[:2], "cpu", compiles=True)
-    found = make_plan(job, local, (5,), None, 256, compiled=STAGES)
+    told = []
+    found = make_plan(job, local, (5,), None, 256, compiled=STAGES, announce=told.append)
+    assert told[::2] == [f"lowering {name} (stage {i}/6)" for i, name in enumerate(STAGES, 1)]
+    assert told[1::2] == [f"compiling {name} (stage {i}/6)" for i, name in enumerate(STAGES, 1)]
     assert found.fits is None
     for stage in found.stages:
         assert sum(stage.bytes.values()) == pytest.approx(stage.total, rel=0.2), stage.name

@@ -13,6 +13,7 @@ from pod import (
     FIELDS,
     Pod,
     arguments,
+    assert_same_rows,
     assert_same_texts,
     finish,
     free_port,
@@ -66,7 +67,7 @@ def same(directory, other):
 
 
 def test_two_processes_do_what_one_does(pair, alone):
-    assert_same_texts(pair / "run", alone)
+    assert_same_texts(pair / "run", alone, exact=False)
     assert largest_difference(pair / "run", alone) < ROUNDING
     assert left(pair / "run") == left(alone)
 
@@ -86,7 +87,7 @@ def test_only_the_first_process_prints(pair):
 @pytest.mark.nightly
 def test_four_processes_do_what_one_does(model, alone, cache, tmp_path):
     finish(4, arguments(model, tmp_path / "run"), tmp_path, **cache)
-    assert_same_texts(tmp_path / "run", alone)
+    assert_same_texts(tmp_path / "run", alone, exact=False)
     assert largest_difference(tmp_path / "run", alone) < ROUNDING
 
 
@@ -101,7 +102,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(model, 
         assert turn == 0 or f"resumes after step {turn}" in (done.cwd / "out0").read_text()
     for step in range(1, FIELDS["steps"] + 1):
         name = f"rollouts/step_{step}.jsonl"
-        assert (directory / name).read_bytes() == (alone / name).read_bytes()
+        assert_same_rows(directory / name, alone / name)
     assert largest_difference(directory, alone, only="train") < MESH
 
 

@@ -232,6 +232,14 @@ def test_math_accepts_every_gold_solution(grader):
     assert [r["unique_id"] for r, g in zip(rows, grades, strict=True) if g.score != 1] == []
 
 
+def test_it_tells_how_many_comparisons_are_done():
+    told = []
+    answers = ["\\boxed{1/2}", "\\boxed{2/4}", "\\boxed{3}", "none"]
+    with Grader(progress=lambda *counts: told.append(counts)) as grader:
+        grader.grade_all(answers, [_problem("math", "0.5")] * 4, thinking_open=False)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
 def _check_gold_against_itself(grader, rows):
     # Gold solutions box the gold text itself, so the grade above never asks math-verify; this does.
     verdicts = grader._pool.answer_all([(row["answer"], row["answer"], "fixed") for row in rows])

@@ -257,7 +257,28 @@ def test_rollouts_are_records_that_agree_with_themselves_and_the_metrics(finishe
                 assert r["response"][slice(*r["error_span_chars"])] == r["quote"]
                 assert r["reward"] == 0 and r["active_tokens"] == stop - start
                 located += 1
+        assert_tokens_in_the_loss(records, row, tokenizer)
     assert located
+
+
+def assert_tokens_in_the_loss(records, row, tokenizer):
+    """Their texts are those of the response, and their divergences have the mean that the metrics tell."""
+    divergences = []
+    for r in records:
+        if not r["active_tokens"]:
+            assert r["active_span_tokens"] is r["active_span_chars"] is r["divergence"] is None
+            continue
+        start, stop = r["active_span_tokens"]
+        at, end = r["active_span_chars"]
+        assert len(r["divergence"]) == r["active_tokens"] == stop - start
+        for token, width in zip(r["token_ids"][start:stop], r["active_widths"], strict=True):
+            assert r["response"][at : at + width] == tokenizer.decode([token])
+            at += width
+        assert at == end
+        divergences += r["divergence"]
+    assert len(divergences) == row["active_tokens"]
+    if divergences:
+        assert np.mean(divergences) == pytest.approx(row["divergence"], rel=1e-3)
 
 
 def test_the_export_is_the_trained_model(finished, model):

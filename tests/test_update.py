@@ -137,7 +137,7 @@ def quickly(less):
 
 
 def step(lesson, *, frozen=None, **options):
-    """State and metrics after one update, on the host. As in a run, the mesh is in context.
+    """State, metrics and divergences of one update, on the host. As in a run, the mesh is in context.
 
     All but the plain update are compiled with less optimisation.
     """
@@ -171,15 +171,16 @@ def assert_same(found, wanted):
 
 
 def assert_same_update(found, wanted, rtol=1e-5):
-    """Gradient, parameters, moments and metrics of two (state, metrics) pairs."""
+    """Gradient, parameters, moments, metrics and divergences of two updates."""
     assert_near(gradient(found[0]), gradient(wanted[0]), rtol)
 
-    def change(pair):
-        return jax.tree.map(np.subtract, pair[0].params, trees()[0])
+    def change(updated):
+        return jax.tree.map(np.subtract, updated[0].params, trees()[0])
 
     assert_near(change(found), change(wanted), 10 * rtol)
     assert_near(found[0].opt_state, wanted[0].opt_state, 10 * rtol)
     assert_near(found[1], wanted[1], rtol)
+    assert_near(found[2], wanted[2], 10 * rtol)
 
 
 @cache
@@ -222,7 +223,7 @@ def plain_terms(lesson, params, frozen):
 
 
 def test_the_loss_is_the_float64_mean_over_active_tokens():
-    lesson, (state, metrics) = make_lesson(), plain()
+    lesson, (state, metrics, _) = make_lesson(), plain()
     terms = plain_terms(lesson, *trees())
     names = ("ratio", "divergence", "student_topk_mass", "teacher_topk_mass")
     np.testing.assert_allclose([metrics[name] for name in names], terms.mean(1), rtol=2e-5)
@@ -230,6 +231,22 @@ def test_the_loss_is_the_float64_mean_over_active_tokens():
     assert metrics["active_tokens"] == lesson.weight_BR.sum() == terms.shape[1]
     assert (terms[0] == CAP).any() and (terms[0] < CAP).any()
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient(state))), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 1)], ids=str)
+def test_the_divergence_of_each_token_is_told_and_makes_up_the_loss(shape):
+    """Of all rows in the order of the lesson, from several micro-batches on one device and on eight."""
+    lesson = make_lesson()
+    rows = 4 if shape == (1, 1, 1) else 1
+    assert len(plan_microbatches(lesson, rows * np.prod(shape), (64, 64))) > 1
+    _, metrics, divergence_BR = step(lesson, shape=shape, device_rows=rows)
+    ratios, divergences, *_ = plain_terms(lesson, *trees())
+    active_BR = lesson.weight_BR != 0
+    # Rounding of the logits is larger than what float32 adds, so small divergences have an absolute error.
+    np.testing.assert_allclose(divergence_BR[active_BR], divergences, rtol=1e-4, atol=1e-6)
+    assert not divergence_BR[~active_BR].any()
+    assert metrics["divergence"] == pytest.approx(divergence_BR[active_BR].mean(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx((ratios * divergence_BR[active_BR]).mean(), rel=2e-5)
 
 
 def test_the_gradient_is_that_of_the_loss():
@@ -275,7 +292,7 @@ def uncut_loss(params, frozen, lesson):
 
 
 def test_cutting_rows_changes_neither_the_loss_nor_its_gradient():
-    lesson, (state, metrics) = make_lesson(), plain()
+    lesson, (state, metrics, _) = make_lesson(), plain()
     loss, grads = jax.jit(jax.value_and_grad(partial(uncut_loss, lesson=lesson)))(*trees())
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert_near(gradient(state), jax.device_get(grads), 3e-5)
@@ -347,7 +364,8 @@ def test_the_order_of_the_rows_does_not_matter():
         weight_BR=lesson.weight_BR[order],
         sampler_logp_BR=lesson.sampler_logp_BR[order],
     )
-    assert_same_update(step(shuffled), plain())
+    state, metrics, divergence_BR = step(shuffled)
+    assert_same_update((state, metrics, divergence_BR[np.argsort(order)]), plain())
 
 
 def test_what_follows_the_span_does_not_matter():
@@ -392,17 +410,18 @@ def test_progress_is_told_before_each_micro_batch():
 
 def test_an_empty_lesson_changes_nothing_and_is_counted():
     empty = make_lesson(weight_BR=np.zeros((B, R), np.float32))
-    state, metrics = step(empty)
+    state, metrics, divergence_BR = step(empty)
     assert_same((state.params, state.opt_state), untouched())
     assert state.step == 1 and metrics["skipped_empty"] == 1 and metrics["skipped_nonfinite"] == 0
     assert metrics["grad_norm"] == metrics["active_tokens"] == 0
     assert np.isnan(metrics["loss"]) and np.isnan(metrics["ratio"])  # means over nothing
+    assert divergence_BR.shape == (B, R) and not divergence_BR.any()
     assert plain()[1]["skipped_empty"] == 0
 
 
 def test_an_empty_lesson_decays_the_weights_where_the_config_says_so():
     empty = make_lesson(weight_BR=np.zeros((B, R), np.float32))
-    state, metrics = step(empty, empty_batch="step", weight_decay=0.5)
+    state, metrics, _ = step(empty, empty_batch="step", weight_decay=0.5)
     wanted = jax.tree.map(lambda x: x * (1 - LR / WARMUP * 0.5), trees()[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.params, wanted)
     assert metrics["skipped_empty"] == 0
@@ -416,7 +435,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(where):
     else:
         row, at = np.argwhere(lesson.weight_BR)[0]
         lesson.sampler_logp_BR[row, at] = np.nan
-    state, metrics = step(lesson, frozen=frozen)
+    state, metrics, _ = step(lesson, frozen=frozen)
     assert not np.isfinite(metrics["grad_norm"])
     assert_same((state.params, state.opt_state), untouched())
     assert metrics["skipped_nonfinite"] == 1 and metrics["skipped_empty"] == 0 and state.step == 1
@@ -456,7 +475,7 @@ def test_the_rate_warms_up_from_its_first_part_or_from_zero(from_zero):
 
 
 def test_the_gradient_is_clipped_to_the_norm_before_adam_sees_it():
-    state, metrics = plain()
+    state, metrics, _ = plain()
     assert metrics["grad_norm"] > 0.05
     adam = state.opt_state[1][1][0]
     assert float(optax.tree.norm(adam.mu)) == pytest.approx(0.1 * 0.05, rel=1e-5)
@@ -494,7 +513,7 @@ def test_lessons_of_like_lengths_are_compiled_once_and_the_state_goes_on():
             make_lesson(weight_BR=np.zeros((B, R), np.float32)),
             make_lesson(2),
         ):
-            state, metrics = update(state, frozen, lay(lesson)[2])
+            state, metrics, _ = update(state, frozen, lay(lesson)[2])
     for function in (update.teach, update.learn, update.apply):
         assert function._cache_size() <= 1  # 0: pushed out of the cache that all of JAX shares
     assert state.step == 4 and metrics["active_tokens"] > 0

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,6 +272,34 @@ def test_default_workdir_is_under_runs_and_safe_as_a_path():
     assert re.fullmatch(r"runs/quickstart-\d{8}-\d{6}", str(workdir.default_workdir("quickstart")))
     name = workdir.default_workdir("../a b:physics,debug")
     assert re.fullmatch(r"runs/a-b-physics-debug-\d{8}-\d{6}", str(name))
+
+
+# "a€b" as the tokens "a", two bytes of "€", its last byte, "b" and a stop token.
+SPLIT = [[0, 1], [1, 2], [1, 2], [2, 3], [3, 3]]
+
+
+@pytest.mark.parametrize(
+    "weights, tokens, chars, widths",
+    [
+        ([1, 1, 1, 1, 1], (0, 5), (0, 3), [1, 1, 0, 1, 0]),
+        ([0, 1, 1, 0, 0], (1, 3), (1, 2), [1, 0]),
+        ([0, 0, 1, 1, 1], (2, 5), (2, 3), [0, 1, 0]),  # "€" is the text of a token that is not in the loss
+        ([0, 0, 0, 0, 1], (4, 5), (3, 3), [0]),
+    ],
+)
+def test_the_tokens_in_the_loss_are_recorded_with_their_text_and_divergence(weights, tokens, chars, widths):
+    split = SimpleNamespace(offsets=lambda ids: np.array(SPLIT)[: len(ids)])
+    divergence_R = np.float32([0.1234567, 1e-7, 0.5, np.nan, 0, 7, 7])
+    weight_R = np.float32([*weights, 0, 0])
+    found = workdir.active_tokens(np.arange(5), weight_R, divergence_R, split)
+    assert (found["active_span_tokens"], found["active_span_chars"]) == (tokens, chars)
+    assert found["active_widths"] == widths
+    assert found["divergence"] == [0.1235, 1e-7, 0.5, None, 0.0][slice(*tokens)]
+
+
+def test_a_rollout_without_tokens_in_the_loss_has_no_divergence():
+    none = workdir.active_tokens(np.arange(5), np.zeros(7), np.zeros(7), SimpleNamespace())
+    assert len(none) == 4 and set(none.values()) == {None}
 
 
 def test_rollouts_keep_hostile_text_and_arrays(tmp_path):

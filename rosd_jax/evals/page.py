@@ -14,6 +14,7 @@ puts them into the document as text alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ Json = dict[str, Any]
 PAGE = "report.html"
 FOLDER = "report"
 SUFFIX = ".js"  # of the files there
+NATS = 1e-5  # the unit of divergences there, which makes them short
 PLACE = "@DATA@"  # of the data in the template
 # What a reader of one rollout is told about its note, in addition to the words of NOTES.
 WHY = {
@@ -330,19 +332,60 @@ def _rollout(problem: int, row: Mapping[str, Any]) -> Json:
         "idea": _maybe(row.get("idea")),
         "reflection": _maybe(row.get("reflection")),
         "ambiguous": bool(row.get("ambiguous")),
+        "heat": _heat(row, response),
     }
 
 
-def _parts(text: str, span: Any) -> list[str]:
-    """The text, cut at both ends of the span.
+def _heat(row: Mapping[str, Any], response: str) -> Json | None:
+    """The tokens in the loss: where they start, their widths, and their divergences in units of NATS.
+
+    Places and widths are in UTF-16 code units, in which JavaScript counts. None if the row does not have
+    them, as in runs of earlier versions, or if they do not fit the response.
+    """
+    widths = row.get("active_widths")
+    divergence = row.get("divergence")
+    span = _span(row.get("active_span_chars"), response)
+    if span is None or not isinstance(widths, list) or not isinstance(divergence, list):
+        return None
+    if len(widths) != len(divergence) or not all(type(width) is int and width >= 0 for width in widths):
+        return None
+    ends = list(itertools.accumulate(widths, initial=span[0]))
+    if ends[-1] != span[1]:
+        return None
+    if _utf16(response) != len(response):
+        widths = [_utf16(response[start:stop]) for start, stop in itertools.pairwise(ends)]
+    start = _utf16(response[: span[0]])
+    return {"start": start, "widths": widths, "nats": [_nats(value) for value in divergence]}
+
+
+def _nats(value: Any) -> int | None:
+    """A divergence in units of NATS; None for one that was not finite, or that no loss gives."""
+    return round(value / NATS) if type(value) in (int, float) and abs(value) < 1e6 else None
+
+
+def _utf16(text: str) -> int:
+    """Code units of UTF-16: two for a character outside the basic plane."""
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
+
+
+def _parts(text: str, place: Any) -> list[str]:
+    """The text, cut at both ends of a place [start, stop) if it is one.
 
     It is cut here, because a place in characters of Python is another one in JavaScript, where a character
     outside the basic plane counts as two.
     """
-    valid = isinstance(span, list | tuple) and len(span) == 2 and all(type(at) is int for at in span)
-    if not valid or not 0 <= span[0] <= span[1] <= len(text):
+    span = _span(place, text)
+    if span is None:
         return [text]
     return [text[: span[0]], text[span[0] : span[1]], text[span[1] :]]
+
+
+def _span(place: Any, text: str) -> tuple[int, int] | None:
+    """A field of a row as a place [start, stop) in the text; None if it is not one."""
+    if not isinstance(place, list | tuple) or len(place) != 2 or not all(type(at) is int for at in place):
+        return None
+    start, stop = place
+    return (start, stop) if 0 <= start <= stop <= len(text) else None
 
 
 def _column(rows: Sequence[MetricsRow], field: str) -> list[float | None]:

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from absl import logging
-
 from rosd_jax.errors import UserError
 from rosd_jax.fields import replace, value
 from rosd_jax.models.weights import check_weights
@@ -59,8 +57,8 @@ class Asked:
     json: bool = False
 
 
-def plan(config: Settings, directory: Path, asked: Asked) -> None:
-    """Prints the plan.
+def plan(config: Settings, directory: Path, asked: Asked, announce: Callable[[str], None]) -> None:
+    """Prints the plan. announce: called with what is done from now on.
 
     Raises UserError for an unknown slice or stage, and if the mesh or rollout.attention does not fit the
     slice or the model.
@@ -69,11 +67,13 @@ def plan(config: Settings, directory: Path, asked: Asked) -> None:
     if asked.topology == "local":
         split_cpu(config)  # before JAX is initialized
     chips = read_topology(asked.topology)
+    announce("reading the model's files and the data")
     inputs = read_inputs(config)
     job = make_job(config, inputs.model, chips.devices)
     platform = "gpu" if chips.platform == "cuda" else chips.platform
     check_attention(config, inputs.model, platform, capability(chips.devices[0]))
-    found = make_plan(job, chips, inputs.tokenizer.stop_ids, inputs.stops, _largest_set(inputs), wanted)
+    largest = _largest_set(inputs)
+    found = make_plan(job, chips, inputs.tokenizer.stop_ids, inputs.stops, largest, wanted, announce)
     if asked.json:
         print(printed.as_json(found))
         return
@@ -95,6 +95,7 @@ def make_plan(
     stops: Stops | None,
     evaluated: int,
     compiled: Sequence[str] = (),
+    announce: Callable[[str], None] = lambda what: None,
 ) -> Plan:
     """The plan of all stages.
 
@@ -109,26 +110,24 @@ def make_plan(
         )
     lengths = (at_limits(job.config), realistic(job.config))
     planned = []
-    for stage in stages(job, stop_ids, stops, evaluated):
+    found_stages = list(stages(job, stop_ids, stops, evaluated))
+    for number, stage in enumerate(found_stages, start=1):
         seconds = None
         program = None
         if chips.compiles:
-            seconds, program = _lower(stage, job, chips, stage.name in compiled)
+            announce(f"lowering {stage.name} (stage {number}/{len(found_stages)})")
+            start = time.perf_counter()
+            lowered = lower(stage, job)
+            seconds = time.perf_counter() - start
+            if stage.name in compiled:
+                announce(f"compiling {stage.name} (stage {number}/{len(found_stages)})")
+                program = compile_stage(lowered, chips.platform)
         work = {n.name: stage.work(n) for n in lengths}
         planned.append(_stage_plan(stage, chips, seconds, program, work))
     found = Plan(job, chips, lengths, tuple(planned), ())
     if found.fits is False:
         return dataclasses.replace(found, changes=_changes(job, stop_ids, stops, evaluated, planned))
     return found
-
-
-def _lower(stage: Stage, job: Job, chips: Slice, compiled: bool) -> tuple[float, Program | None]:
-    """Seconds that lowering took, and the compiled program if it is asked for."""
-    logging.info("lowering %s", stage.name)
-    start = time.perf_counter()
-    program = lower(stage, job)
-    seconds = time.perf_counter() - start
-    return seconds, compile_stage(program, chips.platform) if compiled else None
 
 
 def _stage_plan(

@@ -8,7 +8,7 @@ worker processes load quickly.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast, get_args
 
 from rosd_jax.errors import UserError
@@ -32,16 +32,22 @@ class Grader:
     A context manager: workers start when first needed and end on exit. mode: "fixed", "official" or
     "MODULE:FUNCTION". timeout_s: the limit for one comparison, or for one response in a user's function, in
     seconds of CPU time. Beyond it the worker is ended and replaced, and the response scores 0. `timeouts`
-    counts these responses and those whose worker died. Raises UserError for an unknown mode.
+    counts these responses and those whose worker died. progress: called with how many of the comparisons, or
+    of the calls of a user's function, are done. Raises UserError for an unknown mode.
     """
 
-    def __init__(self, mode: str = "fixed", timeout_s: float = 5.0):
+    def __init__(
+        self,
+        mode: str = "fixed",
+        timeout_s: float = 5.0,
+        progress: Callable[[int, int], None] | None = None,
+    ):
         if ":" not in mode and mode not in get_args(Mode):
             raise UserError(f"rewards is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
         workers = min(_MAX_WORKERS, os.cpu_count() or 1)
-        self._own = custom.OwnReward(mode, timeout_s, workers) if ":" in mode else None
+        self._own = custom.OwnReward(mode, timeout_s, workers, progress) if ":" in mode else None
         self.mode: Mode = cast(Mode, mode)
-        self._pool = Pool(timeout_s, workers, checker.__name__, [mode])
+        self._pool = Pool(timeout_s, workers, checker.__name__, [mode], progress)
 
     def __enter__(self) -> Grader:
         return self

@@ -43,10 +43,12 @@ class Greeting(NamedTuple):
 class OwnReward:
     """Grades by the function that `name` gives. `timeouts` counts the responses beyond the time limit."""
 
-    def __init__(self, name: str, timeout_s: float, size: int):
+    def __init__(
+        self, name: str, timeout_s: float, size: int, progress: Callable[[int, int], None] | None = None
+    ):
         self.timeouts = 0
         self._name = name
-        self._pool = Pool(timeout_s, size, __name__, (name,))
+        self._pool = Pool(timeout_s, size, __name__, (name,), progress)
 
     def start(self) -> Greeting:
         """Imports the function in a worker, and returns what it says of the function.

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -142,11 +142,20 @@ class _Worker:
 class Pool:
     """Up to `size` workers, each started when first needed. `close` ends them.
 
-    `timeouts` counts the questions so far whose worker was stuck or died.
+    `timeouts` counts the questions so far whose worker was stuck or died. progress: called with how many of
+    the questions asked together are answered.
     """
 
-    def __init__(self, timeout_s: float, size: int, module: str, given: Sequence[str] = ()):
+    def __init__(
+        self,
+        timeout_s: float,
+        size: int,
+        module: str,
+        given: Sequence[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ):
         self.timeouts = 0
+        self._progress = progress
         self._timeout_s = timeout_s
         self._size = size
         self._made_by = module, given
@@ -167,14 +176,19 @@ class Pool:
         finally:
             self._idle.put(worker)
 
-    def answer_all(self, questions: Iterable[Any], times: int = 1) -> list[Any]:
+    def answer_all(self, questions: Sequence[Any], times: int = 1) -> list[Any]:
         """The answers in order, `Unanswered` where a worker was stuck or died.
 
         times: a factor for the time limit of each question. Raises the first UserError that a worker answers
         with, and asks no further questions.
         """
+        answers = []
         with ThreadPoolExecutor(self._size) as threads:
-            return list(threads.map(lambda question: self._answer(question, times), questions))
+            for answer in threads.map(lambda question: self._answer(question, times), questions):
+                answers.append(answer)
+                if self._progress:
+                    self._progress(len(answers), len(questions))
+        return answers
 
     def _answer(self, question: Any, times: int) -> Any:
         worker = self._idle.get()

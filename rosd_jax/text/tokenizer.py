@@ -221,7 +221,8 @@ class Tokenizer:
         control = set(self._control().values())
         if isinstance(self.inner.backend_tokenizer.decoder, ByteLevel):
             name = self.inner.backend_tokenizer.id_to_token
-            return _byte_spans([b"" if i in control else _token_bytes(name(i) or "") for i in ids])
+            data = {i: b"" if i in control else _token_bytes(name(i) or "") for i in set(ids)}
+            return _byte_spans([data[i] for i in ids])
         kept = [k for k, i in enumerate(ids) if i not in control]
         ends = np.zeros(len(ids) + 1, np.int64)
         ends[np.array(kept, np.int64) + 1] = _text_ends(self.decode, [ids[k] for k in kept])

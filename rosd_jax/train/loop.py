@@ -58,7 +58,7 @@ from rosd_jax.train.trackers import Trackers, require_trackers
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.unfinished import Unfinished
 from rosd_jax.train.update import learner
-from rosd_jax.types import Params, Stream, TrainState
+from rosd_jax.types import HostRollout, Params, Stream, TrainState
 
 
 def train(config: Settings, directory: Path, hosts: Hosts, console: Console, *, profile: bool) -> None:
@@ -81,7 +81,7 @@ def train(config: Settings, directory: Path, hosts: Hosts, console: Console, *, 
     compiled = Compiled(console.compiling)  # counts from here, so before anything is compiled
     with (
         claim(hosts, directory, config, to_train=True),
-        Grader(config.rewards, config.reward_timeout) as grader,
+        Grader(config.rewards, config.reward_timeout, console.progress) as grader,
         track(config, directory, hosts) as trackers,
     ):
         runtime, trees = build(config, inputs, grader, unfinished, console)
@@ -259,7 +259,7 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
     began = time.perf_counter()
     timeouts = run.runtime.grader.timeouts
     prompts = batch_at(run.inputs.train, step, run.config.seed, run.config.batch.prompts)
-    state, numbers, reflected, weight_BR = train_step(
+    state, numbers, reflected, lesson, divergence_BR = train_step(
         run.runtime, state, frozen_params, prompts, step, run.console.stage
     )
     timeouts = run.runtime.grader.timeouts - timeouts
@@ -267,7 +267,12 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
     numbers["seconds"] = time.perf_counter() - began
     numbers["programs_compiled"], numbers["seconds_compiling"] = run.compiled.since()
     if run.hosts.first:
-        write_step(run, step + 1, numbers, workdir.rollout_rows(reflected, weight_BR))
+        write_step(
+            run,
+            step + 1,
+            numbers,
+            workdir.rollout_rows(reflected, lesson, divergence_BR, run.runtime.tokenizer),
+        )
     return state
 
 
@@ -288,14 +293,17 @@ def score(run: Run, split: ScoredSplit, names: Sequence[str], params: Params, st
     c = run.config.eval
     for number, name in enumerate(names, start=1):
         stopping.check(f"{split} {name}")
-        of_sets = f" (set {number}/{len(names)})" if len(names) > 1 else ""
-        run.console.stage(f"{split} {name}{of_sets}")
+        label = f"{split} {name}" + (f" (set {number}/{len(names)})" if len(names) > 1 else "")
+        run.console.stage(label)
         # The key depends on step and set, so the answers do not depend on which other sets are scored.
         key = jax.random.fold_in(Stream.EVAL.key(run.runtime.key), step)
         key = jax.random.fold_in(key, zlib.crc32(f"{split}/{name}".encode()))
         encoded = run.inputs.sets(split)[name]
         with run.console.work(f"{split} {name}"):
-            numbers, generations = evaluate_set(run.runtime, params, name, encoded, key)
+            rollout = sample_set(run.runtime, params, name, encoded, key)
+            stopping.check("before grading")  # so that a signal does not wait for it
+            run.console.stage(f"{label}: grading")
+            numbers, generations = grade_set(run.runtime, encoded, rollout)
         if not run.hosts.first:
             continue
         # The line comes last: a set that has one is not scored again when the run is resumed.
@@ -308,19 +316,21 @@ def score(run: Run, split: ScoredSplit, names: Sequence[str], params: Params, st
         )
 
 
-def evaluate_set(
-    runtime: Runtime, params: Params, name: str, encoded: Encoded, key: jax.Array
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Samples, grades and scores one set; returns what `score_set` does.
+def sample_set(runtime: Runtime, params: Params, name: str, encoded: Encoded, key: jax.Array) -> HostRollout:
+    """The responses to one set, eval.samples for each problem.
 
     Raises UserError for a set without problems, Stopped after a signal.
     """
-    samples = runtime.config.eval.samples
-    requests = requests_of(name, encoded, samples)
-    rollout = runtime.engines.evaluation.generate(params, requests, key)
-    stopping.check("before grading")  # so that a signal does not wait for it
+    requests = requests_of(name, encoded, runtime.config.eval.samples)
+    return runtime.engines.evaluation.generate(params, requests, key)
+
+
+def grade_set(
+    runtime: Runtime, encoded: Encoded, rollout: HostRollout
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Grades and scores the responses to one set; returns what `score_set` does."""
     problems = [problem for problem, _ in encoded]
-    repeated = [problem for problem in problems for _ in range(samples)]
+    repeated = [problem for problem in problems for _ in range(runtime.config.eval.samples)]
     texts, grades = read_and_grade(runtime, rollout, repeated)
     predictions = [grade.prediction for grade in grades]
     # Answers are compared with each other, so one host does it for all.
@@ -393,7 +403,7 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts, console: Cons
     unfinished = Unfinished(directory, hosts, "evaluation")  # which makes no step
     with (
         claim(hosts, directory, config, to_train=False),
-        Grader(config.rewards, config.reward_timeout) as grader,
+        Grader(config.rewards, config.reward_timeout, console.progress) as grader,
         track(config, directory, hosts) as trackers,
     ):
         compiled = Compiled(console.compiling)

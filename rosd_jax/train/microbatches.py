@@ -1,7 +1,8 @@
 """Cuts the rows of a lesson and groups them into micro-batches, each one forward and backward pass.
 
     input    a Lesson of B rows (host) and the number of rows in a micro-batch
-    output   micro-batches (host), longest first: every row with an active token is in exactly one
+    output   micro-batches (host), longest first: every row with an active token is in exactly one; and a
+             number for each of their positions, brought back to the response tokens
     correct  when each active token keeps its position, its prediction and all that it attends to
 
 A token is active if the teacher teaches it (weight_BR) or if it is in the policy gradient (policy_BR).
@@ -57,6 +58,32 @@ def plan_microbatches(lesson: Lesson, rows: int, longest: tuple[int, int]) -> li
     cut_B = cuts(lesson.active_BR)
     groups = group_rows(*needs(lesson, cut_B), rows, longest)
     return [make_microbatch(lesson, cut_B, group, rows) for group in groups]
+
+
+def by_response(
+    values: Sequence[np.ndarray], lesson: Lesson, rows: int, longest: tuple[int, int]
+) -> np.ndarray:
+    """Values of the positions of a lesson's micro-batches, as values of its response tokens: float32 [B, R].
+
+    values: one array [rows, S] for each micro-batch of `plan_microbatches(lesson, rows, longest)`. The value
+    of a token is that of the position that predicts it; of a token after the last active one it is 0.
+    """
+    cut_B = cuts(lesson.active_BR)
+    groups = group_rows(*needs(lesson, cut_B), rows, longest)
+    values_BR = np.zeros(lesson.weight_BR.shape, np.float32)
+    for group, values_BS in zip(groups, values, strict=True):
+        for b, row in enumerate(group.chosen):
+            cut = int(cut_B[row])
+            values_BR[row, :cut] = values_BS[b, predicting(lesson.prompts[row], cut)]
+    return values_BR
+
+
+def predicting(prompt: Sequence[int], cut: int) -> slice:
+    """The positions of the student's row that predict the first `cut` response tokens.
+
+    A token is predicted from the position before it, the first one from the prompt's last.
+    """
+    return slice(len(prompt) - 1, len(prompt) - 1 + cut)
 
 
 def cuts(weight_BR: np.ndarray) -> np.ndarray:
@@ -135,11 +162,10 @@ def make_microbatch(lesson: Lesson, cut_B: np.ndarray, group: RowGroup, rows: in
             teacher_BT[b, : len(teacher_prompt) + taught - 1] = [*teacher_prompt, *read]
         # The response is the same in both rows, so one number maps every position of it.
         shift_B[b] = len(teacher_prompt) - len(prompt)
-        # A token is predicted from the position before it, the first one from the prompt's last.
-        predicts = slice(len(prompt) - 1, len(prompt) - 1 + cut)
-        target_BS[b, predicts] = lesson.response_BR[row, :cut]
-        weight_BS[b, predicts] = lesson.weight_BR[row, :cut]
-        sampler_logp_BS[b, predicts] = lesson.sampler_logp_BR[row, :cut]
+        at = predicting(prompt, cut)
+        target_BS[b, at] = lesson.response_BR[row, :cut]
+        weight_BS[b, at] = lesson.weight_BR[row, :cut]
+        sampler_logp_BS[b, at] = lesson.sampler_logp_BR[row, :cut]
         if policy_BS is not None and lesson.policy_BR is not None:
-            policy_BS[b, predicts] = lesson.policy_BR[row, :cut]
+            policy_BS[b, at] = lesson.policy_BR[row, :cut]
     return MicroBatch(student_BS, teacher_BT, shift_B, target_BS, weight_BS, sampler_logp_BS, policy_BS)

@@ -77,8 +77,10 @@ def train_step(
     prompts: Prompts,
     step: int,
     stage: Callable[[str], None] = lambda name: None,
-) -> tuple[TrainState, Numbers, Reflected, np.ndarray]:
-    """Makes one step: the next state, its metrics, the reflected rollouts and their weights [B, R].
+) -> tuple[TrainState, Numbers, Reflected, Lesson, np.ndarray]:
+    """Makes one step: the next state, its metrics, the reflected rollouts, the lesson and its divergences.
+
+    Divergences are [B, R]; train/update.py says what they are of.
 
     `stage` is called with the name of each stage as it begins. Raises Stopped if a signal has asked the run
     to stop; `state` is then still valid, because only the update's last function donates it.
@@ -103,7 +105,7 @@ def train_step(
     with clock("lesson"):
         reflected, lesson = make_lesson(runtime, reflected)
     with clock("update"):
-        state, metrics = runtime.update(state, frozen_params, lesson)
+        state, metrics, divergence_BR = runtime.update(state, frozen_params, lesson)
         # Waits for the devices, so that the stage's time includes the update itself.
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
     numbers = of_rollouts(graded) | of_reflections(reflected, lesson.active_BR)
@@ -115,7 +117,7 @@ def train_step(
     numbers["unknown_tokens"] = runtime.tokenizer.unknown_share(prompts.ids)
     numbers |= of_decoding(rollout, runtime.roofline, clock.spent["rollout"], "rollout")
     numbers |= of_decoding(reflected.answers, runtime.roofline, clock.spent["reflect"], "reflect")
-    return state, numbers | clock.seconds(), reflected, lesson.weight_BR
+    return state, numbers | clock.seconds(), reflected, lesson, divergence_BR
 
 
 def sample_rollouts(

@@ -1,7 +1,7 @@
 """The update: one optimizer step from one lesson, with gradients accumulated over micro-batches.
 
     input    a TrainState, the frozen tree, a Lesson (host)
-    output   the next TrainState and a dict of float32 scalars
+    output   the next TrainState, a dict of float32 scalars, and the divergence of each response token
     correct  when loss and gradients depend neither on the micro-batches nor on the number of devices
 
 The host groups the rows into micro-batches (train/microbatches.py) and calls five compiled functions: the
@@ -10,7 +10,7 @@ first and the last once, the others for every micro-batch.
     zeros()                                                     -> grads, sums
     teach(frozen, teacher_BT)                                   -> hidden_BTD
     align(hidden_BTD, shift_B, S)                               -> hidden_BSD, at the student's positions
-    learn(params, frozen, grads, sums, hidden_BSD, microbatch)  -> grads, sums
+    learn(params, frozen, grads, sums, hidden_BSD, microbatch)  -> grads, sums, divergence_BS
     apply(state, grads, sums, total)                            -> state, metrics
 
 `teach` is compiled once per width T and `learn` once per width S, when that width first occurs. `align` is
@@ -44,9 +44,9 @@ from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
 from rosd_jax.kernels.topk_jsd.row_math import capped_ratio
 from rosd_jax.models import qwen3
 from rosd_jax.models.lora import combine, init_adapters
-from rosd_jax.models.sharding import AXES, on_device, place_rows, row_devices, row_sharding
+from rosd_jax.models.sharding import AXES, fetch, on_device, place_rows, row_devices, row_sharding
 from rosd_jax.settings import Settings
-from rosd_jax.train.microbatches import MicroBatch, plan_microbatches
+from rosd_jax.train.microbatches import MicroBatch, by_response, plan_microbatches
 from rosd_jax.train.token_logp import Options, token_logp
 from rosd_jax.types import Array, Lesson, Params, Progress, TrainState, no_progress
 
@@ -171,12 +171,17 @@ class Update:
 
     def __call__(
         self, state: TrainState, frozen_params: Params, lesson: Lesson
-    ) -> tuple[TrainState, Metrics]:
-        """The next state, and the metrics of the step as float32 scalars on the devices."""
+    ) -> tuple[TrainState, Metrics, np.ndarray]:
+        """The next state, the metrics of the step as float32 scalars on the devices, and divergence_BR.
+
+        divergence_BR: float32 [B, R] on the host, in nats. Of each taught response token, the divergence of
+        student and teacher before the update, without weight and ratio; 0 elsewhere.
+        """
         taught = np.float32(lesson.weight_BR.sum())  # tokens of the whole lesson
         active = np.float32(lesson.active_BR.sum())
         grads, sums = self.zeros()
         microbatches = plan_microbatches(lesson, self.rows, self.longest)
+        divergences = []
         for number, microbatch in enumerate(microbatches):
             sizes = (*microbatch.student_BS.shape, microbatch.teacher_BT.shape[1])
             self.before(f"micro-batch {number} of {len(microbatches)}, {sizes}")
@@ -184,11 +189,17 @@ class Update:
             previous_sums = sums
             microbatch = place_rows(scaled(microbatch, taught), self.mesh)
             teacher_BSD = self.teacher_states(frozen_params, microbatch)
-            grads, sums = self.learn(state.params, frozen_params, grads, sums, teacher_BSD, microbatch)
+            grads, sums, divergence_BS = self.learn(
+                state.params, frozen_params, grads, sums, teacher_BSD, microbatch
+            )
+            divergences.append(divergence_BS)
             # Calls are asynchronous. Without this wait for the previous micro-batch, the host would enqueue
             # them all, and the hidden states of each would be allocated at once.
             jax.block_until_ready(previous_sums)
-        return self.apply(state, grads, sums, active, taught)
+        state, metrics = self.apply(state, grads, sums, active, taught)
+        # Only now, so that no micro-batch waits for a copy to the host.
+        fetched = [fetch(divergence_BS) for divergence_BS in divergences]
+        return state, metrics, by_response(fetched, lesson, self.rows, self.longest)
 
     def teacher_states(self, frozen_params: Params, microbatch: MicroBatch) -> jax.Array | None:
         """The teacher's hidden states at the student's positions; None if it teaches none of the rows."""
@@ -226,8 +237,8 @@ def make_update(
         def loss(params):
             return microbatch_loss(params, frozen_params, teacher_BSD, microbatch, config, model, mesh)
 
-        (_, new_sums), new_grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return add(grads, new_grads), add(sums, new_sums)
+        (_, (new_sums, divergence_BS)), new_grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return add(grads, new_grads), add(sums, new_sums), divergence_BS
 
     def apply(state, grads, sums, active, taught):
         # The accumulator may be bfloat16 (optimizer.grad_dtype); clipping and AdamW compute in float32.
@@ -254,7 +265,11 @@ def make_update(
         teach=jax.jit(partial(teach, model=model), out_shardings=row_sharding(mesh)),
         align=jax.jit(align, static_argnums=2, out_shardings=row_sharding(mesh)),
         # grads is donated, so that the accumulated gradient is in memory once.
-        learn=jax.jit(learn, donate_argnums=2, out_shardings=(param_shardings, replicated)),
+        learn=jax.jit(
+            learn,
+            donate_argnums=2,
+            out_shardings=(param_shardings, replicated, row_sharding(mesh)),
+        ),
         # The state is donated, so that weights and moments are in memory once.
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, replicated)),
         model=model,
@@ -297,8 +312,8 @@ def microbatch_loss(
     config: Settings,
     model: qwen3.Qwen3Config,
     mesh: Mesh,
-) -> tuple[jax.Array, Metrics]:
-    """One micro-batch's share of the loss, and the SUMS over its active tokens.
+) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+    """One micro-batch's share of the loss, the SUMS over its active tokens, and their divergence [B, S].
 
     teacher_BSD: None if the teacher teaches none of the rows. With LoRA the head is a constant, so XLA drops
     the matmul for its gradient.
@@ -309,16 +324,17 @@ def microbatch_loss(
     learns = (flat(student_BSD), student_head_VD)
     loss = jnp.zeros((), jnp.float32)
     sums = dict.fromkeys(sums_of(config), loss)
+    divergence_BS = jnp.zeros(microbatch.weight_BS.shape, jnp.float32)
     if teacher_BSD is not None:
         teacher_head_VD = qwen3.head_VD(frozen_params).astype(model.dtype)
         teaches = (flat(teacher_BSD), jax.lax.stop_gradient(on_device(teacher_head_VD)))
-        loss, taught_sums = distillation_loss(learns, teaches, microbatch, config, model, mesh)
-        sums |= taught_sums
+        loss, more, divergence_BS = distillation_loss(learns, teaches, microbatch, config, model, mesh)
+        sums |= more
     if microbatch.policy_BS is not None:
-        policy_loss, policy_sums = policy_gradient_loss(learns, microbatch, config, model, mesh)
+        policy_loss, more = policy_gradient_loss(learns, microbatch, config, model, mesh)
         loss = loss + policy_loss
-        sums |= {name: sums[name] + x for name, x in policy_sums.items()} | {"policy_loss": policy_loss}
-    return loss, jax.lax.stop_gradient({**sums, "loss": loss})
+        sums |= {name: sums[name] + x for name, x in more.items()} | {"policy_loss": policy_loss}
+    return loss, jax.lax.stop_gradient(({**sums, "loss": loss}, divergence_BS))
 
 
 def distillation_loss(
@@ -328,8 +344,8 @@ def distillation_loss(
     config: Settings,
     model: qwen3.Qwen3Config,
     mesh: Mesh,
-) -> tuple[jax.Array, Metrics]:
-    """The divergence of student and teacher, and sums over the taught tokens."""
+) -> tuple[jax.Array, Metrics, jax.Array]:
+    """The loss of student and teacher, sums over the taught tokens, and the divergence of each [B, S]."""
     loss, aux = topk_jsd_loss(
         *student,
         *teacher,
@@ -355,7 +371,8 @@ def distillation_loss(
         "student_topk_mass": aux.student_mass_N,
         "teacher_topk_mass": aux.teacher_mass_N,
     }
-    return loss, {name: jnp.where(taught_N, x, 0.0).sum() for name, x in per_token.items()}
+    sums = {name: jnp.where(taught_N, x, 0.0).sum() for name, x in per_token.items()}
+    return loss, sums, aux.divergence_N.reshape(microbatch.weight_BS.shape)
 
 
 def policy_gradient_loss(
@@ -374,7 +391,8 @@ def policy_gradient_loss(
     sampler_logp_N = flat(microbatch.sampler_logp_BS)
     ratio_N = capped_ratio(detached_N, sampler_logp_N, config.loss.ratio_cap)
     # Selected, not multiplied by 0, since what the sampler reports of other tokens may be NaN.
-    gain_N = jnp.where(policy_N != 0, policy_N * ratio_N * jnp.exp(logp_N - detached_N), 0.0)
+    weight_N = jnp.where(policy_N != 0, policy_N * ratio_N, 0.0)
+    gain_N = weight_N * jnp.exp(logp_N - detached_N)
     untaught_N = (policy_N != 0) & (flat(microbatch.weight_BS) == 0)
     per_token = {"ratio": ratio_N, "logp_gap": jnp.abs(detached_N - sampler_logp_N)}
     return -gain_N.sum(), {name: jnp.where(untaught_N, x, 0.0).sum() for name, x in per_token.items()}

@@ -16,8 +16,10 @@ A run that was stopped, even by kill -9, continues when it is started again with
     read_config(path)                      -> the fields of a config.json
     default_workdir(config_name)           -> runs/<config>-<time>
     fingerprint(config)                    -> short hash of the fields that a resumed run must keep
-    rollout_rows(reflected, weight_BR)     -> the lines of a rollout file
+    rollout_rows(reflected, lesson, divergence_BR, tokenizer)   -> the lines of a rollout file
     write_rollouts(workdir, step, rows)    -> path
+
+Dimensions: B rows of a step's batch, R response tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -46,7 +49,8 @@ from rosd_jax.hosts import Hosts
 from rosd_jax.settings import Settings
 
 if TYPE_CHECKING:  # types.py imports JAX, which --mode=report does without
-    from rosd_jax.types import Reflected
+    from rosd_jax.text.tokenizer import Tokenizer
+    from rosd_jax.types import Lesson, Reflected
 
 # What a run writes that has begun.
 WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export", "unfinished", "report")
@@ -183,14 +187,21 @@ def fingerprint(config: Settings) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
-    """The lines of rollouts/step_N.jsonl, one per rollout."""
+def rollout_rows(
+    reflected: Reflected, lesson: Lesson, divergence_BR: np.ndarray, tokenizer: Tokenizer
+) -> list[dict]:
+    """The lines of rollouts/step_N.jsonl, one per rollout.
+
+    divergence_BR: as the update of the lesson returns it.
+    """
     graded = reflected.graded
     tokens_BR = graded.rollout.tokens_BR
     length_B = graded.rollout.length_B
+    active_B = lesson.active_BR.sum(axis=1)
     rows = []
     for row, (text, r) in enumerate(zip(graded.texts, reflected.reflections, strict=True)):
         problem = graded.problem(row)
+        ids = np.asarray(tokens_BR[row, : length_B[row]])
         rows.append(
             dict(
                 uid=problem.uid,
@@ -198,7 +209,7 @@ def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
                 prompt=list(problem.messages),
                 answer=problem.answer,
                 response=text,
-                token_ids=np.asarray(tokens_BR[row, : length_B[row]]).tolist(),
+                token_ids=ids.tolist(),
                 reward=float(graded.rewards_B[row]),
                 reflection=r.raw,
                 idea=r.idea,
@@ -206,11 +217,46 @@ def rollout_rows(reflected: Reflected, weight_BR: np.ndarray) -> list[dict]:
                 ambiguous=r.ambiguous,
                 error_span_chars=r.char_span,
                 error_span_tokens=r.token_span,
-                active_tokens=int(weight_BR[row].sum()),
+                active_tokens=int(active_B[row]),
                 note=r.note,
+                **active_tokens(ids, lesson.weight_BR[row], divergence_BR[row], tokenizer),
             )
         )
     return rows
+
+
+def active_tokens(
+    ids: np.ndarray, weight_R: np.ndarray, divergence_R: np.ndarray, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Which tokens of a response are taught, their text, and how far student and teacher are apart.
+
+        active_span_tokens   [start, stop) of the taught tokens, which are one stretch
+        active_span_chars    the same in characters of the response
+        active_widths        of each of these tokens, the characters that it adds to the response
+        divergence           of each of them, in nats, rounded to four digits; None if it is not finite
+
+    All are None if no token is taught. A character whose bytes are split over several tokens is counted
+    for the first of them. The others, and control tokens such as the stop token, have a width of 0.
+    """
+    active = np.flatnonzero(weight_R)
+    if not len(active):
+        return dict.fromkeys(("active_span_tokens", "active_span_chars", "active_widths", "divergence"))
+    start = int(active[0])
+    stop = int(active[-1]) + 1
+    # A token that begins inside a character has its own start before the end of the token to its left.
+    ends = np.maximum.accumulate(tokenizer.offsets(ids)[:, 1])
+    bounds = [0, *ends.tolist()][start : stop + 1]
+    return dict(
+        active_span_tokens=(start, stop),
+        active_span_chars=(bounds[0], bounds[-1]),
+        active_widths=np.diff(bounds).tolist(),
+        divergence=[rounded(x) for x in divergence_R[start:stop].tolist()],
+    )
+
+
+def rounded(x: float) -> float | None:
+    """The number with four significant digits; None if it is not finite, since JSON has no such number."""
+    return float(f"{x:.4g}") if math.isfinite(x) else None
 
 
 def write_rollouts(workdir: Path, step: int, rows: Iterable[dict[str, Any]]) -> Path:
