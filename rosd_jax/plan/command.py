@@ -26,7 +26,7 @@ from rosd_jax.plan.chips import Slice, read_topology
 from rosd_jax.plan.printed import Plan, StagePlan
 from rosd_jax.plan.programs import Program, compile_stage
 from rosd_jax.plan.roofline import Work, at_limits, realistic
-from rosd_jax.plan.stages import STAGES, Stage, lower, make_job, stages
+from rosd_jax.plan.stages import Stage, lower, make_job, stage_names, stages
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import Settings
 from rosd_jax.train.devices import split_cpu
@@ -63,7 +63,7 @@ def plan(config: Settings, directory: Path, asked: Asked, announce: Callable[[st
     Raises UserError for an unknown slice or stage, and if the mesh or rollout.attention does not fit the
     slice or the model.
     """
-    wanted = compiled_stages(asked.compile)
+    wanted = compiled_stages(asked.compile, stage_names(config))
     if asked.topology == "local":
         split_cpu(config)  # before JAX is initialized
     chips = read_topology(asked.topology)
@@ -80,12 +80,12 @@ def plan(config: Settings, directory: Path, asked: Asked, announce: Callable[[st
     print(f"{headline(inputs, config, directory, 0)}\n{_about(config, inputs)}\n\n{printed.as_text(found)}")
 
 
-def compiled_stages(names: Sequence[str]) -> tuple[str, ...]:
-    """The stages that --compile names. Raises UserError if one does not exist."""
+def compiled_stages(names: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The stages that --compile names. Raises UserError if the run has no such stage."""
     for name in names:
-        if name not in (*STAGES, "all"):
-            raise UserError(f"--compile names {name!r}; it must be all, or some of {', '.join(STAGES)}")
-    return STAGES if "all" in names else tuple(names)
+        if name not in (*known, "all"):
+            raise UserError(f"--compile names {name!r}; it must be all, or some of {', '.join(known)}")
+    return known if "all" in names else tuple(names)
 
 
 def make_plan(

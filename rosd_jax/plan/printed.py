@@ -144,7 +144,7 @@ def _roofline(plan: Plan, lengths: Lengths) -> str:
         rows.append([stage.name, *numbers, bound])
     if seconds:
         rows.append(["step", "", "", "", f"{seconds['step']:.3g}"])
-    note = "Every response is taught in full. Evaluation is of eval.batch rows and not part of a step."
+    note = "Every response is in the loss in full. Evaluation is of eval.batch rows and not part of a step."
     title = {"limits": "at the length limits", "realistic": "at realistic lengths"}[lengths.name]
     return f"Per chip and step, {title}: {lengths}.\n{note}\n{_table(rows)}"
 
