@@ -9,6 +9,8 @@ import pytest
 from rosd_jax.distill.notes import NOTES
 from rosd_jax.errors import UserError
 from rosd_jax.train.metrics import MetricsLog, format_step, step_lines
+from rosd_jax.train.numbers import of_rollouts
+from rosd_jax.types import Graded, Prompts, Rollout
 
 NUMBERS = {
     "reward": 0.4531,
@@ -141,3 +143,12 @@ def test_what_was_not_taught_is_said_with_the_reason():
     said = step_lines(7, 100, numbers)
     assert said == [format_step(7, 100, numbers), "  not taught: 40 group all right, 2 quote not found"]
     assert len(step_lines(8, 100, NUMBERS | {"taught": 88})) == 1, "nothing is said where all were taught"
+
+
+def test_the_entropy_is_the_mean_surprise_over_all_tokens():
+    logp_BR = np.log(np.array([[0.5, 0.25, 1.0], [0.125, 1.0, 1.0]], np.float32))  # 1: after the end
+    rollout = Rollout(np.zeros((2, 3), np.int32), np.array([2, 1]), logp_BR, np.array([True, False]))
+    graded = Graded(Prompts((), ()), rollout, ("", ""), np.array([0.0, 1.0], np.float32), thinking_open=False)
+    found = of_rollouts(graded)
+    assert found["entropy"] == pytest.approx((1 + 2 + 3) * np.log(2) / 3)
+    assert (found["reward"], found["response_length"], found["truncated"]) == (0.5, 1.5, 0.5)

@@ -12,12 +12,18 @@ Numbers = dict[str, float]
 
 
 def of_rollouts(graded: Graded) -> Numbers:
-    """Mean reward, mean response length in tokens, and the share of responses truncated at the limit."""
+    """Mean reward, mean response length in tokens, share of responses truncated at the limit, and entropy.
+
+    The entropy of the model's next-token distribution, in nats, is estimated by the mean of -log p of the
+    tokens that it sampled.
+    """
     rollout = graded.rollout
+    surprise = -np.sum(rollout.logp_BR, dtype=np.float64)  # a log-prob is 0 after the end of a response
     return dict(
         reward=float(graded.rewards_B.mean()),
         response_length=float(np.mean(rollout.length_B)),
         truncated=float(np.mean(~rollout.finished_B)),
+        entropy=float(surprise / np.sum(rollout.length_B)),
     )
 
 

@@ -1,0 +1,285 @@
+"""Compares methods: trains each with several seeds, one run after another, and writes one table.
+
+    python -m rosd_jax.evals.study --config=configs/quickstart.py --methods=span,paper --seeds=0,1,2 \\
+        --out=runs/study [--config.FIELD=VALUE ...]
+
+A method is a variant of the config file, as after the colon of `rosd --config=FILE:VARIANT`. Every cell of
+the table is an ordinary run in OUT/METHOD-SEED, with the same fields, so that all have the same budget of
+prompts, rollouts and updates. The same command continues where it was stopped, and runs that are finished
+only report again. Then it writes into OUT
+
+    study.md     for each evaluated set, the scores of each method: means over seeds with 95 % intervals, at
+                 the last step and at the one that validation chose; and the exact commands
+    study.png    reward and validation score by step
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+import rosd_jax
+from rosd_jax import atomic
+from rosd_jax.errors import UserError
+from rosd_jax.evals.outcome import (
+    MetricsRow,
+    Outcome,
+    best_step,
+    compare,
+    number,
+    read_metrics,
+    validation_scores,
+)
+from rosd_jax.evals.page import read_config, training_sets
+from rosd_jax.evals.report import percent, show
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLUMNS = ("before", "last step", "change", "best step", "change", "pass@k", "maj@k", "tokens")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method with a seed."""
+
+    method: str
+    seed: int
+    directory: Path
+    flags: tuple[str, ...]  # of its command
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left."""
+
+    cell: Cell
+    rows: list[MetricsRow]
+    last: dict[str, Outcome]  # by set
+    best: dict[str, Outcome]  # at the step that validation chose; without one, at the last
+
+
+class Mean(NamedTuple):
+    """A mean over seeds, and half of its 95 % interval; NaN for a single seed."""
+
+    value: float
+    half: float
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line and returns its exit status: that of the first run that failed, if one does."""
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("rosd_jax.evals.study", description=__doc__, formatter_class=shown)
+    parser.add_argument("--config", required=True, help="a config file, with variants for all runs")
+    parser.add_argument("--methods", required=True, type=_names, help="variants, separated by commas")
+    parser.add_argument("--seeds", required=True, type=_numbers, help="numbers, separated by commas")
+    parser.add_argument("--out", required=True, type=Path, help="directory of the study")
+    asked, fields = parser.parse_known_args(argv)
+    try:
+        cells = make_cells(asked.config, asked.methods, asked.seeds, asked.out, fields)
+        for count, cell in enumerate(cells, start=1):
+            print(f"--- {cell.method}, seed {cell.seed}: run {count} of {len(cells)}", flush=True)
+            status = subprocess.run([sys.executable, "-m", "rosd_jax", *cell.flags]).returncode
+            if status:
+                print(f"--- ended with status {status}; the same command goes on from here", file=sys.stderr)
+                return status
+        text = write([read_result(cell) for cell in cells], asked.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+def make_cells(
+    config: str, methods: Sequence[str], seeds: Sequence[int], out: Path, fields: Sequence[str]
+) -> list[Cell]:
+    """All runs, seed by seed, so that a study that is stopped has compared all methods on some seeds.
+
+    Raises UserError for an argument that is no field of the config, and for a method or seed named twice.
+    """
+    for field in fields:
+        if not field.startswith("--config.") or "=" not in field:
+            raise UserError(f"{field!r} is no flag of a study; fields are written --config.FIELD=VALUE")
+    for named in (methods, seeds):
+        if len(set(named)) < len(named):
+            raise UserError(f"{','.join(map(str, named))} repeats a name; name each method and seed once")
+    cells = []
+    for seed in seeds:
+        for method in methods:
+            directory = out / f"{method}-{seed}"
+            variants = f"{config},{method}" if ":" in config else f"{config}:{method}"
+            flags = (f"--config={variants}", f"--workdir={directory}", f"--config.seed={seed}", *fields)
+            cells.append(Cell(method, seed, directory, flags))
+    return cells
+
+
+def read_result(cell: Cell) -> Result:
+    """What the run of a cell left."""
+    rows = read_metrics(cell.directory / "metrics.jsonl")
+    trained_on = training_sets(read_config(cell.directory))
+    last = {outcome.name: outcome for outcome in compare(rows, cell.directory, trained_on)}
+    step = best_step(rows)
+    if step == 0:  # the model before training
+        best = {name: replace(found, after=found.before, differences=()) for name, found in last.items()}
+    else:
+        chosen = compare(rows, cell.directory, trained_on, until=step)
+        best = last | {found.name: found for found in chosen if found.after}
+    return Result(cell, rows, last, best)
+
+
+def write(results: Sequence[Result], out: Path) -> str:
+    """Writes study.md, whose text it returns, and study.png."""
+    text = as_markdown(results)
+    atomic.write_text(out / "study.md", [text])
+    draw(results, out / "study.png")
+    return text
+
+
+def as_markdown(results: Sequence[Result]) -> str:
+    """A table for each set, those in domain first, and what is needed to make it again."""
+    sets = {name: outcome.in_domain for result in results for name, outcome in result.last.items()}
+    lines = [
+        "# Study",
+        "",
+        "avg@k, pass@k and maj@k in %, and tokens of a response: means over the seeds. Changes are those of",
+        "avg@k since before the training, with the 95 % interval of their mean over the seeds (Student's t).",
+        "The best step is the one with the highest validation score, or the last one without validation.",
+        "pass@k, maj@k and tokens are those of the last step.",
+        "",
+    ]
+    for name in sorted(sets, key=lambda name: not sets[name]):
+        where = "in domain" if sets[name] else "out of domain"
+        lines += [
+            f"## {name}, {where}",
+            "",
+            f"| method | seeds | {' | '.join(COLUMNS)} |",
+            "|---|--:|" + "--:|" * len(COLUMNS),
+        ]
+        for method in methods_of(results):
+            found = [result for result in results if result.cell.method == method]
+            cells = table_row(
+                [result.last[name] for result in found], [result.best[name] for result in found]
+            )
+            lines.append(f"| {method} | {len(found)} | {' | '.join(cells)} |")
+        lines.append("")
+    commands = [f"    rosd {shlex.join(result.cell.flags)}" for result in results]
+    return "\n".join([*lines, "## How it was made", "", made_by(), "", *commands, ""])
+
+
+def table_row(last: Sequence[Outcome], best: Sequence[Outcome]) -> list[str]:
+    """The cells of one method on one set: COLUMNS."""
+
+    def after(outcomes: Sequence[Outcome], field: str) -> float:
+        return mean(number(outcome.after or {}, field) for outcome in outcomes).value
+
+    return [
+        percent(mean(number(outcome.before, "avg") for outcome in last).value),
+        percent(after(last, "avg")),
+        shown_change(mean(map(change, last))),
+        percent(after(best, "avg")),
+        shown_change(mean(map(change, best))),
+        percent(after(last, "pass")),
+        percent(after(last, "maj")),
+        show(after(last, "length"), ".0f"),
+    ]
+
+
+def methods_of(results: Sequence[Result]) -> list[str]:
+    """The methods, in the order in which they were named."""
+    return list(dict.fromkeys(result.cell.method for result in results))
+
+
+def change(outcome: Outcome) -> float:
+    """The change of avg@k; NaN if the two evaluations cannot be compared."""
+    if outcome.differences:
+        return math.nan
+    return number(outcome.after or {}, "avg") - number(outcome.before, "avg")
+
+
+def mean(values: Iterable[float]) -> Mean:
+    """The mean of one value a seed, with half of its 95 % interval by Student's t."""
+    found = np.array(list(values), np.float64)
+    if len(found) < 2:
+        return Mean(float(found.mean()) if len(found) else math.nan, math.nan)
+    from scipy.stats import t  # takes half a second
+
+    error = found.std(ddof=1) / math.sqrt(len(found))
+    return Mean(float(found.mean()), float(t.ppf(0.975, len(found) - 1) * error))
+
+
+def shown_change(change: Mean) -> str:
+    """A change in percentage points, with its interval if it has one."""
+    if not math.isfinite(change.value):
+        return "n/a"
+    if not math.isfinite(change.half):
+        return f"{100 * change.value:+.1f}"
+    low = 100 * (change.value - change.half)
+    high = 100 * (change.value + change.half)
+    return f"{100 * change.value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def made_by() -> str:
+    """The versions and the machine."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "numpy"))
+    python = f"Python {platform.python_version()}"
+    return f"rosd_jax {rosd_jax.__version__}, {python}, {packages}; {platform.platform()}."
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Reward and validation score by step: a line for the mean of each method, and a band over its seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(title="training", xlabel="step", ylabel="reward")
+    right.set(title="validation", xlabel="step", ylabel="avg@k in %")
+    for method in methods_of(results):
+        found = [result for result in results if result.cell.method == method]
+        draw_band(left, method, [rewards(result.rows) for result in found])
+        draw_band(right, method, [scores(result.rows) for result in found])
+    left.legend(frameon=False)
+    figure.savefig(path)
+
+
+def rewards(rows: Sequence[MetricsRow]) -> dict[int, float]:
+    """The mean reward of each step."""
+    return {row["step"]: number(row, "reward") for row in rows if row["split"] == "train"}
+
+
+def scores(rows: Sequence[MetricsRow]) -> dict[int, float]:
+    """The validation score in %, by step."""
+    return {step: 100 * score for step, score in validation_scores(rows).items()}
+
+
+def draw_band(axes: Axes, label: str, curves: Sequence[dict[int, float]]) -> None:
+    """The mean of some curves, at the steps that all have, and a band from the lowest to the highest."""
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    if not steps:
+        return
+    values = np.array([[curve[step] for step in steps] for curve in curves])
+    (line,) = axes.plot(steps, values.mean(axis=0), marker=".", label=label)
+    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15, lw=0)
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""Studies: which runs they make, when they stop, and the table of several seeds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_run import load_run
+
+from rosd_jax.evals import study
+from rosd_jax.evals.study import Cell, as_markdown, make_cells, mean, read_result, shown_change
+from support import ROOT, run_environment
+
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+
+
+def scored(step, name, avg, split="eval"):
+    row = {"step": step, "split": f"{split}/{name}", "avg": avg, "avg_se": 0.02, "pass": 0.9, "maj": 0.5}
+    return {**row, "k": 4, "n": 50, "length": 30.0}
+
+
+def leave_run(directory, before, validated, after):
+    """What a run of four steps leaves, whose best step by validation is 2 unless `validated` says else."""
+    directory.mkdir(parents=True)
+    config = {"data": {"train": "gym:chain", "dir": ""}, "eval": {"sets": "gym:chain,gym:long"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    rows = [scored(0, "gym:chain", before), scored(0, "gym:long", 0.2)]
+    rows += [{"step": step, "split": "train", "reward": step / 10} for step in range(1, 5)]
+    rows += [scored(step, "gym:chain", score, "validation") for step, score in validated.items()]
+    rows += [scored(2, "gym:chain", after + 0.1), scored(4, "gym:chain", after), scored(4, "gym:long", 0.1)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def results(tmp_path, runs):
+    """Results of runs given as (method, seed, before, validated, after)."""
+    found = []
+    for method, seed, *scores in runs:
+        directory = tmp_path / f"{method}-{seed}"
+        leave_run(directory, *scores)
+        found.append(read_result(Cell(method, seed, directory, (f"--config=x:{method}",))))
+    return found
+
+
+def table(text, name):
+    """The rows of a set by method, as lists of cells."""
+    part = text.split(f"## {name}, ")[1].split("\n\n")[1].splitlines()[2:]
+    return {
+        line.split(" | ")[0].strip("| "): [cell.strip("| ") for cell in line.split(" | ")] for line in part
+    }
+
+
+CHOSEN = {0: 0.4, 2: 0.7, 4: 0.6}
+
+
+def test_the_table_has_means_over_seeds_with_their_intervals(tmp_path):
+    runs = [("a", 0, 0.5, CHOSEN, 0.6), ("b", 0, 0.5, CHOSEN, 0.5), ("a", 1, 0.5, CHOSEN, 0.7)]
+    text = as_markdown(results(tmp_path, runs))
+    rows = table(text, "gym:chain")
+    # Changes of 10 and 20 points: mean 15, standard error 5, times 12.706, the quantile of one degree.
+    change = "+15.0 [-48.5, +78.5]"
+    assert rows["a"] == [
+        "a",
+        "2",
+        "50.0",
+        "65.0",
+        change,
+        "75.0",
+        "+25.0 [-38.5, +88.5]",
+        "90.0",
+        "50.0",
+        "30",
+    ]
+    assert rows["b"] == ["b", "1", "50.0", "50.0", "+0.0", "60.0", "+10.0", "90.0", "50.0", "30"]
+    # No evaluation of this set at the best step: the last one's.
+    assert table(text, "gym:long")["b"][2:7] == ["20.0", "10.0", "-10.0", "10.0", "-10.0"]
+    assert text.index("## gym:chain, in domain") < text.index("## gym:long, out of domain")
+    assert "    rosd --config=x:a\n    rosd --config=x:b\n" in text
+
+
+def test_if_no_step_is_better_than_none_the_best_is_the_model_before(tmp_path):
+    text = as_markdown(results(tmp_path, [("a", 0, 0.5, {0: 0.9, 2: 0.1, 4: 0.2}, 0.3)]))
+    assert table(text, "gym:chain")["a"][2:7] == ["50.0", "30.0", "-20.0", "50.0", "+0.0"]
+
+
+def test_the_figure_shows_every_method(tmp_path):
+    found = results(tmp_path, [("a", 0, 0.5, CHOSEN, 0.6), ("b", 0, 0.5, {}, 0.5)])
+    study.draw(found, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interval_needs_two_seeds_and_finite_numbers():
+    assert shown_change(mean([0.1])) == "+10.0"
+    assert shown_change(mean([0.1, float("nan")])) == "n/a"
+    assert shown_change(mean([])) == "n/a"
+
+
+def test_the_commands_are_those_of_ordinary_runs(tmp_path):
+    cells = make_cells(f"{QUICKSTART}:debug", ["span", "paper"], [3, 4], tmp_path, ["--config.steps=1"])
+    assert [(cell.seed, cell.method) for cell in cells] == [
+        (3, "span"),
+        (3, "paper"),
+        (4, "span"),
+        (4, "paper"),
+    ]
+    assert len({cell.directory for cell in cells}) == 4
+    for cell in cells:
+        config = load_run().read_flags(["rosd", *cell.flags])
+        assert (config.seed, config.steps) == (cell.seed, 1)
+        assert config.lesson.region == ("span" if cell.method == "span" else "suffix")
+
+
+def test_a_run_that_fails_ends_the_study_with_its_status(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def run(command):
+        made.append(command)
+        return subprocess.CompletedProcess(command, 0 if len(made) == 1 else 130)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    asked = [f"--config={QUICKSTART}", "--methods=span,paper", "--seeds=0,1", f"--out={tmp_path}"]
+    assert study.main(asked) == 130
+    assert len(made) == 2 and made[1][1:3] == ["-m", "rosd_jax"]
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "study.md").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--methods=a,a", "--seeds=0"], "a,a repeats a name"),
+        (["--methods=a", "--seeds=0,0"], "0,0 repeats a name"),
+        (["--methods=a", "--seeds=0", "--mode=eval"], "'--mode=eval' is no flag of a study"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, words, tmp_path, capsys):
+    assert study.main([f"--config={QUICKSTART}", f"--out={tmp_path}", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+@pytest.mark.nightly
+def test_a_study_of_three_methods_and_two_seeds(tmp_path, cache):
+    fields = ["--config.steps=1", "--config.eval.sets=gym:chain", "--config.batch.prompts=2"]
+    asked = ["--methods=span,paper,official", "--seeds=0,1", f"--config={QUICKSTART}:debug", "--out=study"]
+    command = [sys.executable, "-m", "rosd_jax.evals.study", *asked, *fields]
+    environment = run_environment(PYTHONPATH=str(ROOT), **cache)
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = table((tmp_path / "study" / "study.md").read_text(), "gym:chain")
+    assert [cells[:2] for cells in rows.values()] == [["span", "2"], ["paper", "2"], ["official", "2"]]
