@@ -503,6 +503,18 @@ def test_on_policy_rollouts_have_ratio_one():
     assert metrics["active_tokens"] == rollout.length_B.sum()
 
 
+def test_the_student_is_compiled_once_for_teachers_of_several_widths():
+    lesson = make_lesson()
+    teacher_prompts = [ids * (1 + 20 * (row % 2)) for row, ids in enumerate(lesson.teacher_prompts)]
+    lesson = replace(lesson, teacher_prompts=teacher_prompts)
+    update, lay, mesh = prepared(device_rows=4)
+    update.learn.clear_cache()
+    with jax.set_mesh(mesh), quickly(True):
+        update(*lay(lesson))
+    widths = {batch.teacher_BT.shape[1] for batch in plan_microbatches(lesson, 4, update.longest)}
+    assert len(widths) > 1 and update.learn._cache_size() == 1
+
+
 def test_lessons_of_like_lengths_are_compiled_once_and_the_state_goes_on():
     update, lay, mesh = prepared()
     state, frozen, _ = lay(make_lesson())

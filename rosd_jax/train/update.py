@@ -150,10 +150,9 @@ class Update:
 
         ints = rows("int32", S)
         floats = rows("float32", S)
-        teacher_BT = rows("int32", T if self.config.distills else 0)
         shift_B = rows("int32")
         policy_BS = floats if self.config.reinforces else None
-        microbatch = MicroBatch(ints, teacher_BT, shift_B, ints, floats, floats, policy_BS)
+        microbatch = MicroBatch(ints, rows("int32", 0), shift_B, ints, floats, floats, policy_BS)
         D = self.model.hidden_size
         dtype = self.model.dtype
         grads, sums = jax.eval_shape(self.zeros)
@@ -163,7 +162,7 @@ class Update:
         teacher_BSD = None
         if self.config.distills:
             teacher_BSD = rows(dtype, S, D)
-            traced["teach"] = self.teach.trace(frozen_like, teacher_BT)
+            traced["teach"] = self.teach.trace(frozen_like, rows("int32", T))
             traced["align"] = self.align.trace(rows(dtype, T, D), shift_B, S)
         traced["learn"] = self.learn.trace(like.params, frozen_like, grads, sums, teacher_BSD, microbatch)
         traced["apply"] = self.apply.trace(like, grads, sums, count, count)
@@ -187,8 +186,8 @@ class Update:
             self.before(f"micro-batch {number} of {len(microbatches)}, {sizes}")
             self.progress(number, len(microbatches))
             previous_sums = sums
-            microbatch = place_rows(scaled(microbatch, taught), self.mesh)
             teacher_BSD = self.teacher_states(frozen_params, microbatch)
+            microbatch = place_rows(without_teacher(scaled(microbatch, taught)), self.mesh)
             grads, sums, divergence_BS = self.learn(
                 state.params, frozen_params, grads, sums, teacher_BSD, microbatch
             )
@@ -205,13 +204,19 @@ class Update:
         """The teacher's hidden states at the student's positions; None if it teaches none of the rows."""
         if microbatch.teacher_BT.shape[1] == 0:
             return None
-        teacher_BTD = self.teach(frozen_params, microbatch.teacher_BT)
-        return self.align(teacher_BTD, microbatch.shift_B, microbatch.student_BS.shape[1])
+        teacher_BT, shift_B = place_rows((microbatch.teacher_BT, microbatch.shift_B), self.mesh)
+        teacher_BTD = self.teach(frozen_params, teacher_BT)
+        return self.align(teacher_BTD, shift_B, microbatch.student_BS.shape[1])
 
 
 def scaled(microbatch: MicroBatch, taught: np.float32) -> MicroBatch:
     """The micro-batch with its weights divided by `taught`, so that its loss is its share of the mean."""
     return replace(microbatch, weight_BS=microbatch.weight_BS / max(taught, np.float32(1)))
+
+
+def without_teacher(microbatch: MicroBatch) -> MicroBatch:
+    """The micro-batch for `learn`, which is compiled again for each shape of its arguments."""
+    return replace(microbatch, teacher_BT=microbatch.teacher_BT[:, :0])
 
 
 def make_update(
