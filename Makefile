@@ -2,7 +2,7 @@
 #             whose jax build is in .venv (README, the real run)
 # make test   the test suite (make test-fast leaves out what takes more than ten seconds; make test-nightly
 #             runs what make test leaves out: what takes minutes, and repetitions with other seeds and chips)
-# make docs   the documentation as a site, in site/; look at it with python -m http.server -d site
+# make docs   the documentation as a site, in site/
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 BIN := .venv/bin
 # A file's tests run in one process, which shares what they compile; conftest.py puts the slow files first.
@@ -31,8 +31,9 @@ lint: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-docs: $(BIN)/.installed-dev
+docs: $(BIN)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "The site is in site/; to search it, serve it: $(BIN)/python -m http.server -d site"
 
 clean:
 	rm -rf .venv site
@@ -45,6 +46,10 @@ $(BIN)/.installed: requirements.txt requirements-lock.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -c requirements-lock.txt
 	touch $@
 
-$(BIN)/.installed-dev: $(BIN)/.installed requirements-dev.txt
+$(BIN)/.installed-docs: $(BIN)/.installed requirements-docs.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-docs.txt -c requirements-lock.txt
+	touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed requirements-dev.txt requirements-docs.txt requirements-track.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt -c requirements-lock.txt
 	touch $@

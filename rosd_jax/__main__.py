@@ -15,7 +15,8 @@ def main() -> None:
         from rosd_jax import cli
     except ModuleNotFoundError as error:
         print(
-            f"error: training needs {error.name}; pip install 'rosd-jax[train]' installs all it needs",
+            f"error: training needs {error.name}; install the checkout or the wheel with its extra `train`, "
+            "as in pip install 'PATH[train]'",
             file=sys.stderr,
         )
         sys.exit(2)

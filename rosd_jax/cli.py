@@ -42,9 +42,11 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 from absl import flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
+import rosd_jax  # noqa: E402
 from rosd_jax import config_file  # noqa: E402
 from rosd_jax.config import validate  # noqa: E402
 from rosd_jax.errors import UserError  # noqa: E402
+from rosd_jax.fields import describe  # noqa: E402
 from rosd_jax.hosts import place, supervisor  # noqa: E402
 from rosd_jax.settings import Settings  # noqa: E402
 from rosd_jax.train import stopping  # noqa: E402
@@ -130,6 +132,9 @@ def peek(argv: list[str], *names: str, numbers: Sequence[str] = ()) -> flags.Fla
 def obey(argv: list[str], here: place.Place | None) -> None:
     """Does what the command line asks for. Raises BrokenPipeError if nobody reads stdout any more."""
     try:
+        if "--version" in argv[1:]:
+            print(f"rosd_jax {rosd_jax.__version__}")
+            return
         if set(argv[1:]) & set(HELP):
             print(__doc__, flags.FLAGS.module_help(__name__).partition(":\n")[2], sep="\n")
             return
@@ -189,14 +194,24 @@ def read_flags(argv: list[str]) -> ConfigDict:
         _ARGV[:] = with_stored_config(argv)
         rest = flags.FLAGS(_ARGV)
     except (flags.Error, KeyError, ValueError, OSError) as error:
-        if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
-            raise UserError(MISSING) from error  # the config's fields are flags once there is a config
+        if isinstance(error, flags.UnrecognizedFlagError):
+            raise UserError(unknown_flag(error)) from error
         raise UserError(config_file.explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
     if _CONFIG.value is None:
         raise UserError(MISSING)
     return _CONFIG.value
+
+
+def unknown_flag(error: flags.UnrecognizedFlagError) -> str:
+    """A sentence on a flag that does not exist."""
+    name = error.flagname
+    if name.startswith("config."):
+        return MISSING  # the config's fields are flags once there is a config
+    if any(field.name.split(".")[0] == name.split(".")[0] for field in describe()):
+        return f"--{name} is not a flag; fields of the config are given as --config.{name}=VALUE"
+    return config_file.explain(error)
 
 
 def with_stored_config(argv: list[str]) -> list[str]:
@@ -211,7 +226,7 @@ def with_stored_config(argv: list[str]) -> list[str]:
     directory = Path(given["workdir"].value)
     workdir.check_path(directory)
     if not (directory / workdir.CONFIG_FILE).is_file():
-        return argv
+        raise UserError(f"there is no run in {directory}; to start one there, pass --config=FILE")
     return [argv[0], f"--config={STORED_CONFIG}:{directory / workdir.CONFIG_FILE}", *argv[1:]]
 
 

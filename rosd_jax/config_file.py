@@ -27,9 +27,8 @@ MODULE = "config_config"  # the name under which ml_collections imports the file
 OVERRIDE = re.compile(r"-{1,2}(?:no)?config\.([^=]*)")
 REFUSED = re.compile(r"flag --config\.([^=]*)=(.*)", re.DOTALL)  # how absl's sentence on a value begins
 CLOSING = {"(": ")", "[": "]", "'": "'", '"': '"'}
-NO_CONFIG = (
-    "--config does not name a Python file with a get_config that returns a ConfigDict; pass one, such as "
-    "--config=configs/quickstart.py"
+PASS = (
+    "pass a Python file with a get_config that returns a ConfigDict, such as --config=configs/quickstart.py"
 )
 
 
@@ -51,7 +50,7 @@ class ConfigFile(flags.ArgumentParser):
         name, colon, variant = argument.partition(":")
         path = shipped.find(name)
         if not _is_file(path):
-            raise UserError(NO_CONFIG)
+            raise UserError(f"--config names {shown(name)}, which is no file; {PASS}")
         arguments = (variant,) if colon else ()
         try:
             config = _load(path).get_config(*arguments)
@@ -137,7 +136,7 @@ def _load(path: str) -> ModuleType:
 def _where_it_raised(path: str, error: BaseException) -> str:
     """File, line, class and words of an exception that a config file raised."""
     if isinstance(error, AttributeError) and error.name == "get_config" and error.obj is sys.modules[MODULE]:
-        return NO_CONFIG
+        return f"{path} has no get_config; {PASS}"
     if isinstance(error, SyntaxError) and error.filename == path:
         line = error.lineno
         words = error.msg

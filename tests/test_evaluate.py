@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,6 +124,16 @@ def test_numbers_of_a_set():
     assert numbers["majority_letter"] == pytest.approx(4 / 5)
     assert numbers["length"] == np.mean([len(g["token_ids"]) for g in generations])
     assert numbers["truncated"] == pytest.approx(2 / 15)
+
+
+def test_without_predictions_of_a_users_function_there_is_no_majority():
+    def none(predictions):
+        return [""] * len(predictions)
+
+    own = [replace(problem(i, "A"), kind="own") for i in range(5)]
+    assert np.isnan(evaluate(own, votes=none)[0]["maj"])
+    assert evaluate(own)[0]["maj"] == 1.0
+    assert evaluate(votes=none)[0]["maj"] < 1  # no letter was read: wrong
 
 
 def test_answers_that_are_equal_vote_together():

@@ -153,7 +153,7 @@ def test_what_an_older_checkpoint_does_not_say_is_not_asked(config):
 def inputs_of(crc32=7, names=("a", "b")):
     found = {f"{name}/{file}": {"rows": 3, "crc32": crc32} for name in names for file in FILES.values()}
     sets = {name: [None] * 3 for name in names}
-    return SimpleNamespace(sets=lambda split: sets, found=found)
+    return SimpleNamespace(sets=lambda split: sets, found=found, evals=sets)
 
 
 def write_lines(tmp_path, *rows):
@@ -185,3 +185,12 @@ def test_a_set_is_evaluated_where_no_line_of_the_step_was_made_under_the_same_co
     assert history.unevaluated(tmp_path, config, inputs, "eval", 4) == ["a", "b"]
     write_lines(tmp_path, line(4, "eval/a", k=8, n=3))  # an older version's
     assert history.unevaluated(tmp_path, config, inputs, "eval", 4) == ["b"]
+
+
+def test_an_evaluation_of_more_problems_is_not_replaced(tmp_path, config):
+    """The new one has 3."""
+    write_lines(tmp_path, line(3, "eval/a", n=3, k=9), line(4, "eval/a", n=4, k=4), line(4, "eval/b", n=2))
+    history.require_no_less(tmp_path, config, inputs_of(), 3)
+    with pytest.raises(UserError, match="of a at step 4 has 4 problems; one of 3 would replace it"):
+        history.require_no_less(tmp_path, config, inputs_of(), 4)
+    history.require_no_less(tmp_path, config, inputs_of(names=("b", "c")), 4)

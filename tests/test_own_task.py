@@ -410,10 +410,10 @@ def example(tmp_path_factory, cache):
 def test_the_example_is_checked_before_any_device_is_touched(example):
     folder, run = example
     status, printed, errors = run(0, 1)
-    assert (status, errors) == (0, "") and "chains: 64 problems of jsonl:chains.jsonl, 2 steps" in printed
+    assert (status, errors) == (0, "") and "chains: 64 problems of chains, 2 steps" in printed
     assert not (folder / "run").exists() and not (folder / "runs").exists()
     for flags, words in (
-        ("rewards=fixed", "rewards is 'fixed', and the kind of problem jsonl:chains.jsonl/train/0 is 'own'"),
+        ("rewards=fixed", "rewards is 'fixed', and the kind of problem chains/train/0 is 'own'"),
         ("wording=absent.toml", "wording is 'absent.toml', which cannot be read"),
     ):
         status, printed, errors = run(1, then=f" --config.{flags}")
@@ -443,6 +443,10 @@ def test_the_example_trains_with_its_own_reward_wording_and_stop_string(example)
     assert len(ended) > 0.8 * len(rows) and all(text.endswith("</answer>") for text in ended)
     # What the model itself ends with is not sampled: the stop string is the last token.
     assert len({row["token_ids"][-1] for row in rows if row["response"] in ended}) == 1
+    with open(folder / "reward.py", "a") as file:
+        file.write("# stricter now\n")
+    status, _, errors = run(2, then=" --config.steps=3")
+    assert status == 0 and "rewards=reward:last_number has changed since step 2" in errors
 
 
 @pytest.mark.slow
@@ -452,5 +456,5 @@ def test_a_reward_that_fails_ends_the_run_with_its_traceback_and_one_sentence(ex
     status, _, errors = run(0, 2, then="2 --config.rewards=failing:f")
     assert status == 2 and "Traceback" in errors
     said = errors.splitlines()[-1]
-    assert said.startswith("error: rewards is 'failing:f'; on problem jsonl:chains.jsonl/train/")
+    assert said.startswith("error: rewards is 'failing:f'; on problem chains/train/")
     assert "it raised KeyError: 'absent' (" in said and "failing.py line 2)" in said

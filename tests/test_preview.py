@@ -43,6 +43,14 @@ def test_lengths_and_what_is_left_out(shown):
     assert "above data.max_prompt_tokens (12)" in lines[4]
 
 
+def test_problems_that_are_trained_on_and_evaluated_are_warned_of(shown, caplog):
+    shown(train=["1 +2", "1 +3"], test=["1  +2", "5"])
+    assert [r.getMessage() for r in caplog.records if "1 of its 2 problems are also in" in r.getMessage()]
+    caplog.clear()
+    shown(train=["1 +2", "1 +3"], test=["1 +4", "5"])
+    assert not caplog.records
+
+
 def test_duplicates_within_a_set_and_between_sets_are_named(shown):
     lines = shown(train=["1 +2", "1 +3", "1  +2 "], test=["1 +2", "5"])
     assert "sums/train: 1 repeated: sums/train/0 = sums/train/2" in lines

@@ -517,7 +517,8 @@ def test_evaluation_and_the_models_path_may_change_on_the_way(finished, model, c
 
 
 def write_problems(path, answers):
-    rows = [{"prompt": f"{n} +{n} *3 -5 +9", "answer": answer} for n, answer in enumerate(answers, 2)]
+    tail = "-5 +9" if path.name == "train.jsonl" else "-4 +9"
+    rows = [{"prompt": f"{n} +{n} *3 {tail}", "answer": answer} for n, answer in enumerate(answers, 2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -658,10 +659,10 @@ def test_an_answer_in_thinking_that_the_template_opens_earns_nothing(model, cach
 @pytest.mark.slow
 def test_a_set_with_a_name_is_called_by_it_and_judged_by_its_files(model, cache, tmp_path):
     problems = gym.load("chain", "train")
-    lines = [json.dumps({"prompt": p.question, "answer": p.answer}) for p in problems[:8]]
-    for file in ("own/train.jsonl", "own/test.jsonl", "else.jsonl"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text("\n".join(lines) + "\n")
+    lines = [json.dumps({"prompt": p.question, "answer": p.answer}) + "\n" for p in problems[:24]]
+    (tmp_path / "own").mkdir()
+    for number, file in enumerate(("own/train.jsonl", "own/test.jsonl", "else.jsonl")):
+        (tmp_path / file).write_text("".join(lines[8 * number : 8 * number + 8]))
     sets = f"sums=jsonl:{tmp_path}/own/test.jsonl,other=jsonl:{tmp_path}/else.jsonl"
     fields = dict(data__train=f"mine=jsonl:{tmp_path}/own", eval__sets=sets, steps=1)
     printed = finish(arguments(model, tmp_path / "run", **fields), tmp_path, **cache)
@@ -751,8 +752,12 @@ def run(monkeypatch, tmp_path, capfd):
 
 FLAG_MISTAKES = {
     "no config": ([], "--config is missing"),
-    "no run": (["--workdir=none", "--config.eval.samples=1"], "--config is missing"),
-    "no such config": (["--config=configs/none.py"], "--config does not name a Python file"),
+    "no run": (["--workdir=none", "--config.eval.samples=1"], "there is no run in none; to start one"),
+    "no such config": (["--config=configs/none.py"], "--config names 'configs/none.py', which is no file"),
+    "a field as a flag": (
+        [QUICKSTART, "--trackers=tensorboard"],
+        "--trackers is not a flag; fields of the config are given as --config.trackers=VALUE",
+    ),
     "unknown flag": ([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
     "no flag": ([QUICKSTART, "train"], "'train' is not a flag"),
     "unknown mode": ([QUICKSTART, "--mode=dance"], "<train|eval|plan|data|report>"),
@@ -850,7 +855,7 @@ CONFIG_FILES = {
         "mine.py: get_config returns None; it must return a ConfigDict",
     ),
     "something else": ("def get_config():\n    return [1]\n", "get_config returns [1]; it must return a Con"),
-    "no get_config": ("x = 1\n", "--config does not name a Python file with a get_config"),
+    "no get_config": ("x = 1\n", "has no get_config; pass a Python file with a get_config"),
     "no variants": (in_get_config("return c"), "takes 0 positional arguments but 1 was given"),
     "huge int": (
         in_get_config("c.steps = 10**5000; return c"),

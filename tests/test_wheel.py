@@ -86,7 +86,10 @@ def test_the_loss_of_the_wheel_needs_jax_alone(site, tmp_path):
 def test_the_command_of_the_wheel_names_the_extra_that_it_lacks(site, tmp_path):
     used = python(site, tmp_path, "-c", COMMAND, *imported_names())
     assert used.returncode == 2
-    assert used.stderr == "error: training needs absl; pip install 'rosd-jax[train]' installs all it needs\n"
+    assert used.stderr == (
+        "error: training needs absl; install the checkout or the wheel with its extra `train`, as in "
+        "pip install 'PATH[train]'\n"
+    )
 
 
 @pytest.mark.slow

@@ -124,6 +124,8 @@ def _numbers(
     rewards_NK = np.array([row["reward"] for row in generations], np.float64).reshape(shape)
     votes = [row["vote"] for row in generations]
     numbers = scores(rewards_NK, [votes[i : i + samples] for i in range(0, len(votes), samples)])
+    if all(problem.kind == "own" for problem in problems) and not any(votes):
+        numbers["maj"] = math.nan  # the user's function gives no predictions
     numbers["length"] = float(np.mean([len(row["token_ids"]) for row in generations]))
     numbers["truncated"] = float(np.mean([row["truncated"] for row in generations]))
     if all(problem.kind == "mcq" for problem in problems):

@@ -9,6 +9,7 @@ those after the newest one. A run whose checkpoints were removed is never overwr
     require_steps(workdir, config, start)             raises if more steps were made than config asks for
     require_same_origins(kept, now, config)           raises if weights, tokenizer or problems changed
     require_same_evals(workdir, inputs, start)        raises if an evaluation set changed
+    require_no_less(workdir, config, inputs, step)    raises if a larger evaluation would be replaced
     export_to_evaluate(workdir, config)               -> True if export/ is all that is left of the model
     origins(config, inputs)                           -> what a run starts from, for a checkpoint's meta
     conditions(config, inputs, split, name)           -> the conditions of an evaluation
@@ -25,7 +26,7 @@ from typing import Any
 
 from rosd_jax.data.sources import set_name
 from rosd_jax.errors import UserError
-from rosd_jax.evals.outcome import PROBLEMS, MetricsRow, read_metrics
+from rosd_jax.evals.outcome import PROBLEMS, MetricsRow, number, read_metrics
 from rosd_jax.models.weights import weights_fingerprint
 from rosd_jax.settings import Settings
 from rosd_jax.step_files import steps_in
@@ -181,6 +182,23 @@ def unevaluated(workdir: Path, config: Settings, inputs: Inputs, split: ScoredSp
 def _agrees(row: MetricsRow | None, wanted: dict[str, float]) -> bool:
     """Whether a line has these conditions. One that a line of an older version lacks counts as equal."""
     return row is not None and all(row.get(field, value) == value for field, value in wanted.items())
+
+
+def require_no_less(workdir: Path, config: Settings, inputs: Inputs, step: int) -> None:
+    """Raises UserError if an evaluation would replace one of the same step that has more problems.
+
+    The report compares evaluations of the same problems, and could then compare nothing.
+    """
+    for row in read_metrics(workdir / "metrics.jsonl"):
+        split, _, name = row["split"].partition("/")
+        if row["step"] != step or split != "eval" or name not in inputs.evals:
+            continue
+        now = conditions(config, inputs, "eval", name)["n"]
+        if number(row, "n") > now:
+            raise UserError(
+                f"the evaluation of {name} at step {step} has {row['n']} problems; one of {now} would "
+                "replace it, so raise eval.limit, or evaluate a copy of the directory"
+            )
 
 
 def require_same_evals(workdir: Path, inputs: Inputs, start: int) -> None:

@@ -101,6 +101,7 @@ def read_inputs(config: Settings) -> Inputs:
         validation[set_name(name)] = encode(name, FILES["validation"], 0)
     for name, items in (evals | validation).items():
         check_samples(config, name, len(items))
+        warn_of_shared(name, items, train)
     check_known(tokenizer, train, config.data.train)
     for name, uids in overlong.items():
         logging.warning(
@@ -119,6 +120,25 @@ def check_samples(config: Settings, name: str, items: int) -> None:
         raise UserError(
             f"eval.samples is {config.eval.samples}, which makes {responses} responses to the {items} "
             f"problems of {name}; it must make at most 2**31, so lower it or eval.limit"
+        )
+
+
+def question(problem: Problem) -> str:
+    """The question in a form that is equal for equal questions, but for case and white space."""
+    return " ".join(problem.question.casefold().split())
+
+
+def warn_of_shared(name: str, items: Encoded, train: Encoded) -> None:
+    """Warns if problems of an evaluation are also trained on."""
+    trained = {question(problem) for problem, _ in train}
+    shared = sum(question(problem) in trained for problem, _ in items)
+    if shared:
+        logging.warning(
+            "%s: %d of its %d problems are also in the training set, so its scores do not tell how well the "
+            "model does on new ones",
+            name,
+            shared,
+            len(items),
         )
 
 

@@ -37,6 +37,7 @@ from rosd_jax.evals.health import new_findings
 from rosd_jax.evals.outcome import best_step, read_metrics
 from rosd_jax.evals.page import write_page, write_step_file
 from rosd_jax.evals.report import Z, write_report
+from rosd_jax.evals.report import show as shown
 from rosd_jax.fields import flat, replace
 from rosd_jax.hosts import Hosts
 from rosd_jax.models.weights import check_weights
@@ -76,7 +77,7 @@ def train(config: Settings, directory: Path, hosts: Hosts, console: Console, *, 
     check_weights(config.model.path, inputs.model)
     origins = history.origins(config, inputs)
     require_same_inputs(hosts, config, inputs, origins)
-    meta = checkpoint.run_meta(config, origins)
+    meta = checkpoint.run_meta(config, origins) | {"reward": inputs.reward_crc32}
     unfinished = Unfinished(directory, hosts, json.dumps(meta, sort_keys=True))
     compiled = Compiled(console.compiling)  # counts from here, so before anything is compiled
     with (
@@ -91,6 +92,13 @@ def train(config: Settings, directory: Path, hosts: Hosts, console: Console, *, 
         restored = begin(hosts, manager, trees, origins, console)
         state = restored.state
         start = restored.step
+        if hosts.first and restored.meta.get("reward", inputs.reward_crc32) != inputs.reward_crc32:
+            logging.warning(
+                "the file of rewards=%s has changed since step %d; rewards before and after may mean "
+                "different things",
+                config.rewards,
+                start,
+            )
         console.stage("preparing the frozen weights")
         frozen_params = trees.frozen(None if start else state)
         console.begin(start, config.steps)
@@ -312,7 +320,7 @@ def score(run: Run, split: ScoredSplit, names: Sequence[str], params: Params, st
         run.log.replace(step, f"{split}/{name}", numbers | conditions)
         run.console.say(
             f"{split} {name}: avg@{c.samples} {numbers['avg']:.3f} +- {Z * numbers['avg_se']:.3f}"
-            f"  pass {numbers['pass']:.3f}  maj {numbers['maj']:.3f}"
+            f"  pass {numbers['pass']:.3f}  maj {shown(numbers['maj'], '.3f')}"
         )
 
 
@@ -369,6 +377,7 @@ def export_best(run: Run, like: TrainState, frozen_params: Params) -> None:
     params = checkpoint.restore_params(run.manager, best, like.params, run.hosts)
     params = learner(params, frozen_params, run.config)
     names = run.hosts.once("unscored", partial(unscored, run, "eval", best))
+    run.console.say(f"the best step by validation, step {best}:")
     score(run, "eval", names, params, best)
     run.console.stage("export of the best step")
     export(run, params, path, best)
@@ -432,6 +441,7 @@ def evaluate_only(config: Settings, directory: Path, hosts: Hosts, console: Cons
         path = directory / "metrics.jsonl"
         log = hosts.once("log", lambda: MetricsLog.resume(path, lambda step, split: True))
         run = Run(runtime, inputs, directory, log, trackers, console, manager, compiled, {})
+        hosts.once("evals", lambda: history.require_no_less(directory, config, inputs, step))
         with jax.set_mesh(runtime.mesh), stopping.deferred(directory, agreed(hosts)):
             score(run, "eval", list(inputs.evals), params, step)
             if hosts.first:

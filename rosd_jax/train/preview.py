@@ -12,7 +12,7 @@ import numpy as np
 
 from rosd_jax.data.pipeline import Encoded
 from rosd_jax.settings import Settings
-from rosd_jax.train.inputs import FILES, Inputs, read_inputs, set_name
+from rosd_jax.train.inputs import FILES, Inputs, question, read_inputs, set_name
 from rosd_jax.types import Problem
 
 SAME = "Problems with the same question, but for case and white space:"
@@ -62,10 +62,10 @@ def _shared(sets: dict[str, Encoded]) -> list[str]:
     pairs: dict[tuple[str, str], list[str]] = {}
     for name, encoded in sets.items():
         for problem, _ in encoded:
-            question = " ".join(problem.question.casefold().split())
-            other, earlier = first_with.setdefault(question, (name, problem))
+            other, earlier = first_with.setdefault(question(problem), (name, problem))
             if earlier is not problem:
-                pairs.setdefault((other, name), []).append(f"{earlier.uid} = {problem.uid}")
+                same = f"{earlier.uid} = {problem.uid}" if earlier.uid != problem.uid else problem.uid
+                pairs.setdefault((other, name), []).append(same)
     return [_duplicates(name, other, found) for (other, name), found in pairs.items()]
 
 
@@ -80,7 +80,7 @@ def _example(name: str, encoded: Encoded, inputs: Inputs, config: Settings) -> l
     prompt = inputs.tokenizer.render(problem.messages, config.thinking.student)
     cut = f" ... ({len(prompt)} characters)" if len(prompt) > LONGEST_EXAMPLE else ""
     return [
-        f"--- {problem.uid}: {len(ids)} tokens, as the model sees it ---",
+        f"--- {name}, {problem.uid}: {len(ids)} tokens, as the model sees it ---",
         _visible(prompt[:LONGEST_EXAMPLE]) + cut,
         f"--- gold answer: {_visible(problem.answer[:LONGEST_EXAMPLE]) or 'none'} ---",
     ]
