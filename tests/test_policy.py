@@ -290,6 +290,8 @@ def test_a_run_counts_every_rollout_and_resumes_exactly(method, model, cache, tm
         finish([f"{QUICKSTART},{method}", *rest], tmp_path, **cache)
 
     train(whole, 2)
+    card = (whole / "export" / "README.md").read_text()
+    assert "A policy gradient trains" in card and ("frozen copy" in card) == (method == "rosd_grpo")
     if method == "rosd_grpo":
         train(cut, 1)
         train(cut, 2)

@@ -11,7 +11,7 @@ first and the last once, the others for every micro-batch.
     teach(frozen, teacher_BT)                                   -> hidden_BTD
     align(hidden_BTD, shift_B, S)                               -> hidden_BSD, at the student's positions
     learn(params, frozen, grads, sums, hidden_BSD, microbatch)  -> grads, sums, divergence_BS
-    apply(state, grads, sums, total)                            -> state, metrics
+    apply(state, grads, sums, active, taught)                   -> state, metrics
 
 `teach` is compiled once per width T and `learn` once per width S, when that width first occurs. `align` is
 separate, so that only this cheap function is compiled for pairs of widths. `teach` and `align` are left out
