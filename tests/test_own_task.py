@@ -456,5 +456,5 @@ def test_a_reward_that_fails_ends_the_run_with_its_traceback_and_one_sentence(ex
     status, _, errors = run(0, 2, then="2 --config.rewards=failing:f")
     assert status == 2 and "Traceback" in errors
     said = errors.splitlines()[-1]
-    assert said.startswith("error: rewards is 'failing:f'; on problem chains/train/")
+    assert said.startswith("error: rewards is 'failing:f'; on problem chains/test/")
     assert "it raised KeyError: 'absent' (" in said and "failing.py line 2)" in said
