@@ -8,16 +8,17 @@ Method      the `span` preset, except that correct rollouts are not reflected (r
             is on error spans only. Chosen on the validation split (docs/log.md)
 Command     python run.py --config=configs/quickstart.py
 Variants    paper | span | official: that preset, with its own reflect.correct
+            grpo | dr_grpo | dapo_loss | grpo_strong | rosd_grpo: another method (docs/methods.md)
             debug: two short steps, to check that everything runs
 """
 
 from rosd_jax import shipped
-from rosd_jax.config import PRESETS, choose_one, default_config, parse_variant, use_preset
+from rosd_jax.config import METHODS, choose_one, default_config, parse_variant, use_preset
 
 
 def get_config(arg=None):
-    variants = parse_variant(arg, (*PRESETS, "debug"))
-    preset = choose_one(variants, PRESETS, default=None)
+    variants = parse_variant(arg, (*METHODS, "debug"))
+    preset = choose_one(variants, METHODS, default=None)
     c = use_preset(default_config(), preset or "span")
     c.name = "quickstart"
     c.steps = 8

@@ -10,6 +10,7 @@ Command     python run.py --config=configs/qwen3_science.py:physics \\
                 --config.model.path=DIR --config.data.dir=DIR
 Variants    biology | chemistry | material | physics (default: biology)
             paper | span | official (default: paper; METHOD in rosd_jax/config.py lists their fields)
+            grpo | dr_grpo | dapo_loss | grpo_strong | rosd_grpo: another method (docs/methods.md)
             4b | 8b: the size of the model in model.path, with which it is not compared, so that a slice too
             small for it is refused
             v5p-8 | v5p-64 | v6e-16 | v6e-64 | v5e-64 | h100x8 | h200: the mesh for that slice (SLICES), which
@@ -25,7 +26,7 @@ Smallest    slices that fit at these lengths, according to the plan. 8B: v5p-8, 
             start the same command on each (docs/pods.md)
 """
 
-from rosd_jax.config import PRESETS, choose_one, default_config, parse_variant, use_preset
+from rosd_jax.config import METHODS, choose_one, default_config, parse_variant, use_preset
 from rosd_jax.errors import UserError
 
 EPOCH_STEPS = {"biology": 14, "chemistry": 59, "material": 26, "physics": 22}
@@ -46,9 +47,9 @@ TOO_LARGE = {("8b", "h200")}
 
 
 def get_config(arg=None):
-    variants = parse_variant(arg, (*EPOCH_STEPS, *PRESETS, *SIZES, *SLICES, "lora", "debug"))
+    variants = parse_variant(arg, (*EPOCH_STEPS, *METHODS, *SIZES, *SLICES, "lora", "debug"))
     domain = choose_one(variants, EPOCH_STEPS, default="biology")
-    preset = choose_one(variants, PRESETS, default="paper")
+    preset = choose_one(variants, METHODS, default="paper")
     size = choose_one(variants, SIZES, default="")
     chips = choose_one(variants, SLICES, default="")
     if (size, chips) in TOO_LARGE and "lora" not in variants:

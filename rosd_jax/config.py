@@ -1,8 +1,9 @@
 """From a config file to validated settings: presets of the method, variants, and rules for fields.
 
 A file in configs/ starts from `default_config()` (the `paper` preset), changes what differs, and returns it.
-`use_preset(config, name)` sets every field of the method to another column of `METHOD`. `validate` runs
-before any device is touched and returns the `Settings` that all other code reads; settings.py has the fields.
+`use_preset(config, name)` sets every field of the method to another column of `METHOD`, or to one of
+`OTHERS`. `validate` runs before any device is touched and returns the `Settings` that all other code reads;
+settings.py has the fields.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PRESETS = ("paper", "span", "official")
 # span      v1's abstract to the letter, "the first erroneous span" (`paper`, except the two lines marked *)
 # official  the released PyTorch code (ZiqiZhao1/ROSD) as it runs; docs/differences.md lists its defects
 METHOD: dict[str, tuple[Any, Any, Any]] = {
+    "method": ("rosd", "rosd", "rosd"),
     # Rollouts (table 4). rewards: the paper names its checkers only; "official" are the released ones.
     "data.max_prompt_tokens": (2048, 2048, 2048),
     "batch.prompts": (32, 32, 32),
@@ -72,6 +74,11 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "loss.alpha": (0.5, 0.5, 0.5),
     "loss.tail": ("bucket", "bucket", "bucket"),
     "loss.ratio_cap": (2.0, 2.0, 2.0),
+    # No policy gradient: rewards only choose which rollouts are reflected.
+    "policy.advantage": ("none", "none", "none"),
+    "policy.normalise": ("token", "token", "token"),
+    "policy.weight": (1.0, 1.0, 1.0),
+    "policy.rows": ("all", "all", "all"),
     # The optimizer (table 4): AdamW at 1e-5 after 10 warm-up steps.
     "optimizer.lr": (1e-5, 1e-5, 1e-5),
     "optimizer.warmup_steps": (10, 10, 10),
@@ -84,25 +91,73 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "optimizer.empty_batch": ("skip", "skip", "step"),
 }
 
+# Methods to compare ROSD with: the `span` column, except these fields. Data, batch and optimizer are the same
+# for all, so that only the loss differs. A clipped ratio to the policy that sampled is missing on purpose: a
+# batch gets one optimizer step, so that ratio is 1. docs/methods.md says more.
+#
+# grpo         DeepSeekMath (arXiv 2402.03300), without its KL term
+# dr_grpo      Dr. GRPO (arXiv 2503.20783)
+# dapo_loss    DAPO (arXiv 2503.14476): its loss, without dynamic sampling and overlong shaping
+# grpo_strong  the GRPO baseline of the released PyTorch code (baseline_grpo.yaml): advantages without the
+#              standard deviation, as in Dr. GRPO; the token mean of DAPO
+# rosd_grpo    ours: ROSD on the wrong rollouts that it can teach, grpo_strong on all others
+OTHERS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "lesson.teacher_context": "none",
+        "policy.advantage": "std",
+        "policy.normalise": "sequence",
+    },
+    "dr_grpo": {
+        "lesson.teacher_context": "none",
+        "policy.advantage": "mean",
+        "policy.normalise": "constant",
+    },
+    "dapo_loss": {
+        "lesson.teacher_context": "none",
+        "policy.advantage": "std",
+        "policy.normalise": "token",
+    },
+    "grpo_strong": {
+        "lesson.teacher_context": "none",
+        "policy.advantage": "mean",
+        "policy.normalise": "token",
+    },
+    "rosd_grpo": {
+        "reflect.correct": False,
+        "policy.advantage": "mean",
+        "policy.normalise": "token",
+        "policy.rows": "untaught",
+    },
+}
+METHODS = (*PRESETS, *OTHERS)  # the names that a config file accepts
+
 
 def default_config() -> Draft:
     """The paper's main run: the `paper` preset, and the defaults of all other fields."""
     tree = defaults()
-    for field, values in METHOD.items():
+    for field, given in preset("paper").items():
         *sections, last = field.split(".")
         section = tree
         for part in sections:
             section = section[part]
-        section[last] = values[0]
+        section[last] = given
     # A field whose default is null needs its other type here, so that flags can be parsed and checked.
     tree["rollout"] |= {"slots": placeholder(int), "attention": placeholder(str)}
     return ConfigDict(tree, convert_dict=True)
 
 
+def preset(name: str) -> dict[str, Any]:
+    """Every field of the method by name, in the preset or the other method `name`, one of METHODS."""
+    column = PRESETS.index("span" if name in OTHERS else name)
+    fields = {field: values[column] for field, values in METHOD.items()}
+    if name in OTHERS:
+        fields |= {"method": name, **OTHERS[name]}
+    return fields
+
+
 def use_preset(config: Draft, name: str) -> Draft:
-    """Sets every field of the method to its value in the preset `name`, and returns the config."""
-    column = PRESETS.index(name)
-    config.update_from_flattened_dict({field: values[column] for field, values in METHOD.items()})
+    """Sets every field of the method to its value in `preset(name)`, and returns the config."""
+    config.update_from_flattened_dict(preset(name))
     return config
 
 
@@ -164,6 +219,7 @@ def validate(config: ConfigDict) -> Settings:
     _validate_lora(settings.model.lora)
     _validate_sampling(settings)
     _validate_training(settings)
+    _validate_method(settings)
     return settings
 
 
@@ -272,6 +328,30 @@ def _validate_training(settings: Settings) -> None:
         _require(
             field, devices, devices >= 1 or devices == -1, "be at least 1, or -1 for all remaining devices"
         )
+
+
+def _validate_method(settings: Settings) -> None:
+    """What the two parts of a method, the distillation and the policy gradient, need of each other."""
+    policy = settings.policy
+    weighs = 0 < _single(policy.weight) < math.inf
+    _require("policy.weight", policy.weight, weighs, "be above 0 and finite, also in float32")
+    learns = settings.distills or settings.reinforces
+    rule = "be std or mean if lesson.teacher_context is none, since there is nothing else to learn from"
+    _require("policy.advantage", policy.advantage, learns, rule)
+    both = settings.distills and settings.reinforces
+    rule = (
+        "be all if lesson.teacher_context or policy.advantage is none, since it divides rollouts between both"
+    )
+    _require("policy.rows", policy.rows, both or policy.rows == "all", rule)
+    name = settings.method
+    usual = preset("span" if name == "rosd" else name)
+    for field in ("lesson.teacher_context", "policy.advantage"):
+        given = value(settings, field)
+        if (given == "none") != (usual[field] == "none"):
+            raise UserError(
+                f"method is {name!r}, whose {field} is {usual[field]}, and {field} is {given}; choose a "
+                "method by its preset, such as --config=configs/quickstart.py:grpo, which sets all its fields"
+            )
 
 
 def _single(number: float) -> float:

@@ -5,7 +5,8 @@ defaults, so that flags can override each field. Once it is validated (config.va
 reads it as the frozen `Settings` below.
 
 Fields without a default here belong to the method: `METHOD` in config.py has their values, one column per
-preset. The text under a field is its documentation; docs/fields.md is generated from it.
+preset of ROSD, and `OTHERS` what differs in other methods. The text under a field is its documentation;
+docs/fields.md is generated from it.
 """
 
 from __future__ import annotations
@@ -163,8 +164,9 @@ class LessonSettings:
     locate: Literal["offsets", "reencode"]
     """How a place in the text is mapped to tokens. offsets: by the offsets of the sampled tokens. reencode:
     by tokenizing the text before it again, as the released code does."""
-    teacher_context: Literal["idea", "idea_or_solution", "solution"]
-    """What the teacher sees in addition to the problem."""
+    teacher_context: Literal["idea", "idea_or_solution", "solution", "none"]
+    """What the teacher sees in addition to the problem. none: there is no reflector, no teacher and no
+    distillation."""
     gold_in_idea: Literal["keep", "strip"]
     """If an idea gives the gold answer away. keep: it is used. strip: the answer is removed from it."""
     max_teacher_tokens: int
@@ -185,6 +187,22 @@ class LossSettings:
     """Largest importance weight, exp(trainer's log-prob - sampler's log-prob)."""
     chunk: int = 1024
     """Tokens whose logits are in memory at the same time."""
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """The policy gradient: rollouts are reinforced by their rewards. docs/methods.md has the formulas."""
+
+    advantage: Literal["none", "std", "mean"]
+    """A rollout's advantage, from the rewards of its prompt's rollouts. none: there is no policy gradient.
+    mean: reward - mean. std: (reward - mean) / (standard deviation + 1e-6)."""
+    normalise: Literal["sequence", "constant", "token"]
+    """What the loss is a mean over. token: all response tokens of the batch. sequence: the responses, after a
+    mean over the tokens of each. constant: as many tokens as if each response had rollout.max_new_tokens."""
+    weight: float
+    """Factor of the policy gradient's loss, which is added to that of the distillation."""
+    rows: Literal["all", "untaught"]
+    """Which rollouts it reinforces. untaught: those that no teacher teaches."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +281,8 @@ class Settings:
 
     rewards: str
     """The checkers: fixed, official (as the released code grades), or MODULE:FUNCTION of your own."""
+    method: Literal["rosd", "grpo", "dr_grpo", "dapo_loss", "grpo_strong", "rosd_grpo"]
+    """Name of the method, which runs record. A preset sets it together with the fields of the method."""
     mesh: MeshSettings
     model: ModelSettings
     data: DataSettings
@@ -272,14 +292,13 @@ class Settings:
     reflect: ReflectSettings
     lesson: LessonSettings
     loss: LossSettings
+    policy: PolicySettings
     optimizer: OptimizerSettings
     validation: ValidationSettings
     eval: EvalSettings
     checkpoint: CheckpointSettings
     name: str = ""
     """Name of the experiment; the default workdir begins with it."""
-    method: Literal["rosd"] = "rosd"
-    """The training method, so that runs record it."""
     seed: int = 0
     """Seed of the order of problems, of sampling and of adapters."""
     steps: int = 100
@@ -298,3 +317,13 @@ class Settings:
     def rows(self) -> int:
         """Rollouts in one step."""
         return self.batch.prompts * self.batch.samples
+
+    @property
+    def distills(self) -> bool:
+        """Whether the method has a reflector and a teacher."""
+        return self.lesson.teacher_context != "none"
+
+    @property
+    def reinforces(self) -> bool:
+        """Whether the method has a policy gradient."""
+        return self.policy.advantage != "none"

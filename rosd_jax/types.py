@@ -138,7 +138,7 @@ class Reflection:
     token_span: Span | None = None  # the same in tokens
     ambiguous: bool = False  # the quote occurs more than once
     solution: str | None = None  # the correct sibling that the reflector was shown, if any
-    note: str = ""  # why the rollout is not taught, a key of distill/notes.py: NOTES; "": it is taught
+    note: str = ""  # why the rollout is out of the loss, a key of distill/notes.py: NOTES; "": it is in it
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,18 @@ class Lesson:
     """The input of the update (host). Response ids are the sampled ones, never tokenised again."""
 
     prompts: Sequence[Sequence[int]]  # B: token ids of the student's prompt
-    teacher_prompts: Sequence[Sequence[int]]  # B: token ids of the teacher's; unused if a row has no weight
+    teacher_prompts: Sequence[Sequence[int]]  # B: token ids of the teacher's; unused if a row is not taught
     response_BR: np.ndarray  # int32
-    weight_BR: np.ndarray  # float32; 1 for tokens in the loss, else 0
+    weight_BR: np.ndarray  # float32; 1 for tokens on which the teacher teaches, else 0
     sampler_logp_BR: np.ndarray  # float32; log-probs that the sampler reported
+    # float32; weights of the tokens in the policy gradient (distill/policy.py); None: there is none
+    policy_BR: np.ndarray | None = None
+
+    @property
+    def active_BR(self) -> np.ndarray:
+        """Which tokens are in the loss: taught, in the policy gradient, or both."""
+        taught_BR = self.weight_BR != 0
+        return taught_BR if self.policy_BR is None else taught_BR | (self.policy_BR != 0)
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ from rosd_jax.fields import describe
 from rosd_jax.gym.metric import quote_exact
 from rosd_jax.rewards import Grade
 from rosd_jax.rollout.bandwidth import MemoryRoofline
-from rosd_jax.train.numbers import of_decoding, of_reflections, of_rollouts
+from rosd_jax.train.numbers import of_advantages, of_decoding, of_reflections, of_rollouts
 from rosd_jax.train.update import SUMS, summarise
 from rosd_jax.types import Graded, Problem, Prompts, Reflected, Reflection, Rollout
 from support import ROOT, run_environment
@@ -95,7 +95,8 @@ def train_metrics() -> set[str]:
     reflected = Reflected(graded, (Reflection(note="all_right"),))
     one = jnp.ones(())
     found = of_rollouts(graded) | of_reflections(reflected, np.zeros((1, 2))) | quote_exact(reflected)
-    found |= summarise(dict.fromkeys(SUMS, one), one, one, jnp.array(True), jnp.array(False))
+    found |= of_advantages(np.zeros(1))
+    found |= summarise(dict.fromkeys(SUMS, one), one, one, one, jnp.array(True), jnp.array(False))
     for stage in ("rollout", "reflect"):
         found |= of_decoding(None, MemoryRoofline(1.0, 1.0, 1.0), 1.0, stage)
     source = "".join((ROOT / "rosd_jax" / "train" / name).read_text() for name in ("step.py", "loop.py"))

@@ -133,7 +133,7 @@ def test_step_line_reads_well_and_shows_what_is_missing():
 
 
 def test_the_lines_of_a_step_fit_a_terminal():
-    many = {"reward": 1.0, "taught": 1000, "quote_found": 1.0, "seconds": 9999.9} | dict.fromkeys(NOTED, 1000)
+    many = {"reward": 1.0, "taught": 1000, "quote_found": 1.0, "seconds": 9999.9} | dict.fromkeys(NOTED, 900)
     lines = step_lines(999, 999, NUMBERS | many | {"programs_compiled": 300, "seconds_compiling": 5000.0})
     assert len(lines) > 3 and max(map(len, lines)) <= 80
 

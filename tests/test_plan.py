@@ -24,9 +24,9 @@ from rosd_jax.plan import command as plans
 from rosd_jax.plan import printed, roofline
 from rosd_jax.plan.budget import frozen_bytes, gradients, resident
 from rosd_jax.plan.chips import CHIPS, COUNTED, SIDES, Slice, read_topology
-from rosd_jax.plan.command import Asked, make_plan
+from rosd_jax.plan.command import Asked, compiled_stages, make_plan
 from rosd_jax.plan.roofline import at_limits, realistic
-from rosd_jax.plan.stages import STAGES, make_job, microbatch_widths, stages
+from rosd_jax.plan.stages import STAGES, make_job, microbatch_widths, stage_names, stages
 from rosd_jax.plan.whole_run import scored_sets
 from rosd_jax.train.engines import check_attention
 from rosd_jax.train.inputs import read_inputs
@@ -262,6 +262,18 @@ def test_adapters_of_8b_fit_one_gpu_of_80_gb():
     assert held["student"]["frozen"] == pytest.approx(2 * PARAMETERS["8b"], rel=1e-3)
     assert held["student"]["gradients"] == pytest.approx(4 * 174.6e6, rel=1e-2)  # adapters of rank 64
     assert planned_of(job_of("8b", "h200:1", "8b", "h200", "lora"), "h200:1").fits
+
+
+def test_a_method_without_a_teacher_is_planned_without_one():
+    found = planned_of(job_of("8b", "h100:8", "8b", "h100x8", "grpo_strong"), "h100:8")
+    names = ("rollouts", "evaluation", "student", "optimizer")
+    assert tuple(stage.name for stage in found.stages) == names
+    text = printed.as_text(found)
+    assert "teacher" not in text and "reflect" not in text
+    with pytest.raises(UserError, match=f"'teacher'; it must be all, or some of {', '.join(names)}"):
+        compiled_stages(["teacher"], stage_names(found.job.config))
+    both = planned_of(job_of("8b", "h100:8", "8b", "h100x8", "rosd_grpo"), "h100:8")
+    assert tuple(stage.name for stage in both.stages) == STAGES
 
 
 def test_with_adapters_a_frozen_tree_on_the_host_is_brought_to_every_stage_but_the_optimizer():

@@ -7,7 +7,7 @@ from test_reflect import Letters, graded_rows, read_all
 
 from configs import quickstart, qwen3_science
 from oracles.token_weights import aggregate_weights
-from rosd_jax.config import METHOD, PRESETS, default_config, use_preset, validate
+from rosd_jax.config import METHOD, METHODS, OTHERS, PRESETS, default_config, preset, use_preset, validate
 from rosd_jax.distill import reflect, teacher
 from rosd_jax.errors import UserError
 from rosd_jax.kernels.topk_jsd import topk_jsd_from_logits
@@ -34,9 +34,9 @@ def value(config, field):
 
 def test_every_field_of_the_method_is_in_the_table():
     config = default_config()
-    sections = ("rollout", "reflect", "lesson", "loss", "optimizer", "thinking")
+    sections = ("rollout", "reflect", "lesson", "loss", "policy", "optimizer", "thinking")
     fields = {f"{section}.{name}" for section in sections for name in config[section]}
-    others = {"rewards", "batch.prompts", "batch.samples", "data.max_prompt_tokens"}
+    others = {"method", "rewards", "batch.prompts", "batch.samples", "data.max_prompt_tokens"}
     assert set(METHOD) == fields - NOT_METHOD | others
 
 
@@ -49,6 +49,48 @@ def test_a_preset_is_its_column_whatever_was_set_before(preset):
             field: values[column] for field, values in METHOD.items()
         }
         config.model.path = "x"
+        validate(config)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_method_is_span_except_for_its_own_fields_whatever_was_set_before(name):
+    for before in METHODS:
+        config = use_preset(use_preset(default_config(), before), name)
+        assert {field: value(config, field) for field in METHOD} == preset(name)
+        differ = {field for field in METHOD if preset(name)[field] != preset("span")[field]}
+        assert "method" in differ and differ <= {"method", *OTHERS[name]} and config.method == name
+        validate(config)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("get_config", [quickstart.get_config, qwen3_science.get_config])
+def test_configs_offer_the_other_methods(get_config, name):
+    config = get_config(name)
+    for field in ("method", *OTHERS[name]):
+        assert value(config, field) == preset(name)[field], field
+    assert validate(config).method == name
+
+
+@pytest.mark.parametrize(
+    "variant, fields, words",
+    [
+        ("grpo", {"policy.advantage": "none"}, "policy.advantage is 'none'; it must be std or mean if"),
+        ("grpo", {"policy.rows": "untaught"}, "policy.rows is 'untaught'; it must be all if lesson.teacher_"),
+        ("span", {"policy.rows": "untaught"}, "policy.rows is 'untaught'; it must be all if lesson.teacher_"),
+        ("rosd_grpo", {"policy.weight": 0.0}, "policy.weight is 0.0; it must be above 0 and finite"),
+        ("span", {"method": "grpo"}, "method is 'grpo', whose lesson.teacher_context is none, and lesson"),
+        ("grpo", {"method": "rosd"}, "method is 'rosd', whose lesson.teacher_context is idea, and lesson"),
+        (
+            "span",
+            {"policy.advantage": "mean"},
+            "method is 'rosd', whose policy.advantage is none, and policy",
+        ),
+    ],
+)
+def test_what_a_method_cannot_use_is_refused(variant, fields, words):
+    config = use_preset(default_config(), variant)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError, match=words):
         validate(config)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rosd_jax.config import default_config, validate
+from rosd_jax.config import default_config, use_preset, validate
 from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
 from rosd_jax.models import qwen3
 from rosd_jax.models.qwen3 import Qwen3Config
@@ -54,9 +54,9 @@ def slow(value, often):
     return pytest.param(value, marks=[] if value in often else pytest.mark.slow)
 
 
-def make_config(device_rows=8, **optimizer):
+def make_config(device_rows=8, method="paper", **optimizer):
     """Adam's eps is large, so that rounding of a tiny gradient does not turn into a whole step."""
-    config = default_config()
+    config = use_preset(default_config(), method)
     config.batch.device_rows = device_rows
     config.rollout.temperature = TEMPERATURE
     config.loss.update(topk=TOPK, ratio_cap=CAP, chunk=16)
@@ -107,10 +107,10 @@ def make_lesson(seed=0, **fields):
 
 
 @cache
-def prepared(shape=(1, 1, 1), device_rows=8, model=MODEL, **optimizer):
+def prepared(shape=(1, 1, 1), device_rows=8, model=MODEL, method="paper", **optimizer):
     """The update of one mesh, a function that lays its three arguments, and the mesh."""
     mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-    config = make_config(device_rows, **optimizer)
+    config = make_config(device_rows, method, **optimizer)
     tx = with_gradient(config)
 
     def start(params):
@@ -501,6 +501,18 @@ def test_on_policy_rollouts_have_ratio_one():
     metrics = step(lesson)[1]
     assert abs(metrics["ratio"] - 1) < 1e-5 and metrics["logp_gap"] < 1e-5
     assert metrics["active_tokens"] == rollout.length_B.sum()
+
+
+def test_the_student_is_compiled_once_for_teachers_of_several_widths():
+    lesson = make_lesson()
+    teacher_prompts = [ids * (1 + 20 * (row % 2)) for row, ids in enumerate(lesson.teacher_prompts)]
+    lesson = replace(lesson, teacher_prompts=teacher_prompts)
+    update, lay, mesh = prepared(device_rows=4)
+    update.learn.clear_cache()
+    with jax.set_mesh(mesh), quickly(True):
+        update(*lay(lesson))
+    widths = {batch.teacher_BT.shape[1] for batch in plan_microbatches(lesson, 4, update.longest)}
+    assert len(widths) > 1 and update.learn._cache_size() == 1
 
 
 def test_lessons_of_like_lengths_are_compiled_once_and_the_state_goes_on():

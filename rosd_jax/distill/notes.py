@@ -12,4 +12,5 @@ NOTES = {
     "no_idea": "no idea found",
     "quote_missing": "quote not found",
     "teacher_overlong": "teacher prompt too long",
+    "no_advantage": "reward is the group's mean",
 }

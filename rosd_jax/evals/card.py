@@ -15,27 +15,26 @@ from rosd_jax.evals.report import percent, shown_change
 from rosd_jax.fields import value
 from rosd_jax.settings import Settings
 
-METHOD = """\
+DISTILLATION = """\
 ROSD ([arXiv 2605.28014](https://arxiv.org/abs/2605.28014)) trains a model on its own mistakes. The model
 answers each problem several times. A frozen copy of it reads a wrong answer, quotes the first error and
 explains the idea that corrects it. Given that idea, the frozen copy is the teacher: the model learns its
 next-token distribution on the tokens that `lesson.region` names."""
+POLICY_GRADIENT = """\
+A policy gradient trains a model on the rewards of its own answers. It answers each problem several times.
+Answers with a higher reward than the mean of their problem's become more likely, and the others less."""
 
 # What a reader asks for first. The run's config.json has every field.
-SHOWN = (
-    "steps",
-    "batch.prompts",
-    "batch.samples",
-    "rollout.max_new_tokens",
+SHOWN = ("steps", "batch.prompts", "batch.samples", "rollout.max_new_tokens")
+SHOWN_OF_DISTILLATION = (
     "reflect.correct",
     "lesson.region",
     "lesson.quote_missing",
     "loss.topk",
     "loss.alpha",
-    "optimizer.lr",
-    "model.lora.rank",
-    "seed",
 )
+SHOWN_OF_POLICY = ("method", "policy.advantage", "policy.normalise", "policy.weight", "policy.rows")
+SHOWN_LAST = ("optimizer.lr", "model.lora.rank", "seed")
 HUB = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a directory of the Hugging Face cache
 
 
@@ -47,12 +46,20 @@ def model_card(settings: Settings, directory: Path, trained_on: Sequence[str], s
     base = Path(settings.model.path).resolve()
     hub = HUB.search(str(base))
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front["tags"] = ["rosd", "self-distillation"]
+    front["tags"] = ["rosd", "self-distillation"] if settings.distills else [settings.method]
     if hub:
         front["base_model"] = f"{hub[1]}/{hub[2]}"
     rows = read_metrics(directory / "metrics.jsonl")
     outcomes = compare(rows, directory, trained_on, until=step)
-    fields = (f"| `{name}` | `{value(settings, name)}` |" for name in SHOWN)
+    paragraphs = []
+    names = SHOWN
+    if settings.distills:
+        paragraphs += [DISTILLATION, ""]
+        names += SHOWN_OF_DISTILLATION
+    if settings.reinforces:
+        paragraphs += [POLICY_GRADIENT, ""]
+        names += SHOWN_OF_POLICY
+    fields = (f"| `{name}` | `{value(settings, name)}` |" for name in (*names, *SHOWN_LAST))
     lines = [
         "---",
         *(f"{name}: {json.dumps(given)}" for name, given in front.items()),
@@ -62,8 +69,7 @@ def model_card(settings: Settings, directory: Path, trained_on: Sequence[str], s
         f"{front.get('base_model', base.name)} after {step} steps of training on {_plain(trained_on[0])} "
         f"with rosd_jax {rosd_jax.__version__}.",
         "",
-        METHOD,
-        "",
+        *paragraphs,
         "| field | value |",
         "|---|---|",
         *fields,

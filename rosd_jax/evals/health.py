@@ -33,6 +33,8 @@ ADVICE = {
     "quote_missing": "the reflector's quotes are not in the responses: set lesson.quote_missing=full, or "
     "use a stronger model",
     "teacher_overlong": "raise lesson.max_teacher_tokens",
+    "no_advantage": "the rollouts of most problems have equal rewards: choose problems that the model solves "
+    "sometimes, or more batch.samples",
 }
 
 

@@ -60,6 +60,7 @@ WHY = {
     "no_idea": "The reflector's answer contains no idea that the teacher could be shown.",
     "quote_missing": "What the reflector quoted is not in the response, so the error has no place.",
     "teacher_overlong": "The teacher's prompt would be longer than lesson.max_teacher_tokens.",
+    "no_advantage": "Its reward is the mean of its problem's rollouts, so there is nothing to reinforce.",
 }
 # The learning curves: title, how numbers are shown, and the fields of metrics.jsonl.
 CURVES = (

@@ -177,7 +177,7 @@ def student(job: Job) -> Bytes:
         head = job.item
         head_gradient = 0
     else:
-        head = 2 * job.item
+        head = 2 * job.item if config.distills else job.item
         head_gradient = 4
     logits = min(config.loss.chunk, tokens) * job.table // model.hidden_size * (8 + job.item)
     # Adapters are trained on the frozen weights, which are transferred to the device if they are on the host.

@@ -26,7 +26,7 @@ from rosd_jax.plan.printed import Plan, StagePlan
 from rosd_jax.plan.programs import Program, compile_stage
 from rosd_jax.plan.remedies import Trial, changes, remedies
 from rosd_jax.plan.roofline import Work, at_limits, realistic
-from rosd_jax.plan.stages import STAGES, Stage, lower, make_job, stages
+from rosd_jax.plan.stages import Stage, lower, make_job, stage_names, stages
 from rosd_jax.plan.whole_run import scored_sets, scorings
 from rosd_jax.rollout.stops import Stops
 from rosd_jax.settings import MeshSettings, Settings
@@ -52,7 +52,7 @@ def plan(config: Settings, asked: Asked, announce: Callable[[str], None]) -> Non
     Raises UserError for an unknown slice or stage, and if the mesh or rollout.attention does not fit the
     slice or the model.
     """
-    wanted = compiled_stages(asked.compile)
+    wanted = compiled_stages(asked.compile, stage_names(config))
     if asked.topology == "local":
         split_cpu(config)  # before JAX is initialized
     chips = read_topology(asked.topology)
@@ -90,12 +90,12 @@ def check_mesh(mesh: MeshSettings, chips: Slice) -> None:
     )
 
 
-def compiled_stages(names: Sequence[str]) -> tuple[str, ...]:
-    """The stages that --compile names. Raises UserError if one does not exist."""
+def compiled_stages(names: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The stages that --compile names. Raises UserError if the run has no such stage."""
     for name in names:
-        if name not in (*STAGES, "all"):
-            raise UserError(f"--compile names {name!r}; it must be all, or some of {', '.join(STAGES)}")
-    return STAGES if "all" in names else tuple(names)
+        if name not in (*known, "all"):
+            raise UserError(f"--compile names {name!r}; it must be all, or some of {', '.join(known)}")
+    return known if "all" in names else tuple(names)
 
 
 def make_plan(

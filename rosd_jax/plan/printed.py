@@ -167,7 +167,7 @@ def _roofline(plan: Plan, lengths: Lengths) -> str:
         rows.append([stage.name, *numbers, bound])
     if seconds:
         rows.append(["step", "", "", "", f"{seconds['step']:.3g}"])
-    note = "Every response is taught in full. Evaluation is of eval.batch rows and not part of a step."
+    note = "Every response is in the loss in full. Evaluation is of eval.batch rows and not part of a step."
     return f"Per chip and step, {TITLES[lengths.name]}: {lengths}.\n{note}\n{_table(rows)}"
 
 

@@ -38,17 +38,19 @@ class Lengths:
     name: str
     prompt: int
     response_B: tuple[int, ...]
-    teacher: int  # the teacher's prompt
+    teacher: int  # the teacher's prompt; this and the next two are 0 or empty without a teacher
     reflector: int  # the reflector's prompt
     reflection_B: tuple[int, ...]
     evaluated_B: tuple[int, ...]  # responses of eval.batch rows, or of a whole set
 
     def __str__(self) -> str:
         mean = sum(self.response_B) / len(self.response_B)
+        said = f"prompts {self.prompt:,}, responses {mean:,.0f} (longest {max(self.response_B):,})"
+        if not self.reflection_B:
+            return said
         reflection = sum(self.reflection_B) / len(self.reflection_B)
         return (
-            f"prompts {self.prompt:,}, responses {mean:,.0f} (longest {max(self.response_B):,}), "
-            f"teacher prompts {self.teacher:,}, reflector prompts "
+            f"{said}, teacher prompts {self.teacher:,}, reflector prompts "
             f"{self.reflector:,}, reflections {reflection:,.0f} (longest {max(self.reflection_B):,})"
         )
 
@@ -60,9 +62,9 @@ def at_limits(config: Settings, evaluated: int | None = None) -> Lengths:
         name="limits",
         prompt=config.data.max_prompt_tokens,
         response_B=(config.rollout.max_new_tokens,) * rows,
-        teacher=config.lesson.max_teacher_tokens,
-        reflector=config.reflect.max_prompt_tokens,
-        reflection_B=(config.reflect.max_new_tokens,) * rows,
+        teacher=config.lesson.max_teacher_tokens if config.distills else 0,
+        reflector=config.reflect.max_prompt_tokens if config.distills else 0,
+        reflection_B=(config.reflect.max_new_tokens,) * rows if config.distills else (),
         evaluated_B=(config.eval.max_new_tokens,) * (evaluated or config.eval.batch),
     )
 
@@ -74,9 +76,9 @@ def realistic(config: Settings, evaluated: int | None = None) -> Lengths:
         name="realistic",
         prompt=min(PROMPT, config.data.max_prompt_tokens),
         response_B=_lognormal(RESPONSE, rows, config.rollout.max_new_tokens),
-        teacher=min(TEACHER, config.lesson.max_teacher_tokens),
-        reflector=min(REFLECTOR, config.reflect.max_prompt_tokens),
-        reflection_B=_lognormal(REFLECTION, rows, config.reflect.max_new_tokens),
+        teacher=min(TEACHER, config.lesson.max_teacher_tokens) if config.distills else 0,
+        reflector=min(REFLECTOR, config.reflect.max_prompt_tokens) if config.distills else 0,
+        reflection_B=_lognormal(REFLECTION, rows, config.reflect.max_new_tokens) if config.distills else (),
         evaluated_B=_lognormal(RESPONSE, evaluated or config.eval.batch, config.eval.max_new_tokens),
     )
 
@@ -219,6 +221,7 @@ def learn_work(
     `active` is the number of tokens with loss, `grad_bytes` the chip's share of the accumulated gradient.
     With rematerialisation every layer's forward pass runs twice, except for attention if that is saved.
     With `adapters` no gradients of weights and head are computed; the adapters' own work is not counted.
+    A policy gradient costs what a distillation does: it makes the student's logits twice.
     """
     tokens = rows * width
     recomputed = {"none": 0.0, "attention": rows * matrix_flops(model, width)}

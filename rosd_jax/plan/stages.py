@@ -2,6 +2,7 @@
 
     make_job(config, model, chips)                -> Job
     stages(job, stop_ids, stops, evaluated)       -> one Stage each, in the order of a step
+    stage_names(config)                           -> the names of STAGES that a method has
     lower(stage, job)                             -> jax.stages.Lowered; needs no weights and no device
 
 Dimensions: B rows. S and T are the widths of the student's and the teacher's rows in tokens.
@@ -35,6 +36,7 @@ from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import make_optimizer, make_update
 
 STAGES = ("rollouts", "reflections", "evaluation", "teacher", "student", "optimizer")
+OF_TEACHERS = ("reflections", "teacher")  # methods without a teacher have no such stages
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ def stages(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: 
     return [*_decoding(job, stop_ids, stops, evaluated), *_updating(job)]
 
 
+def stage_names(config: Settings) -> tuple[str, ...]:
+    """The stages that a step of this config has."""
+    return tuple(name for name in STAGES if config.distills or name not in OF_TEACHERS)
+
+
 def lower(stage: Stage, job: Job) -> jax.stages.Lowered:
     """The stage's program, lowered in the same context as in a run (train/loop.py, train/build.py)."""
     precision = "highest" if job.model.dtype == "float32" else None
@@ -100,7 +107,8 @@ class LargestCall:
 
 
 def _decoding(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int) -> list[Stage]:
-    return [_decoding_stage(job, call) for call in _calls(job, stop_ids, stops, evaluated)]
+    calls = _calls(job, stop_ids, stops, evaluated)
+    return [_decoding_stage(job, call) for call in calls if call.name in stage_names(job.config)]
 
 
 def _calls(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: int) -> list[LargestCall]:
@@ -179,21 +187,22 @@ def _updating(job: Job) -> list[Stage]:
     def stage(name: str, working: Bytes, work: Callable[[Job, Lengths], Work], function: str) -> Stage:
         return Stage(name, resident, working, partial(work, job), lambda: programs()[function].lower())
 
-    return [
+    found = [
         stage("teacher", budget.teacher(job), _teaching, "teach"),
         stage("student", budget.student(job), _learning, "learn"),
         stage("optimizer", budget.optimizer(job), _applying, "apply"),
     ]
+    return [each for each in found if each.name in stage_names(job.config)]
 
 
 def microbatch_widths(job: Job, lengths: Lengths) -> list[tuple[int, int, int]]:
     """The student's width, the teacher's width and a row device's active tokens, for each micro-batch.
 
-    Every response is taught in full, which is the most work.
+    All tokens of every response are in the loss, which is the most work.
     """
     response_B = np.array(lengths.response_B)
     student_B = lengths.prompt + response_B - 1
-    teacher_B = lengths.teacher + response_B - 1
+    teacher_B = lengths.teacher + response_B - 1 if job.config.distills else np.zeros_like(response_B)
     groups = group_rows(student_B, teacher_B, job.update.rows, job.update.longest)
     return [(S, T, -(-int(response_B[rows].sum()) // row_devices(job.mesh))) for rows, S, T in groups]
 

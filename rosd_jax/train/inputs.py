@@ -218,10 +218,13 @@ def check_lengths(config: Settings, model: Qwen3Config) -> None:
     """
     longest = {
         "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
-        "reflect.max_new_tokens": config.reflect.max_prompt_tokens + config.reflect.max_new_tokens,
-        "lesson.max_teacher_tokens": config.lesson.max_teacher_tokens + config.rollout.max_new_tokens,
         "eval.max_new_tokens": config.data.max_prompt_tokens + config.eval.max_new_tokens,
     }
+    if config.distills:
+        longest |= {
+            "reflect.max_new_tokens": config.reflect.max_prompt_tokens + config.reflect.max_new_tokens,
+            "lesson.max_teacher_tokens": config.lesson.max_teacher_tokens + config.rollout.max_new_tokens,
+        }
     for field, tokens in longest.items():
         if tokens > model.max_position_embeddings:
             raise UserError(

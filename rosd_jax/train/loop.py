@@ -267,7 +267,7 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
     began = time.perf_counter()
     timeouts = run.runtime.grader.timeouts
     prompts = batch_at(run.inputs.train, step, run.config.seed, run.config.batch.prompts)
-    state, numbers, reflected, weight_BR, divergence_BR = train_step(
+    state, numbers, reflected, lesson, divergence_BR = train_step(
         run.runtime, state, frozen_params, prompts, step, run.console.stage
     )
     timeouts = run.runtime.grader.timeouts - timeouts
@@ -279,7 +279,7 @@ def one_step(run: Run, state: TrainState, frozen_params: Params, step: int) -> T
             run,
             step + 1,
             numbers,
-            workdir.rollout_rows(reflected, weight_BR, divergence_BR, run.runtime.tokenizer),
+            workdir.rollout_rows(reflected, lesson, divergence_BR, run.runtime.tokenizer),
         )
     return state
 

@@ -27,6 +27,14 @@ def of_rollouts(graded: Graded) -> Numbers:
     )
 
 
+def of_advantages(advantage_B: np.ndarray) -> Numbers:
+    """Mean absolute advantage of the rollouts, and the share of those that have one."""
+    return dict(
+        advantage_abs=float(np.mean(np.abs(advantage_B))),
+        advantage_share=float(np.mean(advantage_B != 0)),
+    )
+
+
 def of_decoding(rollout: HostRollout | None, roofline: MemoryRoofline, seconds: float, stage: str) -> Numbers:
     """Tokens per second, idle share of the slots, roofline fraction and preemptions of a decoding stage.
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rosd_jax.distill import reflect, teacher
+from rosd_jax.distill import policy, reflect, teacher
 from rosd_jax.hosts import Hosts
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import on_device
@@ -32,7 +32,7 @@ from rosd_jax.text.prompts import Wording
 from rosd_jax.text.tokenizer import Tokenizer
 from rosd_jax.train import stopping
 from rosd_jax.train.engines import Engines
-from rosd_jax.train.numbers import Numbers, of_decoding, of_reflections, of_rollouts
+from rosd_jax.train.numbers import Numbers, of_advantages, of_decoding, of_reflections, of_rollouts
 from rosd_jax.train.unfinished import Unfinished
 from rosd_jax.train.update import Update, learner
 from rosd_jax.types import (
@@ -77,10 +77,10 @@ def train_step(
     prompts: Prompts,
     step: int,
     stage: Callable[[str], None] = lambda name: None,
-) -> tuple[TrainState, Numbers, Reflected, np.ndarray, np.ndarray]:
-    """Makes one step: the next state, its metrics, the reflected rollouts, their weights and divergences.
+) -> tuple[TrainState, Numbers, Reflected, Lesson, np.ndarray]:
+    """Makes one step: the next state, its metrics, the reflected rollouts, the lesson and its divergences.
 
-    Weights and divergences are [B, R]; train/update.py says what they are of.
+    Divergences are [B, R]; train/update.py says what they are of.
 
     `stage` is called with the name of each stage as it begins. Raises Stopped if a signal has asked the run
     to stop; `state` is then still valid, because only the update's last function donates it.
@@ -97,7 +97,7 @@ def train_step(
         # There is room for one of them, and for none in the update.
         reflector = student if runtime.config.reflect.weights == "student" else None
         del student
-        if reflector is None:
+        if reflector is None and runtime.config.distills:
             reflector = on_device(frozen_params)
         reflected, earlier = reflect_rollouts(runtime, reflector, graded, step)
         del reflector
@@ -108,14 +108,16 @@ def train_step(
         state, metrics, divergence_BR = runtime.update(state, frozen_params, lesson)
         # Waits for the devices, so that the stage's time includes the update itself.
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    numbers = of_rollouts(graded) | of_reflections(reflected, lesson.weight_BR)
+    numbers = of_rollouts(graded) | of_reflections(reflected, lesson.active_BR)
+    if runtime.config.reinforces:
+        numbers |= of_advantages(policy.advantages(graded, runtime.config.policy))
     if runtime.task_metrics:
         numbers |= runtime.task_metrics(reflected)
     numbers |= metrics
     numbers["unknown_tokens"] = runtime.tokenizer.unknown_share(prompts.ids)
     numbers |= of_decoding(rollout, runtime.roofline, clock.spent["rollout"], "rollout")
     numbers |= of_decoding(reflected.answers, runtime.roofline, clock.spent["reflect"], "reflect")
-    return state, numbers | clock.seconds(), reflected, lesson.weight_BR, divergence_BR
+    return state, numbers | clock.seconds(), reflected, lesson, divergence_BR
 
 
 def sample_rollouts(
@@ -158,8 +160,11 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
     """Asks the reflector about the rollouts that distill/reflect.py selects, and reads its answers.
 
     Each host reads a part of them. Also returns the seconds that an earlier start spent on the answers.
+    Methods without a teacher ask nothing, and `params` is not used.
     """
     config = runtime.config
+    if not config.distills:
+        return Reflected(graded, (Reflection(),) * len(graded.texts)), 0.0
     plans = reflect.plan_rollouts(graded, config.reflect)
     ids = reflect.build_prompts(
         graded,
@@ -199,25 +204,34 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
 
 
 def make_lesson(runtime: Runtime, reflected: Reflected) -> tuple[Reflected, Lesson]:
-    """The lesson of a step. A rollout that cannot be taught gets weight 0, and a note that says why."""
+    """The lesson of a step. A rollout that is not in the loss has weight 0, and a note that says why."""
     config = runtime.config
     graded = reflected.graded
-    reflected, ids = teacher.teacher_prompts(
-        reflected,
-        runtime.tokenizer,
-        config.lesson,
-        thinking=config.thinking.teacher,
-        wording=runtime.wording,
-    )
-    R = graded.rollout.tokens_BR.shape[1]  # the token limit, whatever the responses' lengths
+    B, R = graded.rollout.tokens_BR.shape  # R: the token limit, whatever the responses' lengths
+    ids: list[list[int] | None] = [None] * B
+    weight_BR = np.zeros((B, R), np.float32)
+    if config.distills:
+        reflected, ids = teacher.teacher_prompts(
+            reflected,
+            runtime.tokenizer,
+            config.lesson,
+            thinking=config.thinking.teacher,
+            wording=runtime.wording,
+        )
+        weight_BR = teacher.region_weights(reflected, config.lesson, R)
     lesson = Lesson(
         prompts=[prompt for prompt in graded.prompts.ids for _ in range(graded.group_size)],
-        # A row without a teacher prompt has no weight, and micro-batches leave it out.
+        # A row without a teacher prompt has no weight, and the teacher does not read it.
         teacher_prompts=[prompt or [] for prompt in ids],
         response_BR=graded.rollout.tokens_BR,
-        weight_BR=teacher.region_weights(reflected, config.lesson, R),
+        weight_BR=weight_BR,
         sampler_logp_BR=graded.rollout.logp_BR,
     )
+    if config.reinforces:
+        advantage_B = policy.advantages(graded, config.policy)
+        policy_BR = policy.policy_weights(advantage_B, graded.rollout.length_B, weight_BR, config.policy)
+        lesson = replace(lesson, policy_BR=policy_BR)
+        reflected = policy.with_notes(reflected, lesson)
     return reflected, lesson
 
 

@@ -11,13 +11,17 @@ first and the last once, the others for every micro-batch.
     teach(frozen, teacher_BT)                                   -> hidden_BTD
     align(hidden_BTD, shift_B, S)                               -> hidden_BSD, at the student's positions
     learn(params, frozen, grads, sums, hidden_BSD, microbatch)  -> grads, sums, divergence_BS
-    apply(state, grads, sums, total)                            -> state, metrics
+    apply(state, grads, sums, active, taught)                   -> state, metrics
 
 `teach` is compiled once per width T and `learn` once per width S, when that width first occurs. `align` is
-separate, so that only this cheap function is compiled for pairs of widths.
+separate, so that only this cheap function is compiled for pairs of widths. `teach` and `align` are left out
+for micro-batches of which the teacher teaches no row; `learn` is then compiled without hidden_BSD.
 
-The loss is the mean over the active tokens of the whole lesson. The released code averages within each
-micro-batch of two sequences first, so that its gradient depends on the number of devices.
+The loss is the sum of two parts, of which a method may lack one:
+
+- distillation: the mean over the taught tokens of the whole lesson. The released code averages within each
+  micro-batch of two sequences first, so that its gradient depends on the number of devices.
+- the policy gradient, whose tokens are weighted on the host (distill/policy.py).
 
 Dimensions: B rows of a micro-batch, S positions of a student's row, T positions of a teacher's row, N = B x S
 positions, D model width, V vocabulary, R response tokens.
@@ -37,16 +41,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
+from rosd_jax.kernels.topk_jsd.row_math import capped_ratio
 from rosd_jax.models import qwen3
 from rosd_jax.models.lora import combine, init_adapters
 from rosd_jax.models.sharding import AXES, fetch, on_device, place_rows, row_devices, row_sharding
 from rosd_jax.settings import Settings
 from rosd_jax.train.microbatches import MicroBatch, by_response, plan_microbatches
+from rosd_jax.train.token_logp import Options, token_logp
 from rosd_jax.types import Array, Lesson, Params, Progress, TrainState, no_progress
 
 Metrics = dict[str, jax.Array]
-# Accumulated over micro-batches. The loss is already divided by the number of active tokens, the others not.
-SUMS = ("loss", "divergence", "ratio", "logp_gap", "student_topk_mass", "teacher_topk_mass")
+States = tuple[jax.Array, jax.Array]  # hidden states [N, D] and the head [V, D]
+# Accumulated over micro-batches: losses, which are already divided, and sums over tokens.
+LOSSES = ("loss", "policy_loss")
+OF_TAUGHT = ("divergence", "student_topk_mass", "teacher_topk_mass")  # sums over the tokens that are taught
+SUMS = (*LOSSES, *OF_TAUGHT, "ratio", "logp_gap")
 
 
 def make_optimizer(config: Settings) -> optax.GradientTransformation:
@@ -108,6 +117,8 @@ class Update:
     `__call__` donates the state: its buffers are reused for the next state.
     """
 
+    config: Settings
+
     zeros: Callable[[], tuple[Params, Metrics]]  # initial gradients and sums
     teach: Any
     align: Any
@@ -139,30 +150,34 @@ class Update:
 
         ints = rows("int32", S)
         floats = rows("float32", S)
-        teacher_BT = rows("int32", T)
         shift_B = rows("int32")
-        microbatch = MicroBatch(ints, teacher_BT, shift_B, ints, floats, floats)
+        policy_BS = floats if self.config.reinforces else None
+        microbatch = MicroBatch(ints, rows("int32", 0), shift_B, ints, floats, floats, policy_BS)
         D = self.model.hidden_size
         dtype = self.model.dtype
         grads, sums = jax.eval_shape(self.zeros)
         grads = jax.tree.map(placed, grads, like.params)
-        total = jax.ShapeDtypeStruct((), jnp.float32)
-        return {
-            "teach": self.teach.trace(frozen_like, teacher_BT),
-            "align": self.align.trace(rows(dtype, T, D), shift_B, S),
-            "learn": self.learn.trace(like.params, frozen_like, grads, sums, rows(dtype, S, D), microbatch),
-            "apply": self.apply.trace(like, grads, sums, total),
-        }
+        count = jax.ShapeDtypeStruct((), jnp.float32)
+        traced = {}
+        teacher_BSD = None
+        if self.config.distills:
+            teacher_BSD = rows(dtype, S, D)
+            traced["teach"] = self.teach.trace(frozen_like, rows("int32", T))
+            traced["align"] = self.align.trace(rows(dtype, T, D), shift_B, S)
+        traced["learn"] = self.learn.trace(like.params, frozen_like, grads, sums, teacher_BSD, microbatch)
+        traced["apply"] = self.apply.trace(like, grads, sums, count, count)
+        return traced
 
     def __call__(
         self, state: TrainState, frozen_params: Params, lesson: Lesson
     ) -> tuple[TrainState, Metrics, np.ndarray]:
         """The next state, the metrics of the step as float32 scalars on the devices, and divergence_BR.
 
-        divergence_BR: float32 [B, R] on the host, in nats. Of each active response token, the divergence of
+        divergence_BR: float32 [B, R] on the host, in nats. Of each taught response token, the divergence of
         student and teacher before the update, without weight and ratio; 0 elsewhere.
         """
-        total = np.float32(lesson.weight_BR.sum())  # active tokens of the whole lesson
+        taught = np.float32(lesson.weight_BR.sum())  # tokens of the whole lesson
+        active = np.float32(lesson.active_BR.sum())
         grads, sums = self.zeros()
         microbatches = plan_microbatches(lesson, self.rows, self.longest)
         divergences = []
@@ -171,9 +186,8 @@ class Update:
             self.before(f"micro-batch {number} of {len(microbatches)}, {sizes}")
             self.progress(number, len(microbatches))
             previous_sums = sums
-            microbatch = place_rows(scaled(microbatch, total), self.mesh)
-            teacher_BTD = self.teach(frozen_params, microbatch.teacher_BT)
-            teacher_BSD = self.align(teacher_BTD, microbatch.shift_B, microbatch.student_BS.shape[1])
+            teacher_BSD = self.teacher_states(frozen_params, microbatch)
+            microbatch = place_rows(without_teacher(scaled(microbatch, taught)), self.mesh)
             grads, sums, divergence_BS = self.learn(
                 state.params, frozen_params, grads, sums, teacher_BSD, microbatch
             )
@@ -181,15 +195,28 @@ class Update:
             # Calls are asynchronous. Without this wait for the previous micro-batch, the host would enqueue
             # them all, and the hidden states of each would be allocated at once.
             jax.block_until_ready(previous_sums)
-        state, metrics = self.apply(state, grads, sums, total)
+        state, metrics = self.apply(state, grads, sums, active, taught)
         # Only now, so that no micro-batch waits for a copy to the host.
         fetched = [fetch(divergence_BS) for divergence_BS in divergences]
         return state, metrics, by_response(fetched, lesson, self.rows, self.longest)
 
+    def teacher_states(self, frozen_params: Params, microbatch: MicroBatch) -> jax.Array | None:
+        """The teacher's hidden states at the student's positions; None if it teaches none of the rows."""
+        if microbatch.teacher_BT.shape[1] == 0:
+            return None
+        teacher_BT, shift_B = place_rows((microbatch.teacher_BT, microbatch.shift_B), self.mesh)
+        teacher_BTD = self.teach(frozen_params, teacher_BT)
+        return self.align(teacher_BTD, shift_B, microbatch.student_BS.shape[1])
 
-def scaled(microbatch: MicroBatch, total: np.float32) -> MicroBatch:
-    """The micro-batch with its weights divided by `total`, so that its loss is its share of the mean."""
-    return replace(microbatch, weight_BS=microbatch.weight_BS / total)
+
+def scaled(microbatch: MicroBatch, taught: np.float32) -> MicroBatch:
+    """The micro-batch with its weights divided by `taught`, so that its loss is its share of the mean."""
+    return replace(microbatch, weight_BS=microbatch.weight_BS / max(taught, np.float32(1)))
+
+
+def without_teacher(microbatch: MicroBatch) -> MicroBatch:
+    """The micro-batch for `learn`, which is compiled again for each shape of its arguments."""
+    return replace(microbatch, teacher_BT=microbatch.teacher_BT[:, :0])
 
 
 def make_update(
@@ -209,7 +236,7 @@ def make_update(
     # Under jit and with shardings, so that each device allocates its own shard of the gradient only.
     def zeros() -> tuple[Params, Metrics]:
         grads = jax.tree.map(lambda x: jnp.zeros(x.shape, config.optimizer.grad_dtype), shapes)
-        return grads, dict.fromkeys(SUMS, jnp.zeros((), jnp.float32))
+        return grads, dict.fromkeys(sums_of(config), jnp.zeros((), jnp.float32))
 
     def learn(params, frozen_params, grads, sums, teacher_BSD, microbatch):
         def loss(params):
@@ -218,14 +245,14 @@ def make_update(
         (_, (new_sums, divergence_BS)), new_grads = jax.value_and_grad(loss, has_aux=True)(params)
         return add(grads, new_grads), add(sums, new_sums), divergence_BS
 
-    def apply(state, grads, sums, total):
+    def apply(state, grads, sums, active, taught):
         # The accumulator may be bfloat16 (optimizer.grad_dtype); clipping and AdamW compute in float32.
         grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count into floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(grads)  # before clipping
-        empty = total == 0
+        empty = active == 0
         keep = jnp.isfinite(norm) & (~empty | (config.optimizer.empty_batch == "step"))
         # A skipped step leaves weights and moments unchanged, but advances state.step. Selecting here, inside
         # the compiled function, lets the old state's buffers be donated all the same.
@@ -235,9 +262,10 @@ def make_update(
             (state.params, state.opt_state),
         )
         state = TrainState(state.step + 1, params, opt_state)
-        return state, summarise(sums, total, norm, keep, empty)
+        return state, summarise(sums, active, taught, norm, keep, empty)
 
     return Update(
+        config=config,
         zeros=jax.jit(zeros, out_shardings=(param_shardings, replicated)),
         teach=jax.jit(partial(teach, model=model), out_shardings=row_sharding(mesh)),
         align=jax.jit(align, static_argnums=2, out_shardings=row_sharding(mesh)),
@@ -276,10 +304,15 @@ def align(teacher_BTD: jax.Array, shift_B: jax.Array, S: int) -> jax.Array:
     return jnp.take_along_axis(teacher_BTD, at_BS[..., None], axis=1)
 
 
+def sums_of(config: Settings) -> tuple[str, ...]:
+    """The SUMS of a method; policy_loss only if it has a policy gradient."""
+    return SUMS if config.reinforces else tuple(name for name in SUMS if name != "policy_loss")
+
+
 def microbatch_loss(
     params: Params,
     frozen_params: Params,
-    teacher_BSD: jax.Array,
+    teacher_BSD: jax.Array | None,
     microbatch: MicroBatch,
     config: Settings,
     model: qwen3.Qwen3Config,
@@ -287,15 +320,40 @@ def microbatch_loss(
 ) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
     """One micro-batch's share of the loss, the SUMS over its active tokens, and their divergence [B, S].
 
-    With LoRA the head is a constant, so XLA drops the matmul for its gradient.
+    teacher_BSD: None if the teacher teaches none of the rows. With LoRA the head is a constant, so XLA drops
+    the matmul for its gradient.
     """
     student = learner(params, frozen_params, config)
     student_BSD = qwen3.hidden_states(student, model, jnp.asarray(microbatch.student_BS))
+    student_head_VD = qwen3.head_VD(student).astype(model.dtype)
+    learns = (flat(student_BSD), student_head_VD)
+    loss = jnp.zeros((), jnp.float32)
+    sums = dict.fromkeys(sums_of(config), loss)
+    divergence_BS = jnp.zeros(microbatch.weight_BS.shape, jnp.float32)
+    if teacher_BSD is not None:
+        teacher_head_VD = qwen3.head_VD(frozen_params).astype(model.dtype)
+        teaches = (flat(teacher_BSD), jax.lax.stop_gradient(on_device(teacher_head_VD)))
+        loss, more, divergence_BS = distillation_loss(learns, teaches, microbatch, config, model, mesh)
+        sums |= more
+    if microbatch.policy_BS is not None:
+        policy_loss, more = policy_gradient_loss(learns, microbatch, config, model, mesh)
+        loss = loss + policy_loss
+        sums |= {name: sums[name] + x for name, x in more.items()} | {"policy_loss": policy_loss}
+    return loss, jax.lax.stop_gradient(({**sums, "loss": loss}, divergence_BS))
+
+
+def distillation_loss(
+    student: States,
+    teacher: States,
+    microbatch: MicroBatch,
+    config: Settings,
+    model: qwen3.Qwen3Config,
+    mesh: Mesh,
+) -> tuple[jax.Array, Metrics, jax.Array]:
+    """The loss of student and teacher, sums over the taught tokens, and the divergence of each [B, S]."""
     loss, aux = topk_jsd_loss(
-        flat(student_BSD),
-        qwen3.head_VD(student).astype(model.dtype),
-        flat(teacher_BSD),
-        jax.lax.stop_gradient(on_device(qwen3.head_VD(frozen_params).astype(model.dtype))),
+        *student,
+        *teacher,
         flat(microbatch.weight_BS),
         tokens_N=flat(microbatch.target_BS),
         sampler_logp_N=flat(microbatch.sampler_logp_BS),
@@ -310,7 +368,7 @@ def microbatch_loss(
         sharding=loss_sharding(mesh, model.vocab_size),
     )
     assert aux.student_logp_N is not None  # given, because the loss was passed the tokens
-    active_N = flat(microbatch.weight_BS) != 0
+    taught_N = flat(microbatch.weight_BS) != 0
     per_token = {
         "divergence": aux.divergence_N,
         "ratio": aux.ratio_N,
@@ -318,9 +376,31 @@ def microbatch_loss(
         "student_topk_mass": aux.student_mass_N,
         "teacher_topk_mass": aux.teacher_mass_N,
     }
-    sums = {name: jnp.where(active_N, x, 0.0).sum() for name, x in per_token.items()}
-    divergence_BS = aux.divergence_N.reshape(microbatch.weight_BS.shape)
-    return loss, ({"loss": loss, **jax.lax.stop_gradient(sums)}, jax.lax.stop_gradient(divergence_BS))
+    sums = {name: jnp.where(taught_N, x, 0.0).sum() for name, x in per_token.items()}
+    return loss, sums, aux.divergence_N.reshape(microbatch.weight_BS.shape)
+
+
+def policy_gradient_loss(
+    student: States, microbatch: MicroBatch, config: Settings, model: qwen3.Qwen3Config, mesh: Mesh
+) -> tuple[jax.Array, Metrics]:
+    """The loss that distill/policy.py writes down, and sums over its tokens that no teacher teaches."""
+    policy_N = flat(jnp.asarray(microbatch.policy_BS))
+    options = Options(
+        chunk=config.loss.chunk,
+        temperature=config.rollout.temperature,
+        num_tokens=model.num_tokens,
+        sharding=loss_sharding(mesh, model.vocab_size),
+    )
+    logp_N = token_logp(options, *student, flat(microbatch.target_BS), policy_N != 0)
+    detached_N = jax.lax.stop_gradient(logp_N)
+    sampler_logp_N = flat(microbatch.sampler_logp_BS)
+    ratio_N = capped_ratio(detached_N, sampler_logp_N, config.loss.ratio_cap)
+    # Selected, not multiplied by 0, since what the sampler reports of other tokens may be NaN.
+    weight_N = jnp.where(policy_N != 0, policy_N * ratio_N, 0.0)
+    gain_N = weight_N * jnp.exp(logp_N - detached_N)
+    untaught_N = (policy_N != 0) & (flat(microbatch.weight_BS) == 0)
+    per_token = {"ratio": ratio_N, "logp_gap": jnp.abs(detached_N - sampler_logp_N)}
+    return -gain_N.sum(), {name: jnp.where(untaught_N, x, 0.0).sum() for name, x in per_token.items()}
 
 
 def add(total: Any, more: Any) -> Any:
@@ -347,14 +427,21 @@ def loss_sharding(mesh: Mesh, vocab: int) -> Sharding | None:
     return Sharding(mesh, rows=AXES)
 
 
-def summarise(sums: Metrics, total, norm, keep, empty) -> Metrics:
-    """The metrics of one step: means over active tokens, the gradient norm, and whether it was skipped."""
-    mean = {k: v / total for k, v in sums.items() if k != "loss"}  # 0 / 0 = NaN without active tokens
+def summarise(sums: Metrics, active, taught, norm, keep, empty) -> Metrics:
+    """The metrics of one step: losses, means over tokens, the gradient norm, and whether it was skipped.
+
+    active, taught: how many tokens are in the loss, and how many of them a teacher teaches.
+    """
+
+    def shown(name: str, x: jax.Array) -> jax.Array:
+        if name in LOSSES:
+            return jnp.where(empty, jnp.nan, x)
+        return x / (taught if name in OF_TAUGHT else active)  # 0 / 0 = NaN without such tokens
+
     return {
-        "loss": jnp.where(empty, jnp.nan, sums["loss"]),
-        **mean,
+        **{name: shown(name, x) for name, x in sums.items()},
         "grad_norm": norm,
-        "active_tokens": total,
+        "active_tokens": active,
         "skipped_empty": (empty & ~keep).astype(jnp.float32),
         "skipped_nonfinite": (~jnp.isfinite(norm)).astype(jnp.float32),
     }

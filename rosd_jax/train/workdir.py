@@ -16,7 +16,7 @@ A run that was stopped, even by kill -9, continues when it is started again with
     read_config(path)                      -> the fields of a config.json
     default_workdir(config_name)           -> runs/<config>-<time>
     fingerprint(config)                    -> short hash of the fields that a resumed run must keep
-    rollout_rows(reflected, weight_BR, divergence_BR, tokenizer)   -> the lines of a rollout file
+    rollout_rows(reflected, lesson, divergence_BR, tokenizer)   -> the lines of a rollout file
     write_rollouts(workdir, step, rows)    -> path
 
 Dimensions: B rows of a step's batch, R response tokens.
@@ -50,7 +50,7 @@ from rosd_jax.settings import Settings
 
 if TYPE_CHECKING:  # types.py imports JAX, which --mode=report does without
     from rosd_jax.text.tokenizer import Tokenizer
-    from rosd_jax.types import Reflected
+    from rosd_jax.types import Lesson, Reflected
 
 # What a run writes that has begun.
 WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export", "unfinished", "report")
@@ -188,15 +188,16 @@ def fingerprint(config: Settings) -> str:
 
 
 def rollout_rows(
-    reflected: Reflected, weight_BR: np.ndarray, divergence_BR: np.ndarray, tokenizer: Tokenizer
+    reflected: Reflected, lesson: Lesson, divergence_BR: np.ndarray, tokenizer: Tokenizer
 ) -> list[dict]:
     """The lines of rollouts/step_N.jsonl, one per rollout.
 
-    weight_BR, divergence_BR: as a lesson has and its update returns them.
+    divergence_BR: as the update of the lesson returns it.
     """
     graded = reflected.graded
     tokens_BR = graded.rollout.tokens_BR
     length_B = graded.rollout.length_B
+    active_B = lesson.active_BR.sum(axis=1)
     rows = []
     for row, (text, r) in enumerate(zip(graded.texts, reflected.reflections, strict=True)):
         problem = graded.problem(row)
@@ -216,9 +217,9 @@ def rollout_rows(
                 ambiguous=r.ambiguous,
                 error_span_chars=r.char_span,
                 error_span_tokens=r.token_span,
-                active_tokens=int(weight_BR[row].sum()),
+                active_tokens=int(active_B[row]),
                 note=r.note,
-                **active_tokens(ids, weight_BR[row], divergence_BR[row], tokenizer),
+                **active_tokens(ids, lesson.weight_BR[row], divergence_BR[row], tokenizer),
             )
         )
     return rows
@@ -227,14 +228,14 @@ def rollout_rows(
 def active_tokens(
     ids: np.ndarray, weight_R: np.ndarray, divergence_R: np.ndarray, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Which tokens of a response are in the loss, their text, and how far student and teacher are apart.
+    """Which tokens of a response are taught, their text, and how far student and teacher are apart.
 
-        active_span_tokens   [start, stop) of the tokens in the loss, which are one stretch
+        active_span_tokens   [start, stop) of the taught tokens, which are one stretch
         active_span_chars    the same in characters of the response
         active_widths        of each of these tokens, the characters that it adds to the response
         divergence           of each of them, in nats, rounded to four digits; None if it is not finite
 
-    All are None if no token is in the loss. A character whose bytes are split over several tokens is counted
+    All are None if no token is taught. A character whose bytes are split over several tokens is counted
     for the first of them. The others, and control tokens such as the stop token, have a width of 0.
     """
     active = np.flatnonzero(weight_R)
