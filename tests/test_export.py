@@ -16,10 +16,13 @@ import jax
 import numpy as np
 import pytest
 
+from configs import quickstart
+from rosd_jax.config import validate
 from rosd_jax.errors import UserError
 from rosd_jax.hosts import Hosts
 from rosd_jax.models import families, weights
 from rosd_jax.text.tokenizer import load_tokenizer
+from rosd_jax.train.console import Console
 from rosd_jax.train.export import export as export_run
 from support import ROOT, data_dir
 
@@ -263,10 +266,15 @@ def trained(source, path, dtype):
     tokenizer = load_tokenizer(source)
     model = families.read_config(source, num_tokens=tokenizer.num_tokens, dtype=dtype, remat="none")
     params = jax.tree.map(lambda x: x * 1.01, weights.load_params(source, model))
-    lora = types.SimpleNamespace(rank=0)
-    config = types.SimpleNamespace(model=types.SimpleNamespace(path=str(source), dtype=dtype, lora=lora))
-    inputs = types.SimpleNamespace(model=model, tokenizer=tokenizer)
-    run = types.SimpleNamespace(hosts=Hosts(), config=config, inputs=inputs)
+    config = quickstart.get_config()
+    config.model.update(path=str(source), dtype=dtype)
+    run = types.SimpleNamespace(
+        hosts=Hosts(),
+        config=validate(config),
+        inputs=types.SimpleNamespace(model=model, tokenizer=tokenizer),
+        directory=path,
+        console=Console(None),
+    )
     export_run(run, params, path / "export", 1)
     return path / "export"
 

@@ -103,6 +103,8 @@ def test_the_commands_are_those_of_ordinary_runs(tmp_path):
         (4, "paper"),
     ]
     assert len({cell.directory for cell in cells}) == 4
+    (plain,) = make_cells("x.py:debug", ["default"], [0], tmp_path, [])
+    assert plain.flags[0] == "--config=x.py:debug" and plain.directory == tmp_path / "default-0"
     for cell in cells:
         config = load_run().read_flags(["rosd", *cell.flags])
         assert (config.seed, config.steps) == (cell.seed, 1)

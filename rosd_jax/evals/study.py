@@ -3,10 +3,10 @@
     python -m rosd_jax.evals.study --config=configs/quickstart.py --methods=span,paper --seeds=0,1,2 \\
         --out=runs/study [--config.FIELD=VALUE ...]
 
-A method is a variant of the config file, as after the colon of `rosd --config=FILE:VARIANT`. Every cell of
-the table is an ordinary run in OUT/METHOD-SEED, with the same fields, so that all have the same budget of
-prompts, rollouts and updates. The same command continues where it was stopped, and runs that are finished
-only report again. Then it writes into OUT
+A method is a variant of the config file, as after the colon of `rosd --config=FILE:VARIANT`; `default` is
+the file without one. Every cell of the table is an ordinary run in OUT/METHOD-SEED, with the same fields,
+so that all have the same budget of prompts, rollouts and updates. The same command continues where it was
+stopped, and runs that are finished only report again. Then it writes into OUT
 
     study.md     for each evaluated set, the scores of each method: means over seeds with 95 % intervals, at
                  the last step and at the one that validation chose; and the exact commands
@@ -47,6 +47,7 @@ from rosd_jax.evals.report import percent, show
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+DEFAULT = "default"  # the name of the config without a variant
 COLUMNS = ("before", "last step", "change", "best step", "change", "pass@k", "maj@k", "tokens")
 
 
@@ -119,8 +120,9 @@ def make_cells(
     for seed in seeds:
         for method in methods:
             directory = out / f"{method}-{seed}"
-            variants = f"{config},{method}" if ":" in config else f"{config}:{method}"
-            flags = (f"--config={variants}", f"--workdir={directory}", f"--config.seed={seed}", *fields)
+            mark = "," if ":" in config else ":"
+            chosen = config if method == DEFAULT else f"{config}{mark}{method}"
+            flags = (f"--config={chosen}", f"--workdir={directory}", f"--config.seed={seed}", *fields)
             cells.append(Cell(method, seed, directory, flags))
     return cells
 
