@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
 
 
 def place_of(argv: list[str]) -> place.Place | None:
-    """This process's place among those of several hosts; None for a run of one process, and for a plan."""
+    """This process's place among those of several hosts; None for a run, or a mode, of one process."""
     given = peek(argv, "coordinator", "mode", numbers=("processes", "process"))
     if given["mode"].value in ("localize", "plan", "data", "report"):
         return None

@@ -8,7 +8,8 @@ import pytest
 from test_run import load_run
 
 from rosd_jax.evals import study
-from rosd_jax.evals.study import Cell, as_markdown, make_cells, mean, read_result, shown_change
+from rosd_jax.evals.report import with_interval
+from rosd_jax.evals.study import Cell, as_markdown, make_cells, over_seeds, read_result
 from support import ROOT, run_environment
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -89,9 +90,9 @@ def test_the_figure_shows_every_method(tmp_path):
 
 
 def test_an_interval_needs_two_seeds_and_finite_numbers():
-    assert shown_change(mean([0.1])) == "+10.0"
-    assert shown_change(mean([0.1, float("nan")])) == "n/a"
-    assert shown_change(mean([])) == "n/a"
+    assert with_interval(*over_seeds([0.1])) == "+10.0"
+    assert with_interval(*over_seeds([0.1, float("nan")])) == "n/a"
+    assert with_interval(*over_seeds([])) == "n/a"
 
 
 def test_the_commands_are_those_of_ordinary_runs(tmp_path):

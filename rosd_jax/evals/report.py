@@ -186,9 +186,13 @@ def _table_row(outcome: Outcome) -> str:
 def shown_change(outcome: Outcome) -> str:
     """The change of avg@k in percentage points, with its 95% interval if that is known."""
     change = number(outcome.after or {}, "avg") - number(outcome.before, "avg")
+    return with_interval(change, Z * outcome.change_se)
+
+
+def with_interval(change: float, half: float) -> str:
+    """A change of a share in percentage points, with the interval of `half` to either side if it is known."""
     if not math.isfinite(change):
         return "n/a"
-    half = Z * outcome.change_se
     if not math.isfinite(half):
         return f"{100 * change:+.1f}"
     return f"{100 * change:+.1f} [{100 * (change - half):+.1f}, {100 * (change + half):+.1f}]"

@@ -42,7 +42,7 @@ from rosd_jax.evals.outcome import (
     validation_scores,
 )
 from rosd_jax.evals.page import read_config, training_sets
-from rosd_jax.evals.report import percent, show
+from rosd_jax.evals.report import percent, show, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,14 +184,14 @@ def table_row(last: Sequence[Outcome], best: Sequence[Outcome]) -> list[str]:
     """The cells of one method on one set: COLUMNS."""
 
     def after(outcomes: Sequence[Outcome], field: str) -> float:
-        return mean(number(outcome.after or {}, field) for outcome in outcomes).value
+        return over_seeds(number(outcome.after or {}, field) for outcome in outcomes).value
 
     return [
-        percent(mean(number(outcome.before, "avg") for outcome in last).value),
+        percent(over_seeds(number(outcome.before, "avg") for outcome in last).value),
         percent(after(last, "avg")),
-        shown_change(mean(map(change, last))),
+        with_interval(*over_seeds(map(change, last))),
         percent(after(best, "avg")),
-        shown_change(mean(map(change, best))),
+        with_interval(*over_seeds(map(change, best))),
         percent(after(last, "pass")),
         percent(after(last, "maj")),
         show(after(last, "length"), ".0f"),
@@ -210,7 +210,7 @@ def change(outcome: Outcome) -> float:
     return number(outcome.after or {}, "avg") - number(outcome.before, "avg")
 
 
-def mean(values: Iterable[float]) -> Mean:
+def over_seeds(values: Iterable[float]) -> Mean:
     """The mean of one value a seed, with half of its 95 % interval by Student's t."""
     found = np.array(list(values), np.float64)
     if len(found) < 2:
@@ -219,17 +219,6 @@ def mean(values: Iterable[float]) -> Mean:
 
     error = found.std(ddof=1) / math.sqrt(len(found))
     return Mean(float(found.mean()), float(t.ppf(0.975, len(found) - 1) * error))
-
-
-def shown_change(change: Mean) -> str:
-    """A change in percentage points, with its interval if it has one."""
-    if not math.isfinite(change.value):
-        return "n/a"
-    if not math.isfinite(change.half):
-        return f"{100 * change.value:+.1f}"
-    low = 100 * (change.value - change.half)
-    high = 100 * (change.value + change.half)
-    return f"{100 * change.value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def made_by() -> str:

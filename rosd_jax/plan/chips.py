@@ -79,11 +79,8 @@ CUBIC = {
     4096: "16x16x16",
 }
 SIDES = {"v5e": FLAT, "v5p": CUBIC, "v6e": FLAT}  # number of chips -> sides of that slice
-COUNTED = {
-    "v5e": 1,
-    "v5p": 2,
-    "v6e": 1,
-}  # Cloud TPU's names count the TensorCores of v5p, the chips of others
+# What Cloud TPU's names count of one chip: the TensorCores of v5p, the chips of others.
+COUNTED = {"v5e": 1, "v5p": 2, "v6e": 1}
 FORMS = "local, a TPU slice such as v5p:2x2x2 or v5p-16, or a number of GPUs such as h100:8 or h200x1"
 STAND_INS = 1024  # CPU devices that represent chips, at least; slices up to this size are tried (remedies.py)
 NO_LIBTPU = "--compile needs libtpu: pip install libtpu (no TPU is needed)"

@@ -88,9 +88,10 @@ def read_inputs(config: Settings) -> Inputs:
     validation: dict[str, Encoded] = {}
     for name in listed(config.validation.sets):
         validation[set_name(name)] = encode(name, FILES["validation"], 0)
+    trained = {question(problem) for problem, _ in train}
     for name, items in (evals | validation).items():
         check_samples(config, name, len(items))
-        warn_of_shared(name, items, train)
+        warn_of_shared(name, items, trained)
     check_known(tokenizer, train, config.data.train)
     for name, uids in overlong.items():
         logging.warning(
@@ -138,9 +139,8 @@ def question(problem: Problem) -> str:
     return " ".join(problem.question.casefold().split())
 
 
-def warn_of_shared(name: str, items: Encoded, train: Encoded) -> None:
-    """Warns if problems of an evaluation are also trained on."""
-    trained = {question(problem) for problem, _ in train}
+def warn_of_shared(name: str, items: Encoded, trained: set[str]) -> None:
+    """Warns if problems of an evaluation are also trained on. trained: their questions."""
     shared = sum(question(problem) in trained for problem, _ in items)
     if shared:
         logging.warning(

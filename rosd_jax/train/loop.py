@@ -377,7 +377,8 @@ def export_best(run: Run, like: TrainState, frozen_params: Params) -> None:
     params = checkpoint.restore_params(run.manager, best, like.params, run.hosts)
     params = learner(params, frozen_params, run.config)
     names = run.hosts.once("unscored", partial(unscored, run, "eval", best))
-    run.console.say(f"the best step by validation, step {best}:")
+    if names:
+        run.console.say(f"the best step by validation, step {best}:")
     score(run, "eval", names, params, best)
     run.console.stage("export of the best step")
     export(run, params, path, best)

@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from absl import logging
 
@@ -28,7 +28,6 @@ from rosd_jax.errors import UserError
 from rosd_jax.evals.outcome import MetricsRow, number, read_metrics
 from rosd_jax.settings import Settings
 
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 EVENTS = "tensorboard"  # directory of TensorBoard's files
 WANDB = "wandb.json"  # the id of the W&B run, and which lines it has
 PROJECT = "rosd_jax"  # on W&B, unless WANDB_PROJECT names another
@@ -36,6 +35,8 @@ PROJECT = "rosd_jax"  # on W&B, unless WANDB_PROJECT names another
 
 class Adapter(Protocol):
     """One tracker, opened."""
+
+    package: ClassVar[str]  # that it needs
 
     def send(self, row: MetricsRow) -> None:
         """Sends the numbers of one line, unless the tracker has it from an earlier start."""
@@ -49,7 +50,7 @@ class Adapter(Protocol):
 def require_trackers(names: Sequence[str]) -> None:
     """Raises UserError for a tracker whose package is not installed."""
     for name in names:
-        package = PACKAGES[name]
+        package = ADAPTERS[name].package
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"trackers has {name!r}, which needs the package {package}; install it with "
@@ -67,7 +68,7 @@ class Trackers:
         self._open: dict[str, Adapter] = {}
         for name in names:
             try:
-                self._open[name] = OPENS[name](directory, config)
+                self._open[name] = ADAPTERS[name](directory, config)
             except Exception as error:
                 raise UserError(
                     f"trackers has {name!r}, which does not start ({_words(error)}); correct that, or leave "
@@ -100,6 +101,8 @@ class Trackers:
 class TensorBoard:
     """Event files in tensorboard/, written again from metrics.jsonl by every start of a run."""
 
+    package: ClassVar[str] = "tensorboardX"
+
     def __init__(self, directory: Path, config: Settings):
         from tensorboardX import SummaryWriter
 
@@ -118,6 +121,8 @@ class TensorBoard:
 
 class WandB:
     """A run on Weights & Biases, or offline if WANDB_MODE says so. wandb.json has its id."""
+
+    package: ClassVar[str] = "wandb"
 
     def __init__(self, directory: Path, config: Settings):
         import wandb
@@ -149,7 +154,7 @@ class WandB:
         self._run.finish()
 
 
-OPENS = {"tensorboard": TensorBoard, "wandb": WandB}
+ADAPTERS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def _series(row: MetricsRow) -> dict[str, float]:

@@ -118,7 +118,6 @@ class Update:
     """
 
     config: Settings
-
     zeros: Callable[[], tuple[Params, Metrics]]  # initial gradients and sums
     teach: Any
     align: Any
