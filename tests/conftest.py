@@ -1,5 +1,6 @@
 """JAX's configuration for all tests: strict dtype promotion, eight simulated CPU devices, few XLA passes."""
 
+import gc
 import os
 import signal
 from collections import Counter
@@ -42,6 +43,18 @@ def optimized_programs(request):
     jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_programs():
+    """Frees a file's compiled programs after its tests.
+
+    Every program has several memory maps, and Linux allows a process 65,530 of them: without this, a worker of
+    the whole suite comes close to the limit, where an allocation aborts the process.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
