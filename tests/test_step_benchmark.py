@@ -141,6 +141,7 @@ def test_a_contestant_with_another_loss_is_refused():
         step.measure({"a": Other(0.1), "b": Other(0.11)}, rounds=1)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_stages_of_a_whole_step_are_measured(tmp_path):
     small = replace(TINY, sizes=Sizes().scaled(1 / 64, prompts=2))
