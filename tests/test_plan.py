@@ -438,6 +438,7 @@ def test_the_student_of_8b_takes_what_is_planned_within_a_fifth():
 
 
 @pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("chips_name", ON_TPU)
 @pytest.mark.parametrize("size", MODELS)

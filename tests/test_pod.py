@@ -86,6 +86,7 @@ def test_only_the_first_process_prints(pair):
 
 
 @pytest.mark.nightly
+@pytest.mark.slow
 def test_four_processes_do_what_one_does(model, alone, cache, tmp_path):
     finish(4, arguments(model, tmp_path / "run"), tmp_path, **cache)
     assert_same_texts(tmp_path / "run", alone, exact=False)

@@ -118,6 +118,7 @@ def test_padded_sequences_hold_each_row_once():
 
 
 @pytest.mark.nightly
+@pytest.mark.slow
 def test_ours_and_plain_flax_have_the_same_losses_update_after_update(tmp_path):
     told = [f"--out={tmp_path}", "--cases=update", "--contestants=ours,plain", "--rounds=2", "--rows=8"]
     step.main(told, TINY)
