@@ -666,7 +666,7 @@ def test_an_answer_in_thinking_that_the_template_opens_earns_nothing(model, cach
     path = tmp_path / "model" / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"chat_template": settings["chat_template"] + "{{ '<think>\n' }}"}))
-    fields = dict(steps=1, eval__sets="gym:chain", eval__samples=16)
+    fields = dict(steps=4, eval__sets="gym:chain", eval__samples=16)
     finish(arguments(tmp_path / "model", tmp_path / "run", **fields), tmp_path, **cache)
     problems = [*gym.load("chain", "train"), *gym.load("chain", "test")]
     gold = {problem.uid: problem.answer for problem in problems}
