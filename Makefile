@@ -1,12 +1,13 @@
 # make demo   trains the shipped tiny model by ROSD and prints before and after, on the CPU, or on an accelerator
 #             whose jax build is in .venv (README, the real run)
-# make test   the test suite (make test-fast leaves out what takes more than ten seconds; make test-nightly
-#             runs what make test leaves out: what takes minutes, and repetitions with other seeds and chips)
+# make test   the test suite, about ten minutes on two cores (make test-fast leaves out what takes more than ten
+#             seconds; make test-nightly runs what make test leaves out: the longest tests, and repetitions)
 # make docs   the documentation as a site, in site/
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 BIN := .venv/bin
 # A file's tests run in one process, which shares what they compile; conftest.py puts the slow files first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# A worker that dies ends the run: xdist would give the same test to the next worker, and hang in the end.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 # A jax that can drive a TPU looks for one for seconds, and complains where there is none.
 ACCELERATORS := $(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*)
 

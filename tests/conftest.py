@@ -31,6 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(trylast=True)  # when -m has chosen
 def pytest_collection_modifyitems(items):
     """Runs files with slow tests first, so that the workers of pytest-xdist end at about the same time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

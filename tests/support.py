@@ -4,7 +4,7 @@ import fcntl
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,6 +43,20 @@ def made_once(path: Path, make: Callable[[Path], object]) -> Path:
                 shutil.rmtree(path, ignore_errors=True)
                 raise
     return path
+
+
+def nightly_but(cases: Iterable, keep: Iterable[int]) -> list:
+    """The cases of a parametrize line: those in `keep`, by number, run always, others nightly.
+
+    As in parametrize, a tuple has a value for each argument. Tuples that are one argument each: zip(cases).
+    """
+    params = []
+    kept = set(keep)
+    for number, case in enumerate(cases):
+        values = case if isinstance(case, tuple) else (case,)
+        params.append(pytest.param(*values, marks=[] if number in kept else pytest.mark.nightly))
+    assert kept <= set(range(len(params))), "keep numbers a case that is not there"
+    return params
 
 
 def golden_dir() -> Path:

@@ -8,7 +8,7 @@ import pytest
 
 from rosd_jax.rewards import mcq
 from rosd_jax.rewards.choice import read_choice
-from support import data_dir
+from support import data_dir, nightly_but
 
 ONE = r"""
 B | b | B. | (B) | B) | [B] | {B} | (b) | b) | B! | B: | `B` | **B** | __B__ | *B* | _B_ | "B" | 'B' | “B”
@@ -115,7 +115,7 @@ def test_the_texts_of_real_options_name_no_second_choice(domain):
 @pytest.mark.parametrize(
     "piece", ["(", "A) ", "(A) ", "* ", "the ", "or ", "A and ", "so A ", "A\n", "<b>", "\\boxed{"]
 )
-@pytest.mark.parametrize("start", ["", "B: ", "B because "])
+@pytest.mark.parametrize("start", nightly_but(["", "B: ", "B because "], keep=[1]))
 def test_a_long_answer_is_read_in_linear_time(start, piece):
     began = time.process_time()
     read_choice(start + piece * (200_000 // len(piece)))

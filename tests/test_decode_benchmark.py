@@ -5,10 +5,12 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import decode
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.rollout.sampler import sample
+from support import nightly_but
 
 TINY = decode.Sizes(
     Qwen3Config(256, 32, 48, 2, 2, 1, 16, tie_word_embeddings=True),
@@ -43,12 +45,16 @@ def test_sorting_finds_the_ids_that_bisection_finds():
     np.testing.assert_array_equal(decode.by_sorting(z_BV, u_B), bisected)
 
 
-def test_every_case_runs_and_reports_ours(tmp_path):
-    decode.main(["--out", str(tmp_path), "--rounds=1"], TINY)
+ALL = ["fixed", "ragged", "evaluation", "prompts", "top_p"]
+
+
+@pytest.mark.parametrize("cases", nightly_but([["fixed"], ALL], keep=[0]), ids=len)
+def test_every_case_runs_and_reports_ours(cases, tmp_path):
+    decode.main(["--out", str(tmp_path), "--rounds=1", f"--cases={','.join(cases)}"], TINY)
     record = json.loads((tmp_path / "decode.json").read_text())
-    assert list(record["cases"]) == ["fixed", "ragged", "evaluation", "prompts", "top_p"]
+    assert list(record["cases"]) == cases
     for case in record["cases"].values():
         assert len(case["results"]["ours"]["s"]) == 1 and case["wanted"] > 0
     assert record["cases"]["fixed"]["wanted"] == 24
     text = (tmp_path / "decode.md").read_text()
-    assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 10
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 2 * len(cases)

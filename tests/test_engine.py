@@ -20,6 +20,7 @@ from rosd_jax.rollout.limits import Limits, own_pages, table_pages
 from rosd_jax.rollout.sampler import Sampling
 from rosd_jax.rollout.scheduler import Sequences, Start
 from rosd_jax.rollout.slots import Slots
+from support import nightly_but
 
 MODEL = Qwen3Config(
     vocab_size=150,
@@ -81,7 +82,7 @@ def test_the_sequences_are_of_every_kind(alone):
     assert len({tuple(row) for row in alone.tokens_BR}) > N - 4
 
 
-@pytest.mark.parametrize("slots", [4, 8, 12])
+@pytest.mark.parametrize("slots", nightly_but([4, 8, 12], keep=[0]))
 def test_slots_do_not_change_tokens(alone, slots):
     got = generate(slots=slots)
     assert_same(got, alone)
@@ -94,7 +95,7 @@ def test_the_order_of_the_queue_does_not_change_tokens(alone):
     assert_same(generate(rows=order, slots=4), alone, order)
 
 
-@pytest.mark.parametrize("slots", [8, None])
+@pytest.mark.parametrize("slots", nightly_but([8, None], keep=[0]))
 def test_where_pages_are_scarce_sequences_are_preempted_and_say_the_same_again(alone, slots):
     pages = own_pages(PAGE, NEW) + 3
     got = generate(slots=slots, response_pages=pages)
@@ -111,7 +112,7 @@ def test_attention_of_another_platform_is_refused_before_anything_is_compiled():
         engine.generate(PARAMS, requests(), KEY)
 
 
-@pytest.mark.parametrize("page", [3, 64])
+@pytest.mark.parametrize("page", nightly_but([3, 64], keep=[0]))
 def test_the_page_length_does_not_change_tokens(alone, page):
     assert_same(generate(page_length=page, slots=8), alone)
 
@@ -154,7 +155,9 @@ def test_wanted_prompts_fill_whole_pages_of_their_own_and_no_more(seed):
     assert prompt_pages(many, PAGE, shards=3) == 4 * least  # four on each shard
 
 
-@pytest.mark.parametrize("shape, slots", [((8, 1, 1), 8), ((2, 2, 2), None), ((1, 4, 2), 8)])
+@pytest.mark.parametrize(
+    "shape, slots", nightly_but([((8, 1, 1), 8), ((2, 2, 2), None), ((1, 4, 2), 8)], keep=[1])
+)
 def test_devices_do_not_change_tokens(alone, shape, slots):
     """150 ids: halves of 75 on two tensor devices."""
     others = replace(SAMPLING, temperature=0.0), replace(SAMPLING, top_p=0.7)
@@ -166,7 +169,7 @@ def test_devices_do_not_change_tokens(alone, shape, slots):
         assert_same(got, generate(sampling=sampling))
 
 
-@pytest.mark.parametrize("shape, rows, long", [(None, N, 4), ((2, 2, 2), N // 4, 2)])
+@pytest.mark.parametrize("shape, rows, long", nightly_but([(None, N, 4), ((2, 2, 2), N // 4, 2)], keep=[1]))
 def test_compaction_changes_nothing_but_the_slots(monkeypatch, shape, rows, long):
     """Every sixth row goes on after the third step: four of 24, or one on each of four shards."""
     monkeypatch.setattr(decode_loop, "FEWEST", 2)
@@ -281,7 +284,7 @@ def check_pages(state, prompt_pages, pages):
     np.testing.assert_array_equal(np.sort(found), np.arange(prompt_pages, prompt_pages + pages))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", nightly_but(range(6), keep=[0, 2]))
 def test_pages_are_neither_lost_nor_shared_and_every_sequence_ends_once(seed):
     rng = np.random.default_rng(seed)
     n, slots = int(rng.integers(1, 14)), int(rng.integers(1, 7))
@@ -344,7 +347,8 @@ def compiled_loop(slots, max_new=2000):
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     "slots, max_new, share",
-    [(8, 2000, 0.15), (None, 2000, 0.15), (8, 200, 0.75), (None, 200, 0.75)],  # short: all of a layer is read
+    # Short: all of a layer is read.
+    nightly_but([(8, 2000, 0.15), (None, 2000, 0.15), (8, 200, 0.75), (None, 200, 0.75)], keep=[0]),
 )
 @pytest.mark.filterwarnings("ignore:Some donated buffers")  # the slots, of which fewer come back
 def test_the_cache_is_written_in_place(slots, max_new, share):

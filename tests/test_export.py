@@ -24,7 +24,7 @@ from rosd_jax.models import families, weights
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.train.console import Console
 from rosd_jax.train.export import export as export_run
-from support import ROOT, data_dir
+from support import ROOT, data_dir, nightly_but
 
 OLD = "4.57.6"
 STOPS = "generation_config.json"
@@ -240,6 +240,7 @@ def export(source, path):
     return path
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_what_is_exported_is_in_transformers_4_what_its_source_is_in_5(old_python, tmp_path):
     sources = [make(tmp_path / make.__name__) for make in SOURCES]
@@ -291,7 +292,7 @@ def without_defaults(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", nightly_but(["float32", "bfloat16"], keep=[1]))
 @pytest.mark.parametrize("make", [gym, without_defaults])
 def test_an_exported_model_is_the_same_in_both(make, dtype, old_python, tmp_path):
     source = make(tmp_path / "source")

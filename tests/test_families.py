@@ -22,6 +22,7 @@ from rosd_jax.rollout.batching import Request
 from rosd_jax.rollout.engine import Engine
 from rosd_jax.rollout.limits import Limits
 from rosd_jax.rollout.sampler import Sampling
+from support import nightly_but
 
 EXACT = {"num_tokens": None, "dtype": "float32", "remat": "none"}
 SIZES = dict(
@@ -69,6 +70,7 @@ MODELS = {
         head_dim=4,
     ),
 }
+KEPT = [list(MODELS).index(name) for name in ("qwen3", "smollm2")]
 TENSOR = {"smollm2": 3, "qwen2-tied": 1}  # of the mesh; else 2
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 40)).astype(np.int32)
 RECORDED = Path(__file__).parent / "cases" / "families.json"
@@ -256,6 +258,7 @@ def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["one device", "mesh"])
+@pytest.mark.parametrize("model", nightly_but(MODELS, keep=KEPT), indirect=True)
 def test_greedy_decoding_equals_the_full_forward(model, split):
     name, _, config, params = model
     tensor = TENSOR.get(name, 2) if split else 1

@@ -15,7 +15,7 @@ from pod import free_port
 
 from rosd_jax.config import UserError
 from rosd_jax.hosts import Hosts, hosts, place, supervisor
-from support import ROOT
+from support import ROOT, nightly_but
 
 
 class Memory:
@@ -295,7 +295,7 @@ def test_an_agreed_stop_keeps_its_status(start):
     assert [ends(run) for run in runs] == [(143, "")] * 3
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", nightly_but([0, 1], keep=[1]))
 def test_a_mistake_on_one_host_is_told_on_all(start, failing):
     code = f"if process == {failing}:\n    supervisor.report_failure('no file x.jsonl; copy it', 2)\n{WAITS}"
     runs = start(code, count=3)
@@ -436,8 +436,8 @@ def test_a_process_that_never_comes_is_named(start, process, words):
     assert status == 1 and words in printed
 
 
-@pytest.mark.parametrize("stopped", ["child", "supervisor"])
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("stopped", nightly_but(["child", "supervisor"], keep=[0]))
+@pytest.mark.parametrize("process", nightly_but([0, 1], keep=[1]))
 def test_a_process_that_is_stopped_ends_all(start, process, stopped):
     runs = start(WAITS, before="supervisor.BEAT_S = 0.1\nsupervisor.SILENCE_S = 2\n")
     children = [child_of(run) for run in runs]

@@ -89,6 +89,7 @@ def resolving():
         process.communicate()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(not ON_LINUX, reason="the wheels for accelerators are Linux x86-64's")
 @pytest.mark.parametrize("version", VERSIONS)

@@ -27,6 +27,7 @@ from rosd_jax.train.microbatches import plan_microbatches
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import init_state, make_optimizer, make_update
 from rosd_jax.types import TrainState
+from support import nightly_but
 
 RANK, ALPHA = 3, 4.5
 SCALE = ALPHA / RANK
@@ -71,7 +72,7 @@ def merged(params, adapters):
 # --- the model
 
 
-@pytest.mark.parametrize("targets", [LAYERS, SOME], ids=len)
+@pytest.mark.parametrize("targets", nightly_but(zip([LAYERS, SOME]), keep=[1]), ids=len)
 def test_adapters_and_the_merged_kernels_are_one_model(targets):
     tokens = np.random.default_rng(0).integers(0, 60, (3, 11)).astype(np.int32)
     adapters = adapters_of(targets)
@@ -105,7 +106,7 @@ def test_new_adapters_change_nothing_and_are_drawn_as_peft_draws_them():
     np.testing.assert_allclose(forward(lora.combine(base(), adapters)), forward(base()), atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [pytest.param(None, marks=pytest.mark.slow), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", nightly_but(zip([None, (2, 2, 2)]), keep=[1]), ids=str)
 def test_decoding_with_adapters_is_decoding_of_the_merged_model(shape):
     mesh = None if shape is None else make_mesh(*shape)
     prompt = np.random.default_rng(0).integers(0, 60, (2, 6)).astype(np.int32)
@@ -164,11 +165,7 @@ def full_gradient():
 
 @pytest.mark.parametrize(
     "shape",
-    [
-        pytest.param((1, 1, 1), marks=pytest.mark.slow),
-        pytest.param((2, 4, 1), marks=pytest.mark.slow),
-        (2, 2, 2),
-    ],
+    nightly_but(zip([(1, 1, 1), (2, 4, 1), (2, 2, 2)]), keep=[2]),
     ids=str,
 )
 def test_gradients_are_the_merged_models_by_the_chain_rule(shape):

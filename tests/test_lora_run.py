@@ -16,7 +16,7 @@ from test_run import (  # noqa: F401  (model: a fixture)
     numbers,
 )
 
-pytestmark = pytest.mark.slow
+STEPS = 2
 FIELDS = dict(
     model__lora__rank=4,
     model__lora__alpha=8.0,
@@ -29,29 +29,20 @@ FIELDS = dict(
 )
 
 
-def test_adapters_are_trained_resumed_evaluated_and_exported(model, cache, tmp_path):  # noqa: F811
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    finish(arguments(model, whole, **FIELDS, steps=2), tmp_path, **cache)
-    for steps in (1, 2):
-        finish(arguments(model, cut, **FIELDS, steps=steps), tmp_path, **cache)
-    assert_same_run(cut, whole)
+@pytest.fixture(scope="module")
+def whole(model, cache, tmp_path_factory):  # noqa: F811
+    """The directory of a run that nothing disturbed."""
+    path = tmp_path_factory.mktemp("lora")
+    finish(arguments(model, path / "run", **FIELDS, steps=STEPS), path, **cache)
+    return path / "run"
 
+
+@pytest.mark.slow
+def test_adapters_are_trained_and_exported(whole, model, tmp_path):  # noqa: F811
     trained = [row for row in numbers(whole) if row["split"] == "train"]
     assert [row["skipped_empty"] + row["skipped_nonfinite"] for row in trained] == [0, 0]
     assert all(row["active_tokens"] > 0 and row["grad_norm"] > 0 for row in trained)
     assert abs(trained[1]["ratio"] - 1) < 1e-3  # rollouts come from the adapters that learn
-
-    scored = numbers(whole)
-    finish(arguments(model, whole, mode="eval", **FIELDS, steps=2), tmp_path, **cache)
-    assert numbers(whole) == scored
-
-    other = tmp_path / "other"  # of the same shapes
-    shutil.copytree(model, other)
-    weights = load_file(other / "model.safetensors")
-    save_file({name: 1.5 * x for name, x in weights.items()}, other / "model.safetensors")
-    refused = Run(arguments(other, whole, mode="eval", **FIELDS, steps=2), tmp_path, **cache)
-    status, said = refused.end()
-    assert status == 2 and "the weights of" in said
 
     before, after = (load_file(path / "model.safetensors") for path in (model, whole / "export"))
     moved = {name for name in before if (before[name] != after[name]).any()}
@@ -62,3 +53,27 @@ def test_adapters_are_trained_resumed_evaluated_and_exported(model, cache, tmp_p
     numpy_merge(adapter, model, tmp_path / "merged")
     for name, value in load_file(tmp_path / "merged" / "model.safetensors").items():
         np.testing.assert_allclose(after[name], value, atol=1e-6)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_a_run_of_adapters_resumes_exactly(whole, model, cache, tmp_path):  # noqa: F811
+    for steps in range(1, STEPS + 1):
+        finish(arguments(model, tmp_path / "cut", **FIELDS, steps=steps), tmp_path, **cache)
+    assert_same_run(tmp_path / "cut", whole)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_adapters_are_evaluated_again_on_their_own_base_alone(whole, model, cache, tmp_path):  # noqa: F811
+    scored = numbers(whole)
+    finish(arguments(model, whole, mode="eval", **FIELDS, steps=STEPS), tmp_path, **cache)
+    assert numbers(whole) == scored
+
+    other = tmp_path / "other"  # of the same shapes
+    shutil.copytree(model, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.5 * x for name, x in weights.items()}, other / "model.safetensors")
+    refused = Run(arguments(other, whole, mode="eval", **FIELDS, steps=STEPS), tmp_path, **cache)
+    status, said = refused.end()
+    assert status == 2 and "the weights of" in said

@@ -123,6 +123,7 @@ def test_what_a_model_wrote_is_shown_as_text(tmp_path):
     assert page.count("&lt;script&gt;") == 5
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss_in_your_project.ipynb"])
 def test_a_notebook_prints_what_it_says(name, tmp_path):
@@ -131,6 +132,7 @@ def test_a_notebook_prints_what_it_says(name, tmp_path):
         assert_alike(now, cell.printed)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_colab_notebook_runs_from_an_uploaded_zip_file(tmp_path):
     """Its demo trains for all steps; the flags of its Qwen3 run parse, and the plan of that run fits."""

@@ -18,7 +18,7 @@ from rosd_jax.rewards import Grade, Grader, check, workers
 from rosd_jax.text import prompts
 from rosd_jax.text.wording import read_wording
 from rosd_jax.types import Problem
-from support import ROOT, run_environment
+from support import ROOT, nightly_but, run_environment
 
 REWARDS = """
 import os, sys, time
@@ -407,17 +407,28 @@ def example(tmp_path_factory, cache):
     return folder, run
 
 
+@pytest.mark.slow
 def test_the_example_is_checked_before_any_device_is_touched(example):
     folder, run = example
     status, printed, errors = run(0, 1)
     assert (status, errors) == (0, "") and "chains: 64 problems of chains, 2 steps" in printed
     assert not (folder / "run").exists() and not (folder / "runs").exists()
-    for flags, words in (
-        ("rewards=fixed", "rewards is 'fixed', and the kind of problem chains/train/0 is 'own'"),
-        ("wording=absent.toml", "wording is 'absent.toml', which cannot be read"),
-    ):
-        status, printed, errors = run(1, then=f" --config.{flags}")
-        assert status == 2 and printed == "" and errors.count("\n") == 1 and words in errors
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    nightly_but(
+        [
+            ("rewards=fixed", "rewards is 'fixed', and the kind of problem chains/train/0 is 'own'"),
+            ("wording=absent.toml", "wording is 'absent.toml', which cannot be read"),
+        ],
+        keep=[0],
+    ),
+)
+def test_a_mistake_in_the_example_is_found_before_any_device_is_touched(example, flags, words):
+    _, run = example
+    status, printed, errors = run(0, 1, then=f" --config.{flags}")
+    assert status == 2 and printed == "" and errors.count("\n") == 1 and words in errors
 
 
 def test_the_example_of_the_checkers_runs(capsys):
@@ -426,30 +437,65 @@ def test_the_example_of_the_checkers_runs(capsys):
     assert capsys.readouterr().out == "1.0\n"
 
 
-@pytest.mark.slow
-def test_the_example_trains_with_its_own_reward_wording_and_stop_string(example):
+@pytest.fixture(scope="module")
+def trained(example):
+    """The directory of the example's run."""
     folder, run = example
     status, _, errors = run(0, 2)
     assert (status, errors) == (0, "")
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_the_example_trains_with_its_own_reward_wording_and_stop_string(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["split"] == "train"]
     assert len(train) == 2 and len(lines) == 4
     assert all(line["grader_timeouts"] == 0 and line["truncated"] < 0.2 for line in train)
     assert any(line["quote_found"] > 0.5 and line["active_tokens"] > 0 for line in train)
-    text = (folder / "run" / "rollouts" / "step_1.jsonl").read_text()
+    text = (trained / "rollouts" / "step_1.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert {row["reward"] for row in rows} == {0.0, 1.0} and {row["answer"] for row in rows} == {""}
     ended = [row["response"] for row in rows if "</answer>" in row["response"]]
     assert len(ended) > 0.8 * len(rows) and all(text.endswith("</answer>") for text in ended)
     # What the model itself ends with is not sampled: the stop string is the last token.
     assert len({row["token_ids"][-1] for row in rows if row["response"] in ended}) == 1
-    with open(folder / "reward.py", "a") as file:
-        file.write("# stricter now\n")
+
+
+@pytest.fixture
+def changed(example, trained):
+    """changed(text): appends it to the example's reward.py, for as long as a test runs."""
+    path = trained.parent / "reward.py"
+    before = path.read_text()
+
+    def change(text):
+        path.write_text(before + text)
+
+    yield change
+    path.write_text(before)
+
+
+@pytest.mark.slow
+def test_a_reward_that_changed_on_the_way_is_told_and_ends_the_run_where_it_fails(example, changed):
+    _, run = example
+    changed("\n\ndef last_number(prompt, response, row):\n    return row['absent']\n")
+    status, _, errors = run(2, then=" --config.steps=3")
+    assert status == 2 and "rewards=reward:last_number has changed since step 2" in errors
+    said = errors.splitlines()[-1]
+    assert said.startswith("error: rewards is 'reward:last_number'; on problem chains/train/")
+    assert "it raised KeyError: 'absent' (" in said and "Traceback" in errors
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_a_run_goes_on_with_a_reward_that_changed(example, changed):
+    _, run = example
+    changed("# stricter now\n")
     status, _, errors = run(2, then=" --config.steps=3")
     assert status == 0 and "rewards=reward:last_number has changed since step 2" in errors
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_reward_that_fails_ends_the_run_with_its_traceback_and_one_sentence(example):
     folder, run = example
     (folder / "failing.py").write_text("def f(prompt, response, row):\n    return row['absent']\n")

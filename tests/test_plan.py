@@ -421,6 +421,7 @@ def test_every_stage_of_the_demo_takes_what_is_planned_within_a_fifth():
     assert "unknown: a CPU's memory is not checked" in printed.as_text(found)
 
 
+@pytest.mark.nightly
 @pytest.mark.optimized
 @pytest.mark.slow
 @NEEDS_LIBTPU
@@ -437,6 +438,7 @@ def test_the_student_of_8b_takes_what_is_planned_within_a_fifth():
 
 
 @pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("chips_name", ON_TPU)
 @pytest.mark.parametrize("size", MODELS)

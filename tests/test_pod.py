@@ -66,6 +66,7 @@ def same(directory, other):
     assert (directory / name).read_bytes() == (other / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(pair, alone):
     assert_same_texts(pair / "run", alone, exact=False)
     assert largest_difference(pair / "run", alone) < ROUNDING
@@ -85,12 +86,14 @@ def test_only_the_first_process_prints(pair):
 
 
 @pytest.mark.nightly
+@pytest.mark.slow
 def test_four_processes_do_what_one_does(model, alone, cache, tmp_path):
     finish(4, arguments(model, tmp_path / "run"), tmp_path, **cache)
     assert_same_texts(tmp_path / "run", alone, exact=False)
     assert largest_difference(tmp_path / "run", alone) < ROUNDING
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(model, alone, cache, tmp_path):
     directory = tmp_path / "run"
@@ -114,6 +117,8 @@ def test_weights_are_restored_exactly_by_another_number_of_processes(alone, mode
     same(directory, alone)
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_hosts_that_are_stopped_and_killed_end_together_and_lose_nothing(pair, model, cache, tmp_path):
     directory = tmp_path / "run"
     command = arguments(model, directory)
@@ -138,6 +143,7 @@ def test_hosts_that_are_stopped_and_killed_end_together_and_lose_nothing(pair, m
     same(directory, pair / "run")
 
 
+@pytest.mark.nightly
 def test_hosts_with_different_commands_are_refused(model, tmp_path):
     command = arguments(model, tmp_path / "run")
     run = Pod(2, command, tmp_path, own={1: ["--config.seed=3"]})
@@ -146,6 +152,7 @@ def test_hosts_with_different_commands_are_refused(model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.nightly
 def test_a_file_that_one_host_lacks_is_named_on_all(model, tmp_path):
     command = arguments(model, tmp_path / "run")
     run = Pod(2, command, tmp_path, own={1: ["--config.data.train=jsonl:elsewhere.jsonl"]})

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_jax.text.spans import locate_quote
+from support import nightly_but
 
 
 def found(text: str, quote: str) -> str | None:
@@ -240,39 +241,42 @@ def test_never_at_something_else(text, quote):
 
 @pytest.mark.parametrize(
     "piece",
-    [
-        "*",
-        "*a* ",
-        "**a** ",
-        "`",
-        "$",
-        "$a$ ",
-        "_a_ ",
-        "&amp;",
-        "<![CDATA[",
-        "\u200b",
-        "—",
-        "<=",
-        "- word\n",
-        ">",
-        "> a\n",
-        "1. a\n",
-        "\n ",
-        "---\n",
-        "e\u0301",
-        "\\(a\\) ",
-        "\\",
-        "1{,}1",
-        "1 ,5",
-        "“x” ",
-        "…",
-        "[...]",
-        "\\text{",
-        "\\text{a}",
-        "{",
-        "²",
-        "\\\\n",
-    ],
+    nightly_but(
+        [
+            "*",
+            "*a* ",
+            "**a** ",
+            "`",
+            "$",
+            "$a$ ",
+            "_a_ ",
+            "&amp;",
+            "<![CDATA[",
+            "\u200b",
+            "—",
+            "<=",
+            "- word\n",
+            ">",
+            "> a\n",
+            "1. a\n",
+            "\n ",
+            "---\n",
+            "e\u0301",
+            "\\(a\\) ",
+            "\\",
+            "1{,}1",
+            "1 ,5",
+            "“x” ",
+            "…",
+            "[...]",
+            "\\text{",
+            "\\text{a}",
+            "{",
+            "²",
+            "\\\\n",
+        ],
+        keep=range(0, 31, 3),
+    ),
 )
 def test_hostile_texts_take_linear_time(piece):
     text = (piece * 200_000)[:200_000]

@@ -40,11 +40,12 @@ from rosd_jax.text import spans
 from rosd_jax.text.thinking import outside_thinking
 from rosd_jax.text.tokenizer import load_tokenizer
 from rosd_jax.types import Problem
-from support import ROOT, run_environment
+from support import ROOT, nightly_but, run_environment
 
 FILE = Path(os.environ.get("ROSD_CASES_DIR", ROOT / "tests" / "cases")) / "reported.jsonl"
 CASES = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
-SLOW = ("export-unreadable-in-transformers-4", "resume-on-changed-data", "error-blames-wrong-file")
+SLOW = ("export-unreadable-in-transformers-4",)
+NIGHTLY = ("resume-on-changed-data",)  # test_run.py asks the same of one run
 
 
 @pytest.fixture(scope="module")
@@ -263,13 +264,14 @@ KINDS = {
 }
 
 
-def parameters():
-    for case in CASES:
-        marks = [pytest.mark.slow] if case["kind"] in SLOW else []
-        yield pytest.param(case, id=case["id"], marks=marks)
+def kept():
+    """The numbers of all cases that cost little, and of one of each kind that costs more."""
+    kinds = [case["kind"] for case in CASES]
+    first = [kinds.index(kind) for kind in SLOW if kind in kinds]
+    return [*first, *(n for n, kind in enumerate(kinds) if kind not in SLOW + NIGHTLY)]
 
 
-@pytest.mark.parametrize("case", list(parameters()))
+@pytest.mark.parametrize("case", nightly_but(CASES, keep=kept()), ids=lambda case: case["id"])
 def test_reported(case, grader, tmp_path, request):
     runs = [runner for prefix, runner in KINDS.items() if case["kind"].startswith(prefix)]
     assert len(runs) == 1, f"KINDS must have one entry for {case['kind']}"

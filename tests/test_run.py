@@ -305,6 +305,7 @@ def test_the_export_is_the_trained_model(finished, model):
 # --- the same again, cut off or elsewhere --------------------------------------------------------------
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(finished, model, tmp_path):
     finish(arguments(model, tmp_path / "run"), tmp_path)  # compiled again
@@ -322,6 +323,21 @@ def test_a_second_start_of_a_config_compiles_nothing(finished, model, cache, tmp
     assert lines[0]["seconds_compiling"] < first["seconds_compiling"]
 
 
+@pytest.mark.slow
+def test_a_run_that_was_killed_equals_one_that_was_not(finished, model, cache, tmp_path):
+    directory = tmp_path / "run"
+    command = arguments(model, directory)
+    run = Run(command, tmp_path, **cache)
+    run.wait_for(directory, 5)  # before the checkpoint of step 4 was begun, that of step 2 was whole
+    run.signal(signal.SIGKILL)
+    assert run.end()[0] == -signal.SIGKILL
+
+    assert "resumes after step" in finish(command, tmp_path, **cache)
+    assert_same_run(directory, finished[0])
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_twice_equals_one_that_was_not(finished, model, cache, tmp_path):
     directory = tmp_path / "run"
     command = arguments(model, directory)
@@ -344,12 +360,10 @@ def test_a_run_that_was_cut_off_twice_equals_one_that_was_not(finished, model, c
 @pytest.mark.slow
 def test_a_moved_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, model, cache, tmp_path):
     """The directory is moved, its files come from the future, and the newest checkpoint is damaged."""
-    first = tmp_path / "first"
-    finish(arguments(model, first, steps=4), tmp_path, **cache)
     directory = tmp_path / "elsewhere" / "run"
-    directory.parent.mkdir()
-    first.rename(directory)
-    newest = directory / "checkpoints" / "4"
+    shutil.copytree(finished[0], directory)
+    shutil.rmtree(directory / "export")
+    newest = directory / "checkpoints" / "6"
     largest = max((newest / "params").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -359,12 +373,13 @@ def test_a_moved_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, 
     run = Run(arguments(model, directory), tmp_path, **cache)
     status, printed = run.end()
     assert status == 0
-    assert f"checkpoint {newest} cannot be read" in printed and "the one of step 2 is used" in printed
-    assert "resumes after step 2" in run.out.read_text()
+    assert f"checkpoint {newest} cannot be read" in printed and "the one of step 4 is used" in printed
+    assert "resumes after step 4" in run.out.read_text()
     assert_same_run(directory, finished[0])
-    assert (directory / "checkpoints" / "4.damaged").is_dir()
+    assert (directory / "checkpoints" / "6.damaged").is_dir()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_finished_run_can_be_evaluated_and_started_again(finished, model, cache, tmp_path):
     directory = tmp_path / "run"
@@ -376,6 +391,7 @@ def test_a_finished_run_can_be_evaluated_and_started_again(finished, model, cach
         assert (directory / "export" / name).read_bytes() == (finished[0] / "export" / name).read_bytes()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_eight_devices_learn_what_one_learns(finished, model, tmp_path):
     fields = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, steps=2)
@@ -389,7 +405,7 @@ def test_eight_devices_learn_what_one_learns(finished, model, tmp_path):
         assert a == close
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_evaluating_a_new_directory_measures_the_model_as_it_came(finished, model, cache, tmp_path):
     finish(arguments(model, tmp_path / "run", mode="eval"), tmp_path, **cache)
     assert numbers(tmp_path / "run") == numbers(finished[0])[: len(SETS)]
@@ -627,6 +643,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_named_at_the_start(model, tm
         assert list(disk.iterdir()) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_and_room_resumes_it(finished, model, cache, tmp_path):
     with small_disk(tmp_path / "disk", "16m") as disk:
@@ -684,19 +701,28 @@ def test_a_set_with_a_name_is_called_by_it_and_judged_by_its_files(model, cache,
 # --- the step that validation chooses ----------------------------------------------------------------
 
 
+VALIDATED = dict(
+    steps=4,
+    validation__sets="gym:chain",
+    validation__every=1,
+    eval__sets="gym:words",
+    eval__every=0,
+    checkpoint__every=2,
+    checkpoint__keep=1,
+)
+
+
+@pytest.fixture(scope="module")
+def validated(model, cache, tmp_path_factory):
+    """The directory of a run that validates after every step."""
+    path = tmp_path_factory.mktemp("validated")
+    finish(arguments(model, path / "run", **VALIDATED), path, **cache)
+    return path / "run"
+
+
 @pytest.mark.slow
-def test_the_best_step_is_kept_scored_and_exported_also_by_a_run_that_was_cut_off(model, cache, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    options = dict(
-        steps=4,
-        validation__sets="gym:chain",
-        validation__every=1,
-        eval__sets="gym:words",
-        eval__every=0,
-        checkpoint__every=2,
-        checkpoint__keep=1,
-    )
-    finish(arguments(model, whole, **options), tmp_path, **cache)
+def test_the_best_step_is_kept_scored_and_exported(validated):
+    whole = validated
     rows = read_lines(whole / "metrics.jsonl")
     scores = {row["step"]: row["avg"] for row in rows if row["split"] == "validation/gym:chain"}
     assert list(scores) == list(range(5))
@@ -708,14 +734,20 @@ def test_the_best_step_is_kept_scored_and_exported_also_by_a_run_that_was_cut_of
     if best not in (0, 4):
         assert (whole / "export_best" / "trained_steps.txt").read_text() == f"{best}\n"
 
-    run = Run(arguments(model, cut, **options), tmp_path, **cache)
-    run.wait_for(cut, 3)
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_keeps_and_exports_the_same_best_step(validated, model, cache, tmp_path):
+    directory = tmp_path / "run"
+    command = arguments(model, directory, **VALIDATED)
+    run = Run(command, tmp_path, **cache)
+    run.wait_for(directory, 3)
     run.signal(signal.SIGKILL)
     run.end()
-    finish(arguments(model, cut, **options), tmp_path, **cache)
-    assert sorted(map(str, numbers(cut))) == sorted(map(str, numbers(whole)))
-    for path in whole.glob("export*/model.safetensors"):
-        assert (cut / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    finish(command, tmp_path, **cache)
+    assert sorted(map(str, numbers(directory))) == sorted(map(str, numbers(validated)))
+    for path in validated.glob("export*/model.safetensors"):
+        assert (directory / path.relative_to(validated)).read_bytes() == path.read_bytes()
 
 
 # --- mistakes ----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from rosd_jax.models.sharding import make_mesh
 from rosd_jax.rollout.sampler import Sampling, invert_cdf, nucleus, row_uniforms, sample
 from rosd_jax.types import Stream
+from support import nightly_but
 
 uniforms = jax.vmap(jax.random.uniform)
 jit_sample = jax.jit(
@@ -58,7 +59,7 @@ def _sorted_nucleus(p, top_p):
     return p >= least
 
 
-@pytest.mark.parametrize("vocab, temperature", [(272, 1.0), (1000, 0.7)])
+@pytest.mark.parametrize("vocab, temperature", nightly_but([(272, 1.0), (1000, 0.7)], keep=[1]))
 def test_draws_follow_the_softmax_at_the_sampling_temperature(vocab, temperature):
     logits_V = _logits(vocab, vocab)
     z = _chi_square_z(_draw(logits_V, temperature, 1.0), _softmax(logits_V / temperature))
@@ -157,7 +158,7 @@ def test_keys_of_another_kind_give_uniforms_of_their_own():
     assert len(np.unique(grids)) > 4990 and abs(np.mean(grids) - 0.5) < 0.02
 
 
-@pytest.mark.parametrize("vocab", [16, 1048])
+@pytest.mark.parametrize("vocab", nightly_but([16, 1048], keep=[1]))
 def test_a_vocabulary_split_over_devices_gives_the_tokens_of_a_whole_one(vocab):
     """Eight devices; the likeliest ids tie across two of them, and one holds no id that may be drawn."""
     mesh, step = make_mesh(1, 1, 8), vocab // 8

@@ -13,6 +13,7 @@ from rosd_jax.errors import UserError
 from rosd_jax.models import qwen3, sharding
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.types import TrainState
+from support import nightly_but
 
 CONFIG = Qwen3Config(
     vocab_size=64,
@@ -51,7 +52,7 @@ def alone(params):
     return jax.device_get(jax.jit(hidden_and_grads)(params, TOKENS))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", nightly_but(zip(SHAPES), keep=[0, 5]), ids=str)
 def test_every_mesh_gives_the_hidden_states_and_gradients_of_one_device(shape, params, alone):
     mesh = sharding.make_mesh(*shape)
     sharding.validate_mesh_for(CONFIG, mesh)

@@ -118,6 +118,7 @@ def test_padded_sequences_hold_each_row_once():
 
 
 @pytest.mark.nightly
+@pytest.mark.slow
 def test_ours_and_plain_flax_have_the_same_losses_update_after_update(tmp_path):
     told = [f"--out={tmp_path}", "--cases=update", "--contestants=ours,plain", "--rounds=2", "--rows=8"]
     step.main(told, TINY)
@@ -141,6 +142,7 @@ def test_a_contestant_with_another_loss_is_refused():
         step.measure({"a": Other(0.1), "b": Other(0.11)}, rounds=1)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_stages_of_a_whole_step_are_measured(tmp_path):
     small = replace(TINY, sizes=Sizes().scaled(1 / 64, prompts=2))

@@ -16,7 +16,7 @@ from test_run import Run, arguments, assert_same_run, finish, finished_run, read
 import tiny
 from rosd_jax.rewards import Grader
 from rosd_jax.types import Problem
-from support import ROOT, run_environment
+from support import ROOT, nightly_but, run_environment
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 ANSWER_S = 2  # for the answer to a signal, on a busy machine
@@ -277,8 +277,9 @@ def moments(seed, count):
         yield chance.choice([*NAMES, signal.SIGINT]), lines, chance.uniform(0, 0.6 if lines else 4)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_stopped_at_random_moments_equals_one_that_was_not(seed, finished, model, cache, tmp_path):
     command = arguments(model, tmp_path / "run")
     for number, lines, delay in moments(seed, 9):
@@ -292,7 +293,7 @@ def test_a_run_stopped_at_random_moments_equals_one_that_was_not(seed, finished,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0, 0.3])
+@pytest.mark.parametrize("delay", nightly_but([0, 0.3], keep=[0]))
 def test_a_run_stopped_while_it_exports_or_reports_is_made_whole(delay, finished, model, cache, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(finished, directory)
@@ -321,6 +322,7 @@ def test_a_signal_while_python_ends_leaves_a_good_run_a_good_one(finished, model
     assert run.end()[0] == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_step_that_was_made_last_is_not_made_again(model, cache, tmp_path):
     command = arguments(model, tmp_path / "run", eval__sets="", checkpoint__every=6)
@@ -333,6 +335,7 @@ def test_the_step_that_was_made_last_is_not_made_again(model, cache, tmp_path):
     assert f"resumes after step {last}, " in finish(command, tmp_path, **cache)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_stopped_in_an_evaluation_keeps_the_step_and_makes_up_for_it(finished, model, cache, tmp_path):
     command = arguments(model, tmp_path / "run", checkpoint__every=6)

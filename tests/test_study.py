@@ -142,6 +142,7 @@ def test_a_mistake_is_one_sentence(arguments, words, tmp_path, capsys):
 
 
 @pytest.mark.nightly
+@pytest.mark.slow
 def test_a_study_of_three_methods_and_two_seeds(tmp_path, cache):
     fields = ["--config.steps=1", "--config.eval.sets=gym:chain", "--config.batch.prompts=2"]
     asked = ["--methods=span,paper,official", "--seeds=0,1", f"--config={QUICKSTART}:debug", "--out=study"]

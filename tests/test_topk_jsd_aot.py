@@ -7,7 +7,7 @@ import pytest
 from benchmarks import topk_jsd_tpu
 from rosd_jax.kernels.topk_jsd import pallas_tpu, topk_jsd_from_logits, topk_jsd_loss
 from rosd_jax.kernels.topk_jsd.records import Options
-from support import NEEDS_LIBTPU
+from support import NEEDS_LIBTPU, nightly_but
 
 pytestmark = [pytest.mark.optimized, NEEDS_LIBTPU]
 
@@ -17,7 +17,7 @@ SHARE_OF_MATMULS = {"v5e:2x2": 0.10, "v5p:2x2x1": 0.10, "v6e:2x2": 0.35}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", SHARE_OF_MATMULS)
+@pytest.mark.parametrize("topology", nightly_but(SHARE_OF_MATMULS, keep=[1]))
 def test_real_sizes_compile_within_their_memory_and_time(topology):
     found = topk_jsd_tpu.report(topology)
     # Ten bytes for each logit of one chunk, and the head's gradient, for 4,096 tokens as for 65,536.
@@ -45,7 +45,9 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()))
+@pytest.mark.parametrize(
+    "options", nightly_but(VARIANTS, keep=[1, 2, 4]), ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items())
+)
 def test_every_form_of_the_row_kernel_compiles(options):
     put = topk_jsd_tpu.on_device("v5e:2x2")
     vocab = options.get("vocab", 6200)

@@ -14,6 +14,7 @@ from jax.interpreters import mlir
 from rosd_jax.kernels.topk_jsd import reference, topk_jsd_from_logits, topk_jsd_loss
 from rosd_jax.kernels.topk_jsd.pallas_gpu import TILE_TOKENS, row_terms
 from rosd_jax.kernels.topk_jsd.records import Options, Rows
+from support import nightly_but
 
 V = 2 * TILE_TOKENS + 76  # two whole tiles and a ragged one
 
@@ -87,13 +88,13 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize("case", GRID, ids=str)
+@pytest.mark.parametrize("case", nightly_but(GRID, keep=[4, 7]), ids=str)
 def test_interpreted_kernel_equals_the_oracle(case):
     options = Options(**{"k": 20, **case})
     assert_equals_oracle(options, *logits(), *rows_of(8))
 
 
-@pytest.mark.parametrize("vocab", [5, TILE_TOKENS + 1])
+@pytest.mark.parametrize("vocab", nightly_but([5, TILE_TOKENS + 1], keep=[0]))
 def test_any_vocabulary_size(vocab):
     assert_equals_oracle(Options(k=3, alpha=0.3), *logits(vocab), *rows_of(8, vocab))
 
@@ -142,7 +143,7 @@ def lowered(options, grad_dtype, platform, vocab=151936):
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("grad_dtype", [None, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("grad_dtype", nightly_but([None, jnp.bfloat16, jnp.float32], keep=[1]))
 @pytest.mark.parametrize(
     "case", [{}, {"tail": "renorm", "num_tokens": 151669, "ratio_cap": 2.0}, {"k": None}], ids=str
 )

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rosd_jax.kernels.topk_jsd import Sharding, topk_jsd_loss
 from rosd_jax.kernels.topk_jsd.selection import select_top_k
+from support import nightly_but
 
 N, D, V = 22, 8, 128  # eight devices do not divide the rows
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -125,9 +126,14 @@ def oracle(case):
         return run(*operands(dtype=np.float64, **shape), implementation="reference", **options)
 
 
+CASES = [(case, place) for case in range(len(GRID)) for place in places(case)]
+# Each way of splitting, each kind of tail, ties across shards, and -inf among the chosen.
+KEPT = [(1, ROWS), (7, VOCAB_4), (10, VOCAB_8), (12, ROWS_2D), (12, VOCAB_2), (14, VOCAB_4)]
+
+
 @pytest.mark.parametrize(
     ("case", "place"),
-    [(case, place) for case in range(len(GRID)) for place in places(case)],
+    nightly_but(CASES, keep=[CASES.index(case) for case in KEPT]),
     ids=lambda x: "-".join(map(str, GRID[x].items())) if isinstance(x, int) else f"{x[0]}{x[2]}",
 )
 def test_eight_devices_give_the_reference(case, place):
@@ -138,14 +144,14 @@ def test_eight_devices_give_the_reference(case, place):
     assert_near(found, oracle(case), 1e-9, 1e-11)
 
 
-@pytest.mark.parametrize("place", [ROWS, VOCAB_2, VOCAB_8], ids=str)
+@pytest.mark.parametrize("place", nightly_but(zip([ROWS, VOCAB_2, VOCAB_8]), keep=[1]), ids=str)
 def test_in_float32_eight_devices_are_one(place):
     options = {"k": 20, "chunk": 3, "ratio_cap": 1.5}
     found = run(*operands(), sharding=make(*place), **options)
     assert_near(found, run(*operands(), **options), 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("place", [ROWS, VOCAB_2], ids=str)
+@pytest.mark.parametrize("place", nightly_but(zip([ROWS, VOCAB_2]), keep=[1]), ids=str)
 def test_blocks_of_rows_and_bins_of_scores_change_nothing(place):
     """Enough rows and tokens for a chunk to be computed in blocks, and the top k from bins."""
     args = operands(n=320, v=12800, step=0.5)
@@ -155,7 +161,7 @@ def test_blocks_of_rows_and_bins_of_scores_change_nothing(place):
     assert found[0][1].chunks_run == (1 if place is ROWS else 2)
 
 
-@pytest.mark.parametrize("place", [ROWS, VOCAB_4], ids=str)
+@pytest.mark.parametrize("place", nightly_but(zip([ROWS, VOCAB_4]), keep=[1]), ids=str)
 def test_trips_are_those_of_the_fullest_device_and_an_empty_mask_makes_none(place):
     args = list(operands(n=32))
     function = jax.jit(partial(value_and_grads, k=20, chunk=2, sharding=make(*place)), compiler_options=QUICK)
@@ -210,7 +216,7 @@ def test_the_selection_over_shards_is_that_of_the_whole_row(shards):
 # ---- composition ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", [ROWS_2D, VOCAB_2], ids=str)
+@pytest.mark.parametrize("place", nightly_but(zip([ROWS_2D, VOCAB_2]), keep=[1]), ids=str)
 def test_explicit_axes_keep_each_gradient_where_its_operand_lies(place):
     args = operands(n=20)
     sharding = make(*place, types=EXPLICIT)
@@ -319,7 +325,7 @@ def test_matmuls_and_what_is_exchanged(place):
         assert found == sorted([*of_rows, *([("all-reduce", (CHUNK, D))] if argnums else [])])
 
 
-@pytest.mark.parametrize("place", [ROWS, VOCAB_4], ids=str)
+@pytest.mark.parametrize("place", nightly_but(zip([ROWS, VOCAB_4]), keep=[1]), ids=str)
 def test_where_the_devices_do_not_divide_the_head_its_gradient_is_whole(place):
     args = operands(n=16, v=36)
     options = {"k": 5, "chunk": 2}

@@ -20,6 +20,7 @@ from rosd_jax.kernels.topk_jsd import (
     topk_jsd_loss,
     topk_jsd_rows,
 )
+from support import nightly_but
 
 SETS, N, D, V = 3, 6, 8, 40
 OPTIONS = {"k": 7, "ratio_cap": 1.5}
@@ -117,7 +118,7 @@ HIDDEN_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("implementation", "in_axes"), HIDDEN_CASES, ids=str)
+@pytest.mark.parametrize(("implementation", "in_axes"), nightly_but(HIDDEN_CASES, keep=[2, 5]), ids=str)
 def test_of_hidden_states_is_a_loop(implementation, in_axes, interpreted):
     assert_is_a_loop(partial(from_hidden, implementation=implementation), operands(SETS), in_axes)
 
@@ -131,7 +132,11 @@ LOGIT_CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("function", "in_axes"), LOGIT_CASES, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(
+    ("function", "in_axes"),
+    nightly_but(LOGIT_CASES, keep=[1]),
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", "pallas_gpu"])
 def test_of_logits_is_a_loop(implementation, function, in_axes, interpreted):
     assert_is_a_loop(partial(function, implementation=implementation), logits(SETS), in_axes)
@@ -145,7 +150,7 @@ def test_nested_vmaps_are_nested_loops():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize("implementation", nightly_but(["pallas_tpu", "pallas_gpu"], keep=[1]))
 def test_nested_vmaps_of_a_kernel_are_nested_loops(implementation, interpreted):
     function = partial(bare_rows, implementation=implementation)
     assert_is_a_loop(jax.vmap(function), logits(SETS, 2), (0,) * 5)
@@ -172,7 +177,7 @@ def test_the_gradient_of_a_batch_is_the_sum_of_its_sets():
     close(grads[1], jnp.einsum("s,svd->vd", scale, head_grads))
 
 
-@pytest.mark.parametrize("vocab", [None, "y"])
+@pytest.mark.parametrize("vocab", nightly_but([None, "y"], keep=[1]))
 def test_over_a_mesh_it_is_a_loop_too(vocab):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     sharding = Sharding(mesh, ("x",), vocab)
@@ -199,9 +204,11 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("transform", nightly_but(TRANSFORMS, keep=[1, 3]))
 @pytest.mark.parametrize(
-    ("platform", "implementation"), [("cuda", None), ("cuda", "pallas_gpu"), ("tpu", None)], ids=str
+    ("platform", "implementation"),
+    nightly_but([("cuda", None), ("cuda", "pallas_gpu"), ("tpu", None)], keep=[0, 2]),
+    ids=str,
 )
 def test_lowers_with_the_rows_of_all_sets_in_one_kernel_call(
     platform, implementation, transform, monkeypatch

@@ -120,6 +120,7 @@ def test_all_processes_use_what_the_first_has_kept(tmp_path):
         assert_equal(second, rollout(7))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_stopped_inside_a_step_goes_on_from_there(cache, tmp_path, tmp_path_factory):
     expected = finished_run(cache, tmp_path_factory)[0]

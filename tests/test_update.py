@@ -32,6 +32,7 @@ from rosd_jax.train.update import (
     teach,
 )
 from rosd_jax.types import Lesson
+from support import nightly_but
 
 MODEL = Qwen3Config(
     vocab_size=64,
@@ -48,10 +49,7 @@ TOPK, TEMPERATURE, CAP = 5, 0.7, 1.25
 LR, WARMUP = 0.01, 4
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8] + [(1, 4, 1), (2, 1, 2)]
-
-
-def slow(value, often):
-    return pytest.param(value, marks=[] if value in often else pytest.mark.slow)
+KEPT = [SHAPES.index(shape) for shape in [(2, 2, 2), (1, 2, 4)]]
 
 
 def make_config(device_rows=8, method="paper", **optimizer):
@@ -233,7 +231,7 @@ def test_the_loss_is_the_float64_mean_over_active_tokens():
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient(state))), rel=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 1)], ids=str)
+@pytest.mark.parametrize("shape", nightly_but(zip([(1, 1, 1), (2, 4, 1)]), keep=[1]), ids=str)
 def test_the_divergence_of_each_token_is_told_and_makes_up_the_loss(shape):
     """Of all rows in the order of the lesson, from several micro-batches on one device and on eight."""
     lesson = make_lesson()
@@ -301,12 +299,12 @@ def test_cutting_rows_changes_neither_the_loss_nor_its_gradient():
 # --- what must not matter ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [slow(n, [2, 16]) for n in (1, 2, 4, 16)])
+@pytest.mark.parametrize("rows", nightly_but([1, 2, 4, 16], keep=[1, 3]))
 def test_the_rows_of_a_microbatch_do_not_matter(rows):
     assert_same_update(step(make_lesson(), device_rows=rows), plain())
 
 
-@pytest.mark.parametrize("shape", [slow(s, [(2, 4, 1), (1, 2, 4)]) for s in SHAPES], ids=str)
+@pytest.mark.parametrize("shape", nightly_but(zip(SHAPES), keep=KEPT), ids=str)
 def test_the_mesh_does_not_matter(shape):
     assert_same_update(step(make_lesson(), shape=shape), plain(), 3e-5)
 

@@ -92,14 +92,23 @@ def test_the_command_of_the_wheel_names_the_extra_that_it_lacks(site, tmp_path):
     )
 
 
+SHIPPED = [
+    "--config=configs/quickstart.py:debug",
+    "--config.eval.sets=gym:chain",
+    "--config.validation.sets=",
+]
+
+
+def test_the_command_of_the_wheel_plans_the_shipped_config_in_any_directory(site, tmp_path):
+    used = python(site, tmp_path, "-m", "rosd_jax", *SHIPPED, "--mode=plan")
+    assert used.returncode == 0, used.stderr
+    assert "2048 problems of gym:chain" in used.stdout and "weights     can be loaded" in used.stdout
+
+
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_command_of_the_wheel_runs_the_shipped_config_in_any_directory(site, tmp_path):
-    config = [
-        "--config=configs/quickstart.py:debug",
-        "--config.eval.sets=gym:chain",
-        "--config.validation.sets=",
-    ]
-    used = python(site, tmp_path, "-m", "rosd_jax", *config, "--mode=eval", "--workdir=run")
+    used = python(site, tmp_path, "-m", "rosd_jax", *SHIPPED, "--mode=eval", "--workdir=run")
     assert used.returncode == 0, used.stderr
     assert "gym:chain" in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["path"].startswith(str(site))

@@ -19,6 +19,7 @@ from rosd_jax.hosts.place import PATIENCE_S
 from support import made_once, shared_dir
 
 pytestmark = [
+    pytest.mark.nightly,
     pytest.mark.slow,
     pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc"),
 ]
@@ -88,7 +89,7 @@ def signal_run(run, victim, number):
 
 @pytest.mark.parametrize(
     "processes, seed, kills, steps",
-    [SHORT, *[pytest.param(n, *long, marks=pytest.mark.nightly) for n in (1, 2) for long in LONG]],
+    [SHORT, *[(n, *long) for n in (1, 2) for long in LONG]],
 )
 def test_killed_runs_resume_and_end_bit_exact(
     processes, seed, kills, steps, undisturbed, model, cache, tmp_path
