@@ -50,8 +50,8 @@ def optimized_programs(request):
 def own_programs():
     """Frees a file's compiled programs after its tests.
 
-    Every program has several memory maps, and Linux allows a process 65,530 of them: without this, a worker of
-    the whole suite comes close to the limit, where an allocation aborts the process.
+    Each of them has three memory maps or more, and the programs of some files have thousands. Linux allows a
+    process 65,530; one that needs another is aborted.
     """
     yield
     jax.clear_caches()
