@@ -401,9 +401,10 @@ def test_a_run_resumes_exactly_and_asks_no_reflector(model, cache, tmp_path):  #
         rows = read_lines(whole / "rollouts" / f"step_{line['step']}.jsonl")
         assert line["taught"] + sum(line[f"out_{note}"] for note in NOTES) == len(rows) == 64
         assert line["taught"] == sum(row["note"] == "" for row in rows) > 0
-        assert line["reflected"] == line["ideas_missing"] == 0 and np.isnan(line["quote_found"])
+        assert line["reflected"] == line["ideas_missing"] == 0 and line["quote_found"] is None
         for row in rows:
             assert row["active_tokens"] == (0 if row["note"] else len(row["token_ids"]))
             assert row["reflection"] is None
     card = (whole / "export" / "README.md").read_text()
-    assert "moving average" in card and "reflect" not in card
+    assert "whose weights are a moving average" in card and "a frozen copy" not in card
+    assert "quotes" not in card and "| `lesson.teacher_weights` | `ema` |" in card
