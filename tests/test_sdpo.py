@@ -45,6 +45,7 @@ from rosd_jax.plan.chips import Slice
 from rosd_jax.plan.stages import make_job
 from rosd_jax.text.prompts import ENGLISH
 from rosd_jax.train import checkpoint
+from rosd_jax.train.metrics import format_step
 from rosd_jax.train.microbatches import MicroBatch
 from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import distillation_loss, init_state, make_optimizer, make_update
@@ -311,7 +312,7 @@ def test_with_adapters_the_average_is_of_the_adapters_alone():
     assert metrics["loss"] == pytest.approx(float(wanted), rel=3e-5)
 
 
-# --- checkpoints, the plan, a run ------------------------------------------------------------------------
+# --- checkpoints, the plan, the line of a step, a run ---------------------------------------------------
 
 
 def averaging_state(step):
@@ -368,6 +369,16 @@ def test_a_plan_at_full_size_has_a_teacher_and_an_average_but_no_reflector():
         job_of("8b", "h100:8", "8b", "h100x8", "sdpo", **{"lesson.teacher_weights": "frozen"}), "h100:8"
     )
     assert "moving average" not in printed.as_text(frozen)
+
+
+def test_the_line_of_a_step_has_quotes_only_if_something_was_reflected():
+    numbers = {"reward": 0.5, "taught": 8, "loss": 0.01, "seconds": 1.0}
+    assert format_step(1, 8, numbers | {"reflected": 0.0}) == (
+        "step 1/8  reward 0.500  taught 8/8  loss 0.01000   1.0 s"
+    )
+    assert "quotes 75%" in format_step(1, 8, numbers | {"reflected": 0.5, "quote_found": 0.75}).replace(
+        "  ", " "
+    )
 
 
 def average_of(directory, step):
