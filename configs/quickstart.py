@@ -8,7 +8,7 @@ Method      the `span` preset, except that correct rollouts are not reflected (r
             is on error spans only. Chosen on the validation split (docs/log.md)
 Command     python run.py --config=configs/quickstart.py
 Variants    paper | span | official: that preset, with its own reflect.correct
-            grpo | dr_grpo | dapo_loss | grpo_strong | rosd_grpo: another method (docs/methods.md)
+            sdpo | grpo | dr_grpo | dapo_loss | grpo_strong | rosd_grpo: another method (docs/methods.md)
             debug: two short steps, to check that everything runs
 """
 

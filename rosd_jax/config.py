@@ -69,6 +69,10 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "lesson.teacher_context": ("idea", "idea", "idea_or_solution"),
     "lesson.gold_in_idea": ("keep", "keep", "keep"),
     "lesson.max_teacher_tokens": (10240, 10240, 10240),
+    # The frozen initial model teaches. Groups with equal rewards are left out, as in the released code.
+    "lesson.teacher_weights": ("frozen", "frozen", "frozen"),
+    "lesson.ema_rate": (0.05, 0.05, 0.05),
+    "lesson.uniform_groups": (False, False, False),
     # The divergence (equations 7 to 9, table 4): JSD, alpha .5, over the student's top 100 and a tail bucket.
     "loss.topk": (100, 100, 100),
     "loss.alpha": (0.5, 0.5, 0.5),
@@ -95,6 +99,13 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
 # for all, so that only the loss differs. A clipped ratio to the policy that sampled is missing on purpose: a
 # batch gets one optimizer step, so that ratio is 1. docs/methods.md says more.
 #
+# sdpo         SDPO (arXiv 2601.20802), without environment feedback, as its released code (lasgroup/SDPO,
+#              commit 0e6d510) trains on the same data sets: run_sdpo_all.sh, sdpo.yaml and actor.yaml. The
+#              teacher sees the first other right rollout, for right rollouts too (ray_trainer.py:
+#              _get_solution, dont_reprompt_on_self_success). No group is left out for equal rewards. The
+#              teacher's weights are an EMA, teacher_update_rate .05 (dp_actor.py: _update_teacher). As in
+#              `span`: distillation_topk 100 and a tail, alpha .5, is_clip and rollout_is_threshold 2,
+#              max_reprompt_len 10240. The paper's formula is KL(student || teacher), which is alpha 1
 # grpo         DeepSeekMath (arXiv 2402.03300), without its KL term
 # dr_grpo      Dr. GRPO (arXiv 2503.20783)
 # dapo_loss    DAPO (arXiv 2503.14476): its loss, without dynamic sampling and overlong shaping
@@ -102,6 +113,13 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
 #              standard deviation, as in Dr. GRPO; the token mean of DAPO
 # rosd_grpo    ours: ROSD on the wrong rollouts that it can teach, grpo_strong on all others
 OTHERS: dict[str, dict[str, Any]] = {
+    "sdpo": {
+        "reflect.solution": "first",
+        "lesson.region": "full",
+        "lesson.teacher_context": "solution",
+        "lesson.teacher_weights": "ema",
+        "lesson.uniform_groups": True,
+    },
     "grpo": {
         "lesson.teacher_context": "none",
         "policy.advantage": "std",
@@ -343,6 +361,12 @@ def _validate_method(settings: Settings) -> None:
         "be all if lesson.teacher_context or policy.advantage is none, since it divides rollouts between both"
     )
     _require("policy.rows", policy.rows, both or policy.rows == "all", rule)
+    lesson = settings.lesson
+    rate = lesson.ema_rate
+    _require("lesson.ema_rate", rate, 0 < _single(rate) <= 1, "lie in (0, 1], also in float32")
+    teaches = settings.distills or not settings.averages
+    rule = "be frozen if lesson.teacher_context is none, since there is no teacher"
+    _require("lesson.teacher_weights", lesson.teacher_weights, teaches, rule)
     name = settings.method
     usual = preset("span" if name == "rosd" else name)
     for field in ("lesson.teacher_context", "policy.advantage"):

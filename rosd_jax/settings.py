@@ -145,7 +145,7 @@ class ReflectSettings:
     overlong: Literal["skip", "cut"]
     """If a reflector prompt is too long. skip: the rollout leaves the loss. cut: the prompt is cut."""
     solution: Literal["shortest", "first"]
-    """Which correct rollout of the group the reflector sees."""
+    """Which correct rollout of the group the reflector sees, or the teacher."""
     correct: bool
     """Whether correct rollouts are reflected and taught too."""
     uniform_groups: bool
@@ -165,12 +165,19 @@ class LessonSettings:
     """How a place in the text is mapped to tokens. offsets: by the offsets of the sampled tokens. reencode:
     by tokenizing the text before it again, as the released code does."""
     teacher_context: Literal["idea", "idea_or_solution", "solution", "none"]
-    """What the teacher sees in addition to the problem. none: there is no reflector, no teacher and no
+    """What the teacher sees in addition to the problem. solution: a correct rollout of the group; with
+    lesson.region=full nothing is reflected then. none: there is no reflector, no teacher and no
     distillation."""
     gold_in_idea: Literal["keep", "strip"]
     """If an idea gives the gold answer away. keep: it is used. strip: the answer is removed from it."""
     max_teacher_tokens: int
     """Longest prompt of the teacher."""
+    teacher_weights: Literal["frozen", "ema"]
+    """frozen: the initial model teaches. ema: an exponential moving average of the student's weights does."""
+    ema_rate: float
+    """Share of the way to the student's weights that the average moves after every optimizer step."""
+    uniform_groups: bool
+    """Whether groups that are all correct are taught too."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +288,7 @@ class Settings:
 
     rewards: str
     """The checkers: fixed, official (as the released code grades), or MODULE:FUNCTION of your own."""
-    method: Literal["rosd", "grpo", "dr_grpo", "dapo_loss", "grpo_strong", "rosd_grpo"]
+    method: Literal["rosd", "sdpo", "grpo", "dr_grpo", "dapo_loss", "grpo_strong", "rosd_grpo"]
     """Name of the method, which runs record. A preset sets it together with the fields of the method."""
     mesh: MeshSettings
     model: ModelSettings
@@ -320,8 +327,19 @@ class Settings:
 
     @property
     def distills(self) -> bool:
-        """Whether the method has a reflector and a teacher."""
+        """Whether the method has a teacher."""
         return self.lesson.teacher_context != "none"
+
+    @property
+    def reflects(self) -> bool:
+        """Whether the method has a reflector: not if a teacher sees solutions only and teaches all tokens."""
+        lesson = self.lesson
+        return self.distills and (lesson.teacher_context != "solution" or lesson.region != "full")
+
+    @property
+    def averages(self) -> bool:
+        """Whether a moving average of the student's weights teaches, not the frozen model."""
+        return self.lesson.teacher_weights == "ema"
 
     @property
     def reinforces(self) -> bool:

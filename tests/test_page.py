@@ -576,6 +576,19 @@ def test_runs_are_compared_chart_by_chart(browser, run, tmp_path):
     assert texts_of(browser, "#curves .chart:first-child .legend > span") == ["here", "other"]
 
 
+@pytest.mark.parametrize("reflected", [0.0, 0.5])
+def test_a_run_without_a_reflector_says_what_the_teacher_saw(browser, tmp_path, reflected):
+    run = make_run(tmp_path / "run", {1: [rollout(**in_loss("4", 0, [1], [0.1]))]})
+    (run / "metrics.jsonl").write_text(json.dumps(trained(1, reflected=reflected)) + "\n")
+    page.remake(run)
+    browser.open(run / "report.html")
+    asked = reflected > 0
+    said = text_of(browser, "#detail")
+    assert ("The reflector was not asked about this rollout" in said) == asked
+    assert ("another rollout that solves it. There is no reflector." in said) == (not asked)
+    assert ("Rollouts reflected" in texts_of(browser, "#curves .title")) == asked
+
+
 def test_it_is_readable_in_both_schemes(browser, run):
     grounds = []
     for scheme in ("light", "dark"):

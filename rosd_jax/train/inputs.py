@@ -220,11 +220,12 @@ def check_lengths(config: Settings, model: Qwen3Config) -> None:
         "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         "eval.max_new_tokens": config.data.max_prompt_tokens + config.eval.max_new_tokens,
     }
+    if config.reflects:
+        reflections = config.reflect.max_prompt_tokens + config.reflect.max_new_tokens
+        longest["reflect.max_new_tokens"] = reflections
     if config.distills:
-        longest |= {
-            "reflect.max_new_tokens": config.reflect.max_prompt_tokens + config.reflect.max_new_tokens,
-            "lesson.max_teacher_tokens": config.lesson.max_teacher_tokens + config.rollout.max_new_tokens,
-        }
+        taught = config.lesson.max_teacher_tokens + config.rollout.max_new_tokens
+        longest["lesson.max_teacher_tokens"] = taught
     for field, tokens in longest.items():
         if tokens > model.max_position_embeddings:
             raise UserError(

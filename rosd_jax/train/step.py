@@ -97,7 +97,7 @@ def train_step(
         # There is room for one of them, and for none in the update.
         reflector = student if runtime.config.reflect.weights == "student" else None
         del student
-        if reflector is None and runtime.config.distills:
+        if reflector is None and runtime.config.reflects:
             reflector = on_device(frozen_params)
         reflected, earlier = reflect_rollouts(runtime, reflector, graded, step)
         del reflector
@@ -160,12 +160,14 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
     """Asks the reflector about the rollouts that distill/reflect.py selects, and reads its answers.
 
     Each host reads a part of them. Also returns the seconds that an earlier start spent on the answers.
-    Methods without a teacher ask nothing, and `params` is not used.
+    Methods that do not reflect ask nothing, and `params` is not used.
     """
     config = runtime.config
     if not config.distills:
         return Reflected(graded, (Reflection(),) * len(graded.texts)), 0.0
-    plans = reflect.plan_rollouts(graded, config.reflect)
+    plans = reflect.plan_rollouts(graded, config.reflect, uniform_taught=config.lesson.uniform_groups)
+    if not config.reflects:
+        return reflect.gather(graded, plans, {}, {}, config.lesson), 0.0
     ids = reflect.build_prompts(
         graded,
         plans,
