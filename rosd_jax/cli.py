@@ -9,7 +9,7 @@
 In a checkout, `python run.py` does the same as `rosd`. docs/running.md says more.
 
 The same command on the same DIR resumes the run there. Without --config it uses the config stored in DIR.
-The shipped configs, configs/quickstart.py and configs/qwen3_science.py, can be named in any directory.
+The shipped configs (quickstart, ablations and qwen3_science in configs/) can be named in any directory.
 
 On several hosts, start the same command on each (docs/pods.md). A TPU slice, SLURM and Open MPI are
 recognised; elsewhere add --coordinator=HOST:PORT --processes=N --process=I.
