@@ -18,6 +18,7 @@ Exit status
 0        done
 1        a fault of the program, with a traceback; or another host of the run failed, which is named
 2        a mistake in config, model or data, named in one sentence
+3        the run has ended by itself, because a number fell as far as `guard` allows
 128 + N  stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM. The first signal lets the current device call
          return and saves the last complete step; a second one ends the run at once. Neither loses what is
          written

@@ -221,6 +221,9 @@ def validate(config: ConfigDict) -> Settings:
     _validate_training(settings)
     _validate_method(settings)
     _validate_ablation(settings)
+    for field in ("guard.reward", "guard.entropy", "guard.length"):
+        share = value(settings, field)
+        _require(field, share, 0 <= share < 1, "lie in [0, 1)")
     return settings
 
 

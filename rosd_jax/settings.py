@@ -291,6 +291,19 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """When a run that collapses ends by itself: a share of the highest mean of five steps, below which the
+    mean of the last five steps must not fall. 0: never."""
+
+    reward: float = 0.0
+    """Share that the reward must keep."""
+    entropy: float = 0.0
+    """Share that the entropy must keep."""
+    length: float = 0.0
+    """Share that the response length must keep."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """One experiment."""
 
@@ -313,6 +326,7 @@ class Settings:
     validation: ValidationSettings
     eval: EvalSettings
     checkpoint: CheckpointSettings
+    guard: GuardSettings
     name: str = ""
     """Name of the experiment; the default workdir begins with it."""
     seed: int = 0

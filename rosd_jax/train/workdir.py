@@ -55,7 +55,16 @@ if TYPE_CHECKING:  # types.py imports JAX, which --mode=report does without
 # What a run writes that has begun.
 WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export", "unfinished", "report")
 # Fields that may differ when a run is resumed; with a dot at the end, a whole section.
-MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "trackers", "validation.")
+MAY_CHANGE = (
+    "checkpoint.keep",
+    "compile_cache",
+    "eval.",
+    "guard.",
+    "model.path",
+    "steps",
+    "trackers",
+    "validation.",
+)
 CONFIG_FILE = "config.json"
 LOCK = ".lock"
 SHARED = ".shared_"  # and the number of the process that wrote it
