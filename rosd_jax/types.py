@@ -129,18 +129,15 @@ class Graded:
 
 @dataclass(frozen=True)
 class Reflection:
-    """What the reflector said about one rollout, and where its quote is in the response (host).
-
-    In an ablation (distill/ablation.py), idea and span may have another source.
-    """
+    """What the reflector said about one rollout, and where its quote is in the response (host)."""
 
     raw: str | None = None  # the reflector's whole answer; None: it was not asked about this rollout
     idea: str | None = None  # the corrective (or key) idea; None: the answer has no such tag
-    idea_source: Literal["reflector", "oracle", "swapped"] = "reflector"
+    idea_source: Literal["reflector", "oracle", "swapped"] = "reflector"  # else distill/ablation.py's
     quote: str | None = None  # the error quote as the reflector wrote it
     char_span: Span | None = None  # where the quote is in the response, in characters
     token_span: Span | None = None  # the same in tokens
-    span_source: Literal["reflector", "oracle", "moved"] = "reflector"
+    span_source: Literal["reflector", "oracle", "moved"] = "reflector"  # of both
     ambiguous: bool = False  # the quote occurs more than once
     solution: str | None = None  # the correct sibling that the reflector was shown, if any
     note: str = ""  # why the rollout is out of the loss, a key of distill/notes.py: NOTES; "": it is in it
