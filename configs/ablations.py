@@ -1,8 +1,8 @@
 """What each part of ROSD is worth in the gym: the demo with one thing changed at a time.
 
 Paper       arXiv 2605.28014 has three ablations; these are more, and some of them need the gym's exact truth
-Base        configs/quickstart.py, the demo: span and idea, frozen reflector, wrong rollouts only
-Data        as in the demo: trained on gym:chain, also evaluated on gym:long and gym:words
+Base        configs/quickstart.py, the demo: its data and length; span and idea of a frozen reflector, for
+            wrong rollouts only
 Command     python -m rosd_jax.evals.study --config=configs/ablations.py --methods=span,suffix,full \\
                 --seeds=0,1,2 --out=runs/ablations
             or a single run: python run.py --config=configs/ablations.py:spans_50
