@@ -238,6 +238,10 @@ def validate(config: ConfigDict) -> Settings:
     _validate_sampling(settings)
     _validate_training(settings)
     _validate_method(settings)
+    _validate_ablation(settings)
+    for field in ("guard.reward", "guard.entropy", "guard.length"):
+        share = value(settings, field)
+        _require(field, share, 0 <= share < 1, "lie in [0, 1)")
     return settings
 
 
@@ -376,6 +380,26 @@ def _validate_method(settings: Settings) -> None:
                 f"method is {name!r}, whose {field} is {usual[field]}, and {field} is {given}; choose a "
                 "method by its preset, such as --config=configs/quickstart.py:grpo, which sets all its fields"
             )
+
+
+def _validate_ablation(settings: Settings) -> None:
+    """Shares lie in [0, 1], and what an ablation replaces is used."""
+    region = settings.lesson.region
+    context = settings.lesson.teacher_context
+    for field in ("ablation.moved_spans", "ablation.swapped_ideas"):
+        share = value(settings, field)
+        _require(field, share, 0 <= share <= 1, "lie in [0, 1]")
+    spans = settings.distills and region != "full"
+    ideas = context in ("idea", "idea_or_solution")
+    used = {"moved_spans": spans, "oracle_spans": spans, "swapped_ideas": ideas, "oracle_ideas": ideas}
+    for name, is_used in used.items():
+        given = getattr(settings.ablation, name)
+        unused = "span" if name.endswith("spans") else "idea"
+        rule = (
+            f"be {type(given)()} with lesson.region={region} and lesson.teacher_context={context}, which use "
+            f"no {unused}"
+        )
+        _require(f"ablation.{name}", given, is_used or not given, rule)
 
 
 def _single(number: float) -> float:

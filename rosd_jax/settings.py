@@ -156,9 +156,9 @@ class ReflectSettings:
 class LessonSettings:
     """Which tokens are in the loss, and what the teacher sees."""
 
-    region: Literal["span", "suffix", "full"]
+    region: Literal["span", "suffix", "full", "inverted"]
     """The tokens of a wrong rollout in the loss. span: the quoted error only. suffix: from the error to
-    the end. full: all."""
+    the end. full: all. inverted: all but the quoted error, for ablations."""
     quote_missing: Literal["skip", "full"]
     """If the quote is not found. skip: the rollout leaves the loss. full: all its tokens are in the loss."""
     locate: Literal["offsets", "reencode"]
@@ -178,6 +178,21 @@ class LessonSettings:
     """Share of the way to the student's weights that the average moves after every optimizer step."""
     uniform_groups: bool
     """Whether groups that are all correct are taught too."""
+
+
+@dataclass(frozen=True)
+class AblationSettings:
+    """What is put in place of the reflector's work, to see what it is worth. The defaults replace nothing."""
+
+    moved_spans: float = 0.0
+    """Share of the located error spans that are moved to a random place of their response, with their
+    number of tokens."""
+    swapped_ideas: float = 0.0
+    """Share of the ideas for which the teacher sees the idea of another problem of the batch."""
+    oracle_spans: bool = False
+    """Whether the span of a wrong rollout is its true first error, which only the gym knows."""
+    oracle_ideas: bool = False
+    """Whether the idea for a wrong rollout is the true right line, which only the gym knows."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +298,19 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """When a run that collapses ends by itself: a share of the highest mean of five steps, below which the
+    mean of the last five steps must not fall. 0: never."""
+
+    reward: float = 0.0
+    """Share that the reward must keep."""
+    entropy: float = 0.0
+    """Share that the entropy must keep."""
+    length: float = 0.0
+    """Share that the response length must keep."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """One experiment."""
 
@@ -298,12 +326,14 @@ class Settings:
     rollout: RolloutSettings
     reflect: ReflectSettings
     lesson: LessonSettings
+    ablation: AblationSettings
     loss: LossSettings
     policy: PolicySettings
     optimizer: OptimizerSettings
     validation: ValidationSettings
     eval: EvalSettings
     checkpoint: CheckpointSettings
+    guard: GuardSettings
     name: str = ""
     """Name of the experiment; the default workdir begins with it."""
     seed: int = 0

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_run import load_run
 
 from rosd_jax.evals import study
+from rosd_jax.evals.outcome import read_metrics
 from rosd_jax.evals.report import with_interval
 from rosd_jax.evals.study import Cell, as_markdown, make_cells, over_seeds, read_result
 from support import ROOT, run_environment
@@ -127,9 +129,82 @@ def test_a_run_that_fails_ends_the_study_with_its_status(tmp_path, monkeypatch, 
     assert not (tmp_path / "study.md").exists()
 
 
+# Validation scores of a fake study by method, rate and step.
+SWEPT = {
+    ("a", "1e-4"): {0: 0.4, 2: 0.5, 4: 0.6},
+    ("a", "2e-4"): {0: 0.4, 2: 0.7, 4: 0.1},
+    ("a", "5e-4"): {0: 0.4, 2: 0.6, 4: 0.6},
+    ("b", "1e-4"): {0: 0.4, 2: 0.3, 4: 0.5},
+    ("b", "2e-4"): {0: 0.4, 2: 0.5, 4: 0.5},
+    ("b", "5e-4"): {0: 0.4, 2: 0.2, 4: 0.1},
+}
+
+
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """Runs that leave the scores of SWEPT; returns their (method, rate, seed), in the order they are made."""
+    made = []
+
+    def run(command):
+        flags = dict(flag.split("=", 1) for flag in command[3:])
+        method = flags["--config"].partition(":")[2]
+        rate = flags["--config.optimizer.lr"]
+        directory = Path(flags["--workdir"])
+        made.append((method, rate, int(flags["--config.seed"])))
+        if not directory.exists():
+            leave_run(directory, 0.5, SWEPT[method, rate], 0.6)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    return made
+
+
+def test_every_method_gets_the_rate_that_validation_chooses_from_the_same_trials(tmp_path, fake_runs, capsys):
+    asked = ["--config=x.py", "--methods=a,b", "--seeds=3,4", f"--out={tmp_path}", "--rates=1e-4,2e-4,5e-4"]
+    assert study.main(asked) == 0
+    trials = [(method, rate, 3) for rate in ("1e-4", "2e-4", "5e-4") for method in ("a", "b")]
+    # a: the highest score of any step; b: of two rates with equal scores the first.
+    assert fake_runs == [*trials, ("a", "2e-4", 4), ("b", "1e-4", 4)]
+    text = (tmp_path / "study.md").read_text()
+    lines = text.partition("## Learning rates")[2].partition("##")[0].splitlines()
+    assert "| a | 60.0 (4) | 70.0 (2) | 60.0 (2) | 2e-4 |" in lines
+    assert "| b | 50.0 (4) | 50.0 (2) | 40.0 (0) | 1e-4* |" in lines
+    assert {name: cells[1] for name, cells in table(text, "gym:chain").items()} == {"a": "2", "b": "2"}
+    # The best step of a's chosen rate is 2, where the score is 70.
+    assert table(text, "gym:chain")["a"][5] == "70.0"
+    commands = [line for line in text.splitlines() if line.startswith("    rosd ")]
+    assert len(commands) == len(set(commands)) == 8
+    flags = f"--workdir={tmp_path}/b-lr1e-4-4 --config.seed=4 --config.optimizer.lr=1e-4"
+    assert commands[-1] == f"    rosd --config=x.py:b {flags}"
+    said = capsys.readouterr().out
+    assert "--- a, seed 3, learning rate 1e-4: run 1 of 8\n" in said and "run 8 of 8" in said
+    assert study.main(asked) == 0 and (tmp_path / "study.md").read_text() == text, "it goes on"
+
+
+def test_a_rate_is_not_chosen_without_validation(tmp_path, fake_runs, monkeypatch, capsys):
+    monkeypatch.setitem(SWEPT, ("a", "1e-4"), {})
+    asked = ["--config=x.py", "--methods=a", "--seeds=0", f"--out={tmp_path}", "--rates=1e-4,2e-4"]
+    assert study.main(asked) == 2
+    assert fake_runs == [("a", "1e-4", 0)], "it is said after the first run"
+    said = capsys.readouterr().err
+    assert "a-lr1e-4-0 has no validation score, by which --rates chooses; set validation.sets" in said
+
+
+@pytest.mark.parametrize("rates", ["0", "-1e-4", "nan", "inf", "1e-4,", "fast"])
+def test_what_is_no_rate_is_refused(rates, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--config=x.py", "--methods=a", "--seeds=0", f"--out={tmp_path}", f"--rates={rates}"])
+    assert "argument --rates: invalid" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (["--methods=a", "--seeds=0", "--rates=1e-4,0.0001"], "--rates=1e-4,0.0001 repeats a rate"),
+        (
+            ["--methods=a", "--seeds=0", "--rates=1e-4", "--config.optimizer.lr=1e-3"],
+            "--rates and --config.optimizer.lr are both given",
+        ),
         (["--methods=a,a", "--seeds=0"], "a,a repeats a name"),
         (["--methods=a", "--seeds=0,0"], "0,0 repeats a name"),
         (["--methods=a", "--seeds=0", "--mode=eval"], "'--mode=eval' is no flag of a study"),
@@ -152,3 +227,26 @@ def test_a_study_of_three_methods_and_two_seeds(tmp_path, cache):
     assert run.returncode == 0, run.stderr
     rows = table((tmp_path / "study" / "study.md").read_text(), "gym:chain")
     assert [cells[:2] for cells in rows.values()] == [["span", "2"], ["paper", "2"], ["official", "2"]]
+
+
+@pytest.mark.nightly
+def test_a_study_of_ablations_with_a_sweep_of_rates(tmp_path, cache):
+    fields = ["--config.steps=1", "--config.eval.sets=gym:chain", "--config.batch.prompts=2"]
+    asked = ["--methods=span,spans_100", "--seeds=0,1", "--rates=1e-5,1e-4", "--out=study"]
+    config = f"--config={ROOT / 'configs' / 'ablations.py'}:debug"
+    command = [sys.executable, "-m", "rosd_jax.evals.study", config, *asked, *fields]
+    environment = run_environment(PYTHONPATH=str(ROOT), **cache)
+    made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    text = (tmp_path / "study" / "study.md").read_text()
+    assert [cells[:2] for cells in table(text, "gym:chain").values()] == [["span", "2"], ["spans_100", "2"]]
+    assert "| method | 1e-5 | 1e-4 | chosen |" in text.splitlines()
+    for directory in (tmp_path / "study").glob("spans_100-*"):
+        (row,) = (row for row in read_metrics(directory / "metrics.jsonl") if row["split"] == "train")
+        assert row["spans_moved"] == row["taught"] > 0
+        records = map(json.loads, (directory / "rollouts" / "step_1.jsonl").read_text().splitlines())
+        for record in records:
+            if record["active_tokens"]:
+                assert record["span_source"] == "moved"
+                assert record["active_span_tokens"] == record["error_span_tokens"]
+                assert record["active_span_chars"] == record["error_span_chars"]

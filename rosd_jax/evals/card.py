@@ -76,6 +76,7 @@ def model_card(settings: Settings, directory: Path, trained_on: Sequence[str], s
     if settings.reinforces:
         paragraphs += [POLICY_GRADIENT, ""]
         names += SHOWN_OF_POLICY
+    names += tuple(f"ablation.{name}" for name, given in vars(settings.ablation).items() if given)
     fields = (f"| `{name}` | `{value(settings, name)}` |" for name in (*names, *SHOWN_LAST))
     lines = [
         "---",

@@ -336,6 +336,7 @@ def _rollout(problem: int, row: Mapping[str, Any]) -> Json:
         "note": _text(row.get("note")),
         "quote": _maybe(row.get("quote")),
         "idea": _maybe(row.get("idea")),
+        "sources": [_text(row.get("span_source")), _text(row.get("idea_source"))],
         "reflection": _maybe(row.get("reflection")),
         "ambiguous": bool(row.get("ambiguous")),
         "heat": _heat(row, response),

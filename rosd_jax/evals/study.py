@@ -1,27 +1,34 @@
 """Compares methods: trains each with several seeds, one run after another, and writes one table.
 
     python -m rosd_jax.evals.study --config=configs/quickstart.py --methods=span,paper --seeds=0,1,2 \\
-        --out=runs/study [--config.FIELD=VALUE ...]
+        --out=runs/study [--rates=1e-4,2.5e-4,5e-4] [--config.FIELD=VALUE ...]
 
 A method is a variant of the config file, as after the colon of `rosd --config=FILE:VARIANT`; `default` is
 the file without one. Every cell of the table is an ordinary run in OUT/METHOD-SEED, with the same fields,
 so that all have the same budget of prompts, rollouts and updates. The same command continues where it was
-stopped, and runs that are finished only report again. Then it writes into OUT
+stopped, and runs that are finished only report again.
+
+With --rates, the learning rate of each method is chosen first: every method runs with every rate, on the
+first seed, and takes the rate whose best validated step has the highest validation score, the first of equal
+ones. The other seeds then run with it. These runs are in OUT/METHOD-lrRATE-SEED.
+
+At the end it writes into OUT
 
     study.md     for each evaluated set, the scores of each method: means over seeds with 95 % intervals, at
-                 the last step and at the one that validation chose; and the exact commands
+                 the last step and at the one that validation chose; the rates; and the exact commands
     study.png    reward and validation score by step
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +66,16 @@ class Cell:
     seed: int
     directory: Path
     flags: tuple[str, ...]  # of its command
+    rate: str = ""  # its learning rate, as in --rates; empty: the config's
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run that tries a learning rate: its best validated step, and the validation score there."""
+
+    cell: Cell
+    step: int
+    score: float
 
 
 @dataclass(frozen=True)
@@ -86,16 +103,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--methods", required=True, type=_names, help="variants, separated by commas")
     parser.add_argument("--seeds", required=True, type=_numbers, help="numbers, separated by commas")
     parser.add_argument("--out", required=True, type=Path, help="directory of the study")
+    parser.add_argument("--rates", default=[], type=_rates, help="learning rates to choose from")
     asked, fields = parser.parse_known_args(argv)
     try:
-        cells = make_cells(asked.config, asked.methods, asked.seeds, asked.out, fields)
-        for count, cell in enumerate(cells, start=1):
-            print(f"--- {cell.method}, seed {cell.seed}: run {count} of {len(cells)}", flush=True)
-            status = subprocess.run([sys.executable, "-m", "rosd_jax", *cell.flags]).returncode
-            if status:
-                print(f"--- ended with status {status}; the same command goes on from here", file=sys.stderr)
-                return status
-        text = write([read_result(cell) for cell in cells], asked.out)
+        text = study(asked.config, asked.methods, asked.seeds, asked.rates, asked.out, fields)
+    except subprocess.CalledProcessError as error:
+        print(
+            f"--- ended with status {error.returncode}; the same command goes on from here", file=sys.stderr
+        )
+        return error.returncode
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -103,12 +119,45 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def study(
+    config: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[str],
+    out: Path,
+    fields: Sequence[str],
+) -> str:
+    """Makes all runs, writes study.md and study.png, and returns the text of study.md.
+
+    Raises CalledProcessError if a run fails, and UserError as `make_trials` and `read_trial` do.
+    """
+    # The runs of the first seed with the chosen rates are among the trials.
+    total = len(methods) * (len(rates) + len(seeds) - bool(rates))
+    count = itertools.count(1)
+    trials = []
+    for cell in make_trials(config, methods, seeds, rates, out, fields):
+        run(cell, f"run {next(count)} of {total}")
+        trials.append(read_trial(cell))
+    cells = make_cells(config, methods, seeds, out, fields, choose_rates(trials))
+    tried = {trial.cell for trial in trials}
+    for cell in cells:
+        if cell not in tried:
+            run(cell, f"run {next(count)} of {total}")
+    return write([read_result(cell) for cell in cells], out, trials)
+
+
 def make_cells(
-    config: str, methods: Sequence[str], seeds: Sequence[int], out: Path, fields: Sequence[str]
+    config: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    fields: Sequence[str],
+    rates: Mapping[str, str] | None = None,
 ) -> list[Cell]:
     """All runs, seed by seed, so that a study that is stopped has compared all methods on some seeds.
 
-    Raises UserError for an argument that is no field of the config, and for a method or seed named twice.
+    rates: by method, if they were chosen. Raises UserError for an argument that is no field of the config,
+    and for a method or seed named twice.
     """
     for field in fields:
         if not field.startswith("--config.") or "=" not in field:
@@ -119,12 +168,70 @@ def make_cells(
     cells = []
     for seed in seeds:
         for method in methods:
-            directory = out / f"{method}-{seed}"
+            rate = (rates or {}).get(method, "")
+            directory = out / (f"{method}-lr{rate}-{seed}" if rate else f"{method}-{seed}")
             mark = "," if ":" in config else ":"
             chosen = config if method == DEFAULT else f"{config}{mark}{method}"
             flags = (f"--config={chosen}", f"--workdir={directory}", f"--config.seed={seed}", *fields)
-            cells.append(Cell(method, seed, directory, flags))
+            if rate:
+                flags = (*flags, f"--config.optimizer.lr={rate}")
+            cells.append(Cell(method, seed, directory, flags, rate))
     return cells
+
+
+def make_trials(
+    config: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[str],
+    out: Path,
+    fields: Sequence[str],
+) -> list[Cell]:
+    """The runs that choose the learning rates: every method with every rate, on the first seed.
+
+    Raises UserError as `make_cells` does, for a rate named twice, and if `fields` has a learning rate too.
+    """
+    make_cells(config, methods, seeds, out, fields)  # raises before anything runs
+    if len(set(map(float, rates))) < len(rates):
+        raise UserError(f"--rates={','.join(rates)} repeats a rate; name each one once")
+    if rates and any(field.startswith("--config.optimizer.lr=") for field in fields):
+        raise UserError("--rates and --config.optimizer.lr are both given; leave one of them out")
+    trials = []
+    for rate in rates:
+        trials += make_cells(config, methods, seeds[:1], out, fields, dict.fromkeys(methods, rate))
+    return trials
+
+
+def run(cell: Cell, place: str) -> None:
+    """Makes the run of a cell, or resumes it. Raises CalledProcessError if it fails.
+
+    place: among all runs, in words.
+    """
+    rate = f", learning rate {cell.rate}" if cell.rate else ""
+    print(f"--- {cell.method}, seed {cell.seed}{rate}: {place}", flush=True)
+    subprocess.run([sys.executable, "-m", "rosd_jax", *cell.flags]).check_returncode()
+
+
+def read_trial(cell: Cell) -> Trial:
+    """What the run of a cell says about its rate. Raises UserError if it has no validation scores."""
+    rows = read_metrics(cell.directory / "metrics.jsonl")
+    step = best_step(rows)
+    if step is None:
+        raise UserError(
+            f"{cell.directory} has no validation score, by which --rates chooses; set validation.sets, or "
+            "leave --rates out"
+        )
+    return Trial(cell, step, validation_scores(rows)[step])
+
+
+def choose_rates(trials: Sequence[Trial]) -> dict[str, str]:
+    """The rate of each method with the highest validation score, the first of equal ones."""
+    best: dict[str, Trial] = {}
+    for trial in trials:
+        method = trial.cell.method
+        if method not in best or trial.score > best[method].score:
+            best[method] = trial
+    return {method: trial.cell.rate for method, trial in best.items()}
 
 
 def read_result(cell: Cell) -> Result:
@@ -141,16 +248,16 @@ def read_result(cell: Cell) -> Result:
     return Result(cell, rows, last, best)
 
 
-def write(results: Sequence[Result], out: Path) -> str:
+def write(results: Sequence[Result], out: Path, trials: Sequence[Trial]) -> str:
     """Writes study.md, whose text it returns, and study.png."""
-    text = as_markdown(results)
+    text = as_markdown(results, trials)
     atomic.write_text(out / "study.md", [text])
     draw(results, out / "study.png")
     return text
 
 
-def as_markdown(results: Sequence[Result]) -> str:
-    """A table for each set, those in domain first, and what is needed to make it again."""
+def as_markdown(results: Sequence[Result], trials: Sequence[Trial] = ()) -> str:
+    """A table for each set, those in domain first, the rates, and what is needed to make it all again."""
     sets = {name: outcome.in_domain for result in results for name, outcome in result.last.items()}
     lines = [
         "# Study",
@@ -176,8 +283,33 @@ def as_markdown(results: Sequence[Result]) -> str:
             )
             lines.append(f"| {method} | {len(found)} | {' | '.join(cells)} |")
         lines.append("")
-    commands = [f"    rosd {shlex.join(result.cell.flags)}" for result in results]
+    if trials:
+        lines += rates_table(trials)
+    cells = dict.fromkeys([*(trial.cell for trial in trials), *(result.cell for result in results)])
+    commands = [f"    rosd {shlex.join(cell.flags)}" for cell in cells]
     return "\n".join([*lines, "## How it was made", "", made_by(), "", *commands, ""])
+
+
+def rates_table(trials: Sequence[Trial]) -> list[str]:
+    """The validation score of each method with each rate, and which rate was chosen."""
+    rates = list(dict.fromkeys(trial.cell.rate for trial in trials))
+    edges = (min(rates, key=float), max(rates, key=float))
+    found = {(trial.cell.method, trial.cell.rate): trial for trial in trials}
+    lines = [
+        "## Learning rates",
+        "",
+        f"Validation scores in % at the best validated step (in brackets), with seed {trials[0].cell.seed}.",
+        "Each method takes the rate with the highest score, the first of equal ones. *: the lowest or the",
+        "highest rate that was tried, so a better one may lie beyond it.",
+        "",
+        f"| method | {' | '.join(rates)} | chosen |",
+        "|---|" + "--:|" * (len(rates) + 1),
+    ]
+    for method, rate in choose_rates(trials).items():
+        scores = [found[method, each] for each in rates]
+        cells = [f"{percent(trial.score)} ({trial.step})" for trial in scores]
+        lines.append(f"| {method} | {' | '.join(cells)} | {rate}{'*' if rate in edges else ''} |")
+    return [*lines, ""]
 
 
 def table_row(last: Sequence[Outcome], best: Sequence[Outcome]) -> list[str]:
@@ -266,6 +398,14 @@ def draw_band(axes: Axes, label: str, curves: Sequence[dict[int, float]]) -> Non
 
 def _names(text: str) -> list[str]:
     return text.split(",")
+
+
+def _rates(text: str) -> list[str]:
+    """Rates as they are written, which is how commands and directories name them."""
+    names = _names(text)
+    if not all(0 < float(name) < math.inf for name in names):
+        raise ValueError
+    return names
 
 
 def _numbers(text: str) -> list[int]:

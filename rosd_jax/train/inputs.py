@@ -93,6 +93,7 @@ def read_inputs(config: Settings) -> Inputs:
         check_samples(config, name, len(items))
         warn_of_shared(name, items, trained)
     check_known(tokenizer, train, config.data.train)
+    check_oracle(config, train)
     for name, uids in overlong.items():
         logging.warning(
             "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
@@ -157,6 +158,16 @@ def check_known(tokenizer: Tokenizer, train: Encoded, name: str) -> None:
     share = tokenizer.unknown_share(ids for _, ids in train)
     if share > health.UNKNOWN:
         logging.warning("%s: %s", name, health.unknown_sentence(share))
+
+
+def check_oracle(config: Settings, train: Encoded) -> None:
+    """Raises UserError if an oracle is asked about problems other than those of the gym."""
+    for name in ("oracle_spans", "oracle_ideas"):
+        if getattr(config.ablation, name) and any(problem.kind != "gym" for problem, _ in train):
+            raise UserError(
+                f"ablation.{name} is True, and the first errors in {config.data.train} are not known; set it "
+                "to False, or data.train to a set of the gym"
+            )
 
 
 def model_path(config: Settings) -> Path:

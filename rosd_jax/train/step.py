@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rosd_jax.distill import policy, reflect, teacher
+from rosd_jax.distill import ablation, policy, reflect, teacher
 from rosd_jax.hosts import Hosts
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import on_device
@@ -109,6 +109,7 @@ def train_step(
         # Waits for the devices, so that the stage's time includes the update itself.
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
     numbers = of_rollouts(graded) | of_reflections(reflected, lesson.active_BR)
+    numbers |= ablation.count(reflected.reflections, runtime.config.ablation)
     if runtime.config.reinforces:
         numbers |= of_advantages(policy.advantages(graded, runtime.config.policy))
     if runtime.task_metrics:
@@ -201,6 +202,7 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
         ]
 
     said = dict(zip(raws, runtime.hosts.share("reflections", read, list(raws)), strict=True))
+    said = ablation.replaced(said, graded, config, runtime.tokenizer, first)
     reflected = reflect.gather(graded, plans, raws, said, config.lesson)
     return replace(reflected, answers=answers), earlier
 
