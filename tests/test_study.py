@@ -73,7 +73,10 @@ def test_the_table_has_means_over_seeds_with_their_intervals(tmp_path):
         "50.0",
         "30",
     ]
-    assert rows["b"] == ["b", "1", "50.0", "50.0", "+0.0", "60.0", "+10.0", "90.0", "50.0", "30"]
+    # One seed: the standard errors of the two evaluations, 2 points each, times 1.96.
+    last = "+0.0 [-5.5, +5.5]"
+    best = "+10.0 [+4.5, +15.5]"
+    assert rows["b"] == ["b", "1", "50.0", "50.0", last, "60.0", best, "90.0", "50.0", "30"]
     # No evaluation of this set at the best step: the last one's.
     assert table(text, "gym:long")["b"][2:7] == ["20.0", "10.0", "-10.0", "10.0", "-10.0"]
     assert text.index("## gym:chain, in domain") < text.index("## gym:long, out of domain")

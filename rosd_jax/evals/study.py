@@ -16,7 +16,7 @@ At the end it writes into OUT
 
     study.md     for each evaluated set, the scores of each method: means over seeds with 95 % intervals, at
                  the last step and at the one that validation chose; the rates; and the exact commands
-    study.png    reward and validation score by step
+    study.png    reward and validation score by step, and the change on each evaluated set
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from rosd_jax.evals.outcome import (
     validation_scores,
 )
 from rosd_jax.evals.page import read_config, training_sets
-from rosd_jax.evals.report import percent, show, with_interval
+from rosd_jax.evals.report import Z, percent, show, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -258,18 +258,17 @@ def write(results: Sequence[Result], out: Path, trials: Sequence[Trial]) -> str:
 
 def as_markdown(results: Sequence[Result], trials: Sequence[Trial] = ()) -> str:
     """A table for each set, those in domain first, the rates, and what is needed to make it all again."""
-    sets = {name: outcome.in_domain for result in results for name, outcome in result.last.items()}
     lines = [
         "# Study",
         "",
         "avg@k, pass@k and maj@k in %, and tokens of a response: means over the seeds. Changes are those of",
-        "avg@k since before the training, with the 95 % interval of their mean over the seeds (Student's t).",
-        "The best step is the one with the highest validation score, or the last one without validation.",
-        "pass@k, maj@k and tokens are those of the last step.",
+        "avg@k since before the training, with the 95 % interval of their mean over the seeds (Student's t),",
+        "or of the mean over the problems where there is one seed. The best step is the one with the highest",
+        "validation score, or the last one without validation. pass@k, maj@k and tokens are those of the",
+        "last step.",
         "",
     ]
-    for name in sorted(sets, key=lambda name: not sets[name]):
-        where = "in domain" if sets[name] else "out of domain"
+    for name, where in sets_of(results).items():
         lines += [
             f"## {name}, {where}",
             "",
@@ -321,9 +320,9 @@ def table_row(last: Sequence[Outcome], best: Sequence[Outcome]) -> list[str]:
     return [
         percent(over_seeds(number(outcome.before, "avg") for outcome in last).value),
         percent(after(last, "avg")),
-        with_interval(*over_seeds(map(change, last))),
+        with_interval(*mean_change(last)),
         percent(after(best, "avg")),
-        with_interval(*over_seeds(map(change, best))),
+        with_interval(*mean_change(best)),
         percent(after(last, "pass")),
         percent(after(last, "maj")),
         show(after(last, "length"), ".0f"),
@@ -333,6 +332,20 @@ def table_row(last: Sequence[Outcome], best: Sequence[Outcome]) -> list[str]:
 def methods_of(results: Sequence[Result]) -> list[str]:
     """The methods, in the order in which they were named."""
     return list(dict.fromkeys(result.cell.method for result in results))
+
+
+def sets_of(results: Sequence[Result]) -> dict[str, str]:
+    """The evaluated sets, those in domain first, and in words whether training drew from them."""
+    sets = {name: outcome.in_domain for result in results for name, outcome in result.last.items()}
+    ordered = sorted(sets, key=lambda name: not sets[name])
+    return {name: "in domain" if sets[name] else "out of domain" for name in ordered}
+
+
+def mean_change(outcomes: Sequence[Outcome]) -> Mean:
+    """The change of avg@k on one set, with the interval over the seeds; of one seed, over the problems."""
+    if len(outcomes) == 1:
+        return Mean(change(outcomes[0]), Z * outcomes[0].change_se)
+    return over_seeds(map(change, outcomes))
 
 
 def change(outcome: Outcome) -> float:
@@ -361,19 +374,40 @@ def made_by() -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Reward and validation score by step: a line for the mean of each method, and a band over its seeds."""
+    """Reward and validation score by step, and the change on each set since before the training.
+
+    By step: a line for the mean of each method, and a band over its seeds.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4), dpi=110, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     left.set(title="training", xlabel="step", ylabel="reward")
-    right.set(title="validation", xlabel="step", ylabel="avg@k in %")
+    middle.set(title="validation", xlabel="step", ylabel="avg@k in %")
     for method in methods_of(results):
         found = [result for result in results if result.cell.method == method]
         draw_band(left, method, [rewards(result.rows) for result in found])
-        draw_band(right, method, [scores(result.rows) for result in found])
+        draw_band(middle, method, [scores(result.rows) for result in found])
+    draw_changes(right, results)
     left.legend(frameon=False)
     figure.savefig(path)
+
+
+def draw_changes(axes: Axes, results: Sequence[Result]) -> None:
+    """A row for each set, the first at the top, and in it a point with its 95% interval for each method."""
+    sets = sets_of(results)
+    methods = methods_of(results)
+    axes.axvline(0, color="tab:gray", lw=1)
+    for count, method in enumerate(methods):
+        last = [result.last for result in results if result.cell.method == method]
+        changes = [mean_change([found[name] for found in last]) for name in sets]
+        # A point is drawn without its bar if its interval is not known.
+        bars = [100 * found.half if math.isfinite(found.half) else 0.0 for found in changes]
+        rows = np.arange(len(sets)) + 0.5 * (count + 0.5) / len(methods) - 0.25
+        axes.errorbar([100 * found.value for found in changes], rows, xerr=bars, fmt="o", capsize=3)
+    axes.set_yticks(range(len(sets)), [f"{name}\n{where}" for name, where in sets.items()])
+    axes.invert_yaxis()
+    axes.set(title="last step", xlabel="change of avg@k in points, 95% interval")
 
 
 def rewards(rows: Sequence[MetricsRow]) -> dict[int, float]:
