@@ -232,6 +232,7 @@ def test_a_study_of_three_methods_and_two_seeds(tmp_path, cache):
     assert [cells[:2] for cells in rows.values()] == [["span", "2"], ["paper", "2"], ["official", "2"]]
 
 
+@pytest.mark.slow
 @pytest.mark.nightly
 def test_a_study_of_ablations_with_a_sweep_of_rates(tmp_path, cache):
     fields = ["--config.steps=1", "--config.eval.sets=gym:chain", "--config.batch.prompts=2"]
