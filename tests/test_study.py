@@ -78,14 +78,21 @@ def test_the_table_has_means_over_seeds_with_their_intervals(tmp_path):
     best = "+10.0 [+4.5, +15.5]"
     assert rows["b"] == ["b", "1", "50.0", "50.0", last, "60.0", best, "90.0", "50.0", "30"]
     # No evaluation of this set at the best step: the last one's.
-    assert table(text, "gym:long")["b"][2:7] == ["20.0", "10.0", "-10.0", "10.0", "-10.0"]
+    fell = "-10.0 [-15.5, -4.5]"
+    assert table(text, "gym:long")["b"][2:7] == ["20.0", "10.0", fell, "10.0", fell]
     assert text.index("## gym:chain, in domain") < text.index("## gym:long, out of domain")
     assert "    rosd --config=x:a\n    rosd --config=x:b\n" in text
 
 
 def test_if_no_step_is_better_than_none_the_best_is_the_model_before(tmp_path):
     text = as_markdown(results(tmp_path, [("a", 0, 0.5, {0: 0.9, 2: 0.1, 4: 0.2}, 0.3)]))
-    assert table(text, "gym:chain")["a"][2:7] == ["50.0", "30.0", "-20.0", "50.0", "+0.0"]
+    assert table(text, "gym:chain")["a"][2:7] == [
+        "50.0",
+        "30.0",
+        "-20.0 [-25.5, -14.5]",
+        "50.0",
+        "+0.0 [-5.5, +5.5]",
+    ]
 
 
 def test_the_figure_shows_every_method(tmp_path):

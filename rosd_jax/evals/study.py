@@ -116,6 +116,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text)
+    print(f"Files in {asked.out}: study.md, which is the text above, and study.png, its picture")
     return 0
 
 
@@ -407,7 +408,7 @@ def draw_changes(axes: Axes, results: Sequence[Result]) -> None:
         axes.errorbar([100 * found.value for found in changes], rows, xerr=bars, fmt="o", capsize=3)
     axes.set_yticks(range(len(sets)), [f"{name}\n{where}" for name, where in sets.items()])
     axes.invert_yaxis()
-    axes.set(title="last step", xlabel="change of avg@k in points, 95% interval")
+    axes.set(title="before to last step", xlabel="change of avg@k in points, 95% interval")
 
 
 def rewards(rows: Sequence[MetricsRow]) -> dict[int, float]:
