@@ -1,8 +1,11 @@
 """Studies: which runs they make, when they stop, and the table of several seeds."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,16 +130,56 @@ def test_the_commands_are_those_of_ordinary_runs(tmp_path):
 def test_a_run_that_fails_ends_the_study_with_its_status(tmp_path, monkeypatch, capsys):
     made = []
 
-    def run(command):
+    def status_of(command):
         made.append(command)
-        return subprocess.CompletedProcess(command, 0 if len(made) == 1 else 130)
+        return 0 if len(made) == 1 else 130
 
-    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(study, "status_of", status_of)
     asked = [f"--config={QUICKSTART}", "--methods=span,paper", "--seeds=0,1", f"--out={tmp_path}"]
     assert study.main(asked) == 130
     assert len(made) == 2 and made[1][1:3] == ["-m", "rosd_jax"]
     assert "the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "study.md").exists()
+
+
+SAVES = """#!{python}
+import pathlib, signal, sys, time
+
+def save(number, frame):
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit(130)
+
+signal.signal(signal.SIGINT, save)
+pathlib.Path("started").touch()
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_waits_for_the_run_which_saves_its_step(tmp_path):
+    run = tmp_path / "run"
+    run.write_text(SAVES.format(python=sys.executable))
+    run.chmod(0o755)
+    asked = ["--config=x.py", "--methods=a", "--seeds=0", "--out=study"]
+    code = f"import sys; from rosd_jax.evals import study; sys.executable = {str(run)!r}\n"
+    code += f"sys.exit(study.main({asked}))"
+    environment = run_environment(PYTHONPATH=str(ROOT))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    began = time.monotonic()
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None and time.monotonic() - began < 120
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and (tmp_path / "saved").exists()
+    assert said == "--- ended with status 130; the same command goes on from here\n"
 
 
 # Validation scores of a fake study by method, rate and step.
@@ -155,7 +198,7 @@ def fake_runs(monkeypatch):
     """Runs that leave the scores of SWEPT; returns their (method, rate, seed), in the order they are made."""
     made = []
 
-    def run(command):
+    def status_of(command):
         flags = dict(flag.split("=", 1) for flag in command[3:])
         method = flags["--config"].partition(":")[2]
         rate = flags["--config.optimizer.lr"]
@@ -163,9 +206,9 @@ def fake_runs(monkeypatch):
         made.append((method, rate, int(flags["--config.seed"])))
         if not directory.exists():
             leave_run(directory, 0.5, SWEPT[method, rate], 0.6)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(study, "status_of", status_of)
     return made
 
 

@@ -26,6 +26,7 @@ import itertools
 import math
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -210,7 +211,23 @@ def run(cell: Cell, place: str) -> None:
     """
     rate = f", learning rate {cell.rate}" if cell.rate else ""
     print(f"--- {cell.method}, seed {cell.seed}{rate}: {place}", flush=True)
-    subprocess.run([sys.executable, "-m", "rosd_jax", *cell.flags]).check_returncode()
+    command = [sys.executable, "-m", "rosd_jax", *cell.flags]
+    status = status_of(command)
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+
+
+def status_of(command: Sequence[str]) -> int:
+    """Runs a command and returns its exit status.
+
+    A terminal sends Ctrl-C to the command too. It is waited for meanwhile, since it saves its last step.
+    """
+    process = subprocess.Popen(command)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def read_trial(cell: Cell) -> Trial:
