@@ -424,7 +424,7 @@ def draw_changes(axes: Axes, results: Sequence[Result]) -> None:
         rows = np.arange(len(sets)) + 0.5 * (count + 0.5) / len(methods) - 0.25
         axes.errorbar([100 * found.value for found in changes], rows, xerr=bars, fmt="o", capsize=3)
     axes.set_yticks(range(len(sets)), [f"{name}\n{where}" for name, where in sets.items()])
-    axes.invert_yaxis()
+    axes.set_ylim(len(sets) - 0.5, -0.5)
     axes.set(title="before to last step", xlabel="change of avg@k in points, 95% interval")
 
 
