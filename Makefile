@@ -1,5 +1,5 @@
-# make demo   trains the shipped tiny model by ROSD and prints before and after, on the CPU, or on an accelerator
-#             whose jax build is in .venv (README, the real run)
+# make demo   trains the shipped tiny model by ROSD and by SDPO, full-response self-distillation, and prints scores
+#             before and after, on the CPU, or on an accelerator whose jax build is in .venv (README, the real run)
 # make test   the test suite, about ten minutes on two cores (make test-fast leaves out what takes more than ten
 #             seconds; make test-nightly runs what make test leaves out: the longest tests, and repetitions)
 # make docs   the documentation as a site, in site/
@@ -15,7 +15,7 @@ ACCELERATORS := $(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*)
 
 demo: export JAX_PLATFORMS ?= $(if $(ACCELERATORS),,cpu)
 demo: $(BIN)/.installed
-	$(BIN)/python run.py --config=configs/quickstart.py
+	$(BIN)/python -m rosd_jax.evals.study --config=configs/quickstart.py --methods=rosd,sdpo --seeds=0 --out=runs/demo
 
 test: $(BIN)/.installed-dev
 	$(BIN)/ruff check .

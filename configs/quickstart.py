@@ -7,8 +7,9 @@ Data        trained on gym:chain, four arithmetic steps; evaluated on it and, ou
 Method      the `span` preset, except that correct rollouts are not reflected (reflect.correct): the loss
             is on error spans only. Chosen on the validation split (docs/log.md)
 Command     python run.py --config=configs/quickstart.py
-Variants    paper | span | official: that preset, with its own reflect.correct
-            grpo | dr_grpo | dapo_loss | grpo_strong | rosd_grpo: another method (docs/methods.md)
+Variants    rosd: what it is without a variant, under a name for studies
+            paper | span | official: that preset, with its own reflect.correct
+            sdpo | grpo | dr_grpo | dapo_loss | grpo_strong | rosd_grpo: another method (docs/methods.md)
             debug: two short steps, to check that everything runs
 """
 
@@ -17,9 +18,9 @@ from rosd_jax.config import METHODS, choose_one, default_config, parse_variant, 
 
 
 def get_config(arg=None):
-    variants = parse_variant(arg, (*METHODS, "debug"))
-    preset = choose_one(variants, METHODS, default=None)
-    c = use_preset(default_config(), preset or "span")
+    variants = parse_variant(arg, (*METHODS, "rosd", "debug"))
+    method = choose_one(variants, (*METHODS, "rosd"), default="rosd")
+    c = use_preset(default_config(), "span" if method == "rosd" else method)
     c.name = "quickstart"
     c.steps = 8
     c.wording = "gym"
@@ -29,7 +30,7 @@ def get_config(arg=None):
     c.batch.update(prompts=16, samples=8, device_rows=16)
     c.rollout.max_new_tokens = 48
     c.reflect.update(max_prompt_tokens=128, max_new_tokens=64)
-    if preset is None:
+    if method == "rosd":
         c.reflect.correct = False
     c.lesson.max_teacher_tokens = 128
     c.loss.chunk = 512

@@ -10,7 +10,7 @@ Command     python run.py --config=configs/qwen3_science.py:physics \\
                 --config.model.path=DIR --config.data.dir=DIR
 Variants    biology | chemistry | material | physics (default: biology)
             paper | span | official (default: paper; METHOD in rosd_jax/config.py lists their fields)
-            grpo | dr_grpo | dapo_loss | grpo_strong | rosd_grpo: another method (docs/methods.md)
+            sdpo | grpo | dr_grpo | dapo_loss | grpo_strong | rosd_grpo: another method (docs/methods.md)
             4b | 8b: the size of the model in model.path, with which it is not compared, so that a slice too
             small for it is refused
             v5p-8 | v5p-64 | v6e-16 | v6e-64 | v5e-64 | h100x8 | h200: the mesh for that slice (SLICES), which

@@ -9,7 +9,7 @@
 In a checkout, `python run.py` does the same as `rosd`. docs/running.md says more.
 
 The same command on the same DIR resumes the run there. Without --config it uses the config stored in DIR.
-The shipped configs, configs/quickstart.py and configs/qwen3_science.py, can be named in any directory.
+The shipped configs (quickstart, ablations and qwen3_science in configs/) can be named in any directory.
 
 On several hosts, start the same command on each (docs/pods.md). A TPU slice, SLURM and Open MPI are
 recognised; elsewhere add --coordinator=HOST:PORT --processes=N --process=I.
@@ -18,6 +18,7 @@ Exit status
 0        done
 1        a fault of the program, with a traceback; or another host of the run failed, which is named
 2        a mistake in config, model or data, named in one sentence
+3        the run has ended by itself, because a number fell as far as `guard` allows
 128 + N  stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM. The first signal lets the current device call
          return and saves the last complete step; a second one ends the run at once. Neither loses what is
          written

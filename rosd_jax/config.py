@@ -69,6 +69,10 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
     "lesson.teacher_context": ("idea", "idea", "idea_or_solution"),
     "lesson.gold_in_idea": ("keep", "keep", "keep"),
     "lesson.max_teacher_tokens": (10240, 10240, 10240),
+    # The frozen initial model teaches. Groups with equal rewards are left out, as in the released code.
+    "lesson.teacher_weights": ("frozen", "frozen", "frozen"),
+    "lesson.ema_rate": (0.05, 0.05, 0.05),
+    "lesson.uniform_groups": (False, False, False),
     # The divergence (equations 7 to 9, table 4): JSD, alpha .5, over the student's top 100 and a tail bucket.
     "loss.topk": (100, 100, 100),
     "loss.alpha": (0.5, 0.5, 0.5),
@@ -95,6 +99,13 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
 # for all, so that only the loss differs. A clipped ratio to the policy that sampled is missing on purpose: a
 # batch gets one optimizer step, so that ratio is 1. docs/methods.md says more.
 #
+# sdpo         SDPO (arXiv 2601.20802), without environment feedback, as its released code (lasgroup/SDPO,
+#              commit 0e6d510) trains on the same data sets: run_sdpo_all.sh, sdpo.yaml and actor.yaml. The
+#              teacher sees the first other right rollout, for right rollouts too (ray_trainer.py:
+#              _get_solution, dont_reprompt_on_self_success). No group is left out for equal rewards. The
+#              teacher's weights are an EMA, teacher_update_rate .05 (dp_actor.py: _update_teacher). As in
+#              `span`: distillation_topk 100 and a tail, alpha .5, is_clip and rollout_is_threshold 2,
+#              max_reprompt_len 10240. The paper's formula is KL(student || teacher), which is alpha 1
 # grpo         DeepSeekMath (arXiv 2402.03300), without its KL term
 # dr_grpo      Dr. GRPO (arXiv 2503.20783)
 # dapo_loss    DAPO (arXiv 2503.14476): its loss, without dynamic sampling and overlong shaping
@@ -102,6 +113,13 @@ METHOD: dict[str, tuple[Any, Any, Any]] = {
 #              standard deviation, as in Dr. GRPO; the token mean of DAPO
 # rosd_grpo    ours: ROSD on the wrong rollouts that it can teach, grpo_strong on all others
 OTHERS: dict[str, dict[str, Any]] = {
+    "sdpo": {
+        "reflect.solution": "first",
+        "lesson.region": "full",
+        "lesson.teacher_context": "solution",
+        "lesson.teacher_weights": "ema",
+        "lesson.uniform_groups": True,
+    },
     "grpo": {
         "lesson.teacher_context": "none",
         "policy.advantage": "std",
@@ -220,6 +238,10 @@ def validate(config: ConfigDict) -> Settings:
     _validate_sampling(settings)
     _validate_training(settings)
     _validate_method(settings)
+    _validate_ablation(settings)
+    for field in ("guard.reward", "guard.entropy", "guard.length"):
+        share = value(settings, field)
+        _require(field, share, 0 <= share < 1, "lie in [0, 1)")
     return settings
 
 
@@ -343,6 +365,12 @@ def _validate_method(settings: Settings) -> None:
         "be all if lesson.teacher_context or policy.advantage is none, since it divides rollouts between both"
     )
     _require("policy.rows", policy.rows, both or policy.rows == "all", rule)
+    lesson = settings.lesson
+    rate = lesson.ema_rate
+    _require("lesson.ema_rate", rate, 0 < _single(rate) <= 1, "lie in (0, 1], also in float32")
+    teaches = settings.distills or not settings.averages
+    rule = "be frozen if lesson.teacher_context is none, since there is no teacher"
+    _require("lesson.teacher_weights", lesson.teacher_weights, teaches, rule)
     name = settings.method
     usual = preset("span" if name == "rosd" else name)
     for field in ("lesson.teacher_context", "policy.advantage"):
@@ -352,6 +380,26 @@ def _validate_method(settings: Settings) -> None:
                 f"method is {name!r}, whose {field} is {usual[field]}, and {field} is {given}; choose a "
                 "method by its preset, such as --config=configs/quickstart.py:grpo, which sets all its fields"
             )
+
+
+def _validate_ablation(settings: Settings) -> None:
+    """Shares lie in [0, 1], and what an ablation replaces is used."""
+    region = settings.lesson.region
+    context = settings.lesson.teacher_context
+    for field in ("ablation.moved_spans", "ablation.swapped_ideas"):
+        share = value(settings, field)
+        _require(field, share, 0 <= share <= 1, "lie in [0, 1]")
+    spans = settings.distills and region != "full"
+    ideas = context in ("idea", "idea_or_solution")
+    used = {"moved_spans": spans, "oracle_spans": spans, "swapped_ideas": ideas, "oracle_ideas": ideas}
+    for name, is_used in used.items():
+        given = getattr(settings.ablation, name)
+        unused = "span" if name.endswith("spans") else "idea"
+        rule = (
+            f"be {type(given)()} with lesson.region={region} and lesson.teacher_context={context}, which use "
+            f"no {unused}"
+        )
+        _require(f"ablation.{name}", given, is_used or not given, rule)
 
 
 def _single(number: float) -> float:

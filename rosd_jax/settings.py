@@ -145,7 +145,7 @@ class ReflectSettings:
     overlong: Literal["skip", "cut"]
     """If a reflector prompt is too long. skip: the rollout leaves the loss. cut: the prompt is cut."""
     solution: Literal["shortest", "first"]
-    """Which correct rollout of the group the reflector sees."""
+    """Which correct rollout of the group the reflector sees, or the teacher."""
     correct: bool
     """Whether correct rollouts are reflected and taught too."""
     uniform_groups: bool
@@ -156,21 +156,43 @@ class ReflectSettings:
 class LessonSettings:
     """Which tokens are in the loss, and what the teacher sees."""
 
-    region: Literal["span", "suffix", "full"]
+    region: Literal["span", "suffix", "full", "inverted"]
     """The tokens of a wrong rollout in the loss. span: the quoted error only. suffix: from the error to
-    the end. full: all."""
+    the end. full: all. inverted: all but the quoted error, for ablations."""
     quote_missing: Literal["skip", "full"]
     """If the quote is not found. skip: the rollout leaves the loss. full: all its tokens are in the loss."""
     locate: Literal["offsets", "reencode"]
     """How a place in the text is mapped to tokens. offsets: by the offsets of the sampled tokens. reencode:
     by tokenizing the text before it again, as the released code does."""
     teacher_context: Literal["idea", "idea_or_solution", "solution", "none"]
-    """What the teacher sees in addition to the problem. none: there is no reflector, no teacher and no
+    """What the teacher sees in addition to the problem. solution: a correct rollout of the group; with
+    lesson.region=full nothing is reflected then. none: there is no reflector, no teacher and no
     distillation."""
     gold_in_idea: Literal["keep", "strip"]
     """If an idea gives the gold answer away. keep: it is used. strip: the answer is removed from it."""
     max_teacher_tokens: int
     """Longest prompt of the teacher."""
+    teacher_weights: Literal["frozen", "ema"]
+    """frozen: the initial model teaches. ema: an exponential moving average of the student's weights does."""
+    ema_rate: float
+    """Share of the way to the student's weights that the average moves after every optimizer step."""
+    uniform_groups: bool
+    """Whether groups that are all correct are taught too."""
+
+
+@dataclass(frozen=True)
+class AblationSettings:
+    """What is put in place of the reflector's work, to see what it is worth. The defaults replace nothing."""
+
+    moved_spans: float = 0.0
+    """Share of the located error spans that are moved to a random place of their response, with their
+    number of tokens."""
+    swapped_ideas: float = 0.0
+    """Share of the ideas for which the teacher sees the idea of another problem of the batch."""
+    oracle_spans: bool = False
+    """Whether the span of a wrong rollout is its true first error, which only the gym knows."""
+    oracle_ideas: bool = False
+    """Whether the idea for a wrong rollout is the true right line, which only the gym knows."""
 
 
 @dataclass(frozen=True)
@@ -276,12 +298,25 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """When a run that collapses ends by itself: a share of the highest mean of five steps, below which the
+    mean of the last five steps must not fall. 0: never."""
+
+    reward: float = 0.0
+    """Share that the reward must keep."""
+    entropy: float = 0.0
+    """Share that the entropy must keep."""
+    length: float = 0.0
+    """Share that the response length must keep."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """One experiment."""
 
     rewards: str
     """The checkers: fixed, official (as the released code grades), or MODULE:FUNCTION of your own."""
-    method: Literal["rosd", "grpo", "dr_grpo", "dapo_loss", "grpo_strong", "rosd_grpo"]
+    method: Literal["rosd", "sdpo", "grpo", "dr_grpo", "dapo_loss", "grpo_strong", "rosd_grpo"]
     """Name of the method, which runs record. A preset sets it together with the fields of the method."""
     mesh: MeshSettings
     model: ModelSettings
@@ -291,12 +326,14 @@ class Settings:
     rollout: RolloutSettings
     reflect: ReflectSettings
     lesson: LessonSettings
+    ablation: AblationSettings
     loss: LossSettings
     policy: PolicySettings
     optimizer: OptimizerSettings
     validation: ValidationSettings
     eval: EvalSettings
     checkpoint: CheckpointSettings
+    guard: GuardSettings
     name: str = ""
     """Name of the experiment; the default workdir begins with it."""
     seed: int = 0
@@ -320,8 +357,19 @@ class Settings:
 
     @property
     def distills(self) -> bool:
-        """Whether the method has a reflector and a teacher."""
+        """Whether the method has a teacher."""
         return self.lesson.teacher_context != "none"
+
+    @property
+    def reflects(self) -> bool:
+        """Whether the method has a reflector: not if a teacher sees solutions only and teaches all tokens."""
+        lesson = self.lesson
+        return self.distills and (lesson.teacher_context != "solution" or lesson.region != "full")
+
+    @property
+    def averages(self) -> bool:
+        """Whether a moving average of the student's weights teaches, not the frozen model."""
+        return self.lesson.teacher_weights == "ema"
 
     @property
     def reinforces(self) -> bool:

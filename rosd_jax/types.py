@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -129,15 +129,20 @@ class Graded:
 
 @dataclass(frozen=True)
 class Reflection:
-    """What the reflector said about one rollout, and where its quote is in the response (host)."""
+    """What the reflector said about one rollout, and where its quote is in the response (host).
+
+    Methods that do not reflect have one too: with the solution that the teacher is shown, and the note.
+    """
 
     raw: str | None = None  # the reflector's whole answer; None: it was not asked about this rollout
     idea: str | None = None  # the corrective (or key) idea; None: the answer has no such tag
+    idea_source: Literal["reflector", "oracle", "swapped"] = "reflector"  # else distill/ablation.py's
     quote: str | None = None  # the error quote as the reflector wrote it
     char_span: Span | None = None  # where the quote is in the response, in characters
     token_span: Span | None = None  # the same in tokens
+    span_source: Literal["reflector", "oracle", "moved"] = "reflector"  # of both
     ambiguous: bool = False  # the quote occurs more than once
-    solution: str | None = None  # the correct sibling that the reflector was shown, if any
+    solution: str | None = None  # the correct sibling that the reflector, or the teacher, is shown, if any
     note: str = ""  # why the rollout is out of the loss, a key of distill/notes.py: NOTES; "": it is in it
 
 
@@ -177,3 +182,4 @@ class TrainState:
     step: jax.Array  # int32; updates so far, skipped ones included
     params: Params  # float32 master weights; with LoRA, the adapters only
     opt_state: Any  # of optax
+    ema_params: Params | None = None  # float32 moving average of params, which teaches; None: there is none

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rosd_jax.distill.ablation import count
 from rosd_jax.evals.evaluate import score_set
 from rosd_jax.evals.outcome import CONDITIONS, PROBLEMS
 from rosd_jax.fields import describe
 from rosd_jax.gym.metric import quote_exact
 from rosd_jax.rewards import Grade
 from rosd_jax.rollout.bandwidth import MemoryRoofline
+from rosd_jax.settings import AblationSettings
 from rosd_jax.train.numbers import of_advantages, of_decoding, of_reflections, of_rollouts
 from rosd_jax.train.update import SUMS, summarise
 from rosd_jax.types import Graded, Problem, Prompts, Reflected, Reflection, Rollout
@@ -95,7 +97,7 @@ def train_metrics() -> set[str]:
     reflected = Reflected(graded, (Reflection(note="all_right"),))
     one = jnp.ones(())
     found = of_rollouts(graded) | of_reflections(reflected, np.zeros((1, 2))) | quote_exact(reflected)
-    found |= of_advantages(np.zeros(1))
+    found |= of_advantages(np.zeros(1)) | count((), AblationSettings(moved_spans=1.0, swapped_ideas=1.0))
     found |= summarise(dict.fromkeys(SUMS, one), one, one, one, jnp.array(True), jnp.array(False))
     for stage in ("rollout", "reflect"):
         found |= of_decoding(None, MemoryRoofline(1.0, 1.0, 1.0), 1.0, stage)

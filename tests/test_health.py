@@ -3,7 +3,8 @@
 import pytest
 
 from rosd_jax.distill.notes import NOTES
-from rosd_jax.evals.health import ADVICE, findings, new_findings
+from rosd_jax.evals.health import ADVICE, findings, guard_sentence, new_findings
+from rosd_jax.settings import GuardSettings
 
 
 def row(step: int, **fields) -> dict:
@@ -76,3 +77,27 @@ def test_a_finding_is_said_when_it_appears_and_not_again():
 def test_lines_of_an_older_run_without_the_counts_are_read():
     old = [{"step": step, "split": "train", "reward": 0.5, "active_tokens": 0} for step in range(1, 8)]
     assert "did not change the weights" in findings(old)["no_update"]
+
+
+def test_a_guard_ends_a_run_whose_mean_of_five_steps_fell_too_far():
+    high = [row(step, entropy=0.5 + step / 100) for step in range(1, 8)]  # steps 3 to 7: 0.55
+    low = [row(step, entropy=0.2) for step in range(8, 14)]
+    guard = GuardSettings(entropy=0.4)
+    assert not guard_sentence(high + low[:4], guard), "the last five steps include a good one"
+    assert guard_sentence(high + low[:5], guard) == (
+        "entropy fell from 0.55 (steps 3 to 7, the last good ones) to 0.2, below guard.entropy=0.4 times that"
+    )
+    assert guard_sentence(high + low, guard), "and it stays so when the run is resumed"
+    for other in (GuardSettings(), GuardSettings(entropy=0.3), GuardSettings(reward=0.9, length=0.9)):
+        assert not guard_sentence(high + low, other)
+
+
+@pytest.mark.parametrize("field, metric", [("reward", "reward"), ("length", "response_length")])
+def test_guards_of_reward_and_length(field, metric):
+    train = [row(step, **{metric: 0.1 if step > 5 else 1.0}) for step in range(1, 11)]
+    for steps in range(10):
+        assert not guard_sentence(train[:steps], GuardSettings(**{field: 0.5}))
+    said = guard_sentence(train, GuardSettings(**{field: 0.5}))
+    assert said.startswith(f"{metric} fell from 1 (steps 1 to 5, the last good ones) to 0.1")
+    rising = [row(step, **{metric: step / 20}) for step in range(1, 16)]
+    assert not guard_sentence(rising, GuardSettings(**{field: 0.9}))

@@ -424,6 +424,48 @@ def test_a_bar_under_each_token_in_the_loss_shows_its_divergence(browser, strip)
     assert browser.run("document.querySelector('.token, .scale, .token-read')") is None
 
 
+@pytest.mark.parametrize(
+    "span_source, idea_source, heads",
+    [
+        (
+            "reflector",
+            "reflector",
+            ["Response, with the error that the reflector quoted", "The reflector's idea"],
+        ),
+        (
+            "moved",
+            "swapped",
+            [
+                "Response, with the error's span moved to a random place",
+                "The idea of another problem, which replaces the reflector's",
+            ],
+        ),
+        (
+            "oracle",
+            "oracle",
+            [
+                "Response, with the true first error",
+                "The true right line, which replaces the reflector's idea",
+            ],
+        ),
+    ],
+)
+def test_an_ablation_says_where_span_and_idea_come_from(browser, tmp_path, span_source, idea_source, heads):
+    """All tokens but those of the marked "is" are in the loss."""
+    loss = in_loss("it is 5", 0, [3, 2, 2], [0.1, None, 0.2])
+    said = dict(reward=0.0, reflection="said", quote="5", idea="add", error_span_chars=[3, 5])
+    sources = dict(span_source=span_source, idea_source=idea_source)
+    directory = make_run(tmp_path / "run", {1: [rollout(**loss, **said, **sources, active_tokens=2)]})
+    page.remake(directory)
+    browser.open(directory / "report.html", "step=1&row=0")
+    found = texts_of(browser, "#detail h3")
+    assert [head for head in found if head in heads] == heads
+    titles = browser.run("[...document.querySelectorAll('#detail .response .token')].map((e) => e.title)")
+    assert titles == ["“it ”: 0.1 nats", "“is”: not in the loss", "“ 5”: 0.2 nats"]
+    assert text_of(browser, "mark.error") == "is"
+    assert text_of(browser, ".token-read").startswith("2 tokens in the loss: mean 0.15 nats")
+
+
 def test_the_keyboard_and_the_pointer_tell_the_divergence_of_a_token(browser, strip):
     browser.open(strip, "step=1&row=0")
     for key, wanted in ((".", 1), (".", 2), (".", 3), (",", 2), (",", 1), (",", 1)):
@@ -574,6 +616,19 @@ def test_runs_are_compared_chart_by_chart(browser, run, tmp_path):
     page.remake(here, [other])
     browser.open(here / "report.html")
     assert texts_of(browser, "#curves .chart:first-child .legend > span") == ["here", "other"]
+
+
+@pytest.mark.parametrize("reflected", [0.0, 0.5])
+def test_a_run_without_a_reflector_says_what_the_teacher_saw(browser, tmp_path, reflected):
+    run = make_run(tmp_path / "run", {1: [rollout(**in_loss("4", 0, [1], [0.1]))]})
+    (run / "metrics.jsonl").write_text(json.dumps(trained(1, reflected=reflected)) + "\n")
+    page.remake(run)
+    browser.open(run / "report.html")
+    asked = reflected > 0
+    said = text_of(browser, "#detail")
+    assert ("The reflector was not asked about this rollout" in said) == asked
+    assert ("another rollout that solves it. There is no reflector." in said) == (not asked)
+    assert ("Rollouts reflected" in texts_of(browser, "#curves .title")) == asked
 
 
 def test_it_is_readable_in_both_schemes(browser, run):

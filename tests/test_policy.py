@@ -71,7 +71,11 @@ def weights(config, weight_BR=None):
     return policy.policy_weights(advantage_B, graded.rollout.length_B, weight_BR, config.policy)
 
 
-@pytest.mark.parametrize("method", OTHERS)
+def test_every_method_with_a_policy_gradient_is_worked_out_by_hand():
+    assert {method for method in OTHERS if settings_of(method).reinforces} == set(BY_HAND)
+
+
+@pytest.mark.parametrize("method", BY_HAND)
 def test_every_token_has_the_weight_of_its_papers_formula(method):
     advantages, divisors = BY_HAND[method]
     wanted = np.zeros((6, LONGEST))
@@ -99,7 +103,7 @@ def test_equal_rewards_have_no_advantage_at_all(advantage, reward):
 # --- loss and gradient, by hand ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", BY_HAND)
 def test_loss_and_gradient_of_a_batch_worked_out_on_paper(method):
     """Two words. Of each token the model thinks it has 1/4, and the sampler said 1/4, or 1/8 of the "b".
 

@@ -272,6 +272,14 @@ def test_the_model_card_has_the_scores_of_its_step_and_no_local_path(tmp_path):
     assert "/home" not in card and "| `lesson.region` | `span` |" in text
 
 
+def test_the_model_card_of_an_ablation_says_what_was_replaced(tmp_path):
+    config = default_config()
+    plain = model_card(validate(config), tmp_path, ["gym:chain"], 1)
+    config.ablation.swapped_ideas = 0.5
+    card = model_card(validate(config), tmp_path, ["gym:chain"], 1)
+    assert "ablation." not in plain and "| `ablation.swapped_ideas` | `0.5` |" in card.splitlines()
+
+
 def test_the_model_card_of_a_run_without_evaluation_says_so(tmp_path):
     config = use_preset(default_config(), "span")
     config.model.path = "models/gym"

@@ -65,6 +65,8 @@ def test_a_config_file_that_sets_something_else_is_told_what(change, words):
         ("optimizer.weight_decay", -1e-50, "0 or more and finite, also in float32"),
         ("loss.ratio_cap", 1e-50, "above 0, also in float32"),
         ("loss.alpha", -1e-50, "[0, 1]"),
+        ("guard.entropy", 1.0, "[0, 1)"),
+        ("guard.length", -1e-50, "[0, 1)"),
         ("eval.top_p", 1e-50, "(0, 1], also in float32"),
         ("model.lora.alpha", 1e39, "above 0 and finite, also divided by model.lora.rank"),
         ("model.lora.alpha", 1e-50, "above 0 and finite, also divided by model.lora.rank"),

@@ -337,6 +337,28 @@ def test_the_step_that_was_made_last_is_not_made_again(model, cache, tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.slow
+def test_a_guard_ends_the_run_with_its_step_saved_and_again_when_it_is_resumed(model, cache, tmp_path):
+    fields = dict(steps=40, batch__samples=8, eval__sets="", checkpoint__every=30, guard__length=0.999)
+    command = arguments(model, tmp_path / "run", **fields)
+    for _ in range(2):
+        run = Run(command, tmp_path, **cache)
+        status, said = run.end()
+        lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+        done = lines[-1]["step"]
+        assert status == 3 and 10 <= done == len(lines) < 40
+        sentence = said.splitlines()[-1]
+        assert sentence.startswith("response_length fell from ") and f"stopped after step {done};" in sentence
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(done)]
+        assert not (tmp_path / "run" / "export").exists()
+    assert "exports the model" in sentence
+    printed = finish([*command, f"--config.steps={done}"], tmp_path, **cache)
+    assert f"resumes after step {done}, " in printed
+    assert (tmp_path / "run" / "export" / "trained_steps.txt").read_text().strip() == str(done)
+    more = [*command, f"--config.steps={done + 1}", "--config.guard.length=0.0"]
+    assert f"step {done + 1}/{done + 1} " in finish(more, tmp_path, **cache), "another guard may go on"
+
+
+@pytest.mark.slow
 def test_a_run_stopped_in_an_evaluation_keeps_the_step_and_makes_up_for_it(finished, model, cache, tmp_path):
     command = arguments(model, tmp_path / "run", checkpoint__every=6)
     run = Run(command, tmp_path, **cache)

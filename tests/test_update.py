@@ -112,7 +112,7 @@ def prepared(shape=(1, 1, 1), device_rows=8, model=MODEL, method="paper", **opti
     tx = with_gradient(config)
 
     def start(params):
-        return init_state(params, tx)
+        return init_state(params, tx, average=config.averages)
 
     places = param_shardings(jax.eval_shape(start, trees()[0]), mesh)
 

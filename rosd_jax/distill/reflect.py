@@ -34,14 +34,16 @@ def choose(
     solution: Literal["shortest", "first"],
     correct: bool = True,
     uniform_groups: bool = False,
+    uniform_taught: bool = False,
 ) -> list[ReflectionPlan]:
     """One plan per row (released code: choice of the solution, skip flags and zero-deviation mask).
 
     group_B: rows with equal entries are siblings; rows are in sample order. length_B: tokens of the
     responses. The solution of a row is a correct sibling other than itself: the shortest, and of equally
     short ones the earliest (paper), or the first (released code). Only groups with both correct and wrong
-    rows are reflected. uniform_groups: groups that are all correct too, as in the released code, although a
-    group whose rewards are all equal never enters the loss. correct: whether correct rows are reflected.
+    rows are reflected. uniform_groups: groups that are all correct too, as in the released code, although
+    there a group whose rewards are all equal never enters the loss. uniform_taught: they are reflected, and
+    enter it. correct: whether correct rows are reflected.
     """
     rows: dict[int, list[int]] = {}
     for row, group in enumerate(np.asarray(group_B).tolist()):
@@ -54,15 +56,16 @@ def choose(
             # The sort is stable, so of equally short ones the earliest comes first.
             solved.sort(key=lambda row: int(length_B[row]))
         mixed = 0 < len(solved) < len(siblings)
-        asked = mixed or (uniform_groups and bool(solved))
+        asked = mixed or ((uniform_groups or uniform_taught) and bool(solved))
         equal = len(siblings) > 1 and len(set(rewards)) == 1
+        left_out = (equal and not uniform_taught) or not asked
         uniform = "all_right" if solved else "all_wrong"
         for row in siblings:
             plans[row] = _plan(
                 right=row in solved,
                 solution=next((other for other in solved if other != row), None),
                 asked=asked and (row not in solved or correct),
-                note=uniform if equal or not asked else "",
+                note=uniform if left_out else "",
             )
     return plans
 
@@ -73,8 +76,10 @@ def _plan(right: bool, solution: int | None, asked: bool, note: str) -> Reflecti
     return ReflectionPlan("right" if right else "wrong", solution, note)
 
 
-def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[ReflectionPlan]:
-    """`choose` for a graded batch, with the `reflect` section of the config."""
+def plan_rollouts(
+    graded: Graded, reflect: ReflectSettings, *, uniform_taught: bool = False
+) -> list[ReflectionPlan]:
+    """`choose` for a graded batch, with the `reflect` section of the config and lesson.uniform_groups."""
     return choose(
         graded.rewards_B,
         np.arange(len(graded.texts)) // graded.group_size,
@@ -82,6 +87,7 @@ def plan_rollouts(graded: Graded, reflect: ReflectSettings) -> list[ReflectionPl
         solution=reflect.solution,
         correct=reflect.correct,
         uniform_groups=reflect.uniform_groups,
+        uniform_taught=uniform_taught,
     )
 
 
@@ -176,7 +182,8 @@ def gather(
 ) -> Reflected:
     """One reflection per row, with a note where it is out of the loss.
 
-    raws, answers: the reflector's text, and what `read_answer` makes of it, by row; only rows with a prompt.
+    raws, answers: the reflector's text, and what `read_answer` makes of it, by row; only rows with a prompt,
+    so none for methods that do not reflect.
     """
     reflections = []
     for row, plan in enumerate(plans):
@@ -247,8 +254,9 @@ def note_of(plan: ReflectionPlan, reflection: Reflection, lesson: LessonSettings
     if plan.kind is None or plan.note:
         return plan.note
     lacking = _lacking(plan, reflection, lesson)
-    # A rollout whose prompt was too long has no idea; it stays if the teacher needs none.
-    return "overlong" if lacking and reflection.raw is None else lacking
+    # A rollout whose prompt was too long has neither idea nor quote; it stays if none of them is needed.
+    unread = reflection.raw is None and lacking in ("no_idea", "quote_missing")
+    return "overlong" if unread else lacking
 
 
 def _lacking(plan: ReflectionPlan, reflection: Reflection, lesson: LessonSettings) -> str:

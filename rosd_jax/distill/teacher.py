@@ -86,19 +86,23 @@ def region_weights(reflected: Reflected, lesson: LessonSettings, R: int) -> np.n
 
     Rollouts with a note weigh 0. Correct rollouts, and wrong ones that stay in the loss without a located
     quote, are taught on all tokens. The others are taught on lesson.region: the quoted tokens ("span"), from
-    the first of them to the end ("suffix"), or all ("full"). The stop token is part of the response.
+    the first of them to the end ("suffix"), all ("full"), or all but the quoted ones ("inverted"). The stop
+    token is part of the response.
     """
     length_B = reflected.graded.rollout.length_B
     weight_BR = np.zeros((len(length_B), R), np.float32)
     for row, reflection in enumerate(reflected.reflections):
         if reflection.note:
             continue
+        length = int(length_B[row])
         start = 0
-        stop = int(length_B[row])
+        stop = length
         if reflection.token_span and lesson.region != "full":
             start = reflection.token_span[0]
-            stop = min(stop, reflection.token_span[1]) if lesson.region == "span" else stop
+            stop = length if lesson.region == "suffix" else min(length, reflection.token_span[1])
         weight_BR[row, start:stop] = 1.0
+        if reflection.token_span and lesson.region == "inverted":
+            weight_BR[row, :length] = 1.0 - weight_BR[row, :length]
     return weight_BR
 
 

@@ -18,8 +18,15 @@ from rosd_jax.settings import Settings
 DISTILLATION = """\
 ROSD ([arXiv 2605.28014](https://arxiv.org/abs/2605.28014)) trains a model on its own mistakes. The model
 answers each problem several times. A frozen copy of it reads a wrong answer, quotes the first error and
-explains the idea that corrects it. Given that idea, the frozen copy is the teacher: the model learns its
+explains the idea that corrects it. Given that idea, {teacher} is the teacher: the model learns its
 next-token distribution on the tokens that `lesson.region` names."""
+SOLUTIONS = """\
+Self-distillation as in SDPO ([arXiv 2601.20802](https://arxiv.org/abs/2601.20802)) trains a model on its own
+answers. The model answers each problem several times. Given another answer to the problem that is right,
+{teacher} is the teacher: the model learns its next-token distribution on all tokens of its own answer."""
+FROZEN = "the frozen copy"
+FROZEN_COPY = "a frozen copy of the model"
+AVERAGE = "a copy of the model whose weights are a moving average over the steps"
 POLICY_GRADIENT = """\
 A policy gradient trains a model on the rewards of its own answers. It answers each problem several times.
 Answers with a higher reward than the mean of their problem's become more likely, and the others less."""
@@ -30,6 +37,14 @@ SHOWN_OF_DISTILLATION = (
     "reflect.correct",
     "lesson.region",
     "lesson.quote_missing",
+    "loss.topk",
+    "loss.alpha",
+)
+SHOWN_OF_SOLUTIONS = (
+    "method",
+    "reflect.correct",
+    "lesson.teacher_context",
+    "lesson.teacher_weights",
     "loss.topk",
     "loss.alpha",
 )
@@ -46,7 +61,9 @@ def model_card(settings: Settings, directory: Path, trained_on: Sequence[str], s
     base = Path(settings.model.path).resolve()
     hub = HUB.search(str(base))
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front["tags"] = ["rosd", "self-distillation"] if settings.distills else [settings.method]
+    front["tags"] = ["rosd" if settings.reflects else settings.method]
+    if settings.distills:
+        front["tags"].append("self-distillation")
     if hub:
         front["base_model"] = f"{hub[1]}/{hub[2]}"
     rows = read_metrics(directory / "metrics.jsonl")
@@ -54,11 +71,12 @@ def model_card(settings: Settings, directory: Path, trained_on: Sequence[str], s
     paragraphs = []
     names = SHOWN
     if settings.distills:
-        paragraphs += [DISTILLATION, ""]
-        names += SHOWN_OF_DISTILLATION
+        paragraphs += [_distillation(settings), ""]
+        names += SHOWN_OF_DISTILLATION if settings.reflects else SHOWN_OF_SOLUTIONS
     if settings.reinforces:
         paragraphs += [POLICY_GRADIENT, ""]
         names += SHOWN_OF_POLICY
+    names += tuple(f"ablation.{name}" for name, given in vars(settings.ablation).items() if given)
     fields = (f"| `{name}` | `{value(settings, name)}` |" for name in (*names, *SHOWN_LAST))
     lines = [
         "---",
@@ -79,6 +97,13 @@ def model_card(settings: Settings, directory: Path, trained_on: Sequence[str], s
         *_scores(outcomes, settings),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _distillation(settings: Settings) -> str:
+    """How the method teaches, in words."""
+    if settings.reflects:
+        return DISTILLATION.format(teacher=AVERAGE if settings.averages else FROZEN)
+    return SOLUTIONS.format(teacher=AVERAGE if settings.averages else FROZEN_COPY)
 
 
 def _scores(outcomes: Sequence[Outcome], settings: Settings) -> list[str]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
 
 from rosd_jax.evals.outcome import MetricsRow, mean, number
+from rosd_jax.settings import GuardSettings
 
 WINDOW = 5  # steps over which a mean is taken, and after which missing updates are reported
 UNKNOWN = 0.2  # share of unknown tokens in the prompts; a suitable tokenizer has far fewer
@@ -63,6 +65,20 @@ def spikes(train: Sequence[MetricsRow]) -> list[str]:
     The first step compiles. Nothing is said about fewer than WINDOW steps.
     """
     return [said for field, words in SPIKING.items() if (said := _spike(train[1:], field, words))]
+
+
+def guard_sentence(train: Sequence[MetricsRow], guard: GuardSettings) -> str:
+    """Why a run should end with its last row, as `guard` asks; "" if it need not."""
+    guarded = {"reward": "reward", "entropy": "entropy", "length": "response_length"}
+    for name, metric in guarded.items():
+        share = getattr(guard, name)
+        fall = _fall(train, metric)
+        if fall is not None and fall.low < share * fall.high:
+            return (
+                f"{metric} fell from {fall.high:.3g} (steps {fall.first} to {fall.last}, the last good ones) "
+                f"to {fall.low:.3g}, below guard.{name}={share:g} times that"
+            )
+    return ""
 
 
 def _spike(train: Sequence[MetricsRow], field: str, words: str) -> str:
@@ -122,17 +138,28 @@ def _truncated(train: Sequence[MetricsRow]) -> str:
 
 def _collapse(train: Sequence[MetricsRow]) -> str:
     """Whether the mean reward of the last steps is far below that of the best ones."""
-    if len(train) < 2 * WINDOW:
+    fall = _fall(train, "reward")
+    if fall is None or not (fall.low < COLLAPSE * fall.high and fall.high - fall.low >= LEAST_FALL):
         return ""
-    means = [mean(train[i : i + WINDOW], "reward") for i in range(len(train) - WINDOW + 1)]
-    best = max(range(len(means)), key=lambda i: means[i])
-    high = means[best]
-    low = means[-1]
-    if not (low < COLLAPSE * high and high - low >= LEAST_FALL):
-        return ""
-    first = train[best]["step"]
-    last = train[best + WINDOW - 1]["step"]
     return (
-        f"the reward fell from {high:.2f} (steps {first} to {last}) to {low:.2f}; lower optimizer.lr, or let "
-        "validation.sets choose the best step"
+        f"the reward fell from {fall.high:.2f} (steps {fall.first} to {fall.last}) to {fall.low:.2f}; lower "
+        "optimizer.lr, or let validation.sets choose the best step"
     )
+
+
+class Fall(NamedTuple):
+    """How far a number fell: means over WINDOW steps."""
+
+    high: float  # the highest
+    first: int  # its steps
+    last: int
+    low: float  # that of the last steps of all
+
+
+def _fall(train: Sequence[MetricsRow], metric: str) -> Fall | None:
+    """How far a metric is below its best; None as long as the two means may share steps."""
+    if len(train) < 2 * WINDOW:
+        return None
+    means = [mean(train[i : i + WINDOW], metric) for i in range(len(train) - WINDOW + 1)]
+    best = max(range(len(means)), key=lambda i: means[i])
+    return Fall(means[best], train[best]["step"], train[best + WINDOW - 1]["step"], means[-1])

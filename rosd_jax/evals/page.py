@@ -53,7 +53,7 @@ PLACE = "@DATA@"  # of the data in the template
 # What a reader of one rollout is told about its note, in addition to the words of NOTES.
 WHY = {
     "all_right": "Every rollout of this problem is right, so there is no error to learn from.",
-    "all_wrong": "Every rollout of this problem is wrong, so there is no correct one to show the reflector.",
+    "all_wrong": "Every rollout of this problem is wrong, so there is no correct one to show.",
     "correct_left_out": "Right rollouts are not taught in this run.",
     "overlong": "It was not reflected, since the prompt would be longer than reflect.max_prompt_tokens.",
     "no_solution": "The teacher needs another rollout that solves the problem, and there is none.",
@@ -202,7 +202,8 @@ def page_data(
             "steps": [row["step"] for row in train],
             "counts": [_column(train, field) for field in ("taught", *(f"out_{note}" for note in NOTES))],
         },
-        "curves": [[title, form, fields] for title, form, fields in CURVES],
+        "curves": [curve for curve in CURVES if _reflects(runs) or curve[2] != ("reflected",)],
+        "reflects": _reflects(runs[:1]),
         "runs": runs,
         "rollouts": steps,
         "config": [[field, json.dumps(value)] for field, value in flat(config)],
@@ -260,6 +261,11 @@ def _run(workdir: Path, trained_on: Sequence[str], rows: Sequence[MetricsRow]) -
         "scores": _scores(rows, trained_on),
         "outcomes": [*map(_outcome, outcomes), *map(_at_best, best)],
     }
+
+
+def _reflects(runs: Sequence[Json]) -> bool:
+    """Whether a reflector was asked in one of these runs; some methods have none."""
+    return any(share for run in runs for share in dict(run["columns"])["reflected"])
 
 
 def _scores(rows: Sequence[MetricsRow], trained_on: Sequence[str]) -> list[Json]:
@@ -330,6 +336,7 @@ def _rollout(problem: int, row: Mapping[str, Any]) -> Json:
         "note": _text(row.get("note")),
         "quote": _maybe(row.get("quote")),
         "idea": _maybe(row.get("idea")),
+        "sources": [_text(row.get("span_source")), _text(row.get("idea_source"))],
         "reflection": _maybe(row.get("reflection")),
         "ambiguous": bool(row.get("ambiguous")),
         "heat": _heat(row, response),

@@ -1,27 +1,35 @@
 """Compares methods: trains each with several seeds, one run after another, and writes one table.
 
     python -m rosd_jax.evals.study --config=configs/quickstart.py --methods=span,paper --seeds=0,1,2 \\
-        --out=runs/study [--config.FIELD=VALUE ...]
+        --out=runs/study [--rates=1e-4,2.5e-4,5e-4] [--config.FIELD=VALUE ...]
 
 A method is a variant of the config file, as after the colon of `rosd --config=FILE:VARIANT`; `default` is
 the file without one. Every cell of the table is an ordinary run in OUT/METHOD-SEED, with the same fields,
 so that all have the same budget of prompts, rollouts and updates. The same command continues where it was
-stopped, and runs that are finished only report again. Then it writes into OUT
+stopped, and runs that are finished only report again.
+
+With --rates, the learning rate of each method is chosen first: every method runs with every rate, on the
+first seed, and takes the rate whose best validated step has the highest validation score, the first of equal
+ones. The other seeds then run with it. These runs are in OUT/METHOD-lrRATE-SEED.
+
+At the end it writes into OUT
 
     study.md     for each evaluated set, the scores of each method: means over seeds with 95 % intervals, at
-                 the last step and at the one that validation chose; and the exact commands
-    study.png    reward and validation score by step
+                 the last step and at the one that validation chose; the rates; and the exact commands
+    study.png    reward and validation score by step, and the change on each evaluated set
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import platform
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +50,7 @@ from rosd_jax.evals.outcome import (
     validation_scores,
 )
 from rosd_jax.evals.page import read_config, training_sets
-from rosd_jax.evals.report import percent, show, with_interval
+from rosd_jax.evals.report import Z, percent, show, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,6 +67,16 @@ class Cell:
     seed: int
     directory: Path
     flags: tuple[str, ...]  # of its command
+    rate: str = ""  # its learning rate, as in --rates; empty: the config's
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run that tries a learning rate: its best validated step, and the validation score there."""
+
+    cell: Cell
+    step: int
+    score: float
 
 
 @dataclass(frozen=True)
@@ -86,29 +104,62 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--methods", required=True, type=_names, help="variants, separated by commas")
     parser.add_argument("--seeds", required=True, type=_numbers, help="numbers, separated by commas")
     parser.add_argument("--out", required=True, type=Path, help="directory of the study")
+    parser.add_argument("--rates", default=[], type=_rates, help="learning rates to choose from")
     asked, fields = parser.parse_known_args(argv)
     try:
-        cells = make_cells(asked.config, asked.methods, asked.seeds, asked.out, fields)
-        for count, cell in enumerate(cells, start=1):
-            print(f"--- {cell.method}, seed {cell.seed}: run {count} of {len(cells)}", flush=True)
-            status = subprocess.run([sys.executable, "-m", "rosd_jax", *cell.flags]).returncode
-            if status:
-                print(f"--- ended with status {status}; the same command goes on from here", file=sys.stderr)
-                return status
-        text = write([read_result(cell) for cell in cells], asked.out)
+        text = study(asked.config, asked.methods, asked.seeds, asked.rates, asked.out, fields)
+    except subprocess.CalledProcessError as error:
+        print(
+            f"--- ended with status {error.returncode}; the same command goes on from here", file=sys.stderr
+        )
+        return error.returncode
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text)
+    print(f"Files in {asked.out}: study.md, which is the text above, and study.png, its picture")
     return 0
 
 
+def study(
+    config: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[str],
+    out: Path,
+    fields: Sequence[str],
+) -> str:
+    """Makes all runs, writes study.md and study.png, and returns the text of study.md.
+
+    Raises CalledProcessError if a run fails, and UserError as `make_trials` and `read_trial` do.
+    """
+    # The runs of the first seed with the chosen rates are among the trials.
+    total = len(methods) * (len(rates) + len(seeds) - bool(rates))
+    count = itertools.count(1)
+    trials = []
+    for cell in make_trials(config, methods, seeds, rates, out, fields):
+        run(cell, f"run {next(count)} of {total}")
+        trials.append(read_trial(cell))
+    cells = make_cells(config, methods, seeds, out, fields, choose_rates(trials))
+    tried = {trial.cell for trial in trials}
+    for cell in cells:
+        if cell not in tried:
+            run(cell, f"run {next(count)} of {total}")
+    return write([read_result(cell) for cell in cells], out, trials)
+
+
 def make_cells(
-    config: str, methods: Sequence[str], seeds: Sequence[int], out: Path, fields: Sequence[str]
+    config: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    fields: Sequence[str],
+    rates: Mapping[str, str] | None = None,
 ) -> list[Cell]:
     """All runs, seed by seed, so that a study that is stopped has compared all methods on some seeds.
 
-    Raises UserError for an argument that is no field of the config, and for a method or seed named twice.
+    rates: by method, if they were chosen. Raises UserError for an argument that is no field of the config,
+    and for a method or seed named twice.
     """
     for field in fields:
         if not field.startswith("--config.") or "=" not in field:
@@ -119,12 +170,86 @@ def make_cells(
     cells = []
     for seed in seeds:
         for method in methods:
-            directory = out / f"{method}-{seed}"
+            rate = (rates or {}).get(method, "")
+            directory = out / (f"{method}-lr{rate}-{seed}" if rate else f"{method}-{seed}")
             mark = "," if ":" in config else ":"
             chosen = config if method == DEFAULT else f"{config}{mark}{method}"
             flags = (f"--config={chosen}", f"--workdir={directory}", f"--config.seed={seed}", *fields)
-            cells.append(Cell(method, seed, directory, flags))
+            if rate:
+                flags = (*flags, f"--config.optimizer.lr={rate}")
+            cells.append(Cell(method, seed, directory, flags, rate))
     return cells
+
+
+def make_trials(
+    config: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[str],
+    out: Path,
+    fields: Sequence[str],
+) -> list[Cell]:
+    """The runs that choose the learning rates: every method with every rate, on the first seed.
+
+    Raises UserError as `make_cells` does, for a rate named twice, and if `fields` has a learning rate too.
+    """
+    make_cells(config, methods, seeds, out, fields)  # raises before anything runs
+    if len(set(map(float, rates))) < len(rates):
+        raise UserError(f"--rates={','.join(rates)} repeats a rate; name each one once")
+    if rates and any(field.startswith("--config.optimizer.lr=") for field in fields):
+        raise UserError("--rates and --config.optimizer.lr are both given; leave one of them out")
+    trials = []
+    for rate in rates:
+        trials += make_cells(config, methods, seeds[:1], out, fields, dict.fromkeys(methods, rate))
+    return trials
+
+
+def run(cell: Cell, place: str) -> None:
+    """Makes the run of a cell, or resumes it. Raises CalledProcessError if it fails.
+
+    place: among all runs, in words.
+    """
+    rate = f", learning rate {cell.rate}" if cell.rate else ""
+    print(f"--- {cell.method}, seed {cell.seed}{rate}: {place}", flush=True)
+    command = [sys.executable, "-m", "rosd_jax", *cell.flags]
+    status = status_of(command)
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+
+
+def status_of(command: Sequence[str]) -> int:
+    """Runs a command and returns its exit status.
+
+    A terminal sends Ctrl-C to the command too. It is waited for meanwhile, since it saves its last step.
+    """
+    process = subprocess.Popen(command)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def read_trial(cell: Cell) -> Trial:
+    """What the run of a cell says about its rate. Raises UserError if it has no validation scores."""
+    rows = read_metrics(cell.directory / "metrics.jsonl")
+    step = best_step(rows)
+    if step is None:
+        raise UserError(
+            f"{cell.directory} has no validation score, by which --rates chooses; set validation.sets, or "
+            "leave --rates out"
+        )
+    return Trial(cell, step, validation_scores(rows)[step])
+
+
+def choose_rates(trials: Sequence[Trial]) -> dict[str, str]:
+    """The rate of each method with the highest validation score, the first of equal ones."""
+    best: dict[str, Trial] = {}
+    for trial in trials:
+        method = trial.cell.method
+        if method not in best or trial.score > best[method].score:
+            best[method] = trial
+    return {method: trial.cell.rate for method, trial in best.items()}
 
 
 def read_result(cell: Cell) -> Result:
@@ -141,28 +266,27 @@ def read_result(cell: Cell) -> Result:
     return Result(cell, rows, last, best)
 
 
-def write(results: Sequence[Result], out: Path) -> str:
+def write(results: Sequence[Result], out: Path, trials: Sequence[Trial]) -> str:
     """Writes study.md, whose text it returns, and study.png."""
-    text = as_markdown(results)
+    text = as_markdown(results, trials)
     atomic.write_text(out / "study.md", [text])
     draw(results, out / "study.png")
     return text
 
 
-def as_markdown(results: Sequence[Result]) -> str:
-    """A table for each set, those in domain first, and what is needed to make it again."""
-    sets = {name: outcome.in_domain for result in results for name, outcome in result.last.items()}
+def as_markdown(results: Sequence[Result], trials: Sequence[Trial] = ()) -> str:
+    """A table for each set, those in domain first, the rates, and what is needed to make it all again."""
     lines = [
         "# Study",
         "",
         "avg@k, pass@k and maj@k in %, and tokens of a response: means over the seeds. Changes are those of",
-        "avg@k since before the training, with the 95 % interval of their mean over the seeds (Student's t).",
-        "The best step is the one with the highest validation score, or the last one without validation.",
-        "pass@k, maj@k and tokens are those of the last step.",
+        "avg@k since before the training, with the 95 % interval of their mean over the seeds (Student's t),",
+        "or of the mean over the problems where there is one seed. The best step is the one with the highest",
+        "validation score, or the last one without validation. pass@k, maj@k and tokens are those of the",
+        "last step.",
         "",
     ]
-    for name in sorted(sets, key=lambda name: not sets[name]):
-        where = "in domain" if sets[name] else "out of domain"
+    for name, where in sets_of(results).items():
         lines += [
             f"## {name}, {where}",
             "",
@@ -176,8 +300,33 @@ def as_markdown(results: Sequence[Result]) -> str:
             )
             lines.append(f"| {method} | {len(found)} | {' | '.join(cells)} |")
         lines.append("")
-    commands = [f"    rosd {shlex.join(result.cell.flags)}" for result in results]
+    if trials:
+        lines += rates_table(trials)
+    cells = dict.fromkeys([*(trial.cell for trial in trials), *(result.cell for result in results)])
+    commands = [f"    rosd {shlex.join(cell.flags)}" for cell in cells]
     return "\n".join([*lines, "## How it was made", "", made_by(), "", *commands, ""])
+
+
+def rates_table(trials: Sequence[Trial]) -> list[str]:
+    """The validation score of each method with each rate, and which rate was chosen."""
+    rates = list(dict.fromkeys(trial.cell.rate for trial in trials))
+    edges = (min(rates, key=float), max(rates, key=float))
+    found = {(trial.cell.method, trial.cell.rate): trial for trial in trials}
+    lines = [
+        "## Learning rates",
+        "",
+        f"Validation scores in % at the best validated step (in brackets), with seed {trials[0].cell.seed}.",
+        "Each method takes the rate with the highest score, the first of equal ones. *: the lowest or the",
+        "highest rate that was tried, so a better one may lie beyond it.",
+        "",
+        f"| method | {' | '.join(rates)} | chosen |",
+        "|---|" + "--:|" * (len(rates) + 1),
+    ]
+    for method, rate in choose_rates(trials).items():
+        scores = [found[method, each] for each in rates]
+        cells = [f"{percent(trial.score)} ({trial.step})" for trial in scores]
+        lines.append(f"| {method} | {' | '.join(cells)} | {rate}{'*' if rate in edges else ''} |")
+    return [*lines, ""]
 
 
 def table_row(last: Sequence[Outcome], best: Sequence[Outcome]) -> list[str]:
@@ -189,9 +338,9 @@ def table_row(last: Sequence[Outcome], best: Sequence[Outcome]) -> list[str]:
     return [
         percent(over_seeds(number(outcome.before, "avg") for outcome in last).value),
         percent(after(last, "avg")),
-        with_interval(*over_seeds(map(change, last))),
+        with_interval(*mean_change(last)),
         percent(after(best, "avg")),
-        with_interval(*over_seeds(map(change, best))),
+        with_interval(*mean_change(best)),
         percent(after(last, "pass")),
         percent(after(last, "maj")),
         show(after(last, "length"), ".0f"),
@@ -201,6 +350,20 @@ def table_row(last: Sequence[Outcome], best: Sequence[Outcome]) -> list[str]:
 def methods_of(results: Sequence[Result]) -> list[str]:
     """The methods, in the order in which they were named."""
     return list(dict.fromkeys(result.cell.method for result in results))
+
+
+def sets_of(results: Sequence[Result]) -> dict[str, str]:
+    """The evaluated sets, those in domain first, and in words whether training drew from them."""
+    sets = {name: outcome.in_domain for result in results for name, outcome in result.last.items()}
+    ordered = sorted(sets, key=lambda name: not sets[name])
+    return {name: "in domain" if sets[name] else "out of domain" for name in ordered}
+
+
+def mean_change(outcomes: Sequence[Outcome]) -> Mean:
+    """The change of avg@k on one set, with the interval over the seeds; of one seed, over the problems."""
+    if len(outcomes) == 1:
+        return Mean(change(outcomes[0]), Z * outcomes[0].change_se)
+    return over_seeds(map(change, outcomes))
 
 
 def change(outcome: Outcome) -> float:
@@ -229,19 +392,40 @@ def made_by() -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Reward and validation score by step: a line for the mean of each method, and a band over its seeds."""
+    """Reward and validation score by step, and the change on each set since before the training.
+
+    By step: a line for the mean of each method, and a band over its seeds.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4), dpi=110, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     left.set(title="training", xlabel="step", ylabel="reward")
-    right.set(title="validation", xlabel="step", ylabel="avg@k in %")
+    middle.set(title="validation", xlabel="step", ylabel="avg@k in %")
     for method in methods_of(results):
         found = [result for result in results if result.cell.method == method]
         draw_band(left, method, [rewards(result.rows) for result in found])
-        draw_band(right, method, [scores(result.rows) for result in found])
+        draw_band(middle, method, [scores(result.rows) for result in found])
+    draw_changes(right, results)
     left.legend(frameon=False)
     figure.savefig(path)
+
+
+def draw_changes(axes: Axes, results: Sequence[Result]) -> None:
+    """A row for each set, the first at the top, and in it a point with its 95% interval for each method."""
+    sets = sets_of(results)
+    methods = methods_of(results)
+    axes.axvline(0, color="tab:gray", lw=1)
+    for count, method in enumerate(methods):
+        last = [result.last for result in results if result.cell.method == method]
+        changes = [mean_change([found[name] for found in last]) for name in sets]
+        # A point is drawn without its bar if its interval is not known.
+        bars = [100 * found.half if math.isfinite(found.half) else 0.0 for found in changes]
+        rows = np.arange(len(sets)) + 0.5 * (count + 0.5) / len(methods) - 0.25
+        axes.errorbar([100 * found.value for found in changes], rows, xerr=bars, fmt="o", capsize=3)
+    axes.set_yticks(range(len(sets)), [f"{name}\n{where}" for name, where in sets.items()])
+    axes.set_ylim(len(sets) - 0.5, -0.5)
+    axes.set(title="before to last step", xlabel="change of avg@k in points, 95% interval")
 
 
 def rewards(rows: Sequence[MetricsRow]) -> dict[int, float]:
@@ -266,6 +450,14 @@ def draw_band(axes: Axes, label: str, curves: Sequence[dict[int, float]]) -> Non
 
 def _names(text: str) -> list[str]:
     return text.split(",")
+
+
+def _rates(text: str) -> list[str]:
+    """Rates as they are written, which is how commands and directories name them."""
+    names = _names(text)
+    if not all(0 < float(name) < math.inf for name in names):
+        raise ValueError
+    return names
 
 
 def _numbers(text: str) -> list[int]:

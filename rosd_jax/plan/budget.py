@@ -40,6 +40,7 @@ Bytes = dict[str, int]
 MEMORY_KINDS = (
     "parameters",
     "optimizer",
+    "moving average",
     "frozen",
     "gradients",
     "decoding weights",
@@ -101,11 +102,14 @@ def resident(job: Job) -> Bytes:
     """What is in memory between stages."""
     state = job.trees.state
     places = job.trees.shardings
-    return {
+    kept = {
         "parameters": shard_bytes(state.params, places.params),
         "optimizer": shard_bytes(state.opt_state, places.opt_state),
         "frozen": frozen_bytes(job) if job.config.model.frozen == "device" else 0,
     }
+    if state.ema_params is not None:
+        kept["moving average"] = shard_bytes(state.ema_params, places.ema_params)
+    return kept
 
 
 def gradients(job: Job) -> Bytes:
@@ -145,9 +149,12 @@ def teacher(job: Job) -> Bytes:
     S, T = job.update.longest
     rows = job.config.batch.device_rows
     hidden = rows * (T + S) * job.model.hidden_size * job.item
-    transferred = 0 if job.config.model.frozen == "device" else frozen_bytes(job)
     block = block_bytes(job, rows * T) + scores_bytes(job, rows, T)
-    return {"frozen": transferred, "activations": block + hidden}
+    averages = job.config.averages
+    reads_frozen = not averages or job.adapters
+    transferred = frozen_bytes(job) if reads_frozen and job.config.model.frozen == "host" else 0
+    cast = cast_bytes(job) if averages else 0
+    return {"frozen": transferred, "activations": block + hidden, "temporaries": cast}
 
 
 def student(job: Job) -> Bytes:
@@ -172,7 +179,7 @@ def student(job: Job) -> Bytes:
     }[config.model.remat]
     trained = job.trees.state.params["blocks"]
     places = job.trees.shardings.params["blocks"]
-    cast = 0 if job.item == 4 else shard_bytes(trained, places, model.dtype)
+    cast = cast_bytes(job)
     if job.adapters:  # student and teacher have the same head, which is frozen
         head = job.item
         head_gradient = 0
@@ -197,11 +204,19 @@ def student(job: Job) -> Bytes:
 
 def optimizer(job: Job) -> Bytes:
     """AdamW's step."""
-    # XLA for TPU writes the new state over the old one. For CPU it needs two more trees; GPUs are assumed
-    # to be like CPUs here, which nothing has confirmed.
+    # XLA for TPU writes the new state over the old one. For CPU it needs two more trees, and a third for a
+    # moving average; GPUs are assumed to be like CPUs here, which nothing has confirmed.
     if job.platform == "tpu":
         return {"temporaries": 0}
-    return {"temporaries": 2 * shard_bytes(job.trees.state.params, job.trees.shardings.params)}
+    more = 3 if job.config.averages else 2
+    return {"temporaries": more * shard_bytes(job.trees.state.params, job.trees.shardings.params)}
+
+
+def cast_bytes(job: Job) -> int:
+    """Bytes per chip of the trained layers, or of their average, cast to the compute type; 0 for float32."""
+    trained = job.trees.state.params["blocks"]
+    places = job.trees.shardings.params["blocks"]
+    return 0 if job.item == 4 else shard_bytes(trained, places, job.model.dtype)
 
 
 def frozen_bytes(job: Job) -> int:

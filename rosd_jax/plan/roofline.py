@@ -38,20 +38,22 @@ class Lengths:
     name: str
     prompt: int
     response_B: tuple[int, ...]
-    teacher: int  # the teacher's prompt; this and the next two are 0 or empty without a teacher
-    reflector: int  # the reflector's prompt
-    reflection_B: tuple[int, ...]
+    teacher: int  # the teacher's prompt; 0 without a teacher
+    reflector: int  # the reflector's prompt; 0 without reflections
+    reflection_B: tuple[int, ...]  # empty without reflections
     evaluated_B: tuple[int, ...]  # responses of eval.batch rows, or of a whole set
 
     def __str__(self) -> str:
         mean = sum(self.response_B) / len(self.response_B)
         said = f"prompts {self.prompt:,}, responses {mean:,.0f} (longest {max(self.response_B):,})"
+        if self.teacher:
+            said += f", teacher prompts {self.teacher:,}"
         if not self.reflection_B:
             return said
         reflection = sum(self.reflection_B) / len(self.reflection_B)
         return (
-            f"{said}, teacher prompts {self.teacher:,}, reflector prompts "
-            f"{self.reflector:,}, reflections {reflection:,.0f} (longest {max(self.reflection_B):,})"
+            f"{said}, reflector prompts {self.reflector:,}, reflections {reflection:,.0f} "
+            f"(longest {max(self.reflection_B):,})"
         )
 
 
@@ -63,8 +65,8 @@ def at_limits(config: Settings, evaluated: int | None = None) -> Lengths:
         prompt=config.data.max_prompt_tokens,
         response_B=(config.rollout.max_new_tokens,) * rows,
         teacher=config.lesson.max_teacher_tokens if config.distills else 0,
-        reflector=config.reflect.max_prompt_tokens if config.distills else 0,
-        reflection_B=(config.reflect.max_new_tokens,) * rows if config.distills else (),
+        reflector=config.reflect.max_prompt_tokens if config.reflects else 0,
+        reflection_B=(config.reflect.max_new_tokens,) * rows if config.reflects else (),
         evaluated_B=(config.eval.max_new_tokens,) * (evaluated or config.eval.batch),
     )
 
@@ -77,8 +79,8 @@ def realistic(config: Settings, evaluated: int | None = None) -> Lengths:
         prompt=min(PROMPT, config.data.max_prompt_tokens),
         response_B=_lognormal(RESPONSE, rows, config.rollout.max_new_tokens),
         teacher=min(TEACHER, config.lesson.max_teacher_tokens) if config.distills else 0,
-        reflector=min(REFLECTOR, config.reflect.max_prompt_tokens) if config.distills else 0,
-        reflection_B=_lognormal(REFLECTION, rows, config.reflect.max_new_tokens) if config.distills else (),
+        reflector=min(REFLECTOR, config.reflect.max_prompt_tokens) if config.reflects else 0,
+        reflection_B=_lognormal(REFLECTION, rows, config.reflect.max_new_tokens) if config.reflects else (),
         evaluated_B=_lognormal(RESPONSE, evaluated or config.eval.batch, config.eval.max_new_tokens),
     )
 

@@ -36,7 +36,6 @@ from rosd_jax.train.trees import Trees
 from rosd_jax.train.update import make_optimizer, make_update
 
 STAGES = ("rollouts", "reflections", "evaluation", "teacher", "student", "optimizer")
-OF_TEACHERS = ("reflections", "teacher")  # methods without a teacher have no such stages
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ def stages(job: Job, stop_ids: tuple[int, ...], stops: Stops | None, evaluated: 
 
 def stage_names(config: Settings) -> tuple[str, ...]:
     """The stages that a step of this config has."""
-    return tuple(name for name in STAGES if config.distills or name not in OF_TEACHERS)
+    lacking = {"reflections": not config.reflects, "teacher": not config.distills}
+    return tuple(name for name in STAGES if not lacking.get(name))
 
 
 def lower(stage: Stage, job: Job) -> jax.stages.Lowered:
@@ -226,5 +226,5 @@ def _learning(job: Job, lengths: Lengths) -> Work:
 
 def _applying(job: Job, lengths: Lengths) -> Work:
     resident = budget.resident(job)
-    state_bytes = resident["parameters"] + resident["optimizer"]
+    state_bytes = resident["parameters"] + resident["optimizer"] + resident.get("moving average", 0)
     return roofline.apply_work(state_bytes, budget.gradients(job)["gradients"])

@@ -1,7 +1,8 @@
-"""The train state on disk, through Orbax. A checkpoint has three items, each restorable alone:
+"""The train state on disk, through Orbax. A checkpoint has these items, each restorable alone:
 
     params       the weights
     opt_state    the optimizer state
+    ema_params   the moving average of the weights; only if the state has one
     meta         JSON: step, layout of the trees, and `run_meta`
 
 The position in the data is the step itself: step s of a seed always has the same batch. checksums.json in
@@ -102,10 +103,9 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: dic
     """
     if int(state.step) != step:
         raise ValueError(f"step {step} is not the state's, {int(state.step)}")
+    trees = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
     items = ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        opt_state=ocp.args.StandardSave(state.opt_state),
-        meta=ocp.args.JsonSave({**meta, "step": step, "layout": _layout(state)}),
+        **trees, meta=ocp.args.JsonSave({**meta, "step": step, "layout": _layout(state)})
     )
     needed_bytes = state_bytes(state)
     with _full_disk_in_words(manager, needed_bytes):
@@ -247,9 +247,15 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
 
 
+def _trees(state: TrainState) -> dict[str, Any]:
+    """The trees of a state by the names of their items."""
+    trees = {"params": state.params, "opt_state": state.opt_state}
+    return trees if state.ema_params is None else trees | {"ema_params": state.ema_params}
+
+
 def _layout(state: TrainState) -> str:
-    """A hash of the paths, shapes and dtypes of params and optimizer."""
-    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    """A hash of the paths, shapes and dtypes of all trees."""
+    leaves = jax.tree_util.tree_leaves_with_path(tuple(_trees(state).values()))
     lines = [f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}" for path, x in leaves]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -268,14 +274,10 @@ def _restore(
             f"checkpoint {Path(manager.directory) / str(step)} contains arrays of another model or optimizer "
             "than this run's; set model.path to the model that the run began with, or use another --workdir"
         )
-    found = _read(
-        manager,
-        step,
-        params=ocp.args.StandardRestore(like.params),
-        opt_state=ocp.args.StandardRestore(like.opt_state),
-    )
+    wanted = {name: ocp.args.StandardRestore(tree) for name, tree in _trees(like).items()}
+    found = _read(manager, step, **wanted)
     step_array = jax.device_put(np.int32(step), like.step.sharding)
-    return TrainState(step_array, found["params"], found["opt_state"]), meta
+    return TrainState(step_array, **{name: found[name] for name in wanted}), meta
 
 
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:

@@ -93,6 +93,7 @@ def read_inputs(config: Settings) -> Inputs:
         check_samples(config, name, len(items))
         warn_of_shared(name, items, trained)
     check_known(tokenizer, train, config.data.train)
+    check_oracle(config, train)
     for name, uids in overlong.items():
         logging.warning(
             "%s: %d prompts exceed data.max_prompt_tokens and are left out: %s",
@@ -159,6 +160,16 @@ def check_known(tokenizer: Tokenizer, train: Encoded, name: str) -> None:
         logging.warning("%s: %s", name, health.unknown_sentence(share))
 
 
+def check_oracle(config: Settings, train: Encoded) -> None:
+    """Raises UserError if an oracle is asked about problems other than those of the gym."""
+    for name in ("oracle_spans", "oracle_ideas"):
+        if getattr(config.ablation, name) and any(problem.kind != "gym" for problem, _ in train):
+            raise UserError(
+                f"ablation.{name} is True, and the first errors in {config.data.train} are not known; set it "
+                "to False, or data.train to a set of the gym"
+            )
+
+
 def model_path(config: Settings) -> Path:
     """The model's directory. Raises UserError if none is named or it does not exist."""
     if not config.model.path:
@@ -220,11 +231,12 @@ def check_lengths(config: Settings, model: Qwen3Config) -> None:
         "rollout.max_new_tokens": config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         "eval.max_new_tokens": config.data.max_prompt_tokens + config.eval.max_new_tokens,
     }
+    if config.reflects:
+        reflections = config.reflect.max_prompt_tokens + config.reflect.max_new_tokens
+        longest["reflect.max_new_tokens"] = reflections
     if config.distills:
-        longest |= {
-            "reflect.max_new_tokens": config.reflect.max_prompt_tokens + config.reflect.max_new_tokens,
-            "lesson.max_teacher_tokens": config.lesson.max_teacher_tokens + config.rollout.max_new_tokens,
-        }
+        taught = config.lesson.max_teacher_tokens + config.rollout.max_new_tokens
+        longest["lesson.max_teacher_tokens"] = taught
     for field, tokens in longest.items():
         if tokens > model.max_position_embeddings:
             raise UserError(

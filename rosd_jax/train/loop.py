@@ -49,6 +49,7 @@ from rosd_jax.train.build import build
 from rosd_jax.train.compiling import Compiled
 from rosd_jax.train.console import STEP, Console
 from rosd_jax.train.export import export
+from rosd_jax.train.guard import require_health
 from rosd_jax.train.inputs import Inputs, ScoredSplit, headline, read_inputs, trained_on
 from rosd_jax.train.metrics import COLUMNS, MetricsLog, step_lines
 from rosd_jax.train.numbers import Numbers
@@ -200,6 +201,7 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
         run.console.expect(work_after(config, run.inputs, start))
         show(run)
         for step in range(start, config.steps):
+            require_health(run, done, best)
             run.console.at(step + 1)
             with run.console.work(STEP), traced(run, step, start):
                 state = one_step(run, state, frozen_params, step)
@@ -215,7 +217,7 @@ def take_steps(run: Run, state: TrainState, frozen_params: Params, start: int) -
             show(run)
         run.console.stage("checkpoint")
         finish_saving(run, saving, best)
-    except stopping.Stopped:  # raised before the update of step done + 1, or while step `done` is scored
+    except stopping.Stopped:  # raised before the update of step done + 1, or after that of step `done`
         finish_saving(run, saving, best)
         save_unsaved(run, state, done)
         show(run)

@@ -79,20 +79,23 @@ def step_lines(step: int, total: int, numbers: Mapping[str, Any]) -> list[str]:
 
 
 def format_step(step: int, total: int, numbers: Mapping[str, Any]) -> str:
-    """The line of a step. A number that is missing, NaN or infinite is shown as `-`."""
+    """The line of a step. A number that is missing, NaN or infinite is shown as `-`.
+
+    Quotes are left out if no rollout was reflected.
+    """
     taught = numbers.get("taught")
     rows = sum(left_out(numbers).values())
     seconds = numbers.get("seconds")
-    return "  ".join(
-        (
-            f"step {step:>{len(str(total))}}/{total}",
-            f"reward {_show(numbers.get('reward'), '.3f'):>5}",
-            "taught -" if taught is None else f"taught {taught}/{taught + rows}",
-            f"quotes {_show(numbers.get('quote_found'), '.0%'):>4}",
-            f"loss {_show(numbers.get('loss'), '.5f'):>7}",
-            f"{_show(seconds, '.1f' if (seconds or 0) < 100 else '.0f'):>4} s",
-        )
-    )
+    parts = [
+        f"step {step:>{len(str(total))}}/{total}",
+        f"reward {_show(numbers.get('reward'), '.3f'):>5}",
+        "taught -" if taught is None else f"taught {taught}/{taught + rows}",
+        f"loss {_show(numbers.get('loss'), '.5f'):>7}",
+        f"{_show(seconds, '.1f' if (seconds or 0) < 100 else '.0f'):>4} s",
+    ]
+    if numbers.get("reflected") != 0:
+        parts.insert(3, f"quotes {_show(numbers.get('quote_found'), '.0%'):>4}")
+    return "  ".join(parts)
 
 
 def left_out(numbers: Mapping[str, Any]) -> dict[str, int]:

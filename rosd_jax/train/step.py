@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rosd_jax.distill import policy, reflect, teacher
+from rosd_jax.distill import ablation, policy, reflect, teacher
 from rosd_jax.hosts import Hosts
 from rosd_jax.models.qwen3 import Qwen3Config
 from rosd_jax.models.sharding import on_device
@@ -97,7 +97,7 @@ def train_step(
         # There is room for one of them, and for none in the update.
         reflector = student if runtime.config.reflect.weights == "student" else None
         del student
-        if reflector is None and runtime.config.distills:
+        if reflector is None and runtime.config.reflects:
             reflector = on_device(frozen_params)
         reflected, earlier = reflect_rollouts(runtime, reflector, graded, step)
         del reflector
@@ -109,6 +109,7 @@ def train_step(
         # Waits for the devices, so that the stage's time includes the update itself.
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
     numbers = of_rollouts(graded) | of_reflections(reflected, lesson.active_BR)
+    numbers |= ablation.count(reflected.reflections, runtime.config.ablation)
     if runtime.config.reinforces:
         numbers |= of_advantages(policy.advantages(graded, runtime.config.policy))
     if runtime.task_metrics:
@@ -160,12 +161,14 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
     """Asks the reflector about the rollouts that distill/reflect.py selects, and reads its answers.
 
     Each host reads a part of them. Also returns the seconds that an earlier start spent on the answers.
-    Methods without a teacher ask nothing, and `params` is not used.
+    Methods that do not reflect ask nothing, and `params` is not used.
     """
     config = runtime.config
     if not config.distills:
         return Reflected(graded, (Reflection(),) * len(graded.texts)), 0.0
-    plans = reflect.plan_rollouts(graded, config.reflect)
+    plans = reflect.plan_rollouts(graded, config.reflect, uniform_taught=config.lesson.uniform_groups)
+    if not config.reflects:
+        return reflect.gather(graded, plans, {}, {}, config.lesson), 0.0
     ids = reflect.build_prompts(
         graded,
         plans,
@@ -199,6 +202,7 @@ def reflect_rollouts(runtime: Runtime, params: Params, graded: Graded, step: int
         ]
 
     said = dict(zip(raws, runtime.hosts.share("reflections", read, list(raws)), strict=True))
+    said = ablation.replaced(said, graded, config, runtime.tokenizer, first)
     reflected = reflect.gather(graded, plans, raws, said, config.lesson)
     return replace(reflected, answers=answers), earlier
 

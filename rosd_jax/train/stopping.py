@@ -35,17 +35,21 @@ WATCHED = (signal.SIGINT, signal.SIGTERM)
 REASONS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGPIPE: "nobody reads the output"}
 # `timeout` and other launchers send a signal twice. Those that arrive within this time are one request.
 REPEAT_S = 0.05
+GUARDED = 3  # exit status
 STDOUT = 1
 STDERR = 2
 ERASE = "\r\x1b[K"  # moves to the start of the terminal's line and clears it
 
 
 class Stopped(Exception):
-    """A signal has asked the run to stop. `status` is the exit status, 128 + the signal's number."""
+    """The run stops before its last step, for a reason in words. `status` is the exit status.
 
-    def __init__(self, number: signal.Signals, directory: Path):
-        super().__init__(f"{REASONS[number]}: stopped; {_resume(directory)}")
-        self.status = 128 + number
+    That is 128 + its number after a signal, and GUARDED if the run ends by itself.
+    """
+
+    def __init__(self, reason: str, status: int):
+        super().__init__(reason)
+        self.status = status
 
 
 # What any process of the run was asked, from what this one was. `what` names the place in the program.
@@ -125,7 +129,7 @@ def check(what: str) -> None:
         return
     asked = agree(what, asked)
     if asked is not None:
-        raise Stopped(asked, directory)
+        raise Stopped(f"{REASONS[asked]}: stopped; {_resume(directory)}", 128 + asked)
 
 
 def reader_left() -> None:

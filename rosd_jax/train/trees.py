@@ -50,7 +50,7 @@ class Trees:
     def state(self) -> TrainState:
         """Shapes of the state, without shardings."""
         params = learning_shapes(self.config, self.model)
-        return jax.eval_shape(lambda p: init_state(p, self.optimizer), params)
+        return jax.eval_shape(self._start, params)
 
     @cached_property
     def shardings(self) -> TrainState:
@@ -78,17 +78,14 @@ class Trees:
         """The state before the first step."""
 
         def from_key(key: jax.Array) -> TrainState:
-            return init_state(learning_params(self.config, self.model, key), self.optimizer)
-
-        def from_params(params: Params) -> TrainState:
-            return init_state(params, self.optimizer)
+            return self._start(learning_params(self.config, self.model, key))
 
         if self.config.model.lora.rank:
             key = Stream.ADAPTERS.key(jax.random.key(self.config.seed))
             return jax.jit(from_key, out_shardings=self.shardings)(key)
         params = self._load(self.shardings.params, "float32")
         # params is donated: the state takes over its buffers instead of a copy.
-        return jax.jit(from_params, out_shardings=self.shardings, donate_argnums=0)(params)
+        return jax.jit(self._start, out_shardings=self.shardings, donate_argnums=0)(params)
 
     def frozen(self, first: TrainState | None) -> Params:
         """The initial weights in the compute type. They are never updated, so they need no float32 copy.
@@ -101,6 +98,9 @@ class Trees:
             return self._load(places, dtype)
         cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
         return jax.device_put(cast(first.params), places)
+
+    def _start(self, params: Params) -> TrainState:
+        return init_state(params, self.optimizer, average=self.config.averages)
 
     def _load(self, places: Params, dtype: str) -> Params:
         path = Path(self.config.model.path)

@@ -8,10 +8,13 @@ The host groups the rows into micro-batches (train/microbatches.py) and calls fi
 first and the last once, the others for every micro-batch.
 
     zeros()                                                     -> grads, sums
-    teach(frozen, teacher_BT)                                   -> hidden_BTD
+    teach(teacher, teacher_BT)                                  -> hidden_BTD
     align(hidden_BTD, shift_B, S)                               -> hidden_BSD, at the student's positions
-    learn(params, frozen, grads, sums, hidden_BSD, microbatch)  -> grads, sums, divergence_BS
+    learn(params, base, grads, sums, hidden_BSD, microbatch)    -> grads, sums, divergence_BS
     apply(state, grads, sums, active, taught)                   -> state, metrics
+
+`teacher` is the frozen tree, or with lesson.teacher_weights=ema the state's moving average. `base` has the
+teacher's head: it is the teacher, or with adapters the frozen tree that they are on.
 
 `teach` is compiled once per width T and `learn` once per width S, when that width first occurs. `align` is
 separate, so that only this cheap function is compiled for pairs of widths. `teach` and `align` are left out
@@ -105,9 +108,22 @@ def learner(params: Params, frozen_params: Params, config: Settings) -> Params:
     return combine(on_device(frozen_params), params)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, *, average: bool = False
+) -> TrainState:
+    """The state before the first step. average: it has a moving average, which starts as the weights."""
+    # A copy, since no buffer may be in the donated state twice.
+    ema_params = jax.tree.map(jnp.copy, params) if average else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema_params)
+
+
+def moved_average(average: Params, params: Params, rate: float) -> Params:
+    """(1 - rate) average + rate params, for each weight. Equal weights stay equal to the last bit.
+
+    Both are float32. In bfloat16 the average would stand still: at a rate of .05, a weight would only be
+    rounded to the next one if the student's differed from it by 4 % or more.
+    """
+    return jax.tree.map(lambda old, new: old + rate * (new - old), average, params)
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,7 @@ class Update:
         shift_B = rows("int32")
         policy_BS = floats if self.config.reinforces else None
         microbatch = MicroBatch(ints, rows("int32", 0), shift_B, ints, floats, floats, policy_BS)
+        teacher, base = self.teaching(like, frozen_like)
         D = self.model.hidden_size
         dtype = self.model.dtype
         grads, sums = jax.eval_shape(self.zeros)
@@ -161,9 +178,9 @@ class Update:
         teacher_BSD = None
         if self.config.distills:
             teacher_BSD = rows(dtype, S, D)
-            traced["teach"] = self.teach.trace(frozen_like, rows("int32", T))
+            traced["teach"] = self.teach.trace(teacher, rows("int32", T))
             traced["align"] = self.align.trace(rows(dtype, T, D), shift_B, S)
-        traced["learn"] = self.learn.trace(like.params, frozen_like, grads, sums, teacher_BSD, microbatch)
+        traced["learn"] = self.learn.trace(like.params, base, grads, sums, teacher_BSD, microbatch)
         traced["apply"] = self.apply.trace(like, grads, sums, count, count)
         return traced
 
@@ -177,6 +194,7 @@ class Update:
         """
         taught = np.float32(lesson.weight_BR.sum())  # tokens of the whole lesson
         active = np.float32(lesson.active_BR.sum())
+        teacher, base = self.teaching(state, frozen_params)
         grads, sums = self.zeros()
         microbatches = plan_microbatches(lesson, self.rows, self.longest)
         divergences = []
@@ -185,11 +203,9 @@ class Update:
             self.before(f"micro-batch {number} of {len(microbatches)}, {sizes}")
             self.progress(number, len(microbatches))
             previous_sums = sums
-            teacher_BSD = self.teacher_states(frozen_params, microbatch)
+            teacher_BSD = self.teacher_states(teacher, microbatch)
             microbatch = place_rows(without_teacher(scaled(microbatch, taught)), self.mesh)
-            grads, sums, divergence_BS = self.learn(
-                state.params, frozen_params, grads, sums, teacher_BSD, microbatch
-            )
+            grads, sums, divergence_BS = self.learn(state.params, base, grads, sums, teacher_BSD, microbatch)
             divergences.append(divergence_BS)
             # Calls are asynchronous. Without this wait for the previous micro-batch, the host would enqueue
             # them all, and the hidden states of each would be allocated at once.
@@ -199,12 +215,20 @@ class Update:
         fetched = [fetch(divergence_BS) for divergence_BS in divergences]
         return state, metrics, by_response(fetched, lesson, self.rows, self.longest)
 
-    def teacher_states(self, frozen_params: Params, microbatch: MicroBatch) -> jax.Array | None:
+    def teaching(self, state: TrainState, frozen_params: Params) -> tuple[Params, Params]:
+        """The trees `teacher` and `base` of the module's docstring. No array is copied."""
+        adapters = self.config.model.lora.rank > 0
+        teacher = frozen_params
+        if state.ema_params is not None:
+            teacher = combine(frozen_params, state.ema_params) if adapters else state.ema_params
+        return teacher, frozen_params if adapters else teacher
+
+    def teacher_states(self, teacher: Params, microbatch: MicroBatch) -> jax.Array | None:
         """The teacher's hidden states at the student's positions; None if it teaches none of the rows."""
         if microbatch.teacher_BT.shape[1] == 0:
             return None
         teacher_BT, shift_B = place_rows((microbatch.teacher_BT, microbatch.shift_B), self.mesh)
-        teacher_BTD = self.teach(frozen_params, teacher_BT)
+        teacher_BTD = self.teach(teacher, teacher_BT)
         return self.align(teacher_BTD, shift_B, microbatch.student_BS.shape[1])
 
 
@@ -237,9 +261,9 @@ def make_update(
         grads = jax.tree.map(lambda x: jnp.zeros(x.shape, config.optimizer.grad_dtype), shapes)
         return grads, dict.fromkeys(sums_of(config), jnp.zeros((), jnp.float32))
 
-    def learn(params, frozen_params, grads, sums, teacher_BSD, microbatch):
+    def learn(params, base, grads, sums, teacher_BSD, microbatch):
         def loss(params):
-            return microbatch_loss(params, frozen_params, teacher_BSD, microbatch, config, model, mesh)
+            return microbatch_loss(params, base, teacher_BSD, microbatch, config, model, mesh)
 
         (_, (new_sums, divergence_BS)), new_grads = jax.value_and_grad(loss, has_aux=True)(params)
         return add(grads, new_grads), add(sums, new_sums), divergence_BS
@@ -253,14 +277,17 @@ def make_update(
         norm = optax.tree.norm(grads)  # before clipping
         empty = active == 0
         keep = jnp.isfinite(norm) & (~empty | (config.optimizer.empty_batch == "step"))
-        # A skipped step leaves weights and moments unchanged, but advances state.step. Selecting here, inside
-        # the compiled function, lets the old state's buffers be donated all the same.
-        params, opt_state = jax.tree.map(
+        ema_params = state.ema_params
+        if ema_params is not None:
+            ema_params = moved_average(ema_params, params, config.lesson.ema_rate)
+        # A skipped step leaves weights, moments and average unchanged, but advances state.step. Selecting
+        # here, inside the compiled function, lets the old state's buffers be donated all the same.
+        params, opt_state, ema_params = jax.tree.map(
             lambda new, old: jnp.where(keep, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+            (params, opt_state, ema_params),
+            (state.params, state.opt_state, state.ema_params),
         )
-        state = TrainState(state.step + 1, params, opt_state)
+        state = TrainState(state.step + 1, params, opt_state, ema_params)
         return state, summarise(sums, active, taught, norm, keep, empty)
 
     return Update(
@@ -291,9 +318,9 @@ def longest_rows(config: Settings) -> tuple[int, int]:
     return config.data.max_prompt_tokens + R, config.lesson.max_teacher_tokens + R
 
 
-def teach(frozen_params: Params, teacher_BT: jax.Array, *, model: qwen3.Qwen3Config) -> jax.Array:
-    """The teacher's hidden states [B, T, D]."""
-    return qwen3.hidden_states(on_device(frozen_params), model, teacher_BT)
+def teach(teacher: Params, teacher_BT: jax.Array, *, model: qwen3.Qwen3Config) -> jax.Array:
+    """The teacher's hidden states [B, T, D]. Weights that are on the host are transferred."""
+    return qwen3.hidden_states(on_device(teacher), model, teacher_BT)
 
 
 def align(teacher_BTD: jax.Array, shift_B: jax.Array, S: int) -> jax.Array:
@@ -310,7 +337,7 @@ def sums_of(config: Settings) -> tuple[str, ...]:
 
 def microbatch_loss(
     params: Params,
-    frozen_params: Params,
+    base: Params,
     teacher_BSD: jax.Array | None,
     microbatch: MicroBatch,
     config: Settings,
@@ -319,10 +346,10 @@ def microbatch_loss(
 ) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
     """One micro-batch's share of the loss, the SUMS over its active tokens, and their divergence [B, S].
 
-    teacher_BSD: None if the teacher teaches none of the rows. With LoRA the head is a constant, so XLA drops
-    the matmul for its gradient.
+    base: a tree with the teacher's head; with LoRA the frozen tree, whose head is the student's too, so XLA
+    drops the matmul for its gradient. teacher_BSD: None if the teacher teaches none of the rows.
     """
-    student = learner(params, frozen_params, config)
+    student = learner(params, base, config)
     student_BSD = qwen3.hidden_states(student, model, jnp.asarray(microbatch.student_BS))
     student_head_VD = qwen3.head_VD(student).astype(model.dtype)
     learns = (flat(student_BSD), student_head_VD)
@@ -330,7 +357,7 @@ def microbatch_loss(
     sums = dict.fromkeys(sums_of(config), loss)
     divergence_BS = jnp.zeros(microbatch.weight_BS.shape, jnp.float32)
     if teacher_BSD is not None:
-        teacher_head_VD = qwen3.head_VD(frozen_params).astype(model.dtype)
+        teacher_head_VD = qwen3.head_VD(base).astype(model.dtype)
         teaches = (flat(teacher_BSD), jax.lax.stop_gradient(on_device(teacher_head_VD)))
         loss, more, divergence_BS = distillation_loss(learns, teaches, microbatch, config, model, mesh)
         sums |= more

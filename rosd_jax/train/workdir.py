@@ -55,7 +55,16 @@ if TYPE_CHECKING:  # types.py imports JAX, which --mode=report does without
 # What a run writes that has begun.
 WRITTEN = ("metrics.jsonl", "checkpoints", "rollouts", "evals", "export", "unfinished", "report")
 # Fields that may differ when a run is resumed; with a dot at the end, a whole section.
-MAY_CHANGE = ("checkpoint.keep", "compile_cache", "eval.", "model.path", "steps", "trackers", "validation.")
+MAY_CHANGE = (
+    "checkpoint.keep",
+    "compile_cache",
+    "eval.",
+    "guard.",
+    "model.path",
+    "steps",
+    "trackers",
+    "validation.",
+)
 CONFIG_FILE = "config.json"
 LOCK = ".lock"
 SHARED = ".shared_"  # and the number of the process that wrote it
@@ -213,10 +222,12 @@ def rollout_rows(
                 reward=float(graded.rewards_B[row]),
                 reflection=r.raw,
                 idea=r.idea,
+                idea_source=r.idea_source,
                 quote=r.quote,
                 ambiguous=r.ambiguous,
                 error_span_chars=r.char_span,
                 error_span_tokens=r.token_span,
+                span_source=r.span_source,
                 active_tokens=int(active_B[row]),
                 note=r.note,
                 **active_tokens(ids, lesson.weight_BR[row], divergence_BR[row], tokenizer),
@@ -230,10 +241,11 @@ def active_tokens(
 ) -> dict[str, Any]:
     """Which tokens of a response are taught, their text, and how far student and teacher are apart.
 
-        active_span_tokens   [start, stop) of the taught tokens, which are one stretch
+        active_span_tokens   [start, stop) from the first taught token to the last
         active_span_chars    the same in characters of the response
         active_widths        of each of these tokens, the characters that it adds to the response
-        divergence           of each of them, in nats, rounded to four digits; None if it is not finite
+        divergence           of each of them, in nats, rounded to four digits; None if it is not finite, or if
+                             the token is not taught (lesson.region=inverted only)
 
     All are None if no token is taught. A character whose bytes are split over several tokens is counted
     for the first of them. The others, and control tokens such as the stop token, have a width of 0.
@@ -250,7 +262,7 @@ def active_tokens(
         active_span_tokens=(start, stop),
         active_span_chars=(bounds[0], bounds[-1]),
         active_widths=np.diff(bounds).tolist(),
-        divergence=[rounded(x) for x in divergence_R[start:stop].tolist()],
+        divergence=[rounded(x) for x in np.where(weight_R, divergence_R, np.nan)[start:stop].tolist()],
     )
 
 
