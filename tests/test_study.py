@@ -148,15 +148,17 @@ import pathlib, signal, sys, time
 def save(number, frame):
     time.sleep(1)
     pathlib.Path("saved").touch()
-    sys.exit(130)
+    sys.exit(128 + number)
 
 signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
 pathlib.Path("started").touch()
 time.sleep(60)
 """
 
 
-def test_ctrl_c_waits_for_the_run_which_saves_its_step(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_run_save_its_step(number, tmp_path):
     run = tmp_path / "run"
     run.write_text(SAVES.format(python=sys.executable))
     run.chmod(0o755)
@@ -176,10 +178,13 @@ def test_ctrl_c_waits_for_the_run_which_saves_its_step(tmp_path):
     while not (tmp_path / "started").exists():
         assert process.poll() is None and time.monotonic() - began < 120
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and (tmp_path / "saved").exists()
-    assert said == "--- ended with status 130; the same command goes on from here\n"
+    assert process.returncode == 128 + number and (tmp_path / "saved").exists()
+    assert said == f"--- ended with status {128 + number}; the same command goes on from here\n"
 
 
 # Validation scores of a fake study by method, rate and step.

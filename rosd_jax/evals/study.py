@@ -33,6 +33,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -220,14 +221,21 @@ def run(cell: Cell, place: str) -> None:
 def status_of(command: Sequence[str]) -> int:
     """Runs a command and returns its exit status.
 
-    A terminal sends Ctrl-C to the command too. It is waited for meanwhile, since it saves its last step.
+    On Ctrl-C and SIGTERM the command saves its last step, so it is waited for.
     """
     process = subprocess.Popen(command)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    # A terminal sends Ctrl-C to both processes; SIGTERM comes to this one alone.
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    terminated = signal.signal(signal.SIGTERM, pass_on)
     try:
         return process.wait()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, interrupted)
+        signal.signal(signal.SIGTERM, terminated)
 
 
 def read_trial(cell: Cell) -> Trial:
