@@ -799,7 +799,10 @@ FLAG_MISTAKES = {
     "unknown flag": ([QUICKSTART, "--workdri=x"], "Unknown command line flag 'workdri'"),
     "no flag": ([QUICKSTART, "train"], "'train' is not a flag"),
     "unknown mode": ([QUICKSTART, "--mode=dance"], "<train|eval|localize|plan|data|report>"),
-    "unknown variant": ([f"{QUICKSTART},turbo"], "'turbo'; it must be one of paper, span, official, grpo,"),
+    "unknown variant": (
+        [f"{QUICKSTART},turbo"],
+        "'turbo'; it must be one of paper, span, official, sdpo, grpo,",
+    ),
     "method without its fields": ([QUICKSTART, "--config.method=grpo"], "choose a method by its preset"),
     "unknown field": (
         [QUICKSTART, "--config.loss.alhpa=1"],

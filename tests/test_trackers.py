@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 
@@ -99,6 +100,10 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     start("wandb", tmp_path, FIRST)
     start("wandb", tmp_path, SECOND)
+    # W&B's own process writes the file, and may do so shortly after the run has finished.
+    began = time.monotonic()
+    while len(wandb_points(tmp_path)[0]) < len(POINTS) and time.monotonic() - began < 60:
+        time.sleep(0.1)
     points, ids = wandb_points(tmp_path)
     assert points == POINTS
     assert len(ids) == 1
