@@ -14,6 +14,7 @@ def flags(**sizes):
     return [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
 
 
+@pytest.mark.nightly
 def test_reports_times_the_roofline_and_how_far_attention_is_off(tmp_path):
     out = tmp_path / "step.json"
     decode_gpu.main([f"--out={out}", "--implementation=xla", *flags(**TINY, **RUN)])

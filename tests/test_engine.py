@@ -183,6 +183,7 @@ def test_compaction_changes_nothing_but_the_slots(monkeypatch, shape, rows, long
     assert (got.stats.slots == rows * 3 + long * (NEW - 3)).all()
 
 
+@pytest.mark.nightly
 def test_compaction_waits_for_the_queue_and_for_the_preempted(alone, monkeypatch):
     """Eight slots for 24 rows, and fewer pages than the eight come to need."""
     monkeypatch.setattr(decode_loop, "FEWEST", 1)

@@ -452,6 +452,7 @@ def test_a_process_that_is_stopped_ends_all(start, process, stopped):
     assert ends(runs[process])[0] == 1
 
 
+@pytest.mark.nightly
 def test_a_process_that_is_busy_for_long_goes_on(start):
     code = "time.sleep(3)\nsupervisor.report_end(0)\ntime.sleep(3)\n"
     runs = start(code, before="supervisor.BEAT_S = 0.1\nsupervisor.SILENCE_S = 2\n")

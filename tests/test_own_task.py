@@ -407,6 +407,7 @@ def example(tmp_path_factory, cache):
     return folder, run
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_example_is_checked_before_any_device_is_touched(example):
     folder, run = example
@@ -475,6 +476,7 @@ def changed(example, trained):
     path.write_text(before)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_reward_that_changed_on_the_way_is_told_and_ends_the_run_where_it_fails(example, changed):
     _, run = example

@@ -58,7 +58,7 @@ def test_pieces_have_the_tokens_of_one_program(shape, pages):
             np.testing.assert_array_equal(getattr(got.stats, name), getattr(want.stats, name))
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
+@pytest.mark.parametrize("shape", nightly_but(zip([None, (2, 2, 2)]), keep=[1]))
 def test_the_host_is_asked_between_the_pieces_and_may_stop(shape):
     class Stop(Exception):
         pass
@@ -78,7 +78,7 @@ def test_the_host_is_asked_between_the_pieces_and_may_stop(shape):
     assert again.generate(params, requests(), KEY).length_B.sum() > 200
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
+@pytest.mark.parametrize("shape", nightly_but(zip([None, (2, 2, 2)]), keep=[1]))
 def test_the_host_is_told_how_many_responses_have_ended(shape):
     told = []
     engine, params = make(shape, progress=lambda done, total: told.append((done, total)))

@@ -142,6 +142,7 @@ def without_libtpu(monkeypatch):
     hide_libtpu(monkeypatch)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("without_libtpu")
 def test_without_libtpu_only_compiling_is_refused(tmp_path_factory, capsys):
     config = quickstart.get_config("debug")

@@ -357,6 +357,7 @@ def test_a_run_that_was_cut_off_twice_equals_one_that_was_not(finished, model, c
     assert_same_run(directory, finished[0])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_moved_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, model, cache, tmp_path):
     """The directory is moved, its files come from the future, and the newest checkpoint is damaged."""
@@ -434,6 +435,7 @@ def test_a_run_whose_checkpoints_were_removed_is_not_trained_over(how, finished,
         assert files_of(directory) == before and (directory / "checkpoints").exists() == (how == "emptied")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_whose_checkpoints_were_removed_is_evaluated_by_its_export(finished, cache, tmp_path):
     directory = tmp_path / "run"
@@ -504,6 +506,7 @@ def as_killed_after(directory, finished, step):
             shutil.rmtree(path)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_that_is_to_end_at_its_newest_checkpoint_is_evaluated_there(finished, model, cache, tmp_path):
     directory = tmp_path / "run"
@@ -660,6 +663,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_resumes_it(finished, model, 
         assert_same_run(directory, finished[0])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_an_answer_in_thinking_that_the_template_opens_earns_nothing(model, cache, tmp_path):
     shutil.copytree(model, tmp_path / "model")
@@ -676,6 +680,7 @@ def test_an_answer_in_thinking_that_the_template_opens_earns_nothing(model, cach
         assert any(drafts) and not any(row["reward"] for row in rows)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_set_with_a_name_is_called_by_it_and_judged_by_its_files(model, cache, tmp_path):
     problems = gym.load("chain", "train")

@@ -389,6 +389,7 @@ def average_of(directory, step):
     return jax.tree.map(np.asarray, (found["params"], found["ema_params"]))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_resumes_exactly_and_asks_no_reflector(model, cache, tmp_path):  # noqa: F811
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -198,6 +198,7 @@ def test_short_output_that_nobody_reads_ends_quietly(mode, model, tmp_path):
     assert (printed, status) == ("", 128 + signal.SIGPIPE)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_whose_output_nobody_reads_saves_its_step_and_ends(finished, model, cache, tmp_path):
     command = arguments(model, tmp_path / "run")
@@ -358,6 +359,7 @@ def test_a_guard_ends_the_run_with_its_step_saved_and_again_when_it_is_resumed(m
     assert f"step {done + 1}/{done + 1} " in finish(more, tmp_path, **cache), "another guard may go on"
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_stopped_in_an_evaluation_keeps_the_step_and_makes_up_for_it(finished, model, cache, tmp_path):
     command = arguments(model, tmp_path / "run", checkpoint__every=6)

@@ -125,6 +125,7 @@ def test_both_ways_are_taken_and_agree():
     check(*both((student, teacher, weight, np.zeros(40, np.int32), np.zeros(40)), k=20))
 
 
+@pytest.mark.nightly
 def test_bfloat16_gradient_is_the_float32_one_rounded():
     args = logits(BINNED)
     exact, _ = both(args, k=20)

@@ -142,6 +142,7 @@ def test_of_logits_is_a_loop(implementation, function, in_axes, interpreted):
     assert_is_a_loop(partial(function, implementation=implementation), logits(SETS), in_axes)
 
 
+@pytest.mark.nightly
 def test_nested_vmaps_are_nested_loops():
     args = operands(SETS, 2)
     heads = (0, None, 0, None, 0, 0, 0)  # of the outer batch only

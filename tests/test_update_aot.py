@@ -87,6 +87,7 @@ def test_what_is_kept_off_the_chips_is_off_them():
     assert host.host_argument_size_in_bytes > whole / 2
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("shape", nightly_but(zip([(1, 8, 1), (2, 2, 2)]), keep=[1]))
 def test_adapters_take_no_memory_for_what_does_not_learn(shape):
     """No gradient, no moment and no float32 copy of a weight of the frozen model."""
