@@ -85,11 +85,18 @@ def test_a_guard_ends_a_run_whose_mean_of_five_steps_fell_too_far():
     guard = GuardSettings(entropy=0.4)
     assert not guard_sentence(high + low[:4], guard), "the last five steps include a good one"
     assert guard_sentence(high + low[:5], guard) == (
-        "entropy fell from 0.55 (steps 3 to 7, the last good ones) to 0.2, below guard.entropy=0.4 times that"
+        "entropy fell from 0.55 (steps 3 to 7, the best ones) to 0.2, below guard.entropy=0.4 times that"
     )
     assert guard_sentence(high + low, guard), "and it stays so when the run is resumed"
     for other in (GuardSettings(), GuardSettings(entropy=0.3), GuardSettings(reward=0.9, length=0.9)):
         assert not guard_sentence(high + low, other)
+
+
+def test_a_guard_looks_at_the_steps_that_have_its_metric():
+    older = [row(step) for step in range(1, 6)]
+    train = older + [row(step, entropy=1.0 if step < 11 else 0.1) for step in range(6, 16)]
+    assert guard_sentence(train, GuardSettings(entropy=0.5)).startswith("entropy fell from 1 ")
+    assert not guard_sentence(older + older, GuardSettings(entropy=0.5))
 
 
 @pytest.mark.parametrize("field, metric", [("reward", "reward"), ("length", "response_length")])
@@ -98,6 +105,6 @@ def test_guards_of_reward_and_length(field, metric):
     for steps in range(10):
         assert not guard_sentence(train[:steps], GuardSettings(**{field: 0.5}))
     said = guard_sentence(train, GuardSettings(**{field: 0.5}))
-    assert said.startswith(f"{metric} fell from 1 (steps 1 to 5, the last good ones) to 0.1")
+    assert said.startswith(f"{metric} fell from 1 (steps 1 to 5, the best ones) to 0.1")
     rising = [row(step, **{metric: step / 20}) for step in range(1, 16)]
     assert not guard_sentence(rising, GuardSettings(**{field: 0.9}))

@@ -28,7 +28,8 @@ def scored(step, name, avg, split="eval"):
 def leave_run(directory, before, validated, after):
     """What a run of four steps leaves, whose best step by validation is 2 unless `validated` says else."""
     directory.mkdir(parents=True)
-    config = {"data": {"train": "gym:chain", "dir": ""}, "eval": {"sets": "gym:chain,gym:long"}}
+    sets = {"sets": "gym:chain,gym:long"}
+    config = {"steps": 4, "data": {"train": "gym:chain", "dir": ""}, "eval": sets}
     (directory / "config.json").write_text(json.dumps(config))
     rows = [scored(0, "gym:chain", before), scored(0, "gym:long", 0.2)]
     rows += [{"step": step, "split": "train", "reward": step / 10} for step in range(1, 5)]
@@ -187,6 +188,23 @@ def test_a_signal_lets_the_run_save_its_step(number, tmp_path):
     assert said == f"--- ended with status {128 + number}; the same command goes on from here\n"
 
 
+def test_a_run_that_its_guard_ended_is_a_result_and_named(tmp_path, monkeypatch):
+    def status_of(command):
+        directory = next(flag.removeprefix("--workdir=") for flag in command if flag.startswith("--workdir="))
+        if not Path(directory).exists():
+            leave_run(Path(directory), 0.5, CHOSEN, 0.6)
+        if "bad" not in directory:
+            return 0
+        config = json.loads((Path(directory) / "config.json").read_text())
+        (Path(directory) / "config.json").write_text(json.dumps({**config, "steps": 9}))
+        return 3
+
+    monkeypatch.setattr(study, "status_of", status_of)
+    assert study.main(["--config=x.py", "--methods=bad,good", "--seeds=0", f"--out={tmp_path}"]) == 0
+    text = (tmp_path / "study.md").read_text()
+    assert "The guard of bad-0 ended it after step 4 of 9.\n" in text and "guard of good" not in text
+
+
 # Validation scores of a fake study by method, rate and step.
 SWEPT = {
     ("a", "1e-4"): {0: 0.4, 2: 0.5, 4: 0.6},
@@ -252,7 +270,7 @@ def test_a_rate_is_not_chosen_without_validation(tmp_path, fake_runs, monkeypatc
 def test_what_is_no_rate_is_refused(rates, tmp_path, capsys):
     with pytest.raises(SystemExit):
         study.main(["--config=x.py", "--methods=a", "--seeds=0", f"--out={tmp_path}", f"--rates={rates}"])
-    assert "argument --rates: invalid" in capsys.readouterr().err
+    assert f"argument --rates: {rates!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -266,6 +284,7 @@ def test_what_is_no_rate_is_refused(rates, tmp_path, capsys):
         (["--methods=a,a", "--seeds=0"], "a,a repeats a name"),
         (["--methods=a", "--seeds=0,0"], "0,0 repeats a name"),
         (["--methods=a", "--seeds=0", "--mode=eval"], "'--mode=eval' is no flag of a study"),
+        (["--methods=a", "--seeds=0", "--config.seed=1"], "--seeds and --config.seed are both given"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, words, tmp_path, capsys):

@@ -67,6 +67,9 @@ def spikes(train: Sequence[MetricsRow]) -> list[str]:
     return [said for field, words in SPIKING.items() if (said := _spike(train[1:], field, words))]
 
 
+GUARDED = 3  # exit status of a run that its guard ends
+
+
 def guard_sentence(train: Sequence[MetricsRow], guard: GuardSettings) -> str:
     """Why a run should end with its last row, as `guard` asks; "" if it need not."""
     guarded = {"reward": "reward", "entropy": "entropy", "length": "response_length"}
@@ -75,7 +78,7 @@ def guard_sentence(train: Sequence[MetricsRow], guard: GuardSettings) -> str:
         fall = _fall(train, metric)
         if fall is not None and fall.low < share * fall.high:
             return (
-                f"{metric} fell from {fall.high:.3g} (steps {fall.first} to {fall.last}, the last good ones) "
+                f"{metric} fell from {fall.high:.3g} (steps {fall.first} to {fall.last}, the best ones) "
                 f"to {fall.low:.3g}, below guard.{name}={share:g} times that"
             )
     return ""
@@ -161,5 +164,8 @@ def _fall(train: Sequence[MetricsRow], metric: str) -> Fall | None:
     if len(train) < 2 * WINDOW:
         return None
     means = [mean(train[i : i + WINDOW], metric) for i in range(len(train) - WINDOW + 1)]
-    best = max(range(len(means)), key=lambda i: means[i])
+    known = [i for i in range(len(means)) if math.isfinite(means[i])]
+    if not known:
+        return None
+    best = max(known, key=lambda i: means[i])
     return Fall(means[best], train[best]["step"], train[best + WINDOW - 1]["step"], means[-1])

@@ -41,6 +41,7 @@ import numpy as np
 import rosd_jax
 from rosd_jax import atomic
 from rosd_jax.errors import UserError
+from rosd_jax.evals.health import GUARDED
 from rosd_jax.evals.outcome import (
     MetricsRow,
     Outcome,
@@ -86,6 +87,7 @@ class Result:
 
     cell: Cell
     rows: list[MetricsRow]
+    steps: tuple[int, int]  # made, and asked for
     last: dict[str, Outcome]  # by set
     best: dict[str, Outcome]  # at the step that validation chose; without one, at the last
 
@@ -110,9 +112,9 @@ def main(argv: list[str]) -> int:
     try:
         text = study(asked.config, asked.methods, asked.seeds, asked.rates, asked.out, fields)
     except subprocess.CalledProcessError as error:
-        print(
-            f"--- ended with status {error.returncode}; the same command goes on from here", file=sys.stderr
-        )
+        mistake = error.returncode == 2
+        hint = "the sentence above says why" if mistake else "the same command goes on from here"
+        print(f"--- ended with status {error.returncode}; {hint}", file=sys.stderr)
         return error.returncode
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -168,6 +170,8 @@ def make_cells(
     for named in (methods, seeds):
         if len(set(named)) < len(named):
             raise UserError(f"{','.join(map(str, named))} repeats a name; name each method and seed once")
+    if any(field.startswith("--config.seed=") for field in fields):
+        raise UserError("--seeds and --config.seed are both given; leave --config.seed out")
     cells = []
     for seed in seeds:
         for method in methods:
@@ -214,28 +218,35 @@ def run(cell: Cell, place: str) -> None:
     print(f"--- {cell.method}, seed {cell.seed}{rate}: {place}", flush=True)
     command = [sys.executable, "-m", "rosd_jax", *cell.flags]
     status = status_of(command)
-    if status:
+    # A run that its guard ends is a result too: its rate or its method makes it collapse.
+    if status not in (0, GUARDED):
         raise subprocess.CalledProcessError(status, command)
 
 
 def status_of(command: Sequence[str]) -> int:
-    """Runs a command and returns its exit status.
+    """Runs a command and returns its exit status, as a shell has it: 128 + its number after a signal.
 
-    On Ctrl-C and SIGTERM the command saves its last step, so it is waited for.
+    On Ctrl-C and SIGTERM the command saves its last step, so it is waited for. A signal that comes while it
+    ends by itself counts too.
     """
     process = subprocess.Popen(command)
+    received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
+        received.append(number)
+        # A terminal sends Ctrl-C to the command too, for which a second one means to end at once.
+        if number != signal.SIGINT or not sys.stderr.isatty():
+            process.send_signal(number)
 
-    # A terminal sends Ctrl-C to both processes; SIGTERM comes to this one alone.
-    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    terminated = signal.signal(signal.SIGTERM, pass_on)
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return process.wait()
+        status = process.wait()
     finally:
-        signal.signal(signal.SIGINT, interrupted)
-        signal.signal(signal.SIGTERM, terminated)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return status if status >= 0 else 128 - status
 
 
 def read_trial(cell: Cell) -> Trial:
@@ -263,7 +274,9 @@ def choose_rates(trials: Sequence[Trial]) -> dict[str, str]:
 def read_result(cell: Cell) -> Result:
     """What the run of a cell left."""
     rows = read_metrics(cell.directory / "metrics.jsonl")
-    trained_on = training_sets(read_config(cell.directory))
+    config = read_config(cell.directory)
+    made = max((row["step"] for row in rows if row["split"] == "train"), default=0)
+    trained_on = training_sets(config)
     last = {outcome.name: outcome for outcome in compare(rows, cell.directory, trained_on)}
     step = best_step(rows)
     if step == 0:  # the model before training
@@ -271,7 +284,7 @@ def read_result(cell: Cell) -> Result:
     else:
         chosen = compare(rows, cell.directory, trained_on, until=step)
         best = last | {found.name: found for found in chosen if found.after}
-    return Result(cell, rows, last, best)
+    return Result(cell, rows, (made, config["steps"]), last, best)
 
 
 def write(results: Sequence[Result], out: Path, trials: Sequence[Trial]) -> str:
@@ -308,6 +321,10 @@ def as_markdown(results: Sequence[Result], trials: Sequence[Trial] = ()) -> str:
             )
             lines.append(f"| {method} | {len(found)} | {' | '.join(cells)} |")
         lines.append("")
+    for result in results:
+        made, asked = result.steps
+        if made < asked:
+            lines += [f"The guard of {result.cell.directory.name} ended it after step {made} of {asked}.", ""]
     if trials:
         lines += rates_table(trials)
     cells = dict.fromkeys([*(trial.cell for trial in trials), *(result.cell for result in results)])
@@ -457,19 +474,29 @@ def draw_band(axes: Axes, label: str, curves: Sequence[dict[int, float]]) -> Non
 
 
 def _names(text: str) -> list[str]:
-    return text.split(",")
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; separate names by one comma")
+    return names
 
 
 def _rates(text: str) -> list[str]:
     """Rates as they are written, which is how commands and directories name them."""
     names = _names(text)
-    if not all(0 < float(name) < math.inf for name in names):
-        raise ValueError
+    try:
+        good = all(0 < float(name) < math.inf for name in names)
+    except ValueError:
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers above 0, separated by commas")
     return names
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers, separated by commas") from error
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rosd_jax.evals.health import guard_sentence
+from rosd_jax.evals.health import GUARDED, guard_sentence
 from rosd_jax.evals.outcome import read_metrics
 from rosd_jax.train import stopping
 from rosd_jax.train.run import Run
@@ -24,5 +24,5 @@ def require_health(run: Run, done: int, best: int | None) -> None:
         raise stopping.Stopped(
             f"{fell}: stopped after step {done}{chosen}; the same command with --workdir={run.directory} "
             f"goes on with another guard, and with --config.steps={done} it exports the model",
-            stopping.GUARDED,
+            GUARDED,
         )

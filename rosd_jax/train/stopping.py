@@ -35,7 +35,6 @@ WATCHED = (signal.SIGINT, signal.SIGTERM)
 REASONS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGPIPE: "nobody reads the output"}
 # `timeout` and other launchers send a signal twice. Those that arrive within this time are one request.
 REPEAT_S = 0.05
-GUARDED = 3  # exit status
 STDOUT = 1
 STDERR = 2
 ERASE = "\r\x1b[K"  # moves to the start of the terminal's line and clears it
@@ -44,7 +43,7 @@ ERASE = "\r\x1b[K"  # moves to the start of the terminal's line and clears it
 class Stopped(Exception):
     """The run stops before its last step, for a reason in words. `status` is the exit status.
 
-    That is 128 + its number after a signal, and GUARDED if the run ends by itself.
+    That is 128 + its number after a signal, and health.GUARDED if the run ends by itself.
     """
 
     def __init__(self, reason: str, status: int):
