@@ -239,9 +239,7 @@ def validate(config: ConfigDict) -> Settings:
     _validate_training(settings)
     _validate_method(settings)
     _validate_ablation(settings)
-    for field in ("guard.reward", "guard.entropy", "guard.length"):
-        share = value(settings, field)
-        _require(field, share, 0 <= share < 1, "lie in [0, 1)")
+    _validate_guard(settings)
     return settings
 
 
@@ -400,6 +398,12 @@ def _validate_ablation(settings: Settings) -> None:
             f"no {unused}"
         )
         _require(f"ablation.{name}", given, is_used or not given, rule)
+
+
+def _validate_guard(settings: Settings) -> None:
+    for field in ("guard.reward", "guard.entropy", "guard.length"):
+        share = value(settings, field)
+        _require(field, share, 0 <= share < 1, "lie in [0, 1)")
 
 
 def _single(number: float) -> float:

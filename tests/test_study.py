@@ -14,7 +14,7 @@ from test_run import load_run
 from rosd_jax.evals import study
 from rosd_jax.evals.outcome import read_metrics
 from rosd_jax.evals.report import with_interval
-from rosd_jax.evals.study import Cell, as_markdown, make_cells, over_seeds, read_result
+from rosd_jax.evals.study import Asked, Cell, as_markdown, make_cells, over_seeds, read_result
 from support import ROOT, run_environment
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -112,7 +112,8 @@ def test_an_interval_needs_two_seeds_and_finite_numbers():
 
 
 def test_the_commands_are_those_of_ordinary_runs(tmp_path):
-    cells = make_cells(f"{QUICKSTART}:debug", ["span", "paper"], [3, 4], tmp_path, ["--config.steps=1"])
+    asked = Asked(f"{QUICKSTART}:debug", ["span", "paper"], [3, 4], [], tmp_path, ["--config.steps=1"])
+    cells = make_cells(asked, asked.seeds, {})
     assert [(cell.seed, cell.method) for cell in cells] == [
         (3, "span"),
         (3, "paper"),
@@ -120,7 +121,7 @@ def test_the_commands_are_those_of_ordinary_runs(tmp_path):
         (4, "paper"),
     ]
     assert len({cell.directory for cell in cells}) == 4
-    (plain,) = make_cells("x.py:debug", ["default"], [0], tmp_path, [])
+    (plain,) = make_cells(Asked("x.py:debug", ["default"], [0], [], tmp_path, []), [0], {})
     assert plain.flags[0] == "--config=x.py:debug" and plain.directory == tmp_path / "default-0"
     for cell in cells:
         config = load_run().read_flags(["rosd", *cell.flags])

@@ -29,9 +29,7 @@ SPANS = 2
 Said = dict[int, Reflection]  # by row
 
 
-def replaced(
-    said: Said, graded: Graded, config: Settings, tokenizer: Tokenizer, first: int
-) -> dict[int, Reflection]:
+def replaced(said: Said, graded: Graded, config: Settings, tokenizer: Tokenizer, first: int) -> Said:
     """The reflections with what `config.ablation` replaces. first: number of the batch's first rollout.
 
     Raises ValueError if an oracle is asked about a problem that is not of the gym.

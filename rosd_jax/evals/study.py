@@ -62,6 +62,18 @@ COLUMNS = ("before", "last step", "change", "best step", "change", "pass@k", "ma
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The command line: the flags of the same names, and fields of the config for all runs."""
+
+    config: str
+    methods: list[str]
+    seeds: list[int]
+    rates: list[str]
+    out: Path
+    fields: list[str]
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run: a method with a seed."""
 
@@ -93,7 +105,7 @@ class Result:
 
 
 class Mean(NamedTuple):
-    """A mean over seeds, and half of its 95 % interval; NaN for a single seed."""
+    """A mean, and half of its 95 % interval; NaN if that is not known."""
 
     value: float
     half: float
@@ -108,9 +120,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", required=True, type=_numbers, help="numbers, separated by commas")
     parser.add_argument("--out", required=True, type=Path, help="directory of the study")
     parser.add_argument("--rates", default=[], type=_rates, help="learning rates to choose from")
-    asked, fields = parser.parse_known_args(argv)
+    given, fields = parser.parse_known_args(argv)
+    asked = Asked(**vars(given), fields=fields)
     try:
-        text = study(asked.config, asked.methods, asked.seeds, asked.rates, asked.out, fields)
+        text = study(asked)
     except subprocess.CalledProcessError as error:
         mistake = error.returncode == 2
         hint = "the sentence above says why" if mistake else "the same command goes on from here"
@@ -124,89 +137,62 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def study(
-    config: str,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    rates: Sequence[str],
-    out: Path,
-    fields: Sequence[str],
-) -> str:
+def study(asked: Asked) -> str:
     """Makes all runs, writes study.md and study.png, and returns the text of study.md.
 
-    Raises CalledProcessError if a run fails, and UserError as `make_trials` and `read_trial` do.
+    Raises CalledProcessError if a run fails, and UserError as `check` and `read_trial` do.
     """
+    check(asked)
+    first = asked.seeds[:1]
     # The runs of the first seed with the chosen rates are among the trials.
-    total = len(methods) * (len(rates) + len(seeds) - bool(rates))
+    total = len(asked.methods) * (len(asked.rates) + len(asked.seeds) - bool(asked.rates))
     count = itertools.count(1)
     trials = []
-    for cell in make_trials(config, methods, seeds, rates, out, fields):
-        run(cell, f"run {next(count)} of {total}")
-        trials.append(read_trial(cell))
-    cells = make_cells(config, methods, seeds, out, fields, choose_rates(trials))
+    for rate in asked.rates:
+        for cell in make_cells(asked, first, dict.fromkeys(asked.methods, rate)):
+            run(cell, f"run {next(count)} of {total}")
+            trials.append(read_trial(cell))
+    cells = make_cells(asked, asked.seeds, choose_rates(trials))
     tried = {trial.cell for trial in trials}
     for cell in cells:
         if cell not in tried:
             run(cell, f"run {next(count)} of {total}")
-    return write([read_result(cell) for cell in cells], out, trials)
+    return write([read_result(cell) for cell in cells], asked.out, trials)
 
 
-def make_cells(
-    config: str,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    out: Path,
-    fields: Sequence[str],
-    rates: Mapping[str, str] | None = None,
-) -> list[Cell]:
-    """All runs, seed by seed, so that a study that is stopped has compared all methods on some seeds.
-
-    rates: by method, if they were chosen. Raises UserError for an argument that is no field of the config,
-    and for a method or seed named twice.
-    """
-    for field in fields:
+def check(asked: Asked) -> None:
+    """Raises UserError for what is no field of a config, and for what is named twice."""
+    for field in asked.fields:
         if not field.startswith("--config.") or "=" not in field:
             raise UserError(f"{field!r} is no flag of a study; fields are written --config.FIELD=VALUE")
-    for named in (methods, seeds):
+    for named in (asked.methods, asked.seeds):
         if len(set(named)) < len(named):
             raise UserError(f"{','.join(map(str, named))} repeats a name; name each method and seed once")
-    if any(field.startswith("--config.seed=") for field in fields):
+    if len(set(map(float, asked.rates))) < len(asked.rates):
+        raise UserError(f"--rates={','.join(asked.rates)} repeats a rate; name each one once")
+    if any(field.startswith("--config.seed=") for field in asked.fields):
         raise UserError("--seeds and --config.seed are both given; leave --config.seed out")
+    if asked.rates and any(field.startswith("--config.optimizer.lr=") for field in asked.fields):
+        raise UserError("--rates and --config.optimizer.lr are both given; leave one of them out")
+
+
+def make_cells(asked: Asked, seeds: Sequence[int], rates: Mapping[str, str]) -> list[Cell]:
+    """The runs of some seeds, seed by seed, so that a stopped study has compared all methods on the first.
+
+    rates: of the methods whose learning rate is not the config's.
+    """
+    mark = "," if ":" in asked.config else ":"
     cells = []
     for seed in seeds:
-        for method in methods:
-            rate = (rates or {}).get(method, "")
-            directory = out / (f"{method}-lr{rate}-{seed}" if rate else f"{method}-{seed}")
-            mark = "," if ":" in config else ":"
-            chosen = config if method == DEFAULT else f"{config}{mark}{method}"
-            flags = (f"--config={chosen}", f"--workdir={directory}", f"--config.seed={seed}", *fields)
+        for method in asked.methods:
+            rate = rates.get(method, "")
+            directory = asked.out / (f"{method}-lr{rate}-{seed}" if rate else f"{method}-{seed}")
+            config = asked.config if method == DEFAULT else f"{asked.config}{mark}{method}"
+            flags = (f"--config={config}", f"--workdir={directory}", f"--config.seed={seed}", *asked.fields)
             if rate:
                 flags = (*flags, f"--config.optimizer.lr={rate}")
             cells.append(Cell(method, seed, directory, flags, rate))
     return cells
-
-
-def make_trials(
-    config: str,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    rates: Sequence[str],
-    out: Path,
-    fields: Sequence[str],
-) -> list[Cell]:
-    """The runs that choose the learning rates: every method with every rate, on the first seed.
-
-    Raises UserError as `make_cells` does, for a rate named twice, and if `fields` has a learning rate too.
-    """
-    make_cells(config, methods, seeds, out, fields)  # raises before anything runs
-    if len(set(map(float, rates))) < len(rates):
-        raise UserError(f"--rates={','.join(rates)} repeats a rate; name each one once")
-    if rates and any(field.startswith("--config.optimizer.lr=") for field in fields):
-        raise UserError("--rates and --config.optimizer.lr are both given; leave one of them out")
-    trials = []
-    for rate in rates:
-        trials += make_cells(config, methods, seeds[:1], out, fields, dict.fromkeys(methods, rate))
-    return trials
 
 
 def run(cell: Cell, place: str) -> None:
